@@ -1,0 +1,256 @@
+"""Converts a checkpoint of the authors' code (github.com/zihangJiang/TokenLabeling) to a folder that `AutoModel` loads.
+
+    python -m modeling_lvvit.convert_original_checkpoint CHECKPOINT OUTPUT_DIR
+
+The size of the model is found from the shapes of its tensors. Before the folder appears, the written model is loaded
+again and its logits are compared with those of a plain rendering of the published forward pass, computed from the
+original tensors.
+"""
+
+import argparse
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.nn.functional as F
+from torchvision.models import ResNet50_Weights
+
+from .configuration_lvvit import LVViTConfig
+from .modeling_lvvit import LVViTForImageClassification
+from .variants import VARIANTS, evaluation_image_processor, find_variant
+
+
+# float32 logits of two orders of summation; the published models' logits reach about 10
+MAX_LOGITS_DIFFERENCE = 1e-3
+# authors' name -> ours, applied in order to every key
+KEY_PATTERNS = (
+    (r"^cls_token$", "lvvit.embeddings.cls_token"),
+    (r"^pos_embed$", "lvvit.embeddings.position_embeddings"),
+    (r"^patch_embed\.conv(\d)\.", r"lvvit.embeddings.patch_embeddings.conv\1."),
+    (r"^patch_embed\.bn(\d)\.", r"lvvit.embeddings.patch_embeddings.norm\1."),
+    (r"^patch_embed\.proj\.", "lvvit.embeddings.patch_embeddings.projection."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"lvvit.layers.\1.attention.projection."),
+    (r"^blocks\.(\d+)\.attn\.", r"lvvit.layers.\1.attention."),
+    (r"^blocks\.(\d+)\.", r"lvvit.layers.\1."),
+    (r"^norm\.", "lvvit.layernorm."),
+    (r"^head\.", "classifier."),
+    (r"^aux_head\.", "patch_classifier."),
+)
+
+
+def load_original_state_dict(path: Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
+    """Reads the tensors of an authors' checkpoint without running code from it.
+
+    Args:
+        path: `.pth` or `.pth.tar`: a state dict, or a training checkpoint with `state_dict` and perhaps
+            `state_dict_ema`; names may start with `module.`.
+        use_ema: Whether to prefer the averaged weights where the file has both.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, holds more than tensors and plain values, or is not an LV-ViT.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint file at {path}.")
+    try:
+        # training checkpoints carry their command line, a harmless record of attributes
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors and plain values (damaged, or it holds Python objects, "
+            f"which are never loaded): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    names = ("state_dict_ema", "state_dict", "model") if use_ema else ("state_dict", "model", "state_dict_ema")
+    if isinstance(checkpoint, dict):
+        checkpoint = next((checkpoint[name] for name in names if isinstance(checkpoint.get(name), dict)), checkpoint)
+    if not isinstance(checkpoint, dict) or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        raise ValueError(f"{path} holds no state dict: expected tensors by name, directly or under {names}.")
+    state_dict = {key.removeprefix("module."): value for key, value in checkpoint.items()}
+    missing = [key for key in ("pos_embed", "patch_embed.conv1.weight", "head.weight") if key not in state_dict]
+    if missing:
+        raise ValueError(f"{path} is not an LV-ViT checkpoint: it has no {', '.join(missing)}.")
+    return state_dict
+
+
+def config_from_state_dict(
+    state_dict: dict[str, torch.Tensor], num_attention_heads: int | None, residual_divisor: float | None
+) -> LVViTConfig:
+    """Architecture from the shapes; heads and residual divisor, which leave no trace in them, from the published sizes.
+
+    Raises:
+        ValueError: If the size is not a published one and heads or divisor are not given, or the grid is not square.
+    """
+    width, stem, kernel, _ = state_dict["patch_embed.proj.weight"].shape
+    layers = 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks."))
+    published = next(
+        (v for v in VARIANTS.values() if v.architecture["hidden_size"] == width
+         and v.architecture["num_hidden_layers"] == layers), None
+    )  # fmt: skip
+    if published is not None:
+        num_attention_heads = num_attention_heads or published.architecture["num_attention_heads"]
+        residual_divisor = residual_divisor or published.architecture["residual_divisor"]
+    if num_attention_heads is None or residual_divisor is None:
+        raise ValueError(
+            f"No published LV-ViT has width {width} and {layers} layers; pass --num_attention_heads and "
+            "--residual_divisor (`skip_lam` in the authors' code)."
+        )
+    num_patches = state_dict["pos_embed"].shape[1] - 1
+    rows = next((r for r in range(1, num_patches + 1) if r * r == num_patches), None)
+    if rows is None:
+        raise ValueError(f"`pos_embed` has {num_patches} patch positions, which is no square grid.")
+    num_labels = state_dict["head.weight"].shape[0]
+    labels = ResNet50_Weights.IMAGENET1K_V2.meta["categories"] if num_labels == 1000 else None
+    names = {"id2label": dict(enumerate(labels))} if labels else {"num_labels": num_labels}
+    if labels:
+        names["label2id"] = {label: index for index, label in enumerate(labels)}
+    return LVViTConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=state_dict["blocks.0.mlp.fc1.weight"].shape[0],
+        stem_hidden_size=stem,
+        residual_divisor=residual_divisor,
+        image_size=rows * kernel * 2,
+        patch_size=kernel * 2,
+        num_channels=state_dict["patch_embed.conv1.weight"].shape[1],
+        qkv_bias="blocks.0.attn.qkv.bias" in state_dict,
+        **names,
+    )
+
+
+def convert_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames every tensor; shapes and values stay."""
+
+    def rename(key: str) -> str:
+        for pattern, replacement in KEY_PATTERNS:
+            new_key, count = re.subn(pattern, replacement, key)
+            if count:
+                return new_key
+        return key
+
+    return {rename(key): value for key, value in state_dict.items()}
+
+
+@torch.no_grad()
+def original_logits(
+    state_dict: dict[str, torch.Tensor], pixel_values: torch.Tensor, num_attention_heads: int, residual_divisor: float
+) -> torch.Tensor:
+    """Evaluation logits of the published model from its own tensors, written with plain operations.
+
+    Args:
+        state_dict: Tensors under the authors' names.
+        pixel_values: `(batch_size, num_channels, height, width)` of the size that the position table was made for.
+
+    Returns:
+        `(batch_size, num_labels)`: class-token logits plus half the maximum of the auxiliary logits over patches.
+    """
+    w = {key: value.float() for key, value in state_dict.items()}
+    x = pixel_values
+    for index, stride, padding in ((1, 2, 3), (2, 1, 1), (3, 1, 1)):
+        bn = f"patch_embed.bn{index}"
+        x = F.conv2d(x, w[f"patch_embed.conv{index}.weight"], stride=stride, padding=padding)
+        x = F.batch_norm(x, w[f"{bn}.running_mean"], w[f"{bn}.running_var"], w[f"{bn}.weight"], w[f"{bn}.bias"])
+        x = x.relu()
+    kernel = w["patch_embed.proj.weight"].shape[-1]
+    x = F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=kernel)
+    x = (
+        torch.cat((w["cls_token"].expand(x.shape[0], -1, -1), x.flatten(2).mT), dim=1) + w["pos_embed"]
+    )  # (B, 1 + N, C)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+    for index in range(1 + max(int(key.split(".")[1]) for key in w if key.startswith("blocks."))):
+        block = f"blocks.{index}"
+        q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (num_attention_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+        x = x + linear((weights @ v).transpose(1, 2).flatten(2), f"{block}.attn.proj") / residual_divisor
+        hidden = F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
+        x = x + linear(hidden, f"{block}.mlp.fc2") / residual_divisor
+    x = norm(x, "norm")
+    return linear(x[:, 0], "head") + 0.5 * linear(x[:, 1:], "aux_head").amax(dim=1)
+
+
+def convert_checkpoint(
+    checkpoint: Path,
+    output_dir: Path,
+    use_ema: bool = True,
+    num_attention_heads: int | None = None,
+    residual_divisor: float | None = None,
+) -> float:
+    """Writes configuration, safetensors weights, image-processor settings and modelling code to `output_dir`.
+
+    Returns:
+        Largest absolute difference between the reloaded model's logits and those of the original tensors, on two
+        random images.
+
+    Raises:
+        FileExistsError: If `output_dir` exists and is not empty; nothing in it is touched.
+        ValueError: If the checkpoint does not fit, or the logits differ by more than `MAX_LOGITS_DIFFERENCE`.
+    """
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise FileExistsError(f"{output_dir} exists and is not empty; choose another output directory.")
+    state_dict = load_original_state_dict(checkpoint, use_ema)
+    config = config_from_state_dict(state_dict, num_attention_heads, residual_divisor)
+    with torch.device("meta"):
+        model = LVViTForImageClassification(config)
+    try:
+        model.load_state_dict(convert_state_dict(state_dict), assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not fit an LV-ViT of its size: {error}") from error
+    variant = find_variant(config)
+    crop_fraction = VARIANTS[variant].crop_fraction if variant else 0.9
+
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
+    try:
+        model.save_pretrained(partial)
+        evaluation_image_processor(config.image_height_width, crop_fraction).save_pretrained(partial)
+        reloaded = LVViTForImageClassification.from_pretrained(partial, dtype=torch.float32).eval()
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(2, config.num_channels, *config.image_height_width, generator=generator)
+        expected = original_logits(state_dict, images, config.num_attention_heads, config.residual_divisor)
+        with torch.no_grad():
+            difference = (reloaded(images).logits - expected).abs().max().item()
+        if not difference <= MAX_LOGITS_DIFFERENCE:
+            raise ValueError(f"The converted model's logits differ from the original by {difference:.2e}; not saved.")
+        partial.chmod(0o755)
+        if output_dir.exists():
+            output_dir.rmdir()
+        partial.rename(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return difference
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="authors' .pth or .pth.tar file")
+    parser.add_argument("output_dir", type=Path, help="folder to write; must not exist or be empty")
+    parser.add_argument(
+        "--no_ema", action="store_true", help="take the raw weights where the file also has averaged ones"
+    )
+    parser.add_argument("--num_attention_heads", type=int, help="only for sizes that were not published")
+    parser.add_argument("--residual_divisor", type=float, help="only for sizes that were not published")
+    args = parser.parse_args(arguments)
+    try:
+        difference = convert_checkpoint(
+            args.checkpoint, args.output_dir, not args.no_ema, args.num_attention_heads, args.residual_divisor
+        )
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{error}\n")
+    config = LVViTConfig.from_pretrained(args.output_dir)
+    print(f"{find_variant(config) or 'LV-ViT'}, {config.num_labels} classes -> {args.output_dir}")
+    print(f"largest logits difference to the original tensors after reload: {difference:.2e}")
+
+
+if __name__ == "__main__":
+    main()

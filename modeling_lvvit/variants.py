@@ -1,0 +1,109 @@
+"""The published LV-ViT family: architecture, preprocessing and published figures of every size and resolution."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import BitImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+
+from .configuration_lvvit import LVViTConfig
+
+
+@dataclass(frozen=True)
+class LVViTVariant:
+    """One row of the published family.
+
+    Args:
+        architecture: Keyword arguments of `LVViTConfig` that tell the sizes apart.
+        image_size: Side of the square test image in pixels.
+        crop_fraction: Share of the resized shorter side that the evaluation crop keeps (`crop_pct` of the authors' code).
+        num_parameters: Parameters with 1000 classes, both classifiers included.
+        published_gmacs: Multiply-adds in 10^9 as published, `None` where none is.
+        published_top1: ImageNet top-1 in percent as published, `None` where none is.
+        published_real_top1: ImageNet ReaL top-1 in percent as published, `None` where none is.
+    """
+
+    architecture: dict[str, Any]
+    image_size: int
+    crop_fraction: float
+    num_parameters: int
+    published_gmacs: float | None
+    published_top1: float | None
+    published_real_top1: float | None
+
+
+def _architecture(layers: int, width: int, heads: int, residual_divisor: float, stem: int = 64) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": 3 * width,
+        "residual_divisor": residual_divisor,
+        "stem_hidden_size": stem,
+    }
+
+
+_TINY = _architecture(layers=12, width=240, heads=4, residual_divisor=1.0)
+_SMALL = _architecture(layers=16, width=384, heads=6, residual_divisor=2.0)
+_MEDIUM = _architecture(layers=20, width=512, heads=8, residual_divisor=2.0)
+_LARGE = _architecture(layers=24, width=768, heads=12, residual_divisor=3.0, stem=128)
+
+# Sources: tables of the paper (NeurIPS 2021) and, for M at 448, the authors' repository. The paper gives 16.0 G for M at
+# 224; the model has 12.7 G. Crop fractions: `default_cfgs` of the authors' models, one value per size.
+VARIANTS: dict[str, LVViTVariant] = {
+    "lvvit_t_224": LVViTVariant(_TINY, 224, 0.9, 8_534_720, None, 79.1, None),
+    "lvvit_s_224": LVViTVariant(_SMALL, 224, 0.9, 26_151_824, 6.6, 83.3, 88.1),
+    "lvvit_s_384": LVViTVariant(_SMALL, 384, 0.9, 26_297_744, 22.2, 84.4, 88.9),
+    "lvvit_m_224": LVViTVariant(_MEDIUM, 224, 1.0, 55_830_544, 16.0, 84.1, 88.4),
+    "lvvit_m_384": LVViTVariant(_MEDIUM, 384, 1.0, 56_025_104, 42.2, 85.4, 89.5),
+    "lvvit_m_448": LVViTVariant(_MEDIUM, 448, 1.0, 56_131_600, None, 85.5, None),
+    "lvvit_l_288": LVViTVariant(_LARGE, 288, 1.0, 150_120_272, 59.0, 85.3, 89.3),
+    "lvvit_l_448": LVViTVariant(_LARGE, 448, 1.0, 150_473_552, 157.2, 86.2, 89.9),
+    "lvvit_l_512": LVViTVariant(_LARGE, 512, 1.0, 150_657_872, 214.8, 86.4, 90.1),
+}
+
+
+def variant_config(name: str, **overrides: Any) -> LVViTConfig:
+    """Configuration of a published size with 1000 classes, changed by `overrides`.
+
+    Raises:
+        ValueError: If `name` is not in `VARIANTS`.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"Unknown LV-ViT variant {name!r}; expected one of {', '.join(VARIANTS)}.")
+    variant = VARIANTS[name]
+    settings = {**variant.architecture, "image_size": variant.image_size, **overrides}
+    if "id2label" not in settings:
+        settings.setdefault("num_labels", 1000)
+    return LVViTConfig(**settings)
+
+
+def find_variant(config: LVViTConfig) -> str | None:
+    """Name of the published row with the architecture of `config`; its own resolution, else the nearest one."""
+    names = [n for n, v in VARIANTS.items() if all(getattr(config, k) == x for k, x in v.architecture.items())]
+    side = max(config.image_height_width)
+    return min(names, key=lambda name: abs(VARIANTS[name].image_size - side), default=None)
+
+
+def evaluation_image_processor(image_size: tuple[int, int], crop_fraction: float) -> BitImageProcessor:
+    """Preprocessing of the published evaluation: shorter side to `side / crop_fraction`, bicubic, centre crop,
+    ImageNet mean and deviation.
+
+    Args:
+        image_size: Height and width of the model input in pixels. For a rectangle the image is resized so that its
+            shorter side covers the longer side of the crop.
+        crop_fraction: In (0, 1].
+    """
+    height, width = image_size
+    return BitImageProcessor(
+        do_resize=True,
+        size={"shortest_edge": int(max(height, width) / crop_fraction)},
+        resample=PILImageResampling.BICUBIC,
+        do_center_crop=True,
+        crop_size={"height": height, "width": width},
+        do_rescale=True,
+        do_normalize=True,
+        image_mean=list(IMAGENET_DEFAULT_MEAN),
+        image_std=list(IMAGENET_DEFAULT_STD),
+        do_convert_rgb=True,
+    )

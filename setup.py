@@ -1,0 +1,50 @@
+"""Packaging of `modeling_lvvit`: pins, extras and the data files inside the package."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (HERE / "modeling_lvvit" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+
+# Lower bounds: transformers 5.19 is the first release whose Trainer lets a subclass say that its own loss is not yet
+# divided by the accumulation count (`loss_is_scaled_for_ga`). Upper bounds: next major release.
+INSTALL_REQUIRES = [
+    "accelerate>=1.12,<2",
+    "datasets>=4.5,<6",
+    "evaluate>=0.4.6,<0.5",
+    "huggingface-hub>=2.0,<3",
+    "matplotlib>=3.9,<4",
+    "numpy>=2.0,<3",
+    "pillow>=11,<13",
+    "pyarrow>=21",
+    "PyYAML>=6.0,<7",
+    "safetensors>=0.6,<1",
+    "scikit-learn>=1.6,<2",  # `evaluate` computes with it, and the embedded digits come from it
+    "torch>=2.11,<3",
+    "torchvision>=0.26,<1",
+    "transformers>=5.19,<6",
+]
+EXTRAS_REQUIRE = {
+    "dev": ["pytest>=8.4,<10", "ruff>=0.14,<1", "parameterized>=0.9,<1"],
+    "tensorboard": ["tensorboard>=2.18,<3"],
+}
+
+setup(
+    name="modeling-lvvit",
+    version=VERSION,
+    description="LV-ViT and token labeling for the Hugging Face ecosystem",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["modeling_lvvit", "modeling_lvvit.*", "dataset_scripts"]),
+    package_data={"modeling_lvvit": ["recipes/*.yaml"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)
