@@ -1,0 +1,190 @@
+"""The common model tests of transformers, run on LV-ViT.
+
+The tests are read from the source distribution of the installed transformers version: from the folder that the
+environment variable `TRANSFORMERS_TESTS` names (an extracted `transformers-X.Y.Z`), else from a copy that is downloaded
+once into the user's cache.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import types
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+from modeling_lvvit import LVViTBackbone, LVViTConfig, LVViTForImageClassification, LVViTModel
+
+
+PACKAGE_ALIAS = "transformers_common_tests"  # their package is called `tests`, like this folder
+DOWNLOAD_TIMEOUT = 300  # seconds
+
+# Modules that the common tests import and that a source distribution leaves out.
+# The values only have to differ from the defaults of `PreTrainedConfig`.
+CONFIG_COMMON_KWARGS = {
+    "return_dict": False,
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "dtype": "float16",
+    "chunk_size_feed_forward": 5,
+    "architectures": ["LVViTForImageClassification"],
+    "id2label": {0: "label"},
+    "label2id": {"label": 0},
+    "problem_type": "regression",
+}
+MISSING_MODULES = {
+    "exporters": {},
+    "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
+    "generation": {},
+    "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
+    "utils": {},
+    "utils.test_configuration_utils": {"config_common_kwargs": CONFIG_COMMON_KWARGS},
+}
+
+
+def download_tests(folder: Path) -> None:
+    """Fills `folder` with `tests/` of the source distribution of the installed transformers version.
+
+    Raises:
+        subprocess.SubprocessError: If pip cannot download it.
+    """
+    requirement = f"transformers=={transformers.__version__}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "transformers", "--retries", "1"]
+            + ["--quiet", "--dest", temporary, requirement],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=DOWNLOAD_TIMEOUT,
+        )
+        (archive,) = Path(temporary).glob("*.tar.gz")
+        with tarfile.open(archive) as tar:
+            members = [member for member in tar.getmembers() if member.name.split("/")[1:2] == ["tests"]]
+            tar.extractall(temporary, members=members, filter="data")
+        extracted = archive.with_name(archive.name.removesuffix(".tar.gz"))
+        try:
+            extracted.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process was first otherwise
+                raise
+
+
+def find_tests() -> Path:
+    """Folder with `test_modeling_common.py`; skips this module if there is none and none can be downloaded."""
+    given = os.environ.get("TRANSFORMERS_TESTS")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvvit-tests"
+    folder = Path(given) if given else cache / f"transformers-{transformers.__version__}"
+    if not given and not folder.is_dir():
+        try:
+            download_tests(folder)
+        except (OSError, ValueError, subprocess.SubprocessError, tarfile.TarError) as error:
+            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
+            pytest.skip(
+                f"The tests of transformers {transformers.__version__} could not be downloaded ({''.join(reason)}); set"
+                " TRANSFORMERS_TESTS to an extracted source distribution.",
+                allow_module_level=True,
+            )
+    if not (folder / "tests" / "test_modeling_common.py").is_file():
+        raise FileNotFoundError(
+            f"No tests/test_modeling_common.py in {folder}: expected an extracted transformers-X.Y.Z."
+        )
+    return folder / "tests"
+
+
+def import_common_tests(folder: Path) -> tuple[types.ModuleType, ...]:
+    """Imports the backbone, configuration and model tests of `folder` as one package of another name."""
+    package = types.ModuleType(PACKAGE_ALIAS)
+    package.__path__ = [str(folder)]
+    sys.modules[PACKAGE_ALIAS] = package
+    for name, attributes in MISSING_MODULES.items():
+        module = types.ModuleType(f"{PACKAGE_ALIAS}.{name}")
+        module.__path__ = []
+        vars(module).update(attributes)
+        sys.modules[module.__name__] = module
+    # the configuration tests import transformers from its own repository and use none of it
+    with mock.patch("transformers.utils.direct_transformers_import", return_value=transformers):
+        names = ("backbone", "configuration", "modeling")
+        return tuple(importlib.import_module(f"{PACKAGE_ALIAS}.test_{name}_common") for name in names)
+
+
+backbone_common, configuration_common, modeling_common = import_common_tests(find_tests())
+
+
+class LVViTModelTester:
+    """Makes the tiny configuration and inputs that the common tests ask for; no two sizes are equal."""
+
+    batch_size = 4
+    image_size = (16, 24)  # height, width
+    patch_size = 8
+    seq_length = 1 + 2 * 3
+    hidden_size = 32
+    num_hidden_layers = 2
+    num_attention_heads = 4
+    num_labels = 5
+    is_training = True
+
+    def get_config(self) -> LVViTConfig:
+        return LVViTConfig(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=37,
+            stem_hidden_size=9,
+            hidden_dropout_prob=0.1,
+            attention_probs_dropout_prob=0.1,
+            drop_path_rate=0.1,
+            num_labels=self.num_labels,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[LVViTConfig, dict[str, torch.Tensor]]:
+        config = self.get_config()
+        pixel_values = modeling_common.floats_tensor([self.batch_size, config.num_channels, *self.image_size])
+        return config, {"pixel_values": pixel_values}
+
+
+class LVViTModelTest(modeling_common.ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (LVViTModel, LVViTForImageClassification, LVViTBackbone)
+    test_resize_embeddings = False
+    # the common test decides by a copyright line whether a model is recent enough to be checked
+    test_can_init_all_missing_weights_before_2023 = True
+
+    def setUp(self):
+        self.model_tester = LVViTModelTester()
+        # the common tests decide by these tables which classes take labels and which have no loss
+        for table, model_class in (
+            (modeling_auto.MODEL_MAPPING_NAMES, LVViTModel),
+            (modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, LVViTForImageClassification),
+            (modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES, LVViTBackbone),
+        ):
+            patch = mock.patch.dict(table, {LVViTConfig.model_type: model_class.__name__})
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def test_config(self):
+        sizes = {"hidden_size": 36, "num_attention_heads": 6, "image_size": [32, 48]}
+        tester = configuration_common.ConfigTester(self, config_class=LVViTConfig, has_text_modality=False, **sizes)
+        tester.run_common_tests()
+
+    @unittest.skip("LV-ViT takes images only; it has no `inputs_embeds`")
+    def test_inputs_embeds(self):
+        pass
+
+
+class LVViTBackboneTest(backbone_common.BackboneTesterMixin, unittest.TestCase):
+    all_model_classes = (LVViTBackbone,)
+    config_class = LVViTConfig
+
+    def setUp(self):
+        self.model_tester = LVViTModelTester()
