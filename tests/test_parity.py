@@ -111,8 +111,8 @@ def test_pooled_scores_give_the_authors_targets(case, label_crop):
     expected = arrays[f"{case}_top20_values"][:, 1:]
     torch.testing.assert_close(top, expected, rtol=4.6e-5, atol=1e-7)
     assert torch.isclose(top, expected, rtol=2e-5, atol=1e-7).float().mean() > 0.999
-    torch.testing.assert_close(targets.sum(-1), arrays[f"{case}_sum"][:, 1:], rtol=2e-5, atol=1e-7)
-    torch.testing.assert_close(targets.amin(-1), arrays[f"{case}_min"][:, 1:], rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(targets.sum(-1), arrays[f"{case}_sum"][:, 1:], rtol=4.6e-5, atol=1e-7)
+    torch.testing.assert_close(targets.amin(-1), arrays[f"{case}_min"][:, 1:], rtol=4.6e-5, atol=1e-7)
 
 
 def test_pooled_scores_equal_the_authors():
