@@ -2,7 +2,8 @@
 
 The tests are read from the source distribution of the installed transformers version: from the folder that the
 environment variable `TRANSFORMERS_TESTS` names (an extracted `transformers-X.Y.Z`), else from a copy that is downloaded
-once into the user's cache.
+once into the user's cache. `PipelineTesterMixin` is left out: it needs files that the distribution lacks, and it tests
+only models which the library's authors have put on the Hub.
 """
 
 import importlib
@@ -13,6 +14,7 @@ import tarfile
 import tempfile
 import types
 import unittest
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -22,13 +24,13 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from modeling_lvvit import LVViTBackbone, LVViTConfig, LVViTForImageClassification, LVViTModel
+from modeling_lvvit.modeling_lvvit import LVViTPatchEmbeddings
 
 
 PACKAGE_ALIAS = "transformers_common_tests"  # their package is called `tests`, like this folder
 DOWNLOAD_TIMEOUT = 300  # seconds
 
-# Modules that the common tests import and that a source distribution leaves out.
-# The values only have to differ from the defaults of `PreTrainedConfig`.
+# Any values do that differ from the defaults of `PreTrainedConfig`.
 CONFIG_COMMON_KWARGS = {
     "return_dict": False,
     "output_hidden_states": True,
@@ -40,7 +42,9 @@ CONFIG_COMMON_KWARGS = {
     "label2id": {"label": 0},
     "problem_type": "regression",
 }
-MISSING_MODULES = {
+# The common tests import these modules, which a source distribution leaves out. Export and text generation are then
+# not tested; the configuration tests run with the values above.
+STAND_INS = {
     "exporters": {},
     "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
     "generation": {},
@@ -54,33 +58,32 @@ def download_tests(folder: Path) -> None:
     """Fills `folder` with `tests/` of the source distribution of the installed transformers version.
 
     Raises:
-        subprocess.SubprocessError: If pip cannot download it.
+        OSError, ValueError, subprocess.SubprocessError, tarfile.TarError: If it cannot be downloaded or stored.
     """
-    requirement = f"transformers=={transformers.__version__}"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps"]
+    requirement = ["--no-binary", "transformers", f"transformers=={transformers.__version__}"]
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # filled beside its final place and then renamed, so that an interrupted run leaves no half copy
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "transformers", "--retries", "1"]
-            + ["--quiet", "--dest", temporary, requirement],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=DOWNLOAD_TIMEOUT,
-        )
+        command = [*pip, "--dest", temporary, *requirement]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT)
         (archive,) = Path(temporary).glob("*.tar.gz")
         with tarfile.open(archive) as tar:
             members = [member for member in tar.getmembers() if member.name.split("/")[1:2] == ["tests"]]
             tar.extractall(temporary, members=members, filter="data")
-        extracted = archive.with_name(archive.name.removesuffix(".tar.gz"))
         try:
-            extracted.rename(folder)
+            archive.with_name(archive.name.removesuffix(".tar.gz")).rename(folder)
         except OSError:
-            if not folder.is_dir():  # another process was first otherwise
+            if not folder.is_dir():  # where it is, another process was faster
                 raise
 
 
 def find_tests() -> Path:
-    """Folder with `test_modeling_common.py`; skips this module if there is none and none can be downloaded."""
+    """Folder with the common tests; where it can neither be found nor downloaded, this module is skipped.
+
+    Raises:
+        FileNotFoundError: If `TRANSFORMERS_TESTS` names a folder without them.
+    """
     given = os.environ.get("TRANSFORMERS_TESTS")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvvit-tests"
     folder = Path(given) if given else cache / f"transformers-{transformers.__version__}"
@@ -88,15 +91,15 @@ def find_tests() -> Path:
         try:
             download_tests(folder)
         except (OSError, ValueError, subprocess.SubprocessError, tarfile.TarError) as error:
-            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
+            detail = str(getattr(error, "stderr", None) or error).strip().rpartition("\n")[2]
             pytest.skip(
-                f"The tests of transformers {transformers.__version__} could not be downloaded ({''.join(reason)}); set"
-                " TRANSFORMERS_TESTS to an extracted source distribution.",
+                f"the source distribution of transformers {transformers.__version__} could not be downloaded "
+                f"({detail}); set TRANSFORMERS_TESTS to an extracted one",
                 allow_module_level=True,
             )
     if not (folder / "tests" / "test_modeling_common.py").is_file():
         raise FileNotFoundError(
-            f"No tests/test_modeling_common.py in {folder}: expected an extracted transformers-X.Y.Z."
+            f"No tests/test_modeling_common.py in {folder}: expected an extracted `transformers-X.Y.Z.tar.gz`."
         )
     return folder / "tests"
 
@@ -106,27 +109,29 @@ def import_common_tests(folder: Path) -> tuple[types.ModuleType, ...]:
     package = types.ModuleType(PACKAGE_ALIAS)
     package.__path__ = [str(folder)]
     sys.modules[PACKAGE_ALIAS] = package
-    for name, attributes in MISSING_MODULES.items():
+    for name, attributes in STAND_INS.items():
         module = types.ModuleType(f"{PACKAGE_ALIAS}.{name}")
         module.__path__ = []
         vars(module).update(attributes)
         sys.modules[module.__name__] = module
-    # the configuration tests import transformers from its own repository and use none of it
-    with mock.patch("transformers.utils.direct_transformers_import", return_value=transformers):
-        names = ("backbone", "configuration", "modeling")
-        return tuple(importlib.import_module(f"{PACKAGE_ALIAS}.test_{name}_common") for name in names)
+    names = [f"{PACKAGE_ALIAS}.test_{subject}_common" for subject in ("backbone", "configuration", "modeling")]
+    # the configuration tests ask for the library as it lies in its own repository, and then make no use of it
+    repository = mock.patch("transformers.utils.direct_transformers_import", return_value=transformers)
+    with repository, warnings.catch_warnings():
+        warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # their marks are not ours
+        return tuple(importlib.import_module(name) for name in names)
 
 
 backbone_common, configuration_common, modeling_common = import_common_tests(find_tests())
 
 
 class LVViTModelTester:
-    """Makes the tiny configuration and inputs that the common tests ask for; no two sizes are equal."""
+    """The tiny configuration and inputs that the common tests ask for; they read the attributes too."""
 
-    batch_size = 4
+    batch_size = 6
     image_size = (16, 24)  # height, width
     patch_size = 8
-    seq_length = 1 + 2 * 3
+    seq_length = 1 + 2 * 3  # class token and the patches of a grid with 2 rows and 3 columns
     hidden_size = 32
     num_hidden_layers = 2
     num_attention_heads = 4
@@ -162,7 +167,7 @@ class LVViTModelTest(modeling_common.ModelTesterMixin, unittest.TestCase):
 
     def setUp(self):
         self.model_tester = LVViTModelTester()
-        # the common tests decide by these tables which classes take labels and which have no loss
+        # by these tables the common tests know which classes take labels and which have no loss
         for table, model_class in (
             (modeling_auto.MODEL_MAPPING_NAMES, LVViTModel),
             (modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, LVViTForImageClassification),
@@ -176,6 +181,16 @@ class LVViTModelTest(modeling_common.ModelTesterMixin, unittest.TestCase):
         sizes = {"hidden_size": 36, "num_attention_heads": 6, "image_size": [32, 48]}
         tester = configuration_common.ConfigTester(self, config_class=LVViTConfig, has_text_modality=False, **sizes)
         tester.run_common_tests()
+
+    def test_model_get_set_embeddings(self):
+        # the common test expects an `nn.Embedding`; the input embeddings of LV-ViT are its stem
+        for model_class in self.all_model_classes:
+            model = model_class(self.model_tester.get_config())
+            self.assertIsInstance(model.get_input_embeddings(), LVViTPatchEmbeddings)
+            replacement = LVViTPatchEmbeddings(model.config)
+            model.set_input_embeddings(replacement)
+            self.assertIs(model.get_input_embeddings(), replacement)
+            self.assertIsNone(model.get_output_embeddings())
 
     @unittest.skip("LV-ViT takes images only; it has no `inputs_embeds`")
     def test_inputs_embeds(self):

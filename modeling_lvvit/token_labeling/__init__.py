@@ -1,0 +1,18 @@
+"""Token labeling: dense labels, joint augmentation, losses and the Trainer."""
+
+from .arguments import TokenLabelTrainingArguments
+from .collator import TokenLabelCollator
+from .dataset import ImageProcessorTransform, TokenLabelDataset
+from .trainer import TokenLabelTrainer
+from .transforms import AugmentationConfig, TrainTransform
+
+
+__all__ = [
+    "AugmentationConfig",
+    "ImageProcessorTransform",
+    "TokenLabelCollator",
+    "TokenLabelDataset",
+    "TokenLabelTrainer",
+    "TokenLabelTrainingArguments",
+    "TrainTransform",
+]

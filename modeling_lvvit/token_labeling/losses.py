@@ -29,21 +29,31 @@ def soft_cross_entropy(logits: torch.Tensor, targets: SparseTargets) -> torch.Te
     return logits.logsumexp(dim=-1) - targets.other * logits.sum(dim=-1) - named
 
 
-def mixed_cross_entropy(logits: torch.Tensor, targets: SparseTargets, kept: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of a class token whose image was mixed with its flip partner.
+def mixed_cross_entropy(
+    logits: torch.Tensor,
+    targets: SparseTargets,
+    weight: torch.Tensor | float = 1.0,
+    kept: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Weighted cross-entropy of a class token whose image may be mixed with its flip partner.
 
-    Cross-entropy is linear in the target, so `H(z, k p + (1 - k) p') = k H(z, p) + (1 - k) H(z, p')`.
+    Cross-entropy is linear in the target, so `H(z, k p + (1 - k) p') = k H(z, p) + (1 - k) H(z, p')`, and a weight that
+    belongs to an image goes where its target goes.
 
     Args:
         logits: `(batch_size, C)`.
         targets: Targets of the unmixed images, `excess` `(batch_size, U)`.
-        kept: `(batch_size,)` share of tokens that each image kept, in [0, 1].
+        weight: `(batch_size,)` weight of the unmixed images, or one number.
+        kept: `(batch_size,)` share of tokens that each image kept, in [0, 1]; `None` for an unmixed batch.
 
     Returns:
         `(batch_size,)` float32.
     """
-    own, partner = soft_cross_entropy(logits, targets), soft_cross_entropy(logits, targets.flip())
-    return kept * own + (1 - kept) * partner
+    own = weight * soft_cross_entropy(logits, targets)
+    if kept is None:
+        return own
+    partner_weight = weight.flip(0) if isinstance(weight, torch.Tensor) else weight
+    return kept * own + (1 - kept) * partner_weight * soft_cross_entropy(logits, targets.flip())
 
 
 def blend_weight(dense: SparseTargets, labels: torch.Tensor) -> torch.Tensor:
@@ -56,7 +66,6 @@ def blend_weight(dense: SparseTargets, labels: torch.Tensor) -> torch.Tensor:
 
 
 def token_labeling_loss(
-    cls_logits: torch.Tensor,
     patch_logits: torch.Tensor,
     cls_losses: torch.Tensor,
     token_targets: SparseTargets | None,
@@ -70,7 +79,6 @@ def token_labeling_loss(
     The paper states `dense_weight` 0.5; the published training commands use 1.0, the default here.
 
     Args:
-        cls_logits: `(batch_size, C)`.
         patch_logits: `(batch_size, N, C)`, put back after mixing.
         cls_losses: `(batch_size,)` losses of the class token.
         token_targets: Targets of the patch tokens; `None` trains with plain labels.

@@ -1,0 +1,119 @@
+"""How label maps lie in a table: column features, Arrow to NumPy and back, and checks of whole columns.
+
+A map is a nested list of fixed lengths (K, rows, columns), so that the schema itself tells its shape. The fixed lengths
+also make reading cheap: a batch of rows becomes one NumPy array without a Python list.
+"""
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+IDS_COLUMN, SCORES_COLUMN = "token_label_ids", "token_label_scores"
+
+
+def label_map_features(k: int, rows: int, columns: int, id_type: str) -> datasets.Features:
+    """Features of the two dense-label columns; `id_type` is `"int16"` or `"int32"`."""
+
+    def nested(value_type: str) -> datasets.List:
+        cells = datasets.List(datasets.Value(value_type), length=columns)
+        return datasets.List(datasets.List(cells, length=rows), length=k)
+
+    return datasets.Features({IDS_COLUMN: nested(id_type), SCORES_COLUMN: nested("float16")})
+
+
+def to_arrow(maps: np.ndarray) -> pa.FixedSizeListArray:
+    """`(num_images, K, rows, columns)` to a column of nested fixed-length lists."""
+    array = pa.array(maps.reshape(-1))
+    for length in reversed(maps.shape[1:]):
+        array = pa.FixedSizeListArray.from_arrays(array, length)
+    return array
+
+
+def nesting_of(column_type: pa.DataType) -> tuple[int, list[int | None], pa.DataType]:
+    """Depth, lengths (`None` where they vary) and value type of a nested list type; Array3D columns included."""
+    lengths = []
+    if isinstance(column_type, pa.ExtensionType):
+        lengths_of_extension = list(getattr(column_type, "shape", ()))
+        depth, _, value_type = nesting_of(column_type.storage_type)
+        return depth, lengths_of_extension or [None] * depth, value_type
+    while (
+        pa.types.is_list(column_type)
+        or pa.types.is_large_list(column_type)
+        or pa.types.is_fixed_size_list(column_type)
+    ):
+        lengths.append(column_type.list_size if pa.types.is_fixed_size_list(column_type) else None)
+        column_type = column_type.value_type
+    return len(lengths), lengths, column_type
+
+
+def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """A dense-label column as `(num_rows, K, rows, columns)`; the value type is kept.
+
+    Raises:
+        ValueError: If a row is missing, or rows have different shapes; names the first such row of the column.
+    """
+    array = column.combine_chunks()
+    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    if array.null_count:
+        raise ValueError(f"row {pc.index(array.is_null(), True).as_py()} has no label map")
+    array = array.storage if isinstance(array, pa.ExtensionArray) else array
+    shape = [len(array)]
+    while isinstance(array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+        lengths = pc.list_value_length(array)
+        first = lengths[0].as_py() if len(lengths) else 0
+        odd = pc.index(pc.not_equal(lengths, first), True).as_py()
+        if odd >= 0:
+            row = odd // max(len(array) // shape[0], 1)
+            raise ValueError(f"row {row} has a label map of another shape than row 0 ({lengths[odd]} against {first})")
+        shape.append(first)
+        array = array.flatten()
+    if array.null_count:
+        raise ValueError("a label map has missing values")
+    return array.to_numpy(zero_copy_only=False).reshape(shape)
+
+
+def check_column_types(ids_type: pa.DataType, scores_type: pa.DataType) -> None:
+    """Checks what the schema alone tells.
+
+    Raises:
+        ValueError: If a column is not a three-fold nested list, ids are not integers, scores are not floating point,
+            or the fixed lengths of the two differ.
+    """
+    shapes = []
+    for name, column_type, is_value in (
+        (IDS_COLUMN, ids_type, pa.types.is_integer),
+        (SCORES_COLUMN, scores_type, pa.types.is_floating),
+    ):
+        depth, lengths, value_type = nesting_of(column_type)
+        if depth != 3:
+            raise ValueError(
+                f"`{name}` must be a nested list [K][rows][columns] (rank 3), got rank {depth}: {column_type}."
+            )
+        if not is_value(value_type):
+            raise ValueError(f"`{name}` must hold {'integers' if name == IDS_COLUMN else 'floats'}, got {value_type}.")
+        shapes.append(lengths)
+    if any(a is not None and b is not None and a != b for a, b in zip(*shapes)):
+        raise ValueError(
+            f"`{IDS_COLUMN}` and `{SCORES_COLUMN}` must have the same [K, rows, columns], got {shapes[0]} and {shapes[1]}."
+        )
+
+
+def label_map_problems(ids: np.ndarray, scores: np.ndarray, num_classes: int) -> list[tuple[int, str]]:
+    """Row offsets and descriptions of what is wrong in a batch of maps.
+
+    Args:
+        ids, scores: `(num_rows, K, rows, columns)`.
+        num_classes: Classes of the model.
+    """
+    if ids.shape != scores.shape:
+        return [(0, f"ids have [K, rows, columns] {list(ids.shape[1:])}, scores {list(scores.shape[1:])}")]
+    problems = []
+    outside = (ids < 0) | (ids >= num_classes)
+    for row in np.flatnonzero(outside.any(axis=(1, 2, 3))):
+        worst = ids[row][outside[row]][0]
+        problems.append((int(row), f"class id {worst} is outside [0, {num_classes})"))
+    for row in np.flatnonzero(~np.isfinite(scores).all(axis=(1, 2, 3))):
+        problems.append((int(row), "scores are NaN or infinite"))
+    return problems
