@@ -5,10 +5,10 @@
 Each scene is a 64 x 64 RGB picture: a textured background, several small digits at random places, scales and colours,
 and one large digit, whose class is the label. The digits are the 1,797 handwritten ones that scikit-learn ships (8 x 8
 pixels, UCI ML hand-written digits data set); test scenes use other digits than training scenes. A convolutional
-annotator learns on windows cut from training scenes and then labels every cell of every training scene.
+annotator learns on windows cut from training scenes and then labels every cell of every scene.
 
-Columns: `image`; `label`, 0 to 9; `mask`, PNG with 0 to 9 for digit pixels and 10 for background; and in the training
-split `token_label_ids` and `token_label_scores`, [5, 16, 16] each.
+Columns: `image`; `label`, 0 to 9; `mask`, PNG with 0 to 9 for digit pixels and 10 for background; `token_label_ids` and
+`token_label_scores`, [5, 16, 16] each.
 """
 
 import argparse
@@ -185,7 +185,7 @@ def train_annotator(pictures: np.ndarray, masks: np.ndarray, seed: int, epochs: 
     return annotator.eval()
 
 
-def annotate_scenes(annotator: DigitAnnotator, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def annotate_scenes(annotator: DigitAnnotator, pictures: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Dense labels of whole scenes, `(n, 5, 16, 16)` ids and scores.
 
     A constant per cell does not change the annotator's own softmax, but the one over a map's classes counts the others
@@ -197,7 +197,7 @@ def annotate_scenes(annotator: DigitAnnotator, pictures: np.ndarray) -> tuple[np
         return logits - logits.mean(dim=1, keepdim=True)
 
     batches = torch.from_numpy(pictures).permute(0, 3, 1, 2).split(256)
-    progress = tqdm(batches, desc="Annotating scenes", unit="batch")
+    progress = tqdm(batches, desc=f"Annotating {split} scenes", unit="batch")
     return annotate_batches(score_map_of, (batch.float() / 255.0 for batch in progress), TOP_K)
 
 
@@ -213,7 +213,7 @@ def write_split(
     pictures: np.ndarray,
     masks: np.ndarray,
     labels: np.ndarray,
-    maps: tuple[np.ndarray, np.ndarray] | None,
+    maps: tuple[np.ndarray, np.ndarray],
 ) -> None:
     """Writes one Parquet file with the features that `load_dataset` restores."""
     features = {
@@ -226,10 +226,9 @@ def write_split(
         pa.array(labels),
         pa.array([{"bytes": png_bytes(mask), "path": None} for mask in masks], type=datasets.Image().pa_type),
     ]
-    if maps is not None:
-        ids, scores = maps
-        features |= label_map_features(*ids.shape[1:], str(ids.dtype))
-        columns += [to_arrow(ids), to_arrow(scores)]
+    ids, scores = maps
+    features |= label_map_features(*ids.shape[1:], str(ids.dtype))
+    columns += [to_arrow(ids), to_arrow(scores)]
     schema = datasets.Features(features).arrow_schema
     pq.write_table(pa.Table.from_arrays(columns, schema=schema), path, compression="zstd")
 
@@ -247,9 +246,9 @@ def build(output_dir: Path, seed: int = 0, annotator_epochs: int = 8) -> None:
     try:
         for split, count in SPLITS.items():
             pictures, masks, labels = draw_split(split, count, seed)
-            maps = None
             if split == "train":
-                maps = annotate_scenes(train_annotator(pictures, masks, seed, annotator_epochs), pictures)
+                annotator = train_annotator(pictures, masks, seed, annotator_epochs)
+            maps = annotate_scenes(annotator, pictures, split)
             write_split(partial / f"{split}.parquet", pictures, masks, labels, maps)
         record = {"version": VERSION, "seed": seed, "annotator_epochs": annotator_epochs, "splits": SPLITS}
         (partial / "digit_scenes.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -29,8 +29,8 @@ class ImageProcessorTransform:
     def __init__(self, image_processor: Callable):
         self.image_processor = image_processor
 
-    def __call__(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        """Picture to `pixel_values` float32 `[3, height, width]`."""
+    def __call__(self, image: Image.Image, *label_map: np.ndarray) -> dict[str, torch.Tensor]:
+        """Picture to `pixel_values` float32 `[3, height, width]`; a label map has no use in evaluation."""
         return {"pixel_values": self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]}
 
 
@@ -117,6 +117,10 @@ class TokenLabelDataset(torch.utils.data.Dataset):
     def picture(self, index: int) -> Image.Image:
         """The undecorated RGB picture of a row."""
         return self._decode(self.rows[index][self.image_column][0].as_py(), index)
+
+    def labels(self, count: int) -> list[int]:
+        """Class ids of the first `count` rows."""
+        return self.rows[:count][self.label_column].to_pylist()
 
     def label_map(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores of a row, `[K, rows, columns]` each, before any transform."""

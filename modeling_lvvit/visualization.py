@@ -1,0 +1,104 @@
+"""Pictures of dense labels and patch predictions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+
+def class_colors(num_classes: int) -> np.ndarray:
+    """A colour for each class, `(num_classes, 3)` in [0, 1]; distinct up to 20 classes, then around the colour wheel."""
+    name = "tab10" if num_classes <= 10 else "tab20" if num_classes <= 20 else "hsv"
+    colors = matplotlib.colormaps[name].resampled(num_classes) if name == "hsv" else matplotlib.colormaps[name]
+    order = np.random.default_rng(0).permutation(num_classes) if name == "hsv" else np.arange(num_classes)
+    return np.array([colors(int(index))[:3] for index in order])
+
+
+def overlay(picture: Image.Image, class_ids: np.ndarray, strengths: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Paints a grid of classes over a darkened grey copy of a picture.
+
+    Args:
+        picture: RGB picture.
+        class_ids: `(rows, columns)` integers.
+        strengths: `(rows, columns)` in [0, 1]; 0 leaves the cell grey.
+        colors: `(num_classes, 3)` in [0, 1].
+
+    Returns:
+        `(height, width, 3)` in [0, 1].
+    """
+    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255.0 * 0.6
+    paint = np.dstack([colors[class_ids], strengths]).astype(np.float32)
+    channels = [
+        Image.fromarray(paint[..., channel]).resize(picture.size, Image.Resampling.NEAREST) for channel in range(4)
+    ]
+    *rgb, opacity = (np.asarray(channel) for channel in channels)
+    opacity = 0.85 * opacity[..., None]
+    return grey * (1 - opacity) + np.dstack(rgb) * opacity
+
+
+def label_map_strengths(scores: np.ndarray, num_classes: int) -> np.ndarray:
+    """Probability of the first class of each cell, rescaled so that a flat distribution is 0, `(rows, columns)`.
+
+    Args:
+        scores: `(K, rows, columns)`, descending; all other classes have score 0.
+        num_classes: Number of classes.
+    """
+    exponentials = np.exp(scores.astype(np.float32))
+    probability = exponentials[0] / (exponentials.sum(axis=0) + num_classes - len(scores))
+    return np.clip((probability - 1 / num_classes) / (1 - 1 / num_classes), 0, 1)
+
+
+def save_prediction_figure(
+    path: Path,
+    pictures: Sequence[Image.Image],
+    labels: Sequence[int],
+    logits: torch.Tensor,
+    patch_logits: torch.Tensor,
+    grid_size: tuple[int, int],
+    class_names: Sequence[str],
+    label_maps: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
+) -> None:
+    """One column for each picture: the picture with its true and predicted class, its dense labels, the model's patches.
+
+    Args:
+        path: PNG to write.
+        pictures: RGB pictures as the model saw them.
+        labels: True class ids.
+        logits: `(B, C)`.
+        patch_logits: `(B, N, C)`.
+        grid_size: Token rows and columns.
+        class_names: C names.
+        label_maps: Ids and scores of each picture, `(K, rows, columns)` each; `None` leaves that row out.
+    """
+    num_classes = len(class_names)
+    colors = class_colors(num_classes)
+    names = ["image"] + (["dense labels"] if label_maps is not None else []) + ["patch predictions"]
+    figure = Figure(figsize=(1.5 * len(pictures) + 0.6, 1.6 * len(names) + 0.5), layout="constrained")
+    axes = np.atleast_2d(figure.subplots(len(names), len(pictures), squeeze=False))
+    probabilities = patch_logits.float().softmax(dim=-1).unflatten(1, grid_size)  # (B, rows, columns, C)
+    best, best_ids = probabilities.max(dim=-1)
+    for column, picture in enumerate(pictures):
+        panels = [np.asarray(picture)]
+        if label_maps is not None:
+            ids, scores = label_maps[column]
+            panels.append(overlay(picture, ids[0], label_map_strengths(scores, num_classes), colors))
+        strengths = ((best[column] - 1 / num_classes) / (1 - 1 / num_classes)).clamp(0, 1)
+        panels.append(overlay(picture, best_ids[column].numpy(), strengths.numpy(), colors))
+        for row, panel in enumerate(panels):
+            axes[row, column].imshow(panel)
+            axes[row, column].set(xticks=[], yticks=[])
+        predicted = int(logits[column].argmax())
+        is_right = predicted == labels[column]
+        axes[0, column].set_title(
+            f"{class_names[labels[column]]}\n{'✓' if is_right else '✗'} {class_names[predicted]}",
+            fontsize=8,
+            color="tab:green" if is_right else "tab:red",
+        )
+    for row, name in enumerate(names):
+        axes[row, 0].set_ylabel(name, fontsize=8)
+    FigureCanvasAgg(figure).print_png(path)
