@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
@@ -259,11 +260,11 @@ def build(output_dir: Path, seed: int = 0, annotator_epochs: int = 8) -> None:
 
 
 def build_or_reuse() -> Path:
-    """The data set in the cache folder of `datasets`, built on first use.
+    """The data set in the cache folder of Hugging Face libraries, built on first use.
 
-    Processes that start together may each build it; the first to finish wins and the others use its result.
+    It must lie outside the cache of `datasets`, which would put its Arrow copies between the Parquet files. Processes that start together may each build it; the first to finish wins and the others use its result.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"lvvit-digit-scenes-{VERSION}"
+    folder = Path(HF_HOME) / "lvvit" / f"digit-scenes-{VERSION}"
     if not folder.is_dir():
         try:
             build(folder)
