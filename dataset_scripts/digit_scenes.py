@@ -40,6 +40,7 @@ CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 SPLITS = {"train": 4000, "test": 1000}
 TEST_SHARE = 0.2  # of the digits of each class
 TOP_K, CELLS = 5, 16
+MIN_CONTRAST = 0.25  # between a digit and what lies below it, mean over the channels, in [0, 1]
 
 
 def split_digits(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -69,7 +70,7 @@ def paste_digit(
     opacity = np.asarray(picture, dtype=np.float32) / 255.0
     window = np.s_[corner[0] : corner[0] + side, corner[1] : corner[1] + side]
     color = rng.uniform(0, 1, size=3)
-    while np.abs(color - scene[window].mean(axis=(0, 1))).max() < 0.45:  # a colour that stands out
+    while (color - scene[window].mean(axis=(0, 1))).mean() < MIN_CONTRAST:  # a colour that stands out
         color = rng.uniform(0, 1, size=3)
     scene[window] += opacity[..., None] * (color - scene[window])
     mask[window][opacity > 0.35] = label
@@ -79,11 +80,11 @@ def draw_scene(digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator)
     """One scene: picture uint8 `(64, 64, 3)`, mask uint8 `(64, 64)`, label of the large digit."""
     coarse = Image.fromarray(rng.integers(0, 256, size=(4, 4, 3), dtype=np.uint8))
     texture = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32) / 255.0
-    scene = rng.uniform(0.2, 0.5, size=3) + 0.3 * texture
+    scene = rng.uniform(0.05, 0.25, size=3) + 0.25 * texture
     scene = scene.astype(np.float32) + rng.normal(0, 0.03, size=scene.shape).astype(np.float32)
     mask = np.full((SIDE, SIDE), BACKGROUND, dtype=np.uint8)
     large = rng.integers(len(digits))
-    sides = [int(rng.integers(32, 43)), *(int(side) for side in rng.integers(13, 20, size=rng.integers(3, 7)))]
+    sides = [int(rng.integers(34, 45)), *(int(side) for side in rng.integers(14, 21, size=rng.integers(3, 6)))]
     taken = np.zeros((SIDE, SIDE), dtype=bool)
     for rank, side in enumerate(sides):
         corner = place(taken, side, rng)

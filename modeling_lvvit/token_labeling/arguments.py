@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -51,6 +52,9 @@ class TokenLabelTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_token_label_options()
+        if not torch.accelerator.is_available():
+            # said openly, the library allows bfloat16 on a CPU; and there is nothing to pin memory for
+            self.use_cpu, self.dataloader_pin_memory = True, False
         scale_learning_rate = self.learning_rate is None
         if scale_learning_rate:
             self.learning_rate = self.base_learning_rate

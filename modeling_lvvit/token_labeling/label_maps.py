@@ -76,7 +76,7 @@ def build_palette(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         `palette`, `(batch_size, U)` int64, ascending class ids, padded with 0 to the longest list of the batch; and
-        `palette_index`, `(batch_size, K, rows, columns)` int16, with `palette[b, palette_index[b]] == ids[b]`.
+        `palette_index`, `(batch_size, K, rows, columns)` int16 (int32 for lists that need it), with `palette[b, palette_index[b]] == ids[b]`.
 
     Example: ids of a one-row map with K = 1, `[[[[7, 3, 7]]]]`, give palette `[[3, 7]]` and index `[[[[1, 0, 1]]]]`.
     """
@@ -87,7 +87,8 @@ def build_palette(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     palette = torch.zeros(batch_size, int(position[:, -1].max()) + 1, dtype=torch.long)
     sample, class_id = named.nonzero(as_tuple=True)
     palette[sample, position[sample, class_id].long()] = class_id
-    return palette, position.gather(1, flat).to(torch.int16).view(ids.shape)
+    index_type = torch.int16 if palette.shape[1] <= 2**15 else torch.int32
+    return palette, position.gather(1, flat).to(index_type).view(ids.shape)
 
 
 @dataclass

@@ -92,8 +92,8 @@ class TrainTransform:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if token_label_ids is not None:
             step = -1 if mirrored else 1
-            sample["token_label_ids"] = torch.from_numpy(np.ascontiguousarray(token_label_ids[..., ::step]))
-            sample["token_label_scores"] = torch.from_numpy(np.ascontiguousarray(token_label_scores[..., ::step]))
+            sample["token_label_ids"] = torch.from_numpy(token_label_ids[..., ::step].copy())
+            sample["token_label_scores"] = torch.from_numpy(token_label_scores[..., ::step].copy())
         image, sample["crop_box"] = self._random_resized_crop(image)
         if self.color_jitter is not None:
             image = self.color_jitter(image)

@@ -1,0 +1,100 @@
+"""Recipes and options."""
+
+import pytest
+import yaml
+
+from modeling_lvvit.command_line import RECIPES, find_recipe, parse, prepare_output_dir
+
+
+def write_recipe(folder, **options) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(options))
+    return str(path)
+
+
+def test_no_arguments_mean_the_embedded_recipe():
+    model_args, data_args, training_args = parse([])
+    assert data_args.dataset_name is None
+    assert model_args.image_height_width == (64, 64)
+    assert training_args.output_dir == "outputs/digit_scenes"
+
+
+def test_options_override_the_embedded_recipe():
+    model_args, _, training_args = parse(["--bf16", "--max_steps", "7"])
+    assert training_args.max_steps == 7
+    assert training_args.bf16 is True
+    assert model_args.config_overrides is not None
+
+
+def test_own_data_start_from_the_defaults():
+    model_args, data_args, training_args = parse(["--dataset_name", "pets", "--variant", "lvvit_t_224"])
+    assert (data_args.dataset_name, data_args.horizontal_flip) == ("pets", 0.5)
+    assert model_args.config_overrides is None
+    assert training_args.weight_decay == 0.05
+
+
+def test_options_override_a_recipe_file(tmp_path):
+    recipe = write_recipe(tmp_path, dataset_name="pets", learning_rate="2e-3", num_train_epochs=3, seed=5)
+    _, data_args, training_args = parse([recipe, "--num_train_epochs", "9"])
+    assert data_args.dataset_name == "pets"
+    assert (training_args.learning_rate, training_args.num_train_epochs, training_args.seed) == (2e-3, 9, 5)
+
+
+@pytest.mark.parametrize("text", ['{"hidden_size": 64}', "{hidden_size: 64}"])
+def test_configuration_overrides_are_a_mapping(text):
+    assert parse(["--config_overrides", text])[0].config_overrides == {"hidden_size": 64}
+
+
+def test_unknown_recipe_key_is_named_with_the_nearest_one(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"recipe.yaml has unknown options: learning_rat \(did you mean learning_rate\?\)"
+    ):
+        parse([write_recipe(tmp_path, learning_rat=1e-3)])
+
+
+def test_unknown_option_is_named_with_the_nearest_one():
+    with pytest.raises(ValueError, match=r"dense_wieght \(did you mean dense_weight\?\)"):
+        parse(["--dense_wieght", "1"])
+
+
+def test_missing_and_malformed_recipes_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="ships only: digit_scenes"):
+        parse(["nowhere.yaml"])
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        parse([str(bad)])
+    bad.write_text("- a\n- b")
+    with pytest.raises(ValueError, match="must be a mapping"):
+        parse([str(bad)])
+
+
+def test_two_sources_of_the_model_are_refused():
+    with pytest.raises(ValueError, match="not both"):
+        parse(["--variant", "lvvit_t_224", "--model_name_or_path", "x"])
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_parses(path):
+    assert find_recipe(path.stem) == path
+    parse([path.stem])
+
+
+def test_output_directory_of_another_run_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    model_args, _, training_args = parse(["--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="holds another run"):
+        prepare_output_dir(model_args, training_args)
+    model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--overwrite_output_dir"])
+    prepare_output_dir(model_args, training_args)
+
+
+def test_resuming_finds_the_last_checkpoint(tmp_path):
+    model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"])
+    with pytest.raises(ValueError, match="no checkpoint"):
+        prepare_output_dir(model_args, training_args)
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"])
+    prepare_output_dir(model_args, training_args)
+    assert training_args.resume_from_checkpoint.endswith("checkpoint-10")

@@ -1,0 +1,268 @@
+"""From a row to a batch: columns, transforms, samples, collator, checks."""
+
+from collections.abc import Callable
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import MAP_COLUMNS, MAP_ROWS, NUM_CLASSES, K, encode_picture, labelled_table
+from PIL import Image
+
+from modeling_lvvit.token_labeling import AugmentationConfig, TokenLabelCollator, TokenLabelDataset, TrainTransform
+from modeling_lvvit.token_labeling.collator import draw_mix_box
+from modeling_lvvit.token_labeling.data import DataArguments, has_dense_columns, open_datasets
+from modeling_lvvit.token_labeling.label_columns import IDS_COLUMN, SCORES_COLUMN, to_numpy
+
+
+DENSE = {"ids_column": IDS_COLUMN, "scores_column": SCORES_COLUMN}
+
+
+def plain_transform(**strengths) -> TrainTransform:
+    settings = {"horizontal_flip": 0.0, "color_jitter": 0.0, "random_erasing": 0.0, **strengths}
+    return TrainTransform((32, 48), [0.5] * 3, [0.5] * 3, AugmentationConfig(**settings))
+
+
+def samples_of(rows: datasets.Dataset, transform: Callable | None = None) -> TokenLabelDataset:
+    return TokenLabelDataset(rows, transform or plain_transform(), **DENSE)
+
+
+def with_column(name: str, change: Callable[[list], list], column_type: pa.DataType | None = None) -> datasets.Dataset:
+    """The test table with one column changed as Python lists."""
+    table = labelled_table()
+    position = table.column_names.index(name)
+    column_type = column_type or table.schema.field(name).type
+    values = change(table[name].to_pylist())
+    table = table.replace_schema_metadata(None).set_column(position, name, pa.array(values, column_type))
+    return datasets.Dataset(table).cast_column("image", datasets.Image())
+
+
+def test_columns_come_back_as_written(labelled_rows, tmp_path):
+    pq.write_table(labelled_rows.data.table, tmp_path / "train.parquet")
+    loaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "train.parquet"), split="train")
+    for rows in (labelled_rows, loaded):
+        ids = to_numpy(rows.with_format("arrow")[:][IDS_COLUMN])
+        assert ids.shape == (12, K, MAP_ROWS, MAP_COLUMNS)
+        assert ids.dtype == np.int16
+        assert ids[3].tolist() == labelled_rows[3][IDS_COLUMN]
+    assert to_numpy(loaded.with_format("arrow")[:][SCORES_COLUMN]).dtype == np.float16
+
+
+@pytest.mark.parametrize("kind", ["variable lists", "Array3D"])
+def test_other_layouts_of_dense_columns_are_read(kind, labelled_rows):
+    shape = (K, MAP_ROWS, MAP_COLUMNS)
+    features = labelled_rows.features.copy()
+    for name, value in ((IDS_COLUMN, "int16"), (SCORES_COLUMN, "float16")):
+        nested = datasets.List(datasets.List(datasets.List(datasets.Value(value))))
+        features[name] = datasets.Array3D(shape, value) if kind == "Array3D" else nested
+    rows = datasets.Dataset.from_list(labelled_rows.to_list(), features=features)
+    expected = samples_of(labelled_rows).label_map(5)
+    for ours, reference in zip(samples_of(rows).label_map(5), expected):
+        assert np.array_equal(ours, reference)
+
+
+def test_shuffled_rows_keep_image_and_map_together(labelled_rows):
+    order = [7, 2, 9]
+    shuffled = samples_of(labelled_rows.select(order))
+    for position, row in enumerate(order):
+        assert np.array_equal(shuffled.label_map(position)[0], samples_of(labelled_rows).label_map(row)[0])
+        assert np.array_equal(
+            np.asarray(shuffled.picture(position)), np.asarray(samples_of(labelled_rows).picture(row))
+        )
+
+
+def test_flip_mirrors_image_and_map():
+    picture = np.zeros((40, 60, 3), dtype=np.uint8)
+    picture[:, :30] = 255  # left half white
+    ids = np.arange(6, dtype=np.int16).reshape(1, 2, 3)
+    transform = plain_transform(horizontal_flip=1.0, crop_scale=(1.0, 1.0), crop_ratio=(1.5, 1.5))
+    sample = transform(Image.fromarray(picture), ids, ids.astype(np.float16))
+    assert sample["pixel_values"][0, 16, 40] > 0.9  # now the right half is white
+    assert sample["pixel_values"][0, 16, 8] < -0.9
+    assert sample["token_label_ids"].tolist() == [[[2, 1, 0], [5, 4, 3]]]
+
+
+def test_crop_box_tells_where_the_pixels_come_from():
+    """On a picture whose colour is its position, the crop's corner colours are the box."""
+    rows, columns = np.mgrid[0:100, 0:150]
+    picture = np.stack([columns / 149, rows / 99, 0 * rows], axis=-1)
+    transform = plain_transform(crop_scale=(0.2, 0.4))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        sample = transform(Image.fromarray(np.uint8(255 * picture)))
+        left, top, right, bottom = sample["crop_box"].tolist()
+        pixels = sample["pixel_values"] * 0.5 + 0.5
+        assert pixels[0, 16, 0].item() == pytest.approx(left, abs=0.03)
+        assert pixels[0, 16, -1].item() == pytest.approx(right, abs=0.03)
+        assert pixels[1, 0, 24].item() == pytest.approx(top, abs=0.03)
+        assert pixels[1, -1, 24].item() == pytest.approx(bottom, abs=0.03)
+
+
+def test_same_seed_gives_the_same_samples(labelled_rows):
+    transform = TrainTransform((32, 48), [0.5] * 3, [0.5] * 3)
+    first, second = (torch.manual_seed(3) and samples_of(labelled_rows, transform)[0] for _ in range(2))
+    assert all(torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name])) for name in first)
+
+
+@pytest.mark.parametrize("strengths", [{"horizontal_flip": 2}, {"crop_scale": (0, 1)}, {"color_jitter": -1}])
+def test_impossible_strengths_are_refused(strengths):
+    with pytest.raises(ValueError, match=next(iter(strengths))):
+        AugmentationConfig(**strengths)
+
+
+def test_collator_makes_a_training_batch(labelled_rows):
+    samples = samples_of(labelled_rows).__getitems__([0, 1, 2])
+    batch = TokenLabelCollator((4, 6))(samples)
+    assert batch["pixel_values"].shape == (3, 3, 32, 48)
+    assert batch["mix_mask"].shape == (3, 4, 6)
+    ids = batch["token_label_palette"].gather(1, batch["token_label_index"].long().flatten(1))
+    assert torch.equal(ids.view(3, K, MAP_ROWS, MAP_COLUMNS)[1].short(), samples[1]["token_label_ids"])
+
+
+def test_collator_does_not_mix_evaluation_samples():
+    batch = TokenLabelCollator((4, 6))([{"pixel_values": torch.zeros(3, 32, 48), "labels": 1}] * 2)
+    assert set(batch) == {"pixel_values", "labels"}
+
+
+def test_mix_boxes_stay_on_the_grid_and_have_the_drawn_area():
+    torch.manual_seed(0)
+    areas = []
+    for _ in range(500):
+        left, top, right, bottom = draw_mix_box((4, 9), alpha=1.0)
+        assert 0 <= left <= right <= 9
+        assert 0 <= top <= bottom <= 4
+        areas.append((right - left) * (bottom - top) / 36)
+    assert 0.2 < np.mean(areas) < 0.5  # half of the area, less what is cut off at the border and rounded down
+
+
+def break_image(row: int, content: bytes | None) -> datasets.Dataset:
+    def change(values):
+        values[row] = {"bytes": content, "path": "broken.jpg"} if content is not None else None
+        return values
+
+    return with_column("image", change)
+
+
+def whole_jpeg() -> bytes:
+    return encode_picture(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+def set_cell(value, row: int = 4):
+    def change(values):
+        values[row][1][2][3] = value
+        return values
+
+    return change
+
+
+BROKEN_ROWS = {
+    "missing image": (lambda: break_image(4, None), r"row 4.*no image"),
+    "truncated JPEG": (lambda: break_image(4, whole_jpeg()[:-200]), r"row 4 \(broken.jpg\).*cannot be decoded"),
+    "no image file": (lambda: break_image(4, b"hello"), r"row 4 \(broken.jpg\).*cannot be decoded"),
+    "class id too large": (lambda: with_column(IDS_COLUMN, set_cell(NUM_CLASSES)), r"row 4.*class id 7 is outside \[0, 7\)"),
+    "negative class id": (lambda: with_column(IDS_COLUMN, set_cell(-1)), r"row 4.*class id -1"),
+    "NaN score": (lambda: with_column(SCORES_COLUMN, set_cell(float("nan"))), r"row 4.*NaN"),
+    "label too large": (lambda: with_column("label", lambda v: [*v[:4], 9, *v[5:]]), r"row 4.*class id 9"),
+    "missing label": (lambda: with_column("label", lambda v: [*v[:4], None, *v[5:]]), r"row 4.*class id None"),
+    "missing map": (lambda: with_column(IDS_COLUMN, lambda v: [*v[:4], None, *v[5:]]), r"row 4 has no label map"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN_ROWS)
+def test_broken_rows_are_named_before_training(case):
+    make_rows, message = BROKEN_ROWS[case]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        samples_of(make_rows()).check_rows(NUM_CLASSES)
+
+
+def test_whole_rows_pass_the_check(labelled_rows):
+    samples_of(labelled_rows).check_rows(NUM_CLASSES)
+
+
+def test_missing_file_is_named(labelled_rows, tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "gone.jpg")], "label": [0]})
+    samples = TokenLabelDataset(rows.cast_column("image", datasets.Image()), plain_transform())
+    with pytest.raises(ValueError, match=r"row 0 .*gone.jpg.*does not exist"):
+        samples.check_rows(NUM_CLASSES)
+
+
+def test_broken_image_is_named_when_it_is_read():
+    with pytest.raises(ValueError, match=r"Row 4 of the train data \(broken.jpg\)"):
+        samples_of(break_image(4, whole_jpeg()[:-200])).__getitems__([3, 4])
+
+
+def test_wrong_rank_is_refused():
+    flat = with_column(IDS_COLUMN, lambda v: [m[0] for m in v], pa.list_(pa.list_(pa.int16(), MAP_COLUMNS), MAP_ROWS))
+    with pytest.raises(ValueError, match=r"rank 3.*got rank 2"):
+        samples_of(flat)
+
+
+def test_k_mismatch_is_refused():
+    fewer = pa.list_(pa.list_(pa.list_(pa.int16(), MAP_COLUMNS), MAP_ROWS), K - 1)
+    with pytest.raises(ValueError, match=r"same \[K, rows, columns\]"):
+        samples_of(with_column(IDS_COLUMN, lambda v: [m[:-1] for m in v], fewer))
+
+
+def test_k_mismatch_of_single_rows_is_named():
+    nested = pa.list_(pa.list_(pa.list_(pa.int16())))
+    rows = with_column(IDS_COLUMN, lambda v: [*v[:4], v[4][:-1], *v[5:]], nested)
+    with pytest.raises(ValueError, match="row 4 has a label map of another shape"):
+        samples_of(rows).check_rows(NUM_CLASSES)
+
+
+def test_float_ids_are_refused():
+    nested = pa.list_(pa.list_(pa.list_(pa.float32())))
+    with pytest.raises(ValueError, match="must hold integers"):
+        samples_of(with_column(IDS_COLUMN, lambda v: v, nested))
+
+
+def test_missing_column_is_named(labelled_rows):
+    with pytest.raises(ValueError, match=r"no column 'picture'; it has \['image'"):
+        TokenLabelDataset(labelled_rows, plain_transform(), image_column="picture")
+
+
+def test_only_one_dense_column_is_refused(labelled_rows):
+    with pytest.raises(ValueError, match="need both"):
+        has_dense_columns(labelled_rows.remove_columns(SCORES_COLUMN), DataArguments())
+
+
+def write_image_folder(root, count: int = 4) -> None:
+    for split in ("train", "validation"):
+        for name in ("cat", "dog"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                (folder / f"{index}.jpg").write_bytes(whole_jpeg())
+
+
+def test_image_folder_opens(tmp_path):
+    write_image_folder(tmp_path / "pets")
+    train, evaluation = open_datasets(DataArguments(dataset_name=str(tmp_path / "pets")), seed=0)
+    assert train.features["label"].names == ["cat", "dog"]
+    assert (len(train), len(evaluation)) == (8, 8)
+
+
+def test_parquet_file_opens_and_is_split(tmp_path, labelled_rows):
+    path = tmp_path / "all.parquet"
+    pq.write_table(labelled_rows.data.table, path)
+    train, evaluation = open_datasets(DataArguments(dataset_name=str(path), eval_fraction=0.25), seed=0)
+    assert (len(train), len(evaluation)) == (9, 3)
+
+
+def test_class_names_as_text_become_ids(tmp_path, labelled_rows):
+    names = ["no", "yes"] * 6
+    rows = labelled_rows.remove_columns("label").add_column("kind", names)
+    rows.to_parquet(tmp_path / "train.parquet")
+    arguments = DataArguments(dataset_name=str(tmp_path), label_column="kind")
+    train, evaluation = open_datasets(arguments, seed=0)
+    assert train.features["kind"].names == evaluation.features["kind"].names == ["no", "yes"]
+
+
+def test_wrong_path_and_split_are_named(tmp_path, labelled_rows):
+    with pytest.raises(FileNotFoundError, match=r"no data set at .*missing"):
+        open_datasets(DataArguments(dataset_name=str(tmp_path / "missing")), seed=0)
+    labelled_rows.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"no split 'dev'; it has \['train'\]"):
+        open_datasets(DataArguments(dataset_name=str(tmp_path), eval_split="dev"), seed=0)

@@ -1,0 +1,122 @@
+"""Rules of the code base that a test can see."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "modeling_lvvit"
+LIGHT = {"torch", "transformers", "huggingface_hub", "math", "dataclasses", "collections", "typing"}
+# file -> what it may import: third-party roots (None: any but those in HEAVY) and modules of the package
+HUB_FILES = {
+    "configuration_lvvit.py": set(),
+    "modeling_lvvit.py": {"configuration_lvvit"},
+}
+TOKEN_LABELING = {
+    "label_maps.py": set(),
+    "label_columns.py": set(),
+    "transforms.py": set(),
+    "annotation.py": {"label_maps"},
+    "collator.py": {"label_maps"},
+    "losses.py": {"label_maps"},
+    "metrics.py": set(),
+    "arguments.py": set(),
+    "callbacks.py": set(),
+    "dataset.py": {"label_columns"},
+    "data.py": {"label_columns", "transforms"},
+    "trainer.py": {"arguments", "callbacks", "collator", "dataset", "label_maps", "losses", "metrics"},
+    "__init__.py": {"arguments", "collator", "dataset", "trainer", "transforms"},
+}
+WITHOUT_TRANSFORMERS = {
+    "label_maps.py",
+    "label_columns.py",
+    "transforms.py",
+    "annotation.py",
+    "collator.py",
+    "losses.py",
+}
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """Absolute roots and relative modules that a file imports."""
+    roots, relative = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            roots.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            relative.add("." * (node.level - 1) + (node.module or ""))
+    return roots, relative
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_hub_files_need_only_torch_and_transformers(name):
+    roots, relative = imports_of(PACKAGE / name)
+    assert roots <= LIGHT
+    assert relative <= HUB_FILES[name]
+
+
+def test_every_token_labeling_file_has_a_rule():
+    assert {path.name for path in (PACKAGE / "token_labeling").glob("*.py")} == set(TOKEN_LABELING)
+
+
+@pytest.mark.parametrize("name", TOKEN_LABELING)
+def test_token_labeling_imports_no_model(name):
+    roots, relative = imports_of(PACKAGE / "token_labeling" / name)
+    assert relative <= TOKEN_LABELING[name]
+    assert not roots & {"modeling_lvvit", "dataset_scripts", "timm"}
+    if name in WITHOUT_TRANSFORMERS:
+        assert "transformers" not in roots
+
+
+def test_dataset_scripts_import_no_model():
+    for path in (ROOT / "dataset_scripts").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("modeling_lvvit"):
+                assert node.module.startswith("modeling_lvvit.token_labeling"), path
+
+
+def python_files() -> list[Path]:
+    folders = [PACKAGE, ROOT / "dataset_scripts", ROOT / "tests"]
+    return [*(path for folder in folders for path in folder.rglob("*.py")), ROOT / "train_tl.py", ROOT / "setup.py"]
+
+
+def test_functions_are_at_most_sixty_lines():
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                docstring = ast.get_docstring(node, clean=False) or ""
+                assert node.end_lineno - node.lineno - docstring.count("\n") <= 60, f"{path.name}: {node.name}"
+
+
+def test_every_file_and_public_name_has_a_docstring():
+    for path in [path for path in python_files() if "tests" not in path.parts]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree) or not tree.body, path
+        for node in tree.body:
+            if (
+                isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                and not node.name.startswith("_")
+                and node.name != "main"
+            ):
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_nothing_loads_pickles_unsafely():
+    for path in python_files():
+        for call in re.findall(r"torch\.load\([^)]*\)", path.read_text(encoding="utf-8")):
+            assert "weights_only=True" in call or path.parent.name == "tests", path
+
+
+def test_top_level_is_as_agreed():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    allowed = {"modeling_lvvit", "dataset_scripts", "tests", "model_cards", "train_tl.py", "setup.py"}
+    allowed |= {"README.md", "LICENSE", "CONTRIBUTING.md", "pyproject.toml"}
+    assert {name.split("/")[0] for name in tracked if not name.startswith(".")} <= allowed

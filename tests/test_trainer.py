@@ -1,0 +1,234 @@
+"""The Trainer: what is trained, how it is weighted, accumulated, averaged and resumed."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from conftest import NUM_CLASSES
+from safetensors.torch import load_file
+from test_data_path import plain_transform, samples_of
+from transformers import BitImageProcessor, TrainerCallback
+
+from modeling_lvvit.token_labeling import (
+    ImageProcessorTransform,
+    TokenLabelCollator,
+    TokenLabelDataset,
+    TokenLabelTrainer,
+    TokenLabelTrainingArguments,
+)
+
+
+def arguments(folder, **overrides) -> TokenLabelTrainingArguments:
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 6,
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return TokenLabelTrainingArguments(**{**settings, **overrides})
+
+
+def trainer_for(model, rows, folder, with_maps: bool = True, **overrides) -> TokenLabelTrainer:
+    samples = samples_of(rows) if with_maps else TokenLabelDataset(rows, plain_transform())
+    return TokenLabelTrainer(model, arguments(folder, **overrides), train_dataset=samples)
+
+
+def freeze_batch_norm(model) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train(False)
+            module.train = lambda mode=True: None
+
+
+def test_one_step_changes_every_parameter(tiny_model, labelled_rows, tmp_path):
+    before = copy.deepcopy(tiny_model.state_dict())
+    trainer_for(tiny_model, labelled_rows, tmp_path).train()
+    same = [name for name, value in tiny_model.named_parameters() if torch.equal(value, before[name])]
+    assert same == []
+
+
+def test_plain_labels_leave_the_patch_head_and_switch_it_off(tiny_model, labelled_rows, tmp_path):
+    before = tiny_model.patch_classifier.weight.clone()
+    trainer_for(tiny_model, labelled_rows, tmp_path, with_maps=False, weight_decay=0.0).train()
+    assert torch.equal(tiny_model.patch_classifier.weight, before)
+    assert tiny_model.config.patch_logits_weight == 0.0
+
+
+def test_zero_dense_weight_trains_like_plain_labels(tiny_model, labelled_rows, tmp_path):
+    models = [tiny_model, copy.deepcopy(tiny_model)]
+    trainer_for(models[0], labelled_rows, tmp_path, dense_weight=0.0, cls_target="label").train()
+    trainer_for(models[1], labelled_rows, tmp_path, with_maps=False).train()
+    for ours, reference in zip(models[0].state_dict().values(), models[1].state_dict().values()):
+        assert torch.equal(ours, reference)
+
+
+def test_dense_training_switches_the_patch_head_on_again(tiny_model, labelled_rows, tmp_path):
+    tiny_model.config.patch_logits_weight = 0.0
+    trainer_for(tiny_model, labelled_rows, tmp_path)
+    assert tiny_model.config.patch_logits_weight == 0.5
+
+
+@pytest.mark.parametrize("with_maps", [True, False])
+def test_accumulation_gives_the_gradient_of_the_big_batch(with_maps, tiny_model, labelled_rows, tmp_path):
+    """Batch 12 against 4 x 3: one step of plain gradient descent, batch norm frozen, mixing off."""
+    steps = []
+    for batch_size, accumulation in ((12, 1), (3, 4)):
+        model = copy.deepcopy(tiny_model)
+        freeze_batch_norm(model)
+        trainer = trainer_for(
+            model,
+            labelled_rows,
+            tmp_path,
+            with_maps,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            mix_probability=0.0,
+            optim="sgd",
+            learning_rate=1.0,
+            weight_decay=0.0,
+        )
+        trainer.train()
+        steps.append([new - old for new, old in zip(model.parameters(), tiny_model.parameters())])
+    scale = max(step.abs().max() for step in steps[0])
+    assert scale > 1e-3
+    for big, accumulated in zip(*steps):
+        torch.testing.assert_close(accumulated, big, rtol=1e-4, atol=1e-6 * scale.item())
+
+
+@pytest.mark.parametrize("cls_target", ["dense", "label", "blend"])
+def test_class_token_targets(cls_target, tiny_model, labelled_rows, tmp_path):
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, cls_target=cls_target, label_smoothing_factor=0.0)
+    batch = TokenLabelCollator((4, 6), mix_probability=0.0)(trainer.train_dataset.__getitems__([0, 1, 2, 3]))
+    inputs = {name: value for name, value in batch.items() if name != "pixel_values"}
+    output = {"cls_logits": torch.randn(4, NUM_CLASSES), "patch_logits": torch.randn(4, 24, NUM_CLASSES)}
+    losses = trainer.training_losses(output, inputs, None)
+    log_probabilities = output["cls_logits"].log_softmax(-1)
+    human = -log_probabilities.gather(1, batch["labels"].unsqueeze(1)).mean()
+    if cls_target == "label":
+        torch.testing.assert_close(losses["cls_loss"], human)
+    else:
+        assert (losses["cls_loss"] - human).abs() > 1e-3
+
+
+def test_weight_decay_spares_vectors_class_token_and_positions(tiny_model, labelled_rows, tmp_path):
+    decayed = trainer_for(tiny_model, labelled_rows, tmp_path).get_decay_parameter_names(tiny_model)
+    parameters = dict(tiny_model.named_parameters())
+    assert all(parameters[name].ndim >= 2 for name in decayed)
+    spared = {name.rpartition(".")[2] for name in parameters if name not in decayed and parameters[name].ndim > 1}
+    assert spared == {"cls_token", "position_embeddings"}
+    assert "lvvit.embeddings.patch_embeddings.conv1.weight" in decayed
+
+
+def test_loss_components_are_logged(tiny_model, labelled_rows, tmp_path):
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, max_steps=4, logging_steps=2)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "cls_loss" in entry]
+    assert len(logs) == 2
+    for entry in logs:
+        assert entry["loss"] == pytest.approx(entry["cls_loss"] + entry["token_loss"], rel=1e-4)
+
+
+def test_learning_rate_follows_the_images_per_step(tmp_path):
+    options = {"learning_rate": None, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 4}
+    assert arguments(tmp_path, **options).learning_rate == pytest.approx(1.6e-3 / 4)
+    assert arguments(tmp_path, **{**options, "learning_rate": 0.5}).learning_rate == 0.5
+
+
+BAD_ARGUMENTS = {
+    "dense_weight": -1,
+    "label_temperature": 0,
+    "cls_target": "both",
+    "label_crop": "wrong",
+    "mix_probability": 1.5,
+    "ema_decay": 1.0,
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_impossible_arguments_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        arguments(tmp_path, **{name: BAD_ARGUMENTS[name]})
+
+
+def test_removing_unused_columns_is_refused(tiny_model, labelled_rows, tmp_path):
+    with pytest.raises(ValueError, match="remove_unused_columns"):
+        trainer_for(tiny_model, labelled_rows, tmp_path, remove_unused_columns=True)
+
+
+def test_class_count_of_the_data_must_fit(tiny_model, labelled_rows, tmp_path):
+    tiny_model.config.num_labels = 3
+    with pytest.raises(ValueError, match="7 classes in column 'label', the model has 3"):
+        trainer_for(tiny_model, labelled_rows, tmp_path)
+
+
+def image_processor() -> BitImageProcessor:
+    size = {"height": 32, "width": 48}
+    return BitImageProcessor(size={"shortest_edge": 48}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def test_evaluation_counts_every_image_once(tiny_model, labelled_rows, tmp_path):
+    samples = TokenLabelDataset(labelled_rows, ImageProcessorTransform(image_processor()), name="evaluation")
+    trainer = TokenLabelTrainer(tiny_model, arguments(tmp_path, per_device_eval_batch_size=5), eval_dataset=samples)
+    metrics = trainer.evaluate()
+    pixel_values = torch.stack([samples[index]["pixel_values"] for index in range(12)])
+    with torch.no_grad():
+        logits = tiny_model.eval()(pixel_values).logits
+    labels = torch.tensor(samples.labels(12))
+    assert metrics["eval_accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+    in_top5 = (logits.topk(5).indices == labels.unsqueeze(1)).any(1).float().mean().item()
+    assert metrics["eval_top5_accuracy"] == pytest.approx(in_top5)
+
+
+def test_average_follows_its_formula(tiny_model, labelled_rows, tmp_path):
+    """After two steps: the weights of step 1, then 0.75 of them and 0.25 of step 2 (the first update copies)."""
+    weights = []
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, max_steps=2, ema_decay=0.75)
+    update = trainer.ema.on_step_end
+
+    def record(args, state, control, model=None, **kwargs):
+        weights.append(model.classifier.weight.detach().clone())
+        return update(args, state, control, model=model, **kwargs)
+
+    trainer.ema.on_step_end = record
+    trainer.train()
+    torch.testing.assert_close(tiny_model.classifier.weight, 0.75 * weights[0] + 0.25 * weights[1])
+
+
+def test_resumed_run_ends_like_an_uninterrupted_one(tiny_model, labelled_rows, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9}
+    whole, first, second = (copy.deepcopy(tiny_model) for _ in range(3))
+    trainer_for(whole, labelled_rows, tmp_path / "whole", **options).train()
+    interrupted = trainer_for(first, labelled_rows, tmp_path / "parts", **options)
+    interrupted.add_callback(StopAfter(2))
+    interrupted.train()
+    assert load_file(tmp_path / "parts" / "checkpoint-2" / "ema.safetensors")["n_averaged"] == 2
+    resumed = trainer_for(second, labelled_rows, tmp_path / "parts", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    for ours, reference in zip(second.state_dict().values(), whole.state_dict().values()):
+        assert torch.equal(ours, reference)
+
+
+def test_plain_training_says_that_the_patch_head_is_left_out(tiny_model, labelled_rows, tmp_path, caplog):
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    package_logger = logging.getLogger("modeling_lvvit.token_labeling.trainer")
+    package_logger.setLevel(logging.INFO)
+    package_logger.addHandler(caplog.handler)
+    trainer_for(tiny_model, labelled_rows, tmp_path, with_maps=False)
+    assert "left out of `logits`" in caplog.text
+
+
+class StopAfter(TrainerCallback):
+    """Ends training as an interruption would, after a checkpoint was written."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
