@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "matplotlib>=3.9,<4",
     "numpy>=2.0,<3",
     "pillow>=11,<13",
+    "psutil",
     "pyarrow>=21",
     "PyYAML>=6.0,<7",
     "safetensors>=0.6,<1",

@@ -14,12 +14,20 @@ import datasets
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import StrictDataclassError
+from torch.distributed.run import main as torchrun
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
 from transformers.utils import logging
 
 from dataset_scripts import digit_scenes
 from modeling_lvvit import LVViTConfig, LVViTForImageClassification
-from modeling_lvvit.command_line import ModelArguments, is_main_process, parse, prepare_output_dir
+from modeling_lvvit.command_line import (
+    ModelArguments,
+    is_main_process,
+    missing_cpu_processes,
+    parse,
+    prepare_output_dir,
+)
 from modeling_lvvit.token_labeling import (
     ImageProcessorTransform,
     TokenLabelDataset,
@@ -209,10 +217,14 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
 
 
 def main(arguments: list[str]) -> None:
+    if processes := missing_cpu_processes():
+        os.environ.pop("MASTER_PORT", None)
+        torchrun(["--standalone", f"--nproc_per_node={processes}", __file__, *arguments])
+        return
     try:
         model_args, data_args, training_args = parse(arguments)
         trainer = prepare(model_args, data_args, training_args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"train_tl.py: {error}" if is_main_process() else 1)
     model = trainer.model
     if trainer.is_world_process_zero():

@@ -1,0 +1,183 @@
+"""The program as a user starts it: files in, model folder out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import encode_picture, labelled_table
+from pyarrow import parquet
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import modeling_lvvit  # noqa: F401  registers the model
+
+
+ROOT = Path(__file__).parent.parent
+TINY = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 48, stem_hidden_size: 8, patch_size: 8}"
+pytestmark = pytest.mark.slow
+
+
+def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf_home"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**settings, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def options(data: Path, output: Path, *more: str) -> list[str]:
+    command = ["--dataset_name", str(data), "--output_dir", str(output), "--image_size", "32"]
+    command += ["--config_overrides", TINY, "--per_device_train_batch_size", "4", "--report_to", "none"]
+    return [*command, *more]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("own data")
+    parquet.write_table(labelled_table(24), folder / "train.parquet")
+    parquet.write_table(labelled_table(10, seed=1), folder / "test.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """A folder that two processes wrote in two epochs, in bfloat16."""
+    output = tmp_path_factory.mktemp("runs") / "a run"
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "bf16"]
+    result = run([*launch, "train_tl.py", *options(data, output, "--num_train_epochs", "2")], data)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 a step" not in result.stdout
+    assert "24 training images, 8 a step" in result.stdout
+    assert "top-1 on 10 evaluation images" in result.stdout
+    return output
+
+
+def test_everything_is_saved(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "modeling_lvvit.py"} <= names
+    assert {"configuration_lvvit.py", "README.md", "predictions.png", "eval_results.json", "all_results.json"} <= names
+    assert 0 <= json.loads((trained / "eval_results.json").read_text())["eval_accuracy"] <= 1
+    card = (trained / "README.md").read_text()
+    assert "trained with token labels" in card
+    assert "![Test images" in card
+
+
+FRESH_PROCESS = """
+import sys, torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+folder, picture, output = sys.argv[1:]
+options = {"trust_remote_code": True}
+config = AutoConfig.from_pretrained(folder, **options)
+model = AutoModelForImageClassification.from_pretrained(folder, **options)
+trunk = AutoModel.from_pretrained(folder, **options)
+images = torch.arange(2 * 3 * 32 * 32.0).reshape(2, 3, 32, 32).sin()
+with torch.no_grad():
+    logits, tokens = model.eval()(images).logits, trunk.eval()(images).last_hidden_state
+predictions = pipeline("image-classification", model=folder, **options)(picture)
+assert not any(name.split(".")[0] == "modeling_lvvit" for name in sys.modules), "the package was imported"
+torch.save({"logits": logits, "tokens": tokens, "type": config.model_type, "label": predictions[0]["label"]}, output)
+"""
+
+
+def test_fresh_process_without_the_package_gives_the_same_logits(trained, tmp_path):
+    (tmp_path / "picture.jpg").write_bytes(encode_picture(torch.full((50, 70, 3), 90, dtype=torch.uint8).numpy()))
+    # started elsewhere and with -P, so that the package could only be found if it were asked for by name
+    code = [
+        sys.executable,
+        "-P",
+        "-c",
+        FRESH_PROCESS,
+        str(trained),
+        str(tmp_path / "picture.jpg"),
+        str(tmp_path / "out.pt"),
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run(code, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    fresh = torch.load(tmp_path / "out.pt", weights_only=True)
+    model = AutoModelForImageClassification.from_pretrained(trained).eval()
+    images = torch.arange(2 * 3 * 32 * 32.0).reshape(2, 3, 32, 32).sin()
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, fresh["logits"])
+        assert torch.equal(model.lvvit(images).last_hidden_state, fresh["tokens"])
+    assert fresh["type"] == "lvvit"
+    assert fresh["label"] in model.config.label2id
+
+
+def test_image_processor_is_the_one_of_training(trained):
+    processor = AutoImageProcessor.from_pretrained(trained)
+    assert (processor.crop_size["height"], processor.size["shortest_edge"]) == (32, 35)
+
+
+def test_finished_run_is_not_written_over_and_finetunes(trained, data, tmp_path):
+    before = (trained / "model.safetensors").read_bytes()
+    result = run(["train_tl.py", *options(data, trained)], data)
+    assert result.returncode == 1
+    assert "holds another run" in result.stderr
+    assert (trained / "model.safetensors").read_bytes() == before
+    fine = ["--dataset_name", str(data), "--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "fine")]
+    result = run(
+        ["train_tl.py", *fine, "--max_steps", "2", "--use_token_labels", "False", "--report_to", "none"], data
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "plain labels" in result.stdout
+    assert json.loads((tmp_path / "fine" / "config.json").read_text())["patch_logits_weight"] == 0.0
+
+
+def test_other_class_count_is_refused_or_makes_new_heads(trained, tmp_path):
+    for name in ("cat", "dog"):
+        folder = tmp_path / "pets" / "train" / name
+        folder.mkdir(parents=True)
+        for index in range(8):
+            (folder / f"{index}.png").write_bytes(
+                encode_picture(torch.full((40, 50, 3), 9 * index).byte().numpy(), "PNG")
+            )
+    command = ["train_tl.py", "--dataset_name", str(tmp_path / "pets"), "--model_name_or_path", str(trained)]
+    command += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--report_to", "none"]
+    result = run(command, tmp_path)
+    assert result.returncode == 1
+    assert "has 7 classes, the data has 2" in result.stderr
+    assert not (tmp_path / "run").exists()
+    result = run([*command, "--ignore_mismatched_sizes"], tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+    assert model.patch_classifier.out_features == 2
+
+
+def test_killed_run_continues(data, tmp_path):
+    command = ["train_tl.py", *options(data, tmp_path / "run", "--save_strategy", "steps", "--save_steps", "3")]
+    short, whole = ["--max_steps", "3"], ["--max_steps", "6"]
+    assert run([*command, *short], data).returncode == 0
+    result = run([*command, *whole, "--resume_from_checkpoint", "last"], data)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 6
+
+
+REFUSED = {
+    "odd patch size": (["--config_overrides", "{patch_size: 7}"], "`patch_size` must be even, got 7"),
+    "image size": (["--image_size", "30"], "multiples of `patch_size`"),
+    "unused columns": (["--remove_unused_columns", "True"], "leave it at False"),
+    "unknown option": (["--dense_wieght", "1"], "did you mean dense_weight?"),
+    "no data": (["--dataset_name", "./nowhere"], "There is no data set at"),
+    "no such column": (["--label_column", "kind"], "has no column 'kind'"),
+    "nothing to resume": (["--resume_from_checkpoint", "last"], "There is no checkpoint in"),
+    "unknown variant": (["--variant", "lvvit_xl"], "Unknown LV-ViT variant 'lvvit_xl'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_mistakes_stop_with_one_clear_line(case, data, tmp_path):
+    extra, message = REFUSED[case]
+    result = run(["train_tl.py", *options(data, tmp_path / "run"), *extra], data)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
