@@ -120,3 +120,8 @@ def test_top_level_is_as_agreed():
     allowed = {"modeling_lvvit", "dataset_scripts", "tests", "model_cards", "train_tl.py", "setup.py"}
     allowed |= {"README.md", "LICENSE", "CONTRIBUTING.md", "pyproject.toml"}
     assert {name.split("/")[0] for name in tracked if not name.startswith(".")} <= allowed
+
+
+def test_readme_names_the_command_that_ci_runs():
+    command = (ROOT / ".ci" / "run").read_text(encoding="utf-8").strip().splitlines()[-1]
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
