@@ -181,3 +181,15 @@ def test_mistakes_stop_with_one_clear_line(case, data, tmp_path):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_share_the_images_and_end_with_equal_weights(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = run([*launch, str(ROOT / "tests" / "two_processes.py"), str(tmp_path)], tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    for epoch in (slice(0, 8), slice(8, 16)):
+        assert sorted(first["seen"][epoch] + second["seen"][epoch]) == list(range(16))
+    assert first["seen"][:8] != first["seen"][8:]
+    assert first["weights"] == second["weights"]
+    assert all(a != b for a, b in zip(first["crops"], second["crops"]))

@@ -55,6 +55,8 @@ class TokenLabelTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             # said openly, the library allows bfloat16 on a CPU; and there is nothing to pin memory for
             self.use_cpu, self.dataloader_pin_memory = True, False
+        if self.data_seed is None:
+            self.data_seed = self.seed  # the order of images must not hang on what each process drew before
         scale_learning_rate = self.learning_rate is None
         if scale_learning_rate:
             self.learning_rate = self.base_learning_rate

@@ -79,6 +79,8 @@ class TokenLabelTrainer(Trainer):
             compute_metrics=compute_metrics,
             **kwargs,
         )
+        # the Trainer seeds every process alike; augmentation, mixing and drop path should differ between them
+        torch.manual_seed(args.seed + args.process_index)
         # the loss is ours: the Trainer need not count labels over all processes at every step
         self.model_accepts_loss_kwargs = False
         self.ema = EMACallback(args.ema_decay) if args.ema_decay is not None else None
