@@ -16,16 +16,16 @@ VERSION = next(
 # divided by the accumulation count (`loss_is_scaled_for_ga`). Upper bounds: next major release.
 INSTALL_REQUIRES = [
     "accelerate>=1.12,<2",
-    "datasets>=4.5,<6",
+    "datasets>=5.0,<6",
     "evaluate>=0.4.6,<0.5",
-    "huggingface-hub>=2.0,<3",
+    "huggingface-hub>=1.31,<3",
     "matplotlib>=3.9,<4",
     "numpy>=2.0,<3",
     "pillow>=11,<13",
     "psutil",
     "pyarrow>=21",
     "PyYAML>=6.0,<7",
-    "safetensors>=0.6,<1",
+    "safetensors>=0.8,<1",
     "scikit-learn>=1.6,<2",  # `evaluate` computes with it, and the embedded digits come from it
     "torch>=2.11,<3",
     "torchvision>=0.26,<1",

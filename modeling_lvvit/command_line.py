@@ -1,6 +1,8 @@
 """Command line of the training programs: a recipe file first, then options that override it."""
 
+import argparse
 import difflib
+import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,14 +12,21 @@ import psutil
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from .configuration_lvvit import LVViTConfig
 from .token_labeling import TokenLabelTrainingArguments
+from .token_labeling.callbacks import EMA_FILE
 from .token_labeling.data import DataArguments
 
 
+logger = logging.get_logger(__name__)
 RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED_RECIPE = "digit_scenes"
+# options of the embedded recipe that describe its model, which another choice of model replaces
+MODEL_SHAPE_OPTIONS = ("config_overrides", "image_size", "crop_fraction")
+# fields of LVViTConfig that follow from the data or have an option of their own
+RESERVED_CONFIG_FIELDS = {"id2label", "label2id", "num_labels", "num_channels", "image_size"}
 
 
 @dataclass
@@ -50,18 +59,31 @@ class ModelArguments:
     def __post_init__(self):
         if self.variant and self.model_name_or_path:
             raise ValueError("Give --variant (random weights) or --model_name_or_path (pretrained), not both.")
-        if isinstance(self.config_overrides, str):
-            self.config_overrides = yaml.safe_load(self.config_overrides)
-        if self.config_overrides is not None and not isinstance(self.config_overrides, dict):
-            raise ValueError(
-                f"`config_overrides` must be a mapping of LVViTConfig fields, got {self.config_overrides!r}."
-            )
-        if isinstance(self.image_size, int):
-            self.image_size = [self.image_size]
+        self._check_config_overrides()
         if self.image_size is not None and len(self.image_size) not in (1, 2):
             raise ValueError(f"`image_size` is one side or height and width, got {self.image_size}.")
         if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
             raise ValueError(f"`crop_fraction` must lie in (0, 1], got {self.crop_fraction}.")
+
+    def _check_config_overrides(self):
+        if isinstance(self.config_overrides, str):
+            try:
+                self.config_overrides = yaml.safe_load(self.config_overrides)
+            except yaml.YAMLError as error:
+                raise ValueError(f"`config_overrides` is neither JSON nor YAML: {self.config_overrides!r}.") from error
+        if self.config_overrides is None:
+            return
+        if not isinstance(self.config_overrides, dict):
+            raise ValueError(f"`config_overrides` must be a mapping of fields, got {self.config_overrides!r}.")
+        known = {entry.name for entry in fields(LVViTConfig) if not entry.name.startswith("_")}
+        unknown = [_with_nearest(key, known) for key in self.config_overrides if key not in known]
+        if unknown:
+            raise ValueError(f"`config_overrides` names no field of LVViTConfig: {'; '.join(unknown)}.")
+        if reserved := RESERVED_CONFIG_FIELDS & self.config_overrides.keys():
+            raise ValueError(
+                f"`config_overrides` may not set {', '.join(sorted(reserved))}: classes come from the data, pictures are "
+                "RGB, and the input size is --image_size."
+            )
 
     @property
     def image_height_width(self) -> tuple[int, int] | None:
@@ -84,11 +106,12 @@ def find_recipe(name: str) -> Path:
     raise FileNotFoundError(f"There is no recipe file {name}, and the package ships only: {names}.")
 
 
-def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
-    """Options of a recipe file.
+def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Options of a recipe file, checked and converted as if they stood on the command line.
 
     Raises:
-        ValueError: If the file is not a YAML mapping or has a key that is no option; the message names the nearest one.
+        ValueError: If the file is not a YAML mapping, has a key that is no option (the message names the nearest one) or
+            a value that the option cannot take.
     """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -96,12 +119,31 @@ def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
         raise ValueError(f"Recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"Recipe {path} must be a mapping of options to values, got {type(recipe).__name__}.")
-    unknown = [key for key in recipe if key not in known]
-    if unknown:
-        raise ValueError(
-            f"Recipe {path} has unknown options: {'; '.join(_with_nearest(key, known) for key in unknown)}."
-        )
-    return recipe
+    actions = {action.dest: action for action in parser._actions}
+    if unknown := [_with_nearest(str(key), set(actions)) for key in recipe if key not in actions]:
+        raise ValueError(f"Recipe {path} has unknown options: {'; '.join(unknown)}.")
+    try:
+        return {key: _converted(actions[key], value) for key, value in recipe.items()}
+    except ValueError as error:
+        raise ValueError(f"Recipe {path}: {error}") from error
+
+
+def _converted(action: argparse.Action, value: Any) -> Any:
+    """A YAML value as the option's own conversion would give it."""
+    takes_mapping = action.dest == "config_overrides" or action.dest.endswith(("_kwargs", "_config", "optim_args"))
+    if (isinstance(value, dict) and takes_mapping) or (value is None and action.default is None):
+        return value
+    takes_list = action.nargs in ("+", "*")
+    values = value if isinstance(value, list) and takes_list else [value]
+    try:
+        if any(isinstance(item, (dict, list)) or item is None for item in values):
+            raise ValueError("not a plain value")
+        converted = [action.type(str(item)) if action.type else str(item) for item in values]
+        if action.choices is not None and any(item not in action.choices for item in converted):
+            raise ValueError(f"not one of {list(action.choices)}")
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"option {action.dest} cannot be {value!r} ({error}).") from error
+    return converted if takes_list else converted[0]
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenLabelTrainingArguments]:
@@ -114,41 +156,70 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenLab
         FileNotFoundError: If the recipe does not exist.
     """
     types = (ModelArguments, DataArguments, TokenLabelTrainingArguments)
-    parser = HfArgumentParser(types, prog="train_tl.py", usage="train_tl.py [RECIPE] [--option value ...]")
-    known = {entry.name for kind in types for entry in fields(kind) if entry.init}
-    recipe = None
+    usage = "train_tl.py [RECIPE] [--option value ...]"
+    parser = HfArgumentParser(types, prog="train_tl.py", usage=usage, allow_abbrev=False)
     if arguments and not arguments[0].startswith("-"):
         recipe, *arguments = arguments
-    elif not any(argument.split("=")[0] == "--dataset_name" for argument in arguments):
-        recipe = EMBEDDED_RECIPE
-    if recipe is not None:
-        parser.set_defaults(**read_recipe(find_recipe(recipe), known))
+        parser.set_defaults(**read_recipe(find_recipe(recipe), parser))
+    else:
+        given, _ = parser.parse_known_args(arguments)
+        if given.dataset_name is None:
+            embedded = read_recipe(find_recipe(EMBEDDED_RECIPE), parser)
+            if given.variant or given.model_name_or_path:
+                embedded = {key: value for key, value in embedded.items() if key not in MODEL_SHAPE_OPTIONS}
+            parser.set_defaults(**embedded)
     *parsed, rest = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
+        known = {action.dest for action in parser._actions}
         unknown = [_with_nearest(option.lstrip("-"), known) for option in rest if option.startswith("-")] or rest
         raise ValueError(f"Unknown options: {'; '.join(unknown)}.")
     return tuple(parsed)
+
+
+def is_whole_checkpoint(folder: Path, needs_average: bool) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes its state last, and the weight average follows."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    has_weights = (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
+    return has_weights and (not needs_average or (folder / EMA_FILE).is_file())
+
+
+def last_whole_checkpoint(output_dir: Path, needs_average: bool) -> Path | None:
+    """The newest complete checkpoint of a run; incomplete ones are named in a warning."""
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for folder in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if is_whole_checkpoint(folder, needs_average):
+            return folder
+        logger.warning("%s is incomplete and passed over.", folder)
+    return None
 
 
 def prepare_output_dir(model_args: ModelArguments, training_args: TokenLabelTrainingArguments) -> None:
     """Makes sure that no other run is written over, and finds the checkpoint that `last` stands for.
 
     Raises:
-        ValueError: If `output_dir` holds another run, or there is no checkpoint to resume from.
+        ValueError: If `output_dir` holds another run, or there is no complete checkpoint to resume from.
     """
     output_dir = Path(training_args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file.")
-    if training_args.resume_from_checkpoint == "last":
-        training_args.resume_from_checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-        if training_args.resume_from_checkpoint is None:
-            raise ValueError(f"There is no checkpoint in {output_dir} to resume from.")
+    needs_average = training_args.ema_decay is not None
     resume = training_args.resume_from_checkpoint
-    if resume is not None and not Path(resume).is_dir():
-        raise ValueError(f"There is no checkpoint folder {resume} to resume from.")
-    if resume is None and output_dir.is_dir() and any(output_dir.iterdir()) and not model_args.overwrite_output_dir:
+    if resume == "last":
+        resume = last_whole_checkpoint(output_dir, needs_average)
+        if resume is None:
+            raise ValueError(f"There is no complete checkpoint in {output_dir} to resume from.")
+        training_args.resume_from_checkpoint = str(resume)
+    elif resume is not None and not is_whole_checkpoint(Path(resume), needs_average):
+        wanted = f"trainer_state.json, {SAFE_WEIGHTS_NAME}" + (f" and {EMA_FILE}" if needs_average else "")
+        raise ValueError(f"{resume} is no complete checkpoint folder; it must hold {wanted}.")
+    continues = resume is not None and Path(resume).resolve().parent == output_dir.resolve()
+    holds_files = output_dir.is_dir() and any(output_dir.iterdir())
+    if holds_files and not continues and not model_args.overwrite_output_dir:
         raise ValueError(
             f"{output_dir} holds another run. Choose another --output_dir, continue it with --resume_from_checkpoint "
             "last, or write over it with --overwrite_output_dir."

@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
 
@@ -112,6 +113,8 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"({self.patch_size}), for example "
                 f"{tuple(max(1, round(side / self.patch_size)) * self.patch_size for side in (height, width))}."
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` must lie in [0, 1), got {self.drop_path_rate}.")
 

@@ -98,6 +98,7 @@ def save_prediction_figure(
             f"{class_names[labels[column]]}\n{'✓' if is_right else '✗'} {class_names[predicted]}",
             fontsize=8,
             color="tab:green" if is_right else "tab:red",
+            parse_math=False,  # class names may hold dollar signs
         )
     for row, name in enumerate(names):
         axes[row, 0].set_ylabel(name, fontsize=8)

@@ -91,10 +91,69 @@ def test_output_directory_of_another_run_is_refused(tmp_path):
 
 def test_resuming_finds_the_last_checkpoint(tmp_path):
     model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"])
-    with pytest.raises(ValueError, match="no checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         prepare_output_dir(model_args, training_args)
-    for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (9, 10, 11):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"")
+        (folder / "trainer_state.json").write_text("{}" if step < 11 else "{cut o")
     model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"])
     prepare_output_dir(model_args, training_args)
     assert training_args.resume_from_checkpoint.endswith("checkpoint-10")
+
+
+def test_resuming_elsewhere_does_not_open_the_way_into_another_run(tmp_path):
+    checkpoint = tmp_path / "mine" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    (checkpoint / "trainer_state.json").write_text("{}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"")
+    options = ["--output_dir", str(tmp_path / "other"), "--resume_from_checkpoint", str(checkpoint)]
+    model_args, _, training_args = parse(options)
+    with pytest.raises(ValueError, match="holds another run"):
+        prepare_output_dir(model_args, training_args)
+
+
+@pytest.mark.parametrize("option", ["--dataset_name", "--dataset-name"])
+def test_own_data_never_get_the_embedded_recipe(option):
+    assert parse([option, "pets"])[1].horizontal_flip == 0.5
+
+
+def test_another_model_replaces_the_shape_of_the_embedded_one():
+    model_args, data_args, _ = parse(["--variant", "lvvit_t_224"])
+    assert model_args.config_overrides is None
+    assert model_args.image_size is None
+    assert data_args.horizontal_flip == 0.0
+
+
+BAD_VALUES = {
+    "num_train_epochs": "many",
+    "gradient_accumulation_steps": 2.5,
+    "image_size": 32.5,
+    "horizontal_flip": None,
+    "seed": [1],
+    "cls_target": "both",
+    "use_token_labels": [1],
+    "config_overrides": [1],
+}
+
+
+@pytest.mark.parametrize("option", BAD_VALUES)
+def test_bad_recipe_values_are_named(option, tmp_path):
+    with pytest.raises(ValueError, match=f"option {option} cannot be"):
+        parse([write_recipe(tmp_path, **{option: BAD_VALUES[option]})])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{hiden_size: 32}", r"hiden_size \(did you mean hidden_size"),
+        ("{image_size: 64}", "may not set"),
+        ("{a: [", "neither"),
+    ],
+)
+def test_bad_configuration_overrides_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(["--config_overrides", text])

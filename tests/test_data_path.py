@@ -166,7 +166,7 @@ BROKEN_ROWS = {
     "NaN score": (lambda: with_column(SCORES_COLUMN, set_cell(float("nan"))), r"row 4.*NaN"),
     "label too large": (lambda: with_column("label", lambda v: [*v[:4], 9, *v[5:]]), r"row 4.*class id 9"),
     "missing label": (lambda: with_column("label", lambda v: [*v[:4], None, *v[5:]]), r"row 4.*class id None"),
-    "missing map": (lambda: with_column(IDS_COLUMN, lambda v: [*v[:4], None, *v[5:]]), r"row 4 has no label map"),
+    "missing map": (lambda: with_column(IDS_COLUMN, lambda v: [*v[:4], None, *v[5:]]), r"row 4 .*it has no label map"),
 }  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def test_k_mismatch_is_refused():
 def test_k_mismatch_of_single_rows_is_named():
     nested = pa.list_(pa.list_(pa.list_(pa.int16())))
     rows = with_column(IDS_COLUMN, lambda v: [*v[:4], v[4][:-1], *v[5:]], nested)
-    with pytest.raises(ValueError, match="row 4 has a label map of another shape"):
+    with pytest.raises(ValueError, match=r"row 4 .*its label map has another shape"):
         samples_of(rows).check_rows(NUM_CLASSES)
 
 
@@ -239,7 +239,7 @@ def write_image_folder(root, count: int = 4) -> None:
 
 def test_image_folder_opens(tmp_path):
     write_image_folder(tmp_path / "pets")
-    train, evaluation = open_datasets(DataArguments(dataset_name=str(tmp_path / "pets")), seed=0)
+    train, evaluation, _ = open_datasets(DataArguments(dataset_name=str(tmp_path / "pets")), seed=0)
     assert train.features["label"].names == ["cat", "dog"]
     assert (len(train), len(evaluation)) == (8, 8)
 
@@ -247,7 +247,8 @@ def test_image_folder_opens(tmp_path):
 def test_parquet_file_opens_and_is_split(tmp_path, labelled_rows):
     path = tmp_path / "all.parquet"
     pq.write_table(labelled_rows.data.table, path)
-    train, evaluation = open_datasets(DataArguments(dataset_name=str(path), eval_fraction=0.25), seed=0)
+    train, evaluation, name = open_datasets(DataArguments(dataset_name=str(path), eval_fraction=0.25), seed=0)
+    assert name == "25 % of train, held out"
     assert (len(train), len(evaluation)) == (9, 3)
 
 
@@ -256,7 +257,7 @@ def test_class_names_as_text_become_ids(tmp_path, labelled_rows):
     rows = labelled_rows.remove_columns("label").add_column("kind", names)
     rows.to_parquet(tmp_path / "train.parquet")
     arguments = DataArguments(dataset_name=str(tmp_path), label_column="kind")
-    train, evaluation = open_datasets(arguments, seed=0)
+    train, evaluation, _ = open_datasets(arguments, seed=0)
     assert train.features["kind"].names == evaluation.features["kind"].names == ["no", "yes"]
 
 
@@ -266,3 +267,95 @@ def test_wrong_path_and_split_are_named(tmp_path, labelled_rows):
     labelled_rows.to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"no split 'dev'; it has \['train'\]"):
         open_datasets(DataArguments(dataset_name=str(tmp_path), eval_split="dev"), seed=0)
+
+
+def test_duplicate_class_in_a_cell_is_named():
+    def change(values):
+        values[4][1][2][3] = values[4][0][2][3]
+        return values
+
+    with pytest.raises(ValueError, match=r"row 4 .*a cell names a class twice"):
+        samples_of(with_column(IDS_COLUMN, change)).check_rows(NUM_CLASSES)
+
+
+def test_more_ranks_than_classes_are_refused(labelled_rows):
+    with pytest.raises(ValueError, match=r"\[3, 6, 5\] needs 1 <= K <= 2"):
+        samples_of(labelled_rows).check_rows(2)
+
+
+def test_shapes_are_compared_beyond_one_block(monkeypatch):
+    monkeypatch.setattr("modeling_lvvit.token_labeling.dataset.ROWS_PER_CHECK", 4)
+    nested = {IDS_COLUMN: pa.int16(), SCORES_COLUMN: pa.float16()}
+    table = labelled_table()
+    for name, value_type in nested.items():
+        kind = pa.list_(pa.list_(pa.list_(value_type)))
+        values = [m if row < 8 else m[:2] for row, m in enumerate(table[name].to_pylist())]
+        table = table.replace_schema_metadata(None).set_column(
+            table.column_names.index(name), name, pa.array(values, kind)
+        )
+    rows = datasets.Dataset(table).cast_column("image", datasets.Image())
+    with pytest.raises(ValueError, match=r"row 8 .*\[2, 6, 5\], earlier rows \[3, 6, 5\]"):
+        samples_of(rows).check_rows(NUM_CLASSES)
+
+
+def test_damaged_png_is_named():
+    content = encode_picture(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), "PNG")
+    with pytest.raises(ValueError, match=r"row 4 .*cannot be decoded"):
+        samples_of(break_image(4, content[:4000] + content[-12:])).check_rows(NUM_CLASSES)
+
+
+def test_sixteen_bit_greyscale_keeps_its_tones():
+    values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
+    content = encode_picture(values, "PNG")
+    picture = samples_of(break_image(4, content)).picture(4)
+    assert np.asarray(picture)[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_training_split_never_serves_as_evaluation(tmp_path, labelled_rows):
+    labelled_rows.to_parquet(tmp_path / "test.parquet")
+    arguments = DataArguments(dataset_name=str(tmp_path), train_split="test")
+    train, evaluation, name = open_datasets(arguments, seed=0)
+    assert len(train) + len(evaluation) == 12
+    with pytest.raises(ValueError, match="both training and evaluation"):
+        open_datasets(DataArguments(dataset_name=str(tmp_path), train_split="test", eval_split="test"), seed=0)
+
+
+BAD_LABELS = {
+    "floats": (pa.array([0.5] * 12), "must hold class ids or names, got double"),
+    "missing": (pa.array([None] + [1] * 11, pa.int64()), "Row 0 .* has no label"),
+    "huge ids": (pa.array([3_000_000_000] * 12), "stay below 1,000,000"),
+    "negative ids": (pa.array([-1] * 12), "count from 0"),
+    "one class": (pa.array(["cat"] * 12), "a classifier needs two"),
+    "lists": (pa.array([[1]] * 12), "must hold class ids or names, got list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_columns_that_are_no_labels_are_refused(case, tmp_path):
+    column, message = BAD_LABELS[case]
+    table = labelled_table().select(["image"]).replace_schema_metadata(None).append_column("kind", column)
+    pq.write_table(table, tmp_path / "train.parquet")
+    arguments = DataArguments(dataset_name=str(tmp_path), label_column="kind")
+    with pytest.raises(ValueError, match=message):
+        open_datasets(arguments, seed=0)
+
+
+def test_large_strings_are_class_names(tmp_path):
+    names = pa.array(["no", "yes"] * 6, pa.large_string())
+    table = labelled_table().select(["image"]).replace_schema_metadata(None).append_column("kind", names)
+    pq.write_table(table, tmp_path / "train.parquet")
+    train, _, _ = open_datasets(DataArguments(dataset_name=str(tmp_path), label_column="kind"), seed=0)
+    assert train.features["kind"].names == ["no", "yes"]
+
+
+@pytest.mark.parametrize("options", [{"max_train_samples": 0}, {"max_eval_samples": -1}])
+def test_no_rows_are_refused(options, tmp_path, labelled_rows):
+    labelled_rows.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="There are no (training|evaluation) rows"):
+        open_datasets(DataArguments(dataset_name=str(tmp_path), **options), seed=0)
+
+
+def test_mistyped_dense_columns_are_refused(labelled_rows):
+    arguments = DataArguments(token_label_ids_column="tl_ids", token_label_scores_column="tl_scores")
+    with pytest.raises(ValueError, match="need both 'tl_ids' and 'tl_scores'"):
+        has_dense_columns(labelled_rows, arguments)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_lvvit"
 LIGHT = {"torch", "transformers", "huggingface_hub", "math", "dataclasses", "collections", "typing"}
-# file -> what it may import: third-party roots (None: any but those in HEAVY) and modules of the package
+# file -> the modules of the package that it may import
 HUB_FILES = {
     "configuration_lvvit.py": set(),
     "modeling_lvvit.py": {"configuration_lvvit"},

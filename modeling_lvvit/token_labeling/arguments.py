@@ -37,6 +37,8 @@ class TokenLabelTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 switches it off (recipe)."})
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Smoothing of human and dense targets."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off with dense labels."})
+    # every parameter takes part in every loss, so that there is nothing to search for
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Search for unused parameters."})
     cls_weight: float = field(default=1.0, metadata={"help": "Weight of the class-token loss."})
     dense_weight: float = field(default=1.0, metadata={"help": "Weight of the patch-token loss (beta)."})
     cls_target: Literal["dense", "label", "blend"] = field(
@@ -70,16 +72,22 @@ class TokenLabelTrainingArguments(TrainingArguments):
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def _check_token_label_options(self):
-        for name in ("cls_weight", "dense_weight", "label_temperature", "mix_alpha", "base_learning_rate"):
+        lower = {"cls_weight": 0, "dense_weight": 0, "label_temperature": None, "mix_alpha": None}
+        lower |= {"base_learning_rate": None, "num_train_epochs": None}
+        lower |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+        for name, smallest in lower.items():
             value = getattr(self, name)
-            if value < 0 or (value == 0 and not name.endswith("_weight")):
-                raise ValueError(
-                    f"`{name}` must be {'at least 0' if name.endswith('_weight') else 'positive'}, got {value}."
-                )
+            if not (value > 0 if smallest is None else value >= smallest):  # also refuses NaN
+                wanted = "positive" if smallest is None else f"at least {smallest}"
+                raise ValueError(f"`{name}` must be {wanted}, got {value}.")
         for name, allowed in (("cls_target", ("dense", "label", "blend")), ("label_crop", ("correct", "authors"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(f"`label_smoothing_factor` must lie in [0, 1), got {self.label_smoothing_factor}.")
         if not 0 <= self.mix_probability <= 1:
             raise ValueError(f"`mix_probability` must lie in [0, 1], got {self.mix_probability}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in (0, 1), got {self.ema_decay}.")
+        if self.learning_rate is not None and not self.learning_rate >= 0:
+            raise ValueError(f"`learning_rate` must be at least 0, got {self.learning_rate}.")

@@ -46,10 +46,14 @@ class EMACallback(TrainerCallback):
             os.replace(partial, target)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        average, self.average = self.average, None
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self._load(Path(state.best_model_checkpoint) / EMA_FILE)
-        self._copy(self.average.module, model)
-        self.average = None
+            best = Path(state.best_model_checkpoint) / EMA_FILE
+            if not best.is_file():
+                logger.warning("The best checkpoint has no %s: its raw weights are kept.", EMA_FILE)
+                return
+            self._load(best, average)
+        self._copy(average.module, model)
 
     @contextmanager
     def average_in(self, model: torch.nn.Module):
@@ -76,12 +80,13 @@ class EMACallback(TrainerCallback):
         if found is None:
             logger.warning("The checkpoint has no %s: the weight average starts anew from its weights.", EMA_FILE)
             return
-        self._load(found)
+        self._load(found, self.average)
 
-    def _load(self, path: Path):
+    @staticmethod
+    def _load(path: Path, average: AveragedModel):
         tensors = load_file(path)
-        self.average.n_averaged.copy_(tensors.pop("n_averaged"))
-        self.average.module.load_state_dict(tensors)
+        average.n_averaged.copy_(tensors.pop("n_averaged"))
+        average.module.load_state_dict(tensors)
 
     @staticmethod
     def _copy(source: torch.nn.Module, target: torch.nn.Module):

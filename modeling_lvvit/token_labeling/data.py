@@ -1,9 +1,13 @@
 """Opening data sets: Hub names, image folders, Parquet files and folders of them."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.exceptions import DatasetsError
 from transformers.utils import logging
 
 from .label_columns import IDS_COLUMN, SCORES_COLUMN
@@ -11,6 +15,7 @@ from .transforms import AugmentationConfig
 
 
 logger = logging.get_logger(__name__)
+MAX_CLASSES = 1_000_000  # ids beyond are no class ids
 EVALUATION_SPLITS = ("validation", "val", "valid", "dev", "test")
 
 
@@ -30,7 +35,6 @@ class DataArguments:
         use_token_labels: Whether to train with dense labels where the data has them.
         max_train_samples, max_eval_samples: Keep the first rows only; for trying things out.
         check_data: Whether to look at every row before training.
-        image_size: Side of the model input in pixels, or height and width; default: that of the model.
         crop_scale_min, horizontal_flip, color_jitter, random_erasing: See `AugmentationConfig`.
     """
 
@@ -68,25 +72,32 @@ class DataArguments:
         )
 
 
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path, not a Hub name."""
+    return name.startswith((".", "~", os.sep)) or name.endswith(".parquet") or name.count("/") > 1
+
+
 def _load(args: DataArguments) -> datasets.DatasetDict:
     name = args.dataset_name
     path = Path(name).expanduser()
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".parquet"
-    if looks_local and not path.exists():
+    if looks_local(name) and not path.exists():
         raise FileNotFoundError(
             f"There is no data set at {path.resolve()}. Give a Hub name, a folder or a Parquet file."
         )
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"{path} is neither a folder nor a .parquet file.")
-        return datasets.load_dataset("parquet", data_files={args.train_split: str(path)})
-    return datasets.load_dataset(
-        str(path) if path.is_dir() else name, args.dataset_config_name, revision=args.dataset_revision
-    )
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"{path} is neither a folder nor a .parquet file.")
+    try:
+        if path.is_file():
+            return datasets.load_dataset("parquet", data_files={args.train_split: str(path)})
+        return datasets.load_dataset(
+            str(path) if path.is_dir() else name, args.dataset_config_name, revision=args.dataset_revision
+        )
+    except DatasetsError as error:
+        raise ValueError(f"{name} cannot be read as a data set: {error.__cause__ or error}") from error
 
 
-def open_datasets(args: DataArguments, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training and evaluation rows.
+def open_datasets(args: DataArguments, seed: int) -> tuple[datasets.Dataset, datasets.Dataset, str]:
+    """Training rows, evaluation rows, and what the latter are called.
 
     Args:
         args: What to open.
@@ -94,22 +105,31 @@ def open_datasets(args: DataArguments, seed: int) -> tuple[datasets.Dataset, dat
 
     Raises:
         FileNotFoundError: If a local path does not exist.
-        ValueError: If a split or column is missing; the message names what there is.
+        ValueError: If a split or column is missing, empty or unfit; the message names what there is.
     """
     splits = _load(args)
-    if args.train_split not in splits:
-        raise ValueError(f"{args.dataset_name} has no split {args.train_split!r}; it has {list(splits)}.")
-    if args.eval_split is not None and args.eval_split not in splits:
-        raise ValueError(f"{args.dataset_name} has no split {args.eval_split!r}; it has {list(splits)}.")
+    for name in (args.train_split, args.eval_split or args.train_split):
+        if name not in splits:
+            raise ValueError(f"{args.dataset_name} has no split {name!r}; it has {list(splits)}.")
+    if args.eval_split == args.train_split:
+        raise ValueError(f"Split {args.train_split!r} cannot serve both training and evaluation.")
     train = _with_class_ids(splits[args.train_split], args)
-    eval_split = args.eval_split or next((name for name in EVALUATION_SPLITS if name in splits), None)
-    if eval_split is None:
+    others = [name for name in EVALUATION_SPLITS if name in splits and name != args.train_split]
+    eval_name = args.eval_split or next(iter(others), None)
+    if eval_name is not None:
+        evaluation = _with_class_ids(splits[eval_name], args, like=train)
+    else:
         logger.warning("No evaluation split: %.0f %% of the training rows are kept for it.", 100 * args.eval_fraction)
+        if len(train) < 2:
+            raise ValueError(f"{args.dataset_name} has {len(train)} rows, too few for training and evaluation.")
         parts = train.train_test_split(test_size=args.eval_fraction, seed=seed)
         train, evaluation = parts["train"], parts["test"]
-    else:
-        evaluation = _with_class_ids(splits[eval_split], args, like=train)
-    return _first(train, args.max_train_samples), _first(evaluation, args.max_eval_samples)
+        eval_name = f"{100 * args.eval_fraction:.0f} % of {args.train_split}, held out"
+    train, evaluation = _first(train, args.max_train_samples), _first(evaluation, args.max_eval_samples)
+    for name, rows in (("training", train), ("evaluation", evaluation)):
+        if not len(rows):
+            raise ValueError(f"There are no {name} rows in {args.dataset_name}.")
+    return train, evaluation, eval_name
 
 
 def has_dense_columns(rows: datasets.Dataset, args: DataArguments) -> bool:
@@ -118,12 +138,11 @@ def has_dense_columns(rows: datasets.Dataset, args: DataArguments) -> bool:
     Raises:
         ValueError: If only one of the two columns is there.
     """
-    present = [c in rows.column_names for c in (args.token_label_ids_column, args.token_label_scores_column)]
-    if args.use_token_labels and any(present) and not all(present):
-        raise ValueError(
-            f"Dense labels need both {args.token_label_ids_column!r} and {args.token_label_scores_column!r}; "
-            f"the data has {rows.column_names}."
-        )
+    names = (args.token_label_ids_column, args.token_label_scores_column)
+    present = [name in rows.column_names for name in names]
+    was_named = names != (IDS_COLUMN, SCORES_COLUMN)
+    if args.use_token_labels and not all(present) and (any(present) or was_named):
+        raise ValueError(f"Dense labels need both {names[0]!r} and {names[1]!r}; the data has {rows.column_names}.")
     return args.use_token_labels and all(present)
 
 
@@ -131,27 +150,58 @@ def _with_class_ids(
     rows: datasets.Dataset, args: DataArguments, like: datasets.Dataset | None = None
 ) -> datasets.Dataset:
     """Turns a column of class names, or of plain integers, into a `ClassLabel` column."""
-    for column in (args.image_column, args.label_column):
-        if column not in rows.column_names:
+    column = args.label_column
+    for name, option in ((args.image_column, "--image_column"), (column, "--label_column")):
+        if name not in rows.column_names:
             raise ValueError(
-                f"{args.dataset_name} has no column {column!r}; it has {rows.column_names}. Name it with "
-                "--image_column or --label_column."
+                f"{args.dataset_name} has no column {name!r}; it has {rows.column_names}. Name it with {option}."
+                + (
+                    " (An image folder gets labels only when it has two or more class folders.)"
+                    if name == "label"
+                    else ""
+                )
             )
-    feature = rows.features[args.label_column]
-    if isinstance(feature, datasets.ClassLabel):
-        return rows
+    if not len(rows):
+        raise ValueError(f"{args.dataset_name} has no rows in split {rows.split}.")
+    kind = rows.features.arrow_schema.field(column).type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise ValueError(f"Column {column!r} of {args.dataset_name} must hold class ids or names, got {kind}.")
+    values = rows.with_format("arrow")[:][column]
+    if values.null_count:
+        row = pc.index(values.is_null().combine_chunks(), True).as_py()
+        raise ValueError(f"Row {row} of {args.dataset_name}, split {rows.split}, has no label in column {column!r}.")
     if like is not None:
-        return rows.cast_column(args.label_column, like.features[args.label_column])
-    if feature.dtype == "string":
-        return rows.class_encode_column(args.label_column)
-    values = rows.with_format("numpy")[args.label_column][:]
-    if values.min() < 0:
-        raise ValueError(
-            f"Column {args.label_column!r} of {args.dataset_name} has negative class ids ({values.min()})."
-        )
-    names = [str(index) for index in range(int(values.max()) + 1)]
-    return rows.cast_column(args.label_column, datasets.ClassLabel(names=names))
+        known = like.features[column].names
+        if is_text and (foreign := sorted(set(pc.unique(values).to_pylist()) - set(known))):
+            raise ValueError(
+                f"Split {rows.split} of {args.dataset_name} has classes that training lacks: {foreign[:10]}."
+            )
+        feature = like.features[column]
+        return rows if rows.features[column] == feature else _cast(rows, column, feature)
+    if isinstance(rows.features[column], datasets.ClassLabel):
+        names = rows.features[column].names
+    elif is_text:
+        names = sorted(set(pc.unique(values).to_pylist()))
+    else:
+        lowest, highest = (value.as_py() for value in pc.min_max(pc.cast(values, pa.int64())).values())
+        if not 0 <= lowest <= highest < MAX_CLASSES:
+            raise ValueError(
+                f"Column {column!r} of {args.dataset_name} has ids from {lowest} to {highest}; class ids count from 0 "
+                f"and stay below {MAX_CLASSES:,}."
+            )
+        names = [str(index) for index in range(highest + 1)]
+    if len(names) < 2:
+        raise ValueError(f"{args.dataset_name} has {len(names)} class in column {column!r}; a classifier needs two.")
+    feature = datasets.ClassLabel(names=names)
+    return rows if rows.features[column] == feature else _cast(rows, column, feature)
+
+
+def _cast(rows: datasets.Dataset, column: str, feature: datasets.ClassLabel) -> datasets.Dataset:
+    if rows.features[column].dtype == "large_string":  # which the library cannot turn into class ids
+        rows = rows.cast_column(column, datasets.Value("string"))
+    return rows.cast_column(column, feature)
 
 
 def _first(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
-    return rows if count is None else rows.select(range(min(count, len(rows))))
+    return rows if count is None else rows.select(range(min(max(count, 0), len(rows))))

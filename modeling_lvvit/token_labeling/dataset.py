@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .label_columns import check_column_types, label_map_problems, to_numpy
+from .label_columns import LabelMapError, check_column_types, label_map_problems, to_numpy
 
 
 MAX_REPORTED_PROBLEMS = 10
 ROWS_PER_CHECK = 512
+# what Pillow raises for files that are no pictures, damaged or too large to be one
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class ImageProcessorTransform:
@@ -86,7 +88,7 @@ class TokenLabelDataset(torch.utils.data.Dataset):
         if self.has_label_maps:
             schema = self.rows.features.arrow_schema
             check_column_types(schema.field(ids_column).type, schema.field(scores_column).type)
-        self._decoder = datasets.Image(mode="RGB")
+        self._decoder = datasets.Image()
 
     @property
     def has_label_maps(self) -> bool:
@@ -139,66 +141,66 @@ class TokenLabelDataset(torch.utils.data.Dataset):
     def check_rows(self, num_classes: int) -> None:
         """Looks at every row before training: labels and label maps wholly, image files for being there and whole.
 
-        Image files are recognised as whole by their end marks, without decoding; only doubtful ones are decoded.
+        Image files are opened and checked for their end (JPEG) or their checksums (PNG); only other formats and doubtful
+        files are decoded.
 
         Raises:
             ValueError: With the first problems found, each with its row.
         """
         problems: list[str] = []
+        map_shape = None
         for start in tqdm(range(0, len(self), ROWS_PER_CHECK), desc=f"Checking {self.name} data", unit="batch"):
             table = self.rows[start : start + ROWS_PER_CHECK]
-            for offset, text in self._row_problems(table, num_classes):
-                path = table[self.image_column][offset].as_py() or {}
-                problems.append(f"row {start + offset}{_file_hint(path)}: {text}")
+            found = self._label_problems(table, num_classes)
+            if self.has_label_maps:
+                map_problems, map_shape = self._map_problems(table, num_classes, map_shape)
+                found += map_problems
+            images = ((offset, self._image_problem(value)) for offset, value in enumerate(table[self.image_column]))
+            found += [(offset, text) for offset, text in images if text]
+            for offset, text in sorted(found):
+                problems.append(f"row {start + offset}{_file_hint(table[self.image_column][offset].as_py())}: {text}")
             if len(problems) >= MAX_REPORTED_PROBLEMS:
                 problems[MAX_REPORTED_PROBLEMS:] = ["... (the check stopped here)"]
                 break
         if problems:
-            raise ValueError(f"The {self.name} data cannot be trained on:\n  " + "\n  ".join(problems))
+            raise ValueError(f"The {self.name} data has rows that cannot be used:\n  " + "\n  ".join(problems))
 
-    def _row_problems(self, table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
-        problems = []
+    def _label_problems(self, table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
         labels = table[self.label_column]
         bad = pc.fill_null(pc.or_(pc.less(labels, 0), pc.greater_equal(labels, num_classes)), True)
-        for offset in np.flatnonzero(bad.to_numpy()):
-            problems.append((int(offset), f"class id {labels[int(offset)]} is outside [0, {num_classes})"))
-        if self.has_label_maps:
-            try:
-                maps = to_numpy(table[self.ids_column]), to_numpy(table[self.scores_column])
-                problems += label_map_problems(*maps, num_classes)
-            except ValueError as error:
-                problems.append((0, f"(first row of a block of {len(table)}) {error}"))
-        for offset, value in enumerate(table[self.image_column]):
-            text = self._image_problem(value)
-            if text:
-                problems.append((offset, text))
-        return sorted(problems)
+        offsets = np.flatnonzero(bad.to_numpy()).tolist()
+        return [(offset, f"class id {labels[offset]} is outside [0, {num_classes})") for offset in offsets]
+
+    def _map_problems(
+        self, table: pa.Table, num_classes: int, expected_shape: tuple[int, ...] | None
+    ) -> tuple[list[tuple[int, str]], tuple[int, ...] | None]:
+        """Problems of the label maps, and the `[K, rows, columns]` that all blocks must share."""
+        try:
+            ids, scores = to_numpy(table[self.ids_column]), to_numpy(table[self.scores_column])
+        except LabelMapError as error:
+            return [(error.row, str(error))], expected_shape
+        if expected_shape is not None and ids.shape[1:] != expected_shape:
+            text = f"its label map has [K, rows, columns] {list(ids.shape[1:])}, earlier rows {list(expected_shape)}"
+            return [(0, text)], expected_shape
+        return label_map_problems(ids, scores, num_classes), ids.shape[1:]
 
     def _image_problem(self, value: pa.StructScalar) -> str | None:
         """What is wrong with an image file, `None` if nothing seems to be."""
         if not value.is_valid:
             return "no image"
         content, path = value["bytes"], value["path"].as_py()
-        if content.is_valid:
-            data = memoryview(content.as_buffer())
-            size, head, tail = len(data), bytes(data[:16]), bytes(data[-16:])
-        elif path is None:
+        if not content.is_valid and path is None:
             return "no image"
-        elif "://" in path:
+        if not content.is_valid and "://" in path:
             return None
-        elif not os.path.isfile(path):
+        if not content.is_valid and not os.path.isfile(path):
             return "the image file does not exist"
-        else:
-            size = os.path.getsize(path)
-            with open(path, "rb") as file:
-                head = file.read(16)
-                file.seek(max(size - 16, 0))
-                tail = file.read(16)
-        if _looks_whole(head, tail, size):
-            return None
         try:
+            with pa.BufferReader(content.as_buffer()) if content.is_valid else open(path, "rb") as file:
+                if _is_whole(file):
+                    return None
             self._decoder.decode_example(value.as_py())
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except IMAGE_ERRORS as error:
             return f"the image cannot be decoded ({error})"
         return None
 
@@ -206,8 +208,8 @@ class TokenLabelDataset(torch.utils.data.Dataset):
         if value is None:
             raise ValueError(f"Row {index} of the {self.name} data has no image.")
         try:
-            return self._decoder.decode_example(value)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return to_rgb(self._decoder.decode_example(value))
+        except IMAGE_ERRORS as error:
             raise ValueError(
                 f"Row {index} of the {self.name} data{_file_hint(value)}: the image cannot be decoded ({error})."
             ) from error
@@ -215,20 +217,36 @@ class TokenLabelDataset(torch.utils.data.Dataset):
     def _maps(self, table: pa.Table, column: str, indices: list[int]) -> np.ndarray:
         try:
             return to_numpy(table[column])
-        except ValueError as error:
-            raise ValueError(f"Column {column!r} of the {self.name} data, among rows {indices}: {error}.") from error
+        except LabelMapError as error:
+            raise ValueError(
+                f"Column {column!r} of the {self.name} data, row {indices[error.row]}: {error}."
+            ) from error
 
 
-def _looks_whole(head: bytes, tail: bytes, size: int) -> bool:
-    """Whether a file starts and ends as a complete JPEG, PNG or WebP does."""
-    if head.startswith(b"\xff\xd8"):
-        return tail.endswith(b"\xff\xd9")
-    if head.startswith(b"\x89PNG"):
-        return b"IEND" in tail
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return int.from_bytes(head[4:8], "little") + 8 <= size
-    return False
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An 8-bit RGB picture; 16-bit greyscale is scaled, where Pillow alone would turn all but the darkest tones white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray(np.uint8(np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save the pictures with 8 or 16 bits")
+    return image.convert("RGB")
 
 
-def _file_hint(value: dict[str, Any]) -> str:
-    return f" ({value['path']})" if value.get("path") else ""
+def _is_whole(file: BinaryIO) -> bool:
+    """Whether an open JPEG or PNG file can be read and has all its parts; other formats are not judged.
+
+    Raises:
+        OSError, SyntaxError: If it is no picture, or its checksums are wrong.
+    """
+    with Image.open(file) as image:
+        if image.format == "PNG":
+            image.verify()
+            return True
+    if image.format != "JPEG":
+        return False
+    file.seek(-16, os.SEEK_END)
+    return file.read().rstrip(b"\0").endswith(b"\xff\xd9")
+
+
+def _file_hint(value: dict[str, Any] | None) -> str:
+    return f" ({value['path']})" if value and value.get("path") else ""

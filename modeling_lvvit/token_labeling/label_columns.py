@@ -13,6 +13,14 @@ import pyarrow.compute as pc
 IDS_COLUMN, SCORES_COLUMN = "token_label_ids", "token_label_scores"
 
 
+class LabelMapError(ValueError):
+    """A label map cannot be read; `row` counts from the start of the column."""
+
+    def __init__(self, row: int, text: str):
+        super().__init__(text)
+        self.row = row
+
+
 def label_map_features(k: int, rows: int, columns: int, id_type: str) -> datasets.Features:
     """Features of the two dense-label columns; `id_type` is `"int16"` or `"int32"`."""
 
@@ -52,26 +60,33 @@ def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
     """A dense-label column as `(num_rows, K, rows, columns)`; the value type is kept.
 
     Raises:
-        ValueError: If a row is missing, or rows have different shapes; names the first such row of the column.
+        LabelMapError: If a row is missing or has missing parts, or rows have different shapes; names the first such row.
     """
     array = column.combine_chunks()
     array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
-    if array.null_count:
-        raise ValueError(f"row {pc.index(array.is_null(), True).as_py()} has no label map")
     array = array.storage if isinstance(array, pa.ExtensionArray) else array
-    shape = [len(array)]
+    shape, per_row = [len(array)], 1  # items of the present level that belong to one row
     while isinstance(array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+        _refuse_missing(array, per_row)
         lengths = pc.list_value_length(array)
         first = lengths[0].as_py() if len(lengths) else 0
         odd = pc.index(pc.not_equal(lengths, first), True).as_py()
         if odd >= 0:
-            row = odd // max(len(array) // shape[0], 1)
-            raise ValueError(f"row {row} has a label map of another shape than row 0 ({lengths[odd]} against {first})")
+            text = (
+                f"its label map has another shape than that of the first row (a length of {lengths[odd]}, not {first})"
+            )
+            raise LabelMapError(odd // per_row, text)
         shape.append(first)
+        per_row *= first
         array = array.flatten()
-    if array.null_count:
-        raise ValueError("a label map has missing values")
+    _refuse_missing(array, per_row)
     return array.to_numpy(zero_copy_only=False).reshape(shape)
+
+
+def _refuse_missing(array: pa.Array, per_row: int) -> None:
+    if array.null_count:
+        missing = pc.index(array.is_null(), True).as_py()
+        raise LabelMapError(missing // max(per_row, 1), "it has no label map, or one with missing parts")
 
 
 def check_column_types(ids_type: pa.DataType, scores_type: pa.DataType) -> None:
@@ -109,11 +124,24 @@ def label_map_problems(ids: np.ndarray, scores: np.ndarray, num_classes: int) ->
     """
     if ids.shape != scores.shape:
         return [(0, f"ids have [K, rows, columns] {list(ids.shape[1:])}, scores {list(scores.shape[1:])}")]
+    if not 1 <= ids.shape[1] <= num_classes or ids[0].size == 0:
+        return [
+            (0, f"a map of [K, rows, columns] {list(ids.shape[1:])} needs 1 <= K <= {num_classes} classes and cells")
+        ]
     problems = []
     outside = (ids < 0) | (ids >= num_classes)
-    for row in np.flatnonzero(outside.any(axis=(1, 2, 3))):
-        worst = ids[row][outside[row]][0]
-        problems.append((int(row), f"class id {worst} is outside [0, {num_classes})"))
-    for row in np.flatnonzero(~np.isfinite(scores).all(axis=(1, 2, 3))):
-        problems.append((int(row), "scores are NaN or infinite"))
+    for row in _rows_with(outside):
+        problems.append((row, f"class id {ids[row][outside[row]][0]} is outside [0, {num_classes})"))
+    for row in _rows_with(~np.isfinite(scores)):
+        problems.append((row, "scores are NaN or infinite"))
+    for row in _rows_with(np.abs(scores, dtype=np.float32) > np.finfo(np.float16).max):
+        problems.append((row, "scores are beyond the float16 range (65504)"))
+    ranked = np.sort(ids, axis=1)
+    for row in _rows_with(ranked[:, 1:] == ranked[:, :-1]):
+        problems.append((row, "a cell names a class twice"))
     return problems
+
+
+def _rows_with(flags: np.ndarray) -> list[int]:
+    """Rows in which any of the flags `(num_rows, ...)` is set."""
+    return np.flatnonzero(flags.reshape(len(flags), -1).any(axis=1)).tolist()

@@ -214,4 +214,6 @@ def rank_classes(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.
 
 def compute_accuracy(prediction: Any) -> dict[str, float]:
     """Top-1 and top-5 accuracy of ranked predictions."""
-    return TopKAccuracy().compute(predictions=prediction.predictions, references=prediction.label_ids)
+    return TopKAccuracy(keep_in_memory=True).compute(
+        predictions=prediction.predictions, references=prediction.label_ids
+    )

@@ -1,0 +1,95 @@
+"""The model card that a training run writes about itself."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .token_labeling import TokenLabelTrainer
+
+
+REPORTED_OPTIONS = (
+    "learning_rate", "num_train_epochs", "images_per_step", "weight_decay", "label_smoothing_factor", "seed",
+    "cls_weight", "dense_weight", "cls_target", "mix_probability", "ema_decay", "max_grad_norm", "bf16", "fp16",
+)  # fmt: skip
+
+
+def accuracies_of(metrics: dict[str, float]) -> dict[str, float]:
+    """The accuracies among the evaluation metrics, in [0, 1], without the library's prefix."""
+    return {key.removeprefix("eval_"): value for key, value in metrics.items() if key.endswith("accuracy")}
+
+
+def card_data(name: str, dataset_name: str, eval_name: str, metrics: dict[str, float]) -> ModelCardData:
+    """Metadata of the card: what the model is, and what it reached on which data."""
+    results = [
+        EvalResult("image-classification", dataset_name, dataset_name, key, round(value, 4), dataset_split=eval_name)
+        for key, value in accuracies_of(metrics).items()
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        license="apache-2.0",
+        pipeline_tag="image-classification",
+        tags=["lvvit", "token-labeling", "vision"],
+        metrics=["accuracy"],
+        model_name=name,
+        eval_results=results or None,
+    )
+
+
+def config_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
+    """What the card says of the architecture."""
+    config = trainer.model.config
+    height, width = config.image_height_width
+    return {
+        "patch_logits_weight": config.patch_logits_weight,
+        "num_classes": config.num_labels,
+        "num_parameters": f"{trainer.model.num_parameters():,}",
+        "image_height": height,
+        "image_width": width,
+        "patch_size": config.patch_size,
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+    }
+
+
+def write_model_card(
+    template: Path,
+    trainer: TokenLabelTrainer,
+    dataset_name: str,
+    eval_name: str,
+    metrics: dict[str, float],
+    picture: str | None,
+) -> None:
+    """Fills the template from the finished run and saves it as README.md in the output folder.
+
+    Args:
+        template: Card with the variables that this module fills.
+        trainer: After training and evaluation.
+        dataset_name: Hub name, or the last part of a local path.
+        eval_name: What the evaluation rows are called.
+        metrics: Result of `trainer.evaluate()`.
+        picture: File name of the picture of predictions in the output folder, `None` if there is none.
+    """
+    args = trainer.args
+    name = Path(args.output_dir).resolve().name
+    card = ModelCard.from_template(
+        card_data(name, dataset_name, eval_name, metrics),
+        template_path=str(template),
+        model_name=name,
+        model_id=args.hub_model_id or name,
+        token_labels=bool(trainer.train_dataset.has_label_maps and args.dense_weight),
+        picture=picture,
+        eval_split=eval_name,
+        metrics={key: f"{100 * value:.2f} %" for key, value in accuracies_of(metrics).items()},
+        dataset_name=dataset_name,
+        num_train=len(trainer.train_dataset),
+        num_eval=len(trainer.eval_dataset),
+        hyperparameters={option: getattr(args, option) for option in REPORTED_OPTIONS},
+        versions=f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}",
+        **config_facts(trainer),
+    )
+    card.save(Path(args.output_dir) / "README.md")
