@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from modeling_lvvit.token_labeling import (
     TokenLabelTrainer,
     TokenLabelTrainingArguments,
 )
+from modeling_lvvit.token_labeling.label_maps import decode, pool_label_maps
 
 
 def arguments(folder, **overrides) -> TokenLabelTrainingArguments:
@@ -101,19 +103,47 @@ def test_accumulation_gives_the_gradient_of_the_big_batch(with_maps, tiny_model,
         torch.testing.assert_close(accumulated, big, rtol=1e-4, atol=1e-6 * scale.item())
 
 
+def dense_reference(trainer, batch, output) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class-token and patch-token losses from targets over all classes, by their definitions."""
+    args, smoothing = trainer.args, trainer.args.label_smoothing_factor
+    ids = batch["token_label_palette"].gather(1, batch["token_label_index"].long().flatten(1))
+    dense = decode(ids.view(batch["token_label_index"].shape), batch["token_label_scores"], NUM_CLASSES)
+    cls, tokens = (
+        pool_label_maps(dense, batch["crop_box"], grid, args.label_crop)
+        .flatten(2)
+        .mT.div(args.label_temperature)
+        .softmax(-1)
+        for grid in ((1, 1), (4, 6))
+    )
+    human = torch.nn.functional.one_hot(batch["labels"], NUM_CLASSES).float()
+    agree = (cls[:, 0].argmax(-1) == batch["labels"]).float().unsqueeze(1)
+    share = {"dense": 1.0, "label": 0.0, "blend": 0.9 - 0.4 * agree}[args.cls_target]
+    target = share * cls[:, 0] + (1 - share) * human
+    kept = 1 - batch["mix_mask"].float().mean(dim=(1, 2)).unsqueeze(1)
+    target, tokens = (smoothing / NUM_CLASSES + (1 - smoothing) * value for value in (target, tokens))
+    mixed = kept * target + (1 - kept) * target.flip(0)
+    return tuple(
+        -(value * logits.log_softmax(-1)).sum(-1).mean()
+        for value, logits in ((mixed, output["cls_logits"]), (tokens, output["patch_logits"]))
+    )
+
+
+@pytest.mark.parametrize("label_crop", ["correct", "authors"])
 @pytest.mark.parametrize("cls_target", ["dense", "label", "blend"])
-def test_class_token_targets(cls_target, tiny_model, labelled_rows, tmp_path):
-    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, cls_target=cls_target, label_smoothing_factor=0.0)
-    batch = TokenLabelCollator((4, 6), mix_probability=0.0)(trainer.train_dataset.__getitems__([0, 1, 2, 3]))
-    inputs = {name: value for name, value in batch.items() if name != "pixel_values"}
-    output = {"cls_logits": torch.randn(4, NUM_CLASSES), "patch_logits": torch.randn(4, 24, NUM_CLASSES)}
-    losses = trainer.training_losses(output, inputs, None)
-    log_probabilities = output["cls_logits"].log_softmax(-1)
-    human = -log_probabilities.gather(1, batch["labels"].unsqueeze(1)).mean()
-    if cls_target == "label":
-        torch.testing.assert_close(losses["cls_loss"], human)
-    else:
-        assert (losses["cls_loss"] - human).abs() > 1e-3
+def test_losses_follow_their_definitions(cls_target, label_crop, tiny_model, labelled_rows, tmp_path):
+    """Every option away from its default, a mask of unequal parts, and a batch that has both kinds of blend."""
+    options = {"label_smoothing_factor": 0.2, "label_temperature": 0.5, "cls_weight": 2.0, "dense_weight": 0.5}
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, cls_target=cls_target, label_crop=label_crop, **options)
+    torch.manual_seed(0)
+    batch = TokenLabelCollator((4, 6), mix_probability=0.0)(trainer.train_dataset.__getitems__(list(range(12))))
+    batch["mix_mask"] = torch.zeros(12, 4, 6, dtype=torch.bool)
+    batch["mix_mask"][:, 1:3, 2:5] = True
+    output = {"cls_logits": torch.randn(12, NUM_CLASSES), "patch_logits": torch.randn(12, 24, NUM_CLASSES)}
+    losses = trainer.training_losses(output, {**batch}, batch["mix_mask"])
+    cls_loss, token_loss = dense_reference(trainer, batch, output)
+    torch.testing.assert_close(losses["cls_loss"], cls_loss)
+    torch.testing.assert_close(losses["token_loss"], token_loss)
+    torch.testing.assert_close(losses["loss"], 2.0 * cls_loss + 0.5 * token_loss)
 
 
 def test_weight_decay_spares_vectors_class_token_and_positions(tiny_model, labelled_rows, tmp_path):
@@ -147,6 +177,10 @@ BAD_ARGUMENTS = {
     "label_crop": "wrong",
     "mix_probability": 1.5,
     "ema_decay": 1.0,
+    "label_smoothing_factor": 2.0,
+    "per_device_train_batch_size": 0,
+    "gradient_accumulation_steps": 0,
+    "learning_rate": float("nan"),
 }
 
 
@@ -198,6 +232,32 @@ def test_average_follows_its_formula(tiny_model, labelled_rows, tmp_path):
     trainer.ema.on_step_end = record
     trainer.train()
     torch.testing.assert_close(tiny_model.classifier.weight, 0.75 * weights[0] + 0.25 * weights[1])
+
+
+def test_evaluation_during_training_uses_the_average(tiny_model, labelled_rows, tmp_path):
+    """With a decay near 1 the average stays at the weights after the first step, whatever follows."""
+    evaluation = TokenLabelDataset(labelled_rows, ImageProcessorTransform(image_processor()), name="evaluation")
+    options = {"max_steps": 3, "ema_decay": 1 - 1e-9, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.1}
+    arguments_ = arguments(tmp_path, lr_scheduler_type="constant", **options)
+    trainer = TokenLabelTrainer(
+        tiny_model, arguments_, train_dataset=samples_of(labelled_rows), eval_dataset=evaluation
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_best_average_is_what_remains(tiny_model, labelled_rows, tmp_path):
+    evaluation = TokenLabelDataset(labelled_rows, ImageProcessorTransform(image_processor()), name="evaluation")
+    options = {"max_steps": 4, "ema_decay": 0.5, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.3}
+    options |= {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    trainer = TokenLabelTrainer(
+        tiny_model, arguments(tmp_path, **options), train_dataset=samples_of(labelled_rows), eval_dataset=evaluation
+    )
+    trainer.train()
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "ema.safetensors")
+    for name, value in tiny_model.state_dict().items():
+        assert torch.equal(value, best[name]), name
 
 
 def test_resumed_run_ends_like_an_uninterrupted_one(tiny_model, labelled_rows, tmp_path):
