@@ -263,7 +263,8 @@ def build(output_dir: Path, seed: int = 0, annotator_epochs: int = 8) -> None:
 def build_or_reuse() -> Path:
     """The data set in the cache folder of Hugging Face libraries, built on first use.
 
-    It must lie outside the cache of `datasets`, which would put its Arrow copies between the Parquet files. Processes that start together may each build it; the first to finish wins and the others use its result.
+    It must lie outside the cache of `datasets`, which would put its Arrow copies between the Parquet files. Processes
+    that start together may each build it; the first to finish wins and the others use its result.
     """
     folder = Path(HF_HOME) / "lvvit" / f"digit-scenes-{VERSION}"
     if not folder.is_dir():

@@ -13,10 +13,14 @@ from PIL import Image
 
 def class_colors(num_classes: int) -> np.ndarray:
     """A colour for each class, `(num_classes, 3)` in [0, 1]; distinct up to 20 classes, then around the colour wheel."""
-    name = "tab10" if num_classes <= 10 else "tab20" if num_classes <= 20 else "hsv"
-    colors = matplotlib.colormaps[name].resampled(num_classes) if name == "hsv" else matplotlib.colormaps[name]
-    order = np.random.default_rng(0).permutation(num_classes) if name == "hsv" else np.arange(num_classes)
-    return np.array([colors(int(index))[:3] for index in order])
+    if num_classes <= 10:
+        colors = matplotlib.colormaps["tab10"](np.arange(10))[:num_classes, :3]
+        colors[7:8] = (1.0, 0.85, 0.1)  # its grey would vanish on grey pictures
+        return colors
+    if num_classes <= 20:
+        return matplotlib.colormaps["tab20"](np.arange(num_classes))[:, :3]
+    order = np.random.default_rng(0).permutation(num_classes)  # neighbours in number should not be neighbours in hue
+    return matplotlib.colormaps["hsv"](order / num_classes)[:, :3]
 
 
 def overlay(picture: Image.Image, class_ids: np.ndarray, strengths: np.ndarray, colors: np.ndarray) -> np.ndarray:
