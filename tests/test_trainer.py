@@ -292,3 +292,15 @@ class StopAfter(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= self.step
+
+
+def test_a_finished_card_is_not_replaced_by_a_draft(tiny_model, labelled_rows, tmp_path):
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path / "run")
+    card = tmp_path / "run" / "README.md"
+    card.parent.mkdir(exist_ok=True)
+    card.write_text("the real card")
+    trainer.create_model_card()
+    assert card.read_text() == "the real card"
+    card.unlink()
+    trainer.create_model_card()
+    assert card.is_file()

@@ -1,5 +1,6 @@
 """A `Trainer` that learns from dense labels."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -204,6 +205,11 @@ class TokenLabelTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
         with self.ema.average_in(self.accelerator.unwrap_model(self.model)):
             return super().evaluate(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, but a card that is already there stays: a push would otherwise replace it by a draft."""
+        if not (Path(self.args.output_dir) / "README.md").exists():
+            super().create_model_card(*args, **kwargs)
 
 
 def rank_classes(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
