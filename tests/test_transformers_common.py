@@ -68,11 +68,16 @@ def download_tests(folder: Path) -> None:
         command = [*pip, "--dest", temporary, *requirement]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT)
         (archive,) = Path(temporary).glob("*.tar.gz")
+        unpacked = Path(temporary) / "unpacked"
+        (unpacked / "tests").mkdir(parents=True)
         with tarfile.open(archive) as tar:
-            members = [member for member in tar.getmembers() if member.name.split("/")[1:2] == ["tests"]]
-            tar.extractall(temporary, members=members, filter="data")
+            # only plain files directly under tests/, by their last name: nothing in an archive can point elsewhere
+            for member in tar.getmembers():
+                parts = Path(member.name).parts
+                if member.isfile() and len(parts) == 3 and parts[1] == "tests":
+                    (unpacked / "tests" / parts[2]).write_bytes(tar.extractfile(member).read())
         try:
-            archive.with_name(archive.name.removesuffix(".tar.gz")).rename(folder)
+            unpacked.rename(folder)
         except OSError:
             if not folder.is_dir():  # where it is, another process was faster
                 raise
