@@ -60,9 +60,10 @@ def load_original_state_dict(path: Path, use_ema: bool = True) -> dict[str, torc
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors and plain values (damaged, or it holds Python objects, "
-            f"which are never loaded): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"which are never loaded): {reason}."
         ) from error
     names = ("state_dict_ema", "state_dict", "model") if use_ema else ("state_dict", "model", "state_dict_ema")
     if isinstance(checkpoint, dict):

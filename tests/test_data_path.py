@@ -264,6 +264,8 @@ def test_class_names_as_text_become_ids(tmp_path, labelled_rows):
 def test_wrong_path_and_split_are_named(tmp_path, labelled_rows):
     with pytest.raises(FileNotFoundError, match=r"no data set at .*missing"):
         open_datasets(DataArguments(dataset_name=str(tmp_path / "missing")), seed=0)
+    with pytest.raises(FileNotFoundError, match="some/name is neither a local folder or Parquet file"):
+        open_datasets(DataArguments(dataset_name="some/name"), seed=0)
     labelled_rows.to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"no split 'dev'; it has \['train'\]"):
         open_datasets(DataArguments(dataset_name=str(tmp_path), eval_split="dev"), seed=0)

@@ -92,6 +92,11 @@ def _load(args: DataArguments) -> datasets.DatasetDict:
         return datasets.load_dataset(
             str(path) if path.is_dir() else name, args.dataset_config_name, revision=args.dataset_revision
         )
+    except (ConnectionError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name} is neither a local folder or Parquet file (seen from {Path.cwd()}) nor a data set that the Hub gives: "
+            f"{error}"
+        ) from error
     except DatasetsError as error:
         raise ValueError(f"{name} cannot be read as a data set: {error.__cause__ or error}") from error
 
