@@ -361,3 +361,22 @@ def test_mistyped_dense_columns_are_refused(labelled_rows):
     arguments = DataArguments(token_label_ids_column="tl_ids", token_label_scores_column="tl_scores")
     with pytest.raises(ValueError, match="need both 'tl_ids' and 'tl_scores'"):
         has_dense_columns(labelled_rows, arguments)
+
+
+def test_floating_point_pictures_are_named():
+    content = encode_picture(np.zeros((8, 8), dtype=np.float32), "TIFF")
+    with pytest.raises(ValueError, match=r"row 4 .*save the pictures with 8 or 16 bits"):
+        samples_of(break_image(4, content)).check_rows(NUM_CLASSES)
+
+
+def test_labels_that_are_no_ids_are_refused(labelled_rows):
+    rows = labelled_rows.remove_columns("label").add_column("label", [0.5] * 12)
+    with pytest.raises(ValueError, match="must hold class ids, got double"):
+        TokenLabelDataset(rows, plain_transform())
+
+
+@pytest.mark.parametrize("file_format", ["TIFF", "BMP", "GIF", "WEBP", "PNG", "JPEG"])
+def test_whole_files_of_every_format_pass(file_format):
+    content = encode_picture(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8), file_format)
+    samples_of(break_image(4, content)).check_rows(NUM_CLASSES)
+    assert samples_of(break_image(4, content)).picture(4).size == (30, 20)

@@ -1,5 +1,6 @@
 """A view of a `datasets.Dataset` whose rows become training or evaluation samples."""
 
+import io
 import os
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -78,12 +79,9 @@ class TokenLabelDataset(torch.utils.data.Dataset):
         if not isinstance(dataset.features[image_column], datasets.Image):
             dataset = dataset.cast_column(image_column, datasets.Image())
         self.label_feature = dataset.features[label_column]
-        if not pa.types.is_integer(
-            self.label_feature.pa_type if hasattr(self.label_feature, "pa_type") else pa.null()
-        ):
-            raise ValueError(
-                f"Column {label_column!r} of the {name} data must hold class ids, got {self.label_feature}."
-            )
+        label_type = dataset.features.arrow_schema.field(label_column).type
+        if not pa.types.is_integer(label_type):
+            raise ValueError(f"Column {label_column!r} of the {name} data must hold class ids, got {label_type}.")
         self.rows = dataset.select_columns(columns).with_format("arrow")
         if self.has_label_maps:
             schema = self.rows.features.arrow_schema
@@ -196,10 +194,10 @@ class TokenLabelDataset(torch.utils.data.Dataset):
         if not content.is_valid and not os.path.isfile(path):
             return "the image file does not exist"
         try:
-            with pa.BufferReader(content.as_buffer()) if content.is_valid else open(path, "rb") as file:
+            with io.BytesIO(content.as_buffer()) if content.is_valid else open(path, "rb") as file:
                 if _is_whole(file):
                     return None
-            self._decoder.decode_example(value.as_py())
+            to_rgb(self._decoder.decode_example(value.as_py()))
         except IMAGE_ERRORS as error:
             return f"the image cannot be decoded ({error})"
         return None
