@@ -115,13 +115,11 @@ def dense_columns(rows: datasets.Dataset, args: DataArguments) -> dict[str, str]
 
 def dense_labels_of(rows: datasets.Dataset, args: DataArguments, count: int):
     """Label maps of the first rows for the picture; `None` where evaluation data has none or not for all."""
-    columns = dense_columns(rows, args) if args.token_label_ids_column in rows.column_names else {}
-    if not columns:
-        return None
-    samples = TokenLabelDataset(rows, lambda image: {}, args.image_column, args.label_column, **columns)
     try:
-        return [samples.label_map(index) for index in range(count)]
-    except ValueError:
+        columns = dense_columns(rows, args)
+        samples = TokenLabelDataset(rows, lambda image: {}, args.image_column, args.label_column, **columns)
+        return [samples.label_map(index) for index in range(count)] if samples.has_label_maps else None
+    except ValueError:  # the picture goes without them; training and evaluation never needed them
         return None
 
 

@@ -172,7 +172,7 @@ def _with_class_ids(
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     if not (is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise ValueError(f"Column {column!r} of {args.dataset_name} must hold class ids or names, got {kind}.")
-    values = rows.with_format("arrow")[:][column]
+    values = rows.select_columns(column).with_format("arrow")[:][column]
     if values.null_count:
         row = pc.index(values.is_null().combine_chunks(), True).as_py()
         raise ValueError(f"Row {row} of {args.dataset_name}, split {rows.split}, has no label in column {column!r}.")
