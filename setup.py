@@ -27,6 +27,7 @@ INSTALL_REQUIRES = [
     "PyYAML>=6.0,<7",
     "safetensors>=0.8,<1",
     "scikit-learn>=1.6,<2",  # `evaluate` computes with it, and the embedded digits come from it
+    "timm>=1.0.20,<2",  # annotators
     "torch>=2.11,<3",
     "torchvision>=0.26,<1",
     "transformers>=5.19,<6",

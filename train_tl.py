@@ -6,7 +6,6 @@ accelerate launch train_tl.py --dataset_name path/to/images --variant lvvit_s_22
 """
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from dataset_scripts import digit_scenes
 from modeling_lvvit import LVViTConfig, LVViTForImageClassification
-from modeling_lvvit.command_line import (
-    ModelArguments,
-    is_main_process,
-    missing_cpu_processes,
-    parse,
-    prepare_output_dir,
-)
+from modeling_lvvit.command_line import ModelArguments, parse, prepare_output_dir
+from modeling_lvvit.launching import is_main_process, start_missing_processes, use_all_cpu_cores
 from modeling_lvvit.model_card import write_model_card
 from modeling_lvvit.token_labeling import (
     ImageProcessorTransform,
@@ -37,7 +29,13 @@ from modeling_lvvit.token_labeling import (
     TokenLabelTrainingArguments,
     TrainTransform,
 )
-from modeling_lvvit.token_labeling.data import DataArguments, has_dense_columns, looks_local, open_datasets
+from modeling_lvvit.token_labeling.data import (
+    DataArguments,
+    OpenedData,
+    has_dense_columns,
+    looks_local,
+    open_datasets,
+)
 from modeling_lvvit.variants import VARIANTS, evaluation_image_processor, variant_config
 from modeling_lvvit.visualization import save_prediction_figure
 
@@ -95,14 +93,18 @@ def load_pretrained(args: ModelArguments, class_names: list[str], names: dict[st
 
 
 def build_samples(
-    args: DataArguments, image_size: tuple[int, int], image_processor, train_rows, eval_rows
+    args: DataArguments, image_size: tuple[int, int], image_processor, opened: OpenedData, label_crop: str
 ) -> tuple[TokenLabelDataset, TokenLabelDataset]:
     """Training samples, jointly augmented, and evaluation samples, preprocessed by the image processor."""
     transform = TrainTransform(image_size, image_processor.image_mean, image_processor.image_std, args.augmentation())
     columns = (args.image_column, args.label_column)
-    dense = dense_columns(train_rows, args)
-    train = TokenLabelDataset(train_rows, transform, *columns, **dense, name="training")
-    evaluation = TokenLabelDataset(eval_rows, ImageProcessorTransform(image_processor), *columns, name="evaluation")
+    label_maps = opened.label_maps
+    if label_maps is not None and label_crop == "authors":
+        label_maps = label_maps.without_regions()
+    train = TokenLabelDataset(opened.train, transform, *columns, name="training", label_maps=label_maps)
+    evaluation = TokenLabelDataset(
+        opened.evaluation, ImageProcessorTransform(image_processor), *columns, name="evaluation"
+    )
     return train, evaluation
 
 
@@ -146,29 +148,22 @@ def draw_predictions(trainer: TokenLabelTrainer, data_args: DataArguments, eval_
     return PICTURE
 
 
-def use_all_cpu_cores(training_args: TokenLabelTrainingArguments) -> None:
-    """Shares the cores between the processes of this machine: `accelerate launch` gives a CPU process a single thread
-    unless `--num_cpu_threads_per_process` says otherwise."""
-    if training_args.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
 def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: TokenLabelTrainingArguments):
     """Everything that can go wrong before training: output folder, data, model.
 
     Returns:
-        The Trainer, the evaluation rows and what they are called.
+        The Trainer and the data.
     """
     prepare_output_dir(model_args, training_args)
-    use_all_cpu_cores(training_args)
+    use_all_cpu_cores(training_args.device)
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="opening the data"):
         if data_args.dataset_name is None:
             data_args = dataclasses.replace(data_args, dataset_name=str(digit_scenes.build_or_reuse()))
-        train_rows, eval_rows, eval_name = open_datasets(data_args, training_args.seed)
-        model, image_processor = build_model(model_args, train_rows.features[data_args.label_column].names)
-        samples = build_samples(data_args, model.config.image_height_width, image_processor, train_rows, eval_rows)
+        opened = open_datasets(data_args, training_args.seed)
+        model, image_processor = build_model(model_args, opened.train.features[data_args.label_column].names)
+        size = model.config.image_height_width
+        samples = build_samples(data_args, size, image_processor, opened, training_args.label_crop)
         trainer = TokenLabelTrainer(
             model, training_args, train_dataset=samples[0], eval_dataset=samples[1], processing_class=image_processor
         )
@@ -177,7 +172,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
         if data_args.check_data and training_args.should_save:
             for part in samples:
                 part.check_rows(model.config.num_labels)
-    return trainer, eval_rows, eval_name
+    return trainer, opened
 
 
 def introduce(trainer: TokenLabelTrainer) -> None:
@@ -192,16 +187,11 @@ def introduce(trainer: TokenLabelTrainer) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    if processes := missing_cpu_processes():
-        os.environ.pop("MASTER_PORT", None)
-        try:
-            torchrun(["--standalone", f"--nproc_per_node={processes}", __file__, *arguments])
-        except ChildFailedError:
-            sys.exit(1)  # the processes have said why
+    if start_missing_processes(__file__, arguments):
         return
     try:
         model_args, data_args, training_args = parse(arguments)
-        trainer, eval_rows, eval_name = prepare(model_args, data_args, training_args)
+        trainer, opened = prepare(model_args, data_args, training_args)
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"train_tl.py: {error}" if is_main_process() else 1)
     is_main = trainer.is_world_process_zero()
@@ -215,12 +205,12 @@ def main(arguments: list[str]) -> None:
     trainer.save_state()
     if is_main:
         has_picture = model_args.save_picture and trainer.model.config.patch_logits_weight
-        picture = draw_predictions(trainer, data_args, eval_rows) if has_picture else None
+        picture = draw_predictions(trainer, data_args, opened.evaluation) if has_picture else None
         name = data_args.dataset_name or "digit scenes"
         name = Path(name).name if looks_local(name) else name
-        write_model_card(CARD_TEMPLATE, trainer, name, eval_name, metrics, picture)
+        write_model_card(CARD_TEMPLATE, trainer, name, opened.eval_name, metrics, picture)
         if "eval_accuracy" in metrics:
-            print(f"top-1 on {len(eval_rows):,} evaluation images: {100 * metrics['eval_accuracy']:.2f} %")
+            print(f"top-1 on {len(opened.evaluation):,} evaluation images: {100 * metrics['eval_accuracy']:.2f} %")
         print(f"saved to {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub()

@@ -3,14 +3,11 @@
 import argparse
 import difflib
 import json
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
-from accelerate.commands.launch import launch_command_parser
 from transformers import HfArgumentParser
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -224,29 +221,6 @@ def prepare_output_dir(model_args: ModelArguments, training_args: TokenLabelTrai
             f"{output_dir} holds another run. Choose another --output_dir, continue it with --resume_from_checkpoint "
             "last, or write over it with --overwrite_output_dir."
         )
-
-
-def missing_cpu_processes() -> int:
-    """How many processes `accelerate launch --cpu --num_processes N` was asked for but did not start; 0 if all is well.
-
-    For CPU training accelerate starts a single process, whatever N is (its issue 2741); it leaves the number only in its
-    own command line.
-    """
-    is_lone_cpu_process = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "WORLD_SIZE" not in os.environ
-    if not is_lone_cpu_process or "MASTER_ADDR" not in os.environ:
-        return 0
-    parent = psutil.Process(os.getppid()).cmdline()
-    # started as `accelerate launch`, `accelerate-launch` or `python -m accelerate.commands.launch`
-    start = next((index for index, word in enumerate(parent) if word.endswith("launch")), None)
-    if start is None:
-        return 0
-    options, _ = launch_command_parser().parse_known_args(parent[start + 1 :])
-    return options.num_processes if (options.num_processes or 0) > 1 and (options.num_machines or 1) == 1 else 0
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one of its machine that speaks to the user."""
-    return int(os.environ.get("LOCAL_RANK", "0")) <= 0
 
 
 def _with_nearest(key: str, known: set[str]) -> str:

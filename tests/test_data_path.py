@@ -239,7 +239,8 @@ def write_image_folder(root, count: int = 4) -> None:
 
 def test_image_folder_opens(tmp_path):
     write_image_folder(tmp_path / "pets")
-    train, evaluation, _ = open_datasets(DataArguments(dataset_name=str(tmp_path / "pets")), seed=0)
+    opened = open_datasets(DataArguments(dataset_name=str(tmp_path / "pets")), seed=0)
+    train, evaluation = opened.train, opened.evaluation
     assert train.features["label"].names == ["cat", "dog"]
     assert (len(train), len(evaluation)) == (8, 8)
 
@@ -247,7 +248,8 @@ def test_image_folder_opens(tmp_path):
 def test_parquet_file_opens_and_is_split(tmp_path, labelled_rows):
     path = tmp_path / "all.parquet"
     pq.write_table(labelled_rows.data.table, path)
-    train, evaluation, name = open_datasets(DataArguments(dataset_name=str(path), eval_fraction=0.25), seed=0)
+    opened = open_datasets(DataArguments(dataset_name=str(path), eval_fraction=0.25), seed=0)
+    train, evaluation, name = opened.train, opened.evaluation, opened.eval_name
     assert name == "25 % of train, held out"
     assert (len(train), len(evaluation)) == (9, 3)
 
@@ -257,7 +259,8 @@ def test_class_names_as_text_become_ids(tmp_path, labelled_rows):
     rows = labelled_rows.remove_columns("label").add_column("kind", names)
     rows.to_parquet(tmp_path / "train.parquet")
     arguments = DataArguments(dataset_name=str(tmp_path), label_column="kind")
-    train, evaluation, _ = open_datasets(arguments, seed=0)
+    opened = open_datasets(arguments, seed=0)
+    train, evaluation = opened.train, opened.evaluation
     assert train.features["kind"].names == evaluation.features["kind"].names == ["no", "yes"]
 
 
@@ -316,7 +319,8 @@ def test_sixteen_bit_greyscale_keeps_its_tones():
 def test_training_split_never_serves_as_evaluation(tmp_path, labelled_rows):
     labelled_rows.to_parquet(tmp_path / "test.parquet")
     arguments = DataArguments(dataset_name=str(tmp_path), train_split="test")
-    train, evaluation, name = open_datasets(arguments, seed=0)
+    opened = open_datasets(arguments, seed=0)
+    train, evaluation = opened.train, opened.evaluation
     assert len(train) + len(evaluation) == 12
     with pytest.raises(ValueError, match="both training and evaluation"):
         open_datasets(DataArguments(dataset_name=str(tmp_path), train_split="test", eval_split="test"), seed=0)
@@ -346,7 +350,8 @@ def test_large_strings_are_class_names(tmp_path):
     names = pa.array(["no", "yes"] * 6, pa.large_string())
     table = labelled_table().select(["image"]).replace_schema_metadata(None).append_column("kind", names)
     pq.write_table(table, tmp_path / "train.parquet")
-    train, _, _ = open_datasets(DataArguments(dataset_name=str(tmp_path), label_column="kind"), seed=0)
+    opened = open_datasets(DataArguments(dataset_name=str(tmp_path), label_column="kind"), seed=0)
+    train = opened.train
     assert train.features["kind"].names == ["no", "yes"]
 
 

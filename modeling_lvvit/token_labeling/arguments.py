@@ -24,6 +24,9 @@ class TokenLabelTrainingArguments(TrainingArguments):
         label_crop (`str`, defaults to `"correct"`): `"authors"` reproduces the exchange of rows and columns in the
             authors' crops, for comparison runs.
         label_temperature (`float`, defaults to 1.0): Divides the scores of label maps before softmax.
+        uncovered_tokens (`str`, defaults to `"nearest"`): What a patch token learns whose place the label map does not
+            cover (maps of the centre square of an image): `"nearest"`, the labels of the nearest cell; `"ignore"`,
+            nothing.
         mix_probability (`float`, defaults to 1.0): Probability that the tokens of a batch are mixed.
         mix_alpha (`float`, defaults to 1.0): Parameter of the Beta distribution of the mixing share.
         ema_decay (`float`, *optional*): Decay of the exponential moving average of the weights, which is then
@@ -48,6 +51,9 @@ class TokenLabelTrainingArguments(TrainingArguments):
         default="correct", metadata={"help": "'authors' reproduces their exchange of rows and columns."}
     )
     label_temperature: float = field(default=1.0, metadata={"help": "Divides map scores before softmax."})
+    uncovered_tokens: Literal["nearest", "ignore"] = field(
+        default="nearest", metadata={"help": "Tokens outside the label map: labels of the nearest cell, or no loss."}
+    )
     mix_probability: float = field(default=1.0, metadata={"help": "Probability that a batch is mixed (MixToken)."})
     mix_alpha: float = field(default=1.0, metadata={"help": "Beta parameter of the mixing share."})
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the weight average; off by default."})
@@ -80,7 +86,9 @@ class TokenLabelTrainingArguments(TrainingArguments):
             if not (value > 0 if smallest is None else value >= smallest):  # also refuses NaN
                 wanted = "positive" if smallest is None else f"at least {smallest}"
                 raise ValueError(f"`{name}` must be {wanted}, got {value}.")
-        for name, allowed in (("cls_target", ("dense", "label", "blend")), ("label_crop", ("correct", "authors"))):
+        choices = {"cls_target": ("dense", "label", "blend"), "label_crop": ("correct", "authors")}
+        choices["uncovered_tokens"] = ("nearest", "ignore")
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
         if not 0 <= self.label_smoothing_factor < 1:

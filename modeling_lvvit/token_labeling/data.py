@@ -1,21 +1,26 @@
 """Opening data sets: Hub names, image folders, Parquet files and folders of them."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets.exceptions import DatasetsError
 from transformers.utils import logging
 
-from .label_columns import IDS_COLUMN, SCORES_COLUMN
+from .class_labels import check_columns, with_class_ids
+from .label_columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
+from .label_join import check_class_names, join_label_set
+from .label_set_writer import CARD, RECORD
+from .label_source import LabelMapSource, class_names_of
 from .transforms import AugmentationConfig
 
 
 logger = logging.get_logger(__name__)
-MAX_CLASSES = 1_000_000  # ids beyond are no class ids
+COMPARED_ROWS = 256  # label maps compared with human labels when a label set is joined
 EVALUATION_SPLITS = ("validation", "val", "valid", "dev", "test")
 
 
@@ -31,6 +36,11 @@ class DataArguments:
             a share of the training data.
         eval_fraction: That share, in (0, 1).
         image_column, label_column: Column names.
+        token_labels: Label set to join to the training images: Hub name or folder. Without it dense labels are taken
+            from two columns of the data itself, where it has them.
+        token_labels_revision: Revision on the Hub.
+        key_column: Column of the images that holds the keys of the label set; default: see `label_join`.
+        key_pattern: Regular expression that cuts the key out of both; see `label_join.join_label_set`.
         token_label_ids_column, token_label_scores_column: Dense-label columns.
         use_token_labels: Whether to train with dense labels where the data has them.
         max_train_samples, max_eval_samples: Keep the first rows only; for trying things out.
@@ -46,6 +56,10 @@ class DataArguments:
     eval_fraction: float = field(default=0.1, metadata={"help": "Share of training rows where no such split is."})
     image_column: str = field(default="image", metadata={"help": "Column of pictures."})
     label_column: str = field(default="label", metadata={"help": "Column of class ids or names."})
+    token_labels: str | None = field(default=None, metadata={"help": "Label set to join: Hub name or folder."})
+    token_labels_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
+    key_column: str | None = field(default=None, metadata={"help": "Column of keys; default: paths or row numbers."})
+    key_pattern: str | None = field(default=None, metadata={"help": "Expression that cuts the key out of both sides."})
     token_label_ids_column: str = field(default=IDS_COLUMN, metadata={"help": "Dense-label ids."})
     token_label_scores_column: str = field(default=SCORES_COLUMN, metadata={"help": "Dense-label scores."})
     use_token_labels: bool = field(default=True, metadata={"help": "Train with dense labels where there are any."})
@@ -77,8 +91,25 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "~", os.sep)) or name.endswith(".parquet") or name.count("/") > 1
 
 
-def _load(args: DataArguments) -> datasets.DatasetDict:
-    name = args.dataset_name
+def open_splits(
+    name: str,
+    config_name: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    split: str = "train",
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """All splits of a data set.
+
+    Args:
+        name: Hub name, a folder (image folder, or Parquet files), or one Parquet file.
+        config_name, revision: Configuration and revision on the Hub.
+        streaming: Whether to read rows one after another instead of preparing all of them first.
+        split: What the rows of a single Parquet file are called.
+
+    Raises:
+        FileNotFoundError: If there is no such data set.
+        ValueError: If it cannot be read.
+    """
     path = Path(name).expanduser()
     if looks_local(name) and not path.exists():
         raise FileNotFoundError(
@@ -88,21 +119,37 @@ def _load(args: DataArguments) -> datasets.DatasetDict:
         raise ValueError(f"{path} is neither a folder nor a .parquet file.")
     try:
         if path.is_file():
-            return datasets.load_dataset("parquet", data_files={args.train_split: str(path)})
+            return datasets.load_dataset("parquet", data_files={split: str(path)}, streaming=streaming)
         return datasets.load_dataset(
-            str(path) if path.is_dir() else name, args.dataset_config_name, revision=args.dataset_revision
+            str(path) if path.is_dir() else name, config_name, revision=revision, streaming=streaming
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise FileNotFoundError(
             f"{name} is neither a local folder or Parquet file (seen from {Path.cwd()}) nor a data set that the Hub gives: "
             f"{error}"
         ) from error
-    except DatasetsError as error:
+    except (DatasetsError, pa.ArrowException) as error:
         raise ValueError(f"{name} cannot be read as a data set: {error.__cause__ or error}") from error
 
 
-def open_datasets(args: DataArguments, seed: int) -> tuple[datasets.Dataset, datasets.Dataset, str]:
-    """Training rows, evaluation rows, and what the latter are called.
+@dataclass
+class OpenedData:
+    """What `open_datasets` found.
+
+    Args:
+        train, evaluation: Image rows with a `ClassLabel` column of the same classes.
+        eval_name: What the evaluation rows are called.
+        label_maps: Label maps of the training rows, in their order; `None` without dense labels.
+    """
+
+    train: datasets.Dataset
+    evaluation: datasets.Dataset
+    eval_name: str
+    label_maps: LabelMapSource | None = None
+
+
+def open_datasets(args: DataArguments, seed: int) -> OpenedData:
+    """Opens training and evaluation rows, and the label maps of the former.
 
     Args:
         args: What to open.
@@ -110,31 +157,111 @@ def open_datasets(args: DataArguments, seed: int) -> tuple[datasets.Dataset, dat
 
     Raises:
         FileNotFoundError: If a local path does not exist.
-        ValueError: If a split or column is missing, empty or unfit; the message names what there is.
+        ValueError: If a split or column is missing, empty or unfit, or labels do not fit the images; the message names
+            what there is.
     """
-    splits = _load(args)
+    splits = open_splits(args.dataset_name, args.dataset_config_name, args.dataset_revision, split=args.train_split)
+    eval_name = find_eval_split(splits, args)
+    check_columns(splits[args.train_split], args.dataset_name, args.image_column, args.label_column)
+    labels = open_label_set(args) if args.token_labels is not None and args.use_token_labels else None
+    class_names = class_names_of(labels) if labels is not None else None
+    train = with_class_ids(splits[args.train_split], args.dataset_name, args.label_column, class_names=class_names)
+    train, label_maps = _with_label_maps(train, labels, args)
+    if eval_name is not None:
+        check_columns(splits[eval_name], args.dataset_name, args.image_column, args.label_column)
+        evaluation = with_class_ids(splits[eval_name], args.dataset_name, args.label_column, like=train)
+    else:
+        logger.warning("No evaluation split: %.0f %% of the training rows are kept for it.", 100 * args.eval_fraction)
+        if len(train) < 2:
+            raise ValueError(f"{args.dataset_name} has {len(train)} rows, too few for training and evaluation.")
+        order = np.random.default_rng(seed).permutation(len(train))
+        held_out = math.ceil(args.eval_fraction * len(train))
+        evaluation = train.select(order[:held_out])
+        train, label_maps = _select(train, label_maps, order[held_out:])
+        eval_name = f"{100 * args.eval_fraction:.0f} % of {args.train_split}, held out"
+    if args.max_train_samples is not None:
+        train, label_maps = _select(train, label_maps, _first(train, args.max_train_samples))
+    if args.max_eval_samples is not None:
+        evaluation = evaluation.select(_first(evaluation, args.max_eval_samples))
+    for name, rows in (("training", train), ("evaluation", evaluation)):
+        if not len(rows):
+            raise ValueError(f"There are no {name} rows in {args.dataset_name}.")
+    return OpenedData(train, evaluation, eval_name, label_maps)
+
+
+def find_eval_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict, args: DataArguments) -> str | None:
+    """Name of the split to evaluate on, `None` if there is none and training rows must be held out.
+
+    Raises:
+        ValueError: If a split that was asked for is not there.
+    """
     for name in (args.train_split, args.eval_split or args.train_split):
         if name not in splits:
             raise ValueError(f"{args.dataset_name} has no split {name!r}; it has {list(splits)}.")
     if args.eval_split == args.train_split:
         raise ValueError(f"Split {args.train_split!r} cannot serve both training and evaluation.")
-    train = _with_class_ids(splits[args.train_split], args)
     others = [name for name in EVALUATION_SPLITS if name in splits and name != args.train_split]
-    eval_name = args.eval_split or next(iter(others), None)
-    if eval_name is not None:
-        evaluation = _with_class_ids(splits[eval_name], args, like=train)
-    else:
-        logger.warning("No evaluation split: %.0f %% of the training rows are kept for it.", 100 * args.eval_fraction)
-        if len(train) < 2:
-            raise ValueError(f"{args.dataset_name} has {len(train)} rows, too few for training and evaluation.")
-        parts = train.train_test_split(test_size=args.eval_fraction, seed=seed)
-        train, evaluation = parts["train"], parts["test"]
-        eval_name = f"{100 * args.eval_fraction:.0f} % of {args.train_split}, held out"
-    train, evaluation = _first(train, args.max_train_samples), _first(evaluation, args.max_eval_samples)
-    for name, rows in (("training", train), ("evaluation", evaluation)):
-        if not len(rows):
-            raise ValueError(f"There are no {name} rows in {args.dataset_name}.")
-    return train, evaluation, eval_name
+    return args.eval_split or next(iter(others), None)
+
+
+def open_label_set(args: DataArguments) -> datasets.Dataset:
+    """The label set of the training split.
+
+    Raises:
+        FileNotFoundError, ValueError: If it does not exist, is unfinished, or has no such split.
+    """
+    name = args.token_labels
+    folder = Path(name).expanduser()
+    if looks_local(name) and not folder.exists():
+        raise FileNotFoundError(f"There is no label set at {folder.resolve()}.")
+    if (folder / RECORD).is_file() and not (folder / CARD).is_file():
+        raise ValueError(f"The label set in {folder} is not finished. Start the program that writes it again.")
+    splits = open_splits(name, revision=args.token_labels_revision, split=args.train_split)
+    if args.train_split not in splits:
+        raise ValueError(f"The label set {name} has no split {args.train_split!r}; it has {list(splits)}.")
+    return splits[args.train_split]
+
+
+def _with_label_maps(
+    train: datasets.Dataset, labels: datasets.Dataset | None, args: DataArguments
+) -> tuple[datasets.Dataset, LabelMapSource | None]:
+    """Training rows with their label maps, of a label set or of two columns of their own."""
+    if labels is None:
+        ids_column, scores_column = args.token_label_ids_column, args.token_label_scores_column
+        has_maps = has_dense_columns(train, args)
+        return train, LabelMapSource(train, None, None, ids_column, scores_column) if has_maps else None
+    check_class_names(class_names_of(labels), train.features[args.label_column].names)
+    joined = join_label_set(labels, train, args.image_column, args.key_column, args.key_pattern)
+    if joined.images is not None:
+        train = train.select(joined.images)
+    _compare_with_labels(joined.label_maps, train, args.label_column)
+    return train, joined.label_maps
+
+
+def _compare_with_labels(label_maps: LabelMapSource, train: datasets.Dataset, label_column: str) -> None:
+    """Warns when maps rarely name the class of their image: then they are of other images, or ids mean other classes."""
+    rows = np.unique(np.linspace(0, len(train) - 1, COMPARED_ROWS).astype(np.int64)).tolist()
+    human = train.select_columns(label_column).with_format("arrow")[rows][label_column].to_numpy()
+    try:
+        ids = label_maps.fetch(rows).ids
+    except LabelMapError:  # the check of all rows names it
+        return
+    named = (ids == human.reshape(-1, 1, 1, 1)).any(axis=(1, 2, 3)).mean()
+    logger.info("%.0f %% of %d label maps name the class of their image.", 100 * named, len(rows))
+    if named < 0.5:
+        logger.warning(
+            "Only %.0f %% of %d label maps name the class of their image in any cell. Do labels and images belong together, "
+            "and is the annotator any good? (dataset_scripts/check_token_labels.py shows more.)",
+            100 * named,
+            len(rows),
+        )
+
+
+def _select(
+    rows: datasets.Dataset, label_maps: LabelMapSource | None, chosen: np.ndarray
+) -> tuple[datasets.Dataset, LabelMapSource | None]:
+    """Some rows with their label maps."""
+    return rows.select(chosen), None if label_maps is None else label_maps.select(chosen)
 
 
 def has_dense_columns(rows: datasets.Dataset, args: DataArguments) -> bool:
@@ -151,62 +278,5 @@ def has_dense_columns(rows: datasets.Dataset, args: DataArguments) -> bool:
     return args.use_token_labels and all(present)
 
 
-def _with_class_ids(
-    rows: datasets.Dataset, args: DataArguments, like: datasets.Dataset | None = None
-) -> datasets.Dataset:
-    """Turns a column of class names, or of plain integers, into a `ClassLabel` column."""
-    column = args.label_column
-    for name, option in ((args.image_column, "--image_column"), (column, "--label_column")):
-        if name not in rows.column_names:
-            raise ValueError(
-                f"{args.dataset_name} has no column {name!r}; it has {rows.column_names}. Name it with {option}."
-                + (
-                    " (An image folder gets labels only when it has two or more class folders.)"
-                    if name == "label"
-                    else ""
-                )
-            )
-    if not len(rows):
-        raise ValueError(f"{args.dataset_name} has no rows in split {rows.split}.")
-    kind = rows.features.arrow_schema.field(column).type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        raise ValueError(f"Column {column!r} of {args.dataset_name} must hold class ids or names, got {kind}.")
-    values = rows.select_columns(column).with_format("arrow")[:][column]
-    if values.null_count:
-        row = pc.index(values.is_null().combine_chunks(), True).as_py()
-        raise ValueError(f"Row {row} of {args.dataset_name}, split {rows.split}, has no label in column {column!r}.")
-    if like is not None:
-        known = like.features[column].names
-        if is_text and (foreign := sorted(set(pc.unique(values).to_pylist()) - set(known))):
-            raise ValueError(
-                f"Split {rows.split} of {args.dataset_name} has classes that training lacks: {foreign[:10]}."
-            )
-        feature = like.features[column]
-        return rows if rows.features[column] == feature else _cast(rows, column, feature)
-    if isinstance(rows.features[column], datasets.ClassLabel):
-        names = rows.features[column].names
-    elif is_text:
-        names = sorted(set(pc.unique(values).to_pylist()))
-    else:
-        lowest, highest = (value.as_py() for value in pc.min_max(pc.cast(values, pa.int64())).values())
-        if not 0 <= lowest <= highest < MAX_CLASSES:
-            raise ValueError(
-                f"Column {column!r} of {args.dataset_name} has ids from {lowest} to {highest}; class ids count from 0 "
-                f"and stay below {MAX_CLASSES:,}."
-            )
-        names = [str(index) for index in range(highest + 1)]
-    if len(names) < 2:
-        raise ValueError(f"{args.dataset_name} has {len(names)} class in column {column!r}; a classifier needs two.")
-    feature = datasets.ClassLabel(names=names)
-    return rows if rows.features[column] == feature else _cast(rows, column, feature)
-
-
-def _cast(rows: datasets.Dataset, column: str, feature: datasets.ClassLabel) -> datasets.Dataset:
-    if rows.features[column].dtype == "large_string":  # which the library cannot turn into class ids
-        rows = rows.cast_column(column, datasets.Value("string"))
-    return rows.cast_column(column, feature)
-
-
-def _first(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
-    return rows if count is None else rows.select(range(min(max(count, 0), len(rows))))
+def _first(rows: datasets.Dataset, count: int) -> np.ndarray:
+    return np.arange(min(max(count, 0), len(rows)))

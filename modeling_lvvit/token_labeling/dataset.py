@@ -1,9 +1,7 @@
 """A view of a `datasets.Dataset` whose rows become training or evaluation samples."""
 
-import io
-import os
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,13 +11,14 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .label_columns import LabelMapError, check_column_types, label_map_problems, to_numpy
+from .label_columns import LabelMapError
+from .label_sets import LabelMaps
+from .label_source import LabelMapSource, covered_region
+from .pictures import IMAGE_ERRORS, decode_picture, picture_problem
 
 
 MAX_REPORTED_PROBLEMS = 10
 ROWS_PER_CHECK = 512
-# what Pillow raises for files that are no pictures, damaged or too large to be one
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class ImageProcessorTransform:
@@ -32,7 +31,7 @@ class ImageProcessorTransform:
     def __init__(self, image_processor: Callable):
         self.image_processor = image_processor
 
-    def __call__(self, image: Image.Image, *label_map: np.ndarray) -> dict[str, torch.Tensor]:
+    def __call__(self, image: Image.Image, *label_map: Any) -> dict[str, torch.Tensor]:
         """Picture to `pixel_values` float32 `[3, height, width]`; a label map has no use in evaluation."""
         return {"pixel_values": self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]}
 
@@ -44,10 +43,11 @@ class TokenLabelDataset(torch.utils.data.Dataset):
 
     Args:
         dataset: Rows with an image column and an integer or `ClassLabel` column.
-        transform: Called with a picture, and with its map's ids and scores where there are maps; returns a dict of
-            tensors (`TrainTransform`, `ImageProcessorTransform`).
+        transform: Called with a picture, and where there are maps with its map's ids, scores and region; returns a dict
+            of tensors (`TrainTransform`, `ImageProcessorTransform`).
         image_column, label_column: Column names.
-        ids_column, scores_column: Dense-label columns, or `None` for both.
+        ids_column, scores_column: Dense-label columns of the data set itself, or `None` for both.
+        label_maps: Instead of them, a label set joined to the rows (`label_join.join_label_set`).
         name: What messages call the data set.
 
     Raises:
@@ -63,12 +63,14 @@ class TokenLabelDataset(torch.utils.data.Dataset):
         ids_column: str | None = None,
         scores_column: str | None = None,
         name: str = "train",
+        label_maps: LabelMapSource | None = None,
     ):
         if (ids_column is None) != (scores_column is None):
             raise ValueError("Give both dense-label columns, ids and scores, or neither.")
+        if ids_column is not None and label_maps is not None:
+            raise ValueError("Give dense-label columns or a label set, not both.")
         self.transform = transform
         self.image_column, self.label_column = image_column, label_column
-        self.ids_column, self.scores_column = ids_column, scores_column
         self.name = name
         columns = [c for c in (image_column, label_column, ids_column, scores_column) if c is not None]
         missing = [column for column in columns if column not in dataset.column_names]
@@ -82,16 +84,17 @@ class TokenLabelDataset(torch.utils.data.Dataset):
         label_type = dataset.features.arrow_schema.field(label_column).type
         if not pa.types.is_integer(label_type):
             raise ValueError(f"Column {label_column!r} of the {name} data must hold class ids, got {label_type}.")
-        self.rows = dataset.select_columns(columns).with_format("arrow")
-        if self.has_label_maps:
-            schema = self.rows.features.arrow_schema
-            check_column_types(schema.field(ids_column).type, schema.field(scores_column).type)
-        self._decoder = datasets.Image()
+        self.rows = dataset.select_columns([image_column, label_column]).with_format("arrow")
+        self.label_maps = label_maps
+        if ids_column is not None:
+            self.label_maps = LabelMapSource(dataset, ids_column=ids_column, scores_column=scores_column)
+        if self.label_maps is not None and len(self.label_maps) != len(dataset):
+            raise ValueError(f"The {name} data has {len(dataset)} rows, its label maps are {len(self.label_maps)}.")
 
     @property
     def has_label_maps(self) -> bool:
         """Whether samples carry dense labels."""
-        return self.ids_column is not None
+        return self.label_maps is not None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,16 +105,16 @@ class TokenLabelDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Samples of several rows; PyTorch's `DataLoader` calls this once for each batch."""
         table = self.rows[indices]
-        maps = [()] * len(indices)
-        if self.has_label_maps:
-            maps = list(
-                zip(self._maps(table, self.ids_column, indices), self._maps(table, self.scores_column, indices))
-            )
+        maps = self._fetch_maps(indices) if self.has_label_maps else None
         images, labels = table[self.image_column], table[self.label_column].to_pylist()
         samples = []
         for offset, index in enumerate(indices):
-            sample = self.transform(self._decode(images[offset].as_py(), index), *maps[offset])
-            samples.append({**sample, "labels": labels[offset]})
+            image = self._decode(images[offset].as_py(), index)
+            label_map = ()
+            if maps is not None:
+                box = None if maps.boxes is None else maps.boxes[offset]
+                label_map = (maps.ids[offset], maps.scores[offset], covered_region(box, *image.size))
+            samples.append({**self.transform(image, *label_map), "labels": labels[offset]})
         return samples
 
     def picture(self, index: int) -> Image.Image:
@@ -124,8 +127,8 @@ class TokenLabelDataset(torch.utils.data.Dataset):
 
     def label_map(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores of a row, `[K, rows, columns]` each, before any transform."""
-        table = self.rows[[index]]
-        return self._maps(table, self.ids_column, [index])[0], self._maps(table, self.scores_column, [index])[0]
+        maps = self._fetch_maps([index])
+        return maps.ids[0], maps.scores[0]
 
     def check_num_classes(self, num_classes: int) -> None:
         """Raises a `ValueError` if the class names of the data are not as many as the model's outputs."""
@@ -151,9 +154,9 @@ class TokenLabelDataset(torch.utils.data.Dataset):
             table = self.rows[start : start + ROWS_PER_CHECK]
             found = self._label_problems(table, num_classes)
             if self.has_label_maps:
-                map_problems, map_shape = self._map_problems(table, num_classes, map_shape)
+                map_problems, map_shape = self._map_problems(range(start, start + len(table)), num_classes, map_shape)
                 found += map_problems
-            images = ((offset, self._image_problem(value)) for offset, value in enumerate(table[self.image_column]))
+            images = ((offset, picture_problem(value)) for offset, value in enumerate(table[self.image_column]))
             found += [(offset, text) for offset, text in images if text]
             for offset, text in sorted(found):
                 problems.append(f"row {start + offset}{_file_hint(table[self.image_column][offset].as_py())}: {text}")
@@ -170,80 +173,30 @@ class TokenLabelDataset(torch.utils.data.Dataset):
         return [(offset, f"class id {labels[offset]} is outside [0, {num_classes})") for offset in offsets]
 
     def _map_problems(
-        self, table: pa.Table, num_classes: int, expected_shape: tuple[int, ...] | None
+        self, images: range, num_classes: int, expected_shape: tuple[int, ...] | None
     ) -> tuple[list[tuple[int, str]], tuple[int, ...] | None]:
         """Problems of the label maps, and the `[K, rows, columns]` that all blocks must share."""
-        try:
-            ids, scores = to_numpy(table[self.ids_column]), to_numpy(table[self.scores_column])
-        except LabelMapError as error:
-            return [(error.row, str(error))], expected_shape
-        if expected_shape is not None and ids.shape[1:] != expected_shape:
-            text = f"its label map has [K, rows, columns] {list(ids.shape[1:])}, earlier rows {list(expected_shape)}"
+        problems, shape = self.label_maps.problems(images, num_classes)
+        if None not in (shape, expected_shape) and shape != expected_shape:
+            text = f"its label map has [K, rows, columns] {list(shape)}, earlier rows {list(expected_shape)}"
             return [(0, text)], expected_shape
-        return label_map_problems(ids, scores, num_classes), ids.shape[1:]
-
-    def _image_problem(self, value: pa.StructScalar) -> str | None:
-        """What is wrong with an image file, `None` if nothing seems to be."""
-        if not value.is_valid:
-            return "no image"
-        content, path = value["bytes"], value["path"].as_py()
-        if not content.is_valid and path is None:
-            return "no image"
-        if not content.is_valid and "://" in path:
-            return None
-        if not content.is_valid and not os.path.isfile(path):
-            return "the image file does not exist"
-        try:
-            with io.BytesIO(content.as_buffer()) if content.is_valid else open(path, "rb") as file:
-                if _is_whole(file):
-                    return None
-            to_rgb(self._decoder.decode_example(value.as_py()))
-        except IMAGE_ERRORS as error:
-            return f"the image cannot be decoded ({error})"
-        return None
+        return problems, expected_shape or shape
 
     def _decode(self, value: dict[str, Any] | None, index: int) -> Image.Image:
         if value is None:
             raise ValueError(f"Row {index} of the {self.name} data has no image.")
         try:
-            return to_rgb(self._decoder.decode_example(value))
+            return decode_picture(value)
         except IMAGE_ERRORS as error:
             raise ValueError(
                 f"Row {index} of the {self.name} data{_file_hint(value)}: the image cannot be decoded ({error})."
             ) from error
 
-    def _maps(self, table: pa.Table, column: str, indices: list[int]) -> np.ndarray:
+    def _fetch_maps(self, indices: list[int]) -> LabelMaps:
         try:
-            return to_numpy(table[column])
+            return self.label_maps.fetch(indices)
         except LabelMapError as error:
-            raise ValueError(
-                f"Column {column!r} of the {self.name} data, row {indices[error.row]}: {error}."
-            ) from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An 8-bit RGB picture; 16-bit greyscale is scaled, where Pillow alone would turn all but the darkest tones white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.uint8(np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257))
-    elif image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; save the pictures with 8 or 16 bits")
-    return image.convert("RGB")
-
-
-def _is_whole(file: BinaryIO) -> bool:
-    """Whether an open JPEG or PNG file can be read and has all its parts; other formats are not judged.
-
-    Raises:
-        OSError, SyntaxError: If it is no picture, or its checksums are wrong.
-    """
-    with Image.open(file) as image:
-        if image.format == "PNG":
-            image.verify()
-            return True
-    if image.format != "JPEG":
-        return False
-    file.seek(-16, os.SEEK_END)
-    return file.read().rstrip(b"\0").endswith(b"\xff\xd9")
+            raise ValueError(f"The label map of row {indices[error.row]} of the {self.name} data: {error}.") from error
 
 
 def _file_hint(value: dict[str, Any] | None) -> str:

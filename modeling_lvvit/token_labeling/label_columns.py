@@ -23,12 +23,18 @@ class LabelMapError(ValueError):
 
 def label_map_features(k: int, rows: int, columns: int, id_type: str) -> datasets.Features:
     """Features of the two dense-label columns; `id_type` is `"int16"` or `"int32"`."""
+    shape = (k, rows, columns)
+    return datasets.Features(
+        {IDS_COLUMN: nested_feature(shape, id_type), SCORES_COLUMN: nested_feature(shape, "float16")}
+    )
 
-    def nested(value_type: str) -> datasets.List:
-        cells = datasets.List(datasets.Value(value_type), length=columns)
-        return datasets.List(datasets.List(cells, length=rows), length=k)
 
-    return datasets.Features({IDS_COLUMN: nested(id_type), SCORES_COLUMN: nested("float16")})
+def nested_feature(shape: tuple[int, ...], value_type: str) -> datasets.List:
+    """A nested list of fixed lengths, `[K][rows][columns]` for a label map."""
+    feature = datasets.Value(value_type)
+    for length in reversed(shape):
+        feature = datasets.List(feature, length=length)
+    return feature
 
 
 def to_arrow(maps: np.ndarray) -> pa.FixedSizeListArray:
@@ -68,6 +74,11 @@ def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
     shape, per_row = [len(array)], 1  # items of the present level that belong to one row
     while isinstance(array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
         _refuse_missing(array, per_row)
+        if isinstance(array, pa.FixedSizeListArray):  # the type says that all lengths are equal
+            shape.append(array.type.list_size)
+            per_row *= array.type.list_size
+            array = array.flatten()
+            continue
         lengths = pc.list_value_length(array)
         first = lengths[0].as_py() if len(lengths) else 0
         odd = pc.index(pc.not_equal(lengths, first), True).as_py()

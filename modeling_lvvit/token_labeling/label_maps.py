@@ -145,10 +145,11 @@ def axis_weights(
     """Weights with which the cells of one axis of a map enter the bins of a crop.
 
     The rule is that of RoIAlign (He et al. 2017) with adaptive sampling: a bin that spans up to n cells is sampled at
-    n equidistant points, and each point interpolates linearly between the two nearest cell centres.
+    n equidistant points, and each point interpolates linearly between the two nearest cell centres. A point outside the
+    map has the value of the nearest cell; only with `min_cells`, the authors' crops, it has none, as in RoIAlign.
 
     Args:
-        start, end: `(batch_size,)` float32, borders of the crop as fractions of the map, in [0, 1].
+        start, end: `(batch_size,)` float32, borders of the crop as fractions of the map; a crop may leave the map.
         map_size: Cells of the map along this axis.
         num_bins: Bins (token rows or columns) of the crop.
         min_cells: Smallest extent of a crop in cells; a shorter one is extended at its end.
@@ -159,17 +160,19 @@ def axis_weights(
     first = start * map_size - 0.5  # coordinate 0 is the centre of the first cell
     extent = (end * map_size - 0.5 - first).clamp(min=max(min_cells, 1e-6))
     bin_size = extent / num_bins
-    samples = bin_size.ceil().clamp(min=1)
     # one more than a crop of the whole map needs: rounding can lift an extent over a whole number of bins
     max_samples = math.ceil(max(map_size, min_cells) / num_bins) + 1
+    samples = bin_size.ceil().clamp(min=1, max=max_samples)
     bins = torch.arange(num_bins, device=start.device).view(-1, 1)
     steps = torch.arange(max_samples, device=start.device)
     first, bin_size, samples = (value.view(-1, 1, 1) for value in (first, bin_size, samples))
     points = first + bins * bin_size + (steps + 0.5) * bin_size / samples  # (B, num_bins, max_samples)
-    inside = (points >= -1.0) & (points <= map_size) & (steps < samples)
+    counted = steps < samples
+    if min_cells:
+        counted = counted & (points >= -1.0) & (points <= map_size)
     cells = torch.arange(map_size, device=start.device)
     distance = (points.clamp(0, map_size - 1).unsqueeze(-1) - cells).abs()  # (B, num_bins, max_samples, map_size)
-    weights = (1 - distance).clamp(min=0) * inside.unsqueeze(-1)
+    weights = (1 - distance).clamp(min=0) * counted.unsqueeze(-1)
     return weights.sum(dim=2) / samples
 
 
@@ -180,7 +183,8 @@ def pool_label_maps(
 
     Args:
         palette_scores: `(batch_size, U, rows, columns)` float32.
-        crop_box: `(batch_size, 4)` float32, (left, top, right, bottom) as fractions of the region that the map covers.
+        crop_box: `(batch_size, 4)` float32, (left, top, right, bottom) as fractions of the region that the map covers; a
+            token outside it has the labels of the nearest cell.
         grid_size: Token rows and columns.
         label_crop: `"correct"`; or `"authors"`, which reproduces their exchange of rows and columns: their box is stored
             top first and handed to RoIAlign, which expects left first, so that the top half of an image gets the
@@ -216,6 +220,21 @@ def softmax_over_all_classes(pooled: torch.Tensor, palette: torch.Tensor, num_cl
     return SparseTargets(palette, (exponentials - unnamed) / total, (unnamed / total).squeeze(-1), num_classes)
 
 
+def covered_tokens(crop_box: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Which tokens of a crop have their centre in the region that the map covers, bool `(batch_size, N)`, row-major.
+
+    Args:
+        crop_box: `(batch_size, 4)`, (left, top, right, bottom) as fractions of that region.
+        grid_size: Token rows and columns.
+    """
+    left, top, right, bottom = crop_box.float().unsqueeze(2).unbind(1)  # (B, 1) each
+    inside = []
+    for start, end, size in ((top, bottom, grid_size[0]), (left, right, grid_size[1])):
+        centres = start + (end - start) * (torch.arange(size, device=crop_box.device) + 0.5) / size  # (B, size)
+        inside.append((centres >= 0) & (centres <= 1))
+    return (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).flatten(1)
+
+
 @torch.no_grad()
 def crop_label_maps(
     palette: torch.Tensor,
@@ -247,7 +266,9 @@ def crop_label_maps(
     palette_scores = scores.new_zeros(batch_size, palette.shape[1], rows, columns, dtype=torch.float32)
     palette_scores.scatter_(1, palette_index.long(), scores.float())
     pooled_tokens = pool_label_maps(palette_scores, crop_box, grid_size, label_crop).flatten(2).mT  # (B, N, U)
-    pooled_crop = pool_label_maps(palette_scores, crop_box, (1, 1), label_crop).flatten(1)  # (B, U)
+    # the class token is told what the map knows of the crop: the part that both cover
+    known_part = crop_box.clamp(0, 1)
+    pooled_crop = pool_label_maps(palette_scores, known_part, (1, 1), label_crop).flatten(1)  # (B, U)
     return (
         softmax_over_all_classes(pooled_crop / temperature, palette, num_classes),
         softmax_over_all_classes(pooled_tokens / temperature, palette, num_classes),

@@ -71,6 +71,7 @@ def token_labeling_loss(
     token_targets: SparseTargets | None,
     cls_weight: float = 1.0,
     dense_weight: float = 1.0,
+    counted_tokens: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Sum of the class-token loss and the mean patch-token loss (paper, section 3.2):
 
@@ -82,6 +83,7 @@ def token_labeling_loss(
         patch_logits: `(batch_size, N, C)`, put back after mixing.
         cls_losses: `(batch_size,)` losses of the class token.
         token_targets: Targets of the patch tokens; `None` trains with plain labels.
+        counted_tokens: Bool `(batch_size, N)`, tokens over which the mean is taken; `None` for all.
 
     Returns:
         `loss`, `cls_loss` and `token_loss`, scalars in float32. Without token targets `token_loss` is an exact zero that
@@ -91,7 +93,11 @@ def token_labeling_loss(
     if token_targets is None:
         token_loss = 0.0 * patch_logits.float().mean()
     else:
-        token_loss = soft_cross_entropy(patch_logits, token_targets).mean()
+        token_losses = soft_cross_entropy(patch_logits, token_targets)  # (B, N)
+        if counted_tokens is None:
+            token_loss = token_losses.mean()
+        else:
+            token_loss = (token_losses * counted_tokens).sum() / counted_tokens.sum().clamp(min=1)
     return {
         "loss": cls_weight * cls_loss + dense_weight * token_loss,
         "cls_loss": cls_loss,

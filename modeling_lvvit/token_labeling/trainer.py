@@ -12,7 +12,7 @@ from .arguments import TokenLabelTrainingArguments
 from .callbacks import EMACallback
 from .collator import TokenLabelCollator
 from .dataset import TokenLabelDataset
-from .label_maps import SparseTargets, crop_label_maps
+from .label_maps import SparseTargets, covered_tokens, crop_label_maps
 from .losses import blend_weight, mixed_cross_entropy, token_labeling_loss
 from .metrics import TopKAccuracy
 
@@ -153,7 +153,7 @@ class TokenLabelTrainer(Trainer):
         """
         args, cls_logits, patch_logits = self.args, outputs["cls_logits"], outputs["patch_logits"]
         smoothing = args.label_smoothing_factor
-        cls_dense = token_targets = None
+        cls_dense = token_targets = counted = None
         if "token_label_palette" in labels and args.dense_weight > 0:
             cls_dense, token_targets = crop_label_maps(
                 labels["token_label_palette"],
@@ -166,12 +166,16 @@ class TokenLabelTrainer(Trainer):
                 args.label_temperature,
             )
             token_targets = token_targets.smooth(smoothing)
+            if args.uncovered_tokens == "ignore":
+                counted = covered_tokens(labels["crop_box"], self.grid_size)
         terms = self._cls_targets(cls_dense, labels.get("labels"))
         kept = 1.0 - mix_mask.flatten(1).float().mean(dim=1) if mix_mask is not None else None
         cls_losses = sum(
             mixed_cross_entropy(cls_logits, target.smooth(smoothing), weight, kept) for target, weight in terms
         )
-        return token_labeling_loss(patch_logits, cls_losses, token_targets, args.cls_weight, args.dense_weight)
+        return token_labeling_loss(
+            patch_logits, cls_losses, token_targets, args.cls_weight, args.dense_weight, counted
+        )
 
     def _cls_targets(
         self, dense: SparseTargets | None, labels: torch.Tensor | None

@@ -44,6 +44,23 @@ class AugmentationConfig:
             raise ValueError(f"`color_jitter` must be at least 0, got {self.color_jitter}.")
 
 
+def within_region(crop_box: torch.Tensor, map_box: tuple[float, float, float, float], mirrored: bool) -> torch.Tensor:
+    """A crop box as fractions of the region that the map covers, instead of the whole image.
+
+    Args:
+        crop_box: `(4,)`, (left, top, right, bottom) as fractions of the image, after a mirroring.
+        map_box: The region, likewise, before it.
+        mirrored: Whether the image was mirrored.
+    """
+    left, top, right, bottom = map_box
+    if mirrored:
+        left, right = 1 - right, 1 - left
+    if (left, top, right, bottom) == (0, 0, 1, 1):
+        return crop_box
+    origin, extent = torch.tensor([left, top] * 2), torch.tensor([right - left, bottom - top] * 2)
+    return (crop_box - origin) / extent
+
+
 class TrainTransform:
     """Random flip, random resized crop, colour jitter, normalisation and random erasing.
 
@@ -75,16 +92,19 @@ class TrainTransform:
         image: Image.Image,
         token_label_ids: np.ndarray | None = None,
         token_label_scores: np.ndarray | None = None,
+        map_box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
     ) -> dict[str, torch.Tensor]:
         """
         Args:
             image: RGB picture of any size.
-            token_label_ids: `[K, rows, columns]` integers covering the whole image, or `None`.
+            token_label_ids: `[K, rows, columns]` integers, or `None`.
             token_label_scores: `[K, rows, columns]` float16, or `None`.
+            map_box: Region of the image that the map covers, (left, top, right, bottom) as fractions of the image.
 
         Returns:
             `pixel_values` float32 `[3, height, width]`; `crop_box` float32 `[4]`, (left, top, right, bottom) as
-            fractions of the flipped image; and, where given, the flipped `token_label_ids` and `token_label_scores`.
+            fractions of the region that the flipped map covers (below 0 or above 1 where the crop leaves it); and, where
+            given, the flipped `token_label_ids` and `token_label_scores`.
         """
         sample = {}
         mirrored = torch.rand(()).item() < self.augmentation.horizontal_flip
@@ -94,7 +114,8 @@ class TrainTransform:
             step = -1 if mirrored else 1
             sample["token_label_ids"] = torch.from_numpy(token_label_ids[..., ::step].copy())
             sample["token_label_scores"] = torch.from_numpy(token_label_scores[..., ::step].copy())
-        image, sample["crop_box"] = self._random_resized_crop(image)
+        image, crop_box = self._random_resized_crop(image)
+        sample["crop_box"] = within_region(crop_box, map_box, mirrored)
         if self.color_jitter is not None:
             image = self.color_jitter(image)
         pixel_values = F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)

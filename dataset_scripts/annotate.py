@@ -1,0 +1,287 @@
+"""Annotates images: any image data set, any image classifier, a label set that `train_tl.py --token_labels` joins to them.
+
+accelerate launch dataset_scripts/annotate.py --dataset path/to/images --annotator timm/dm_nfnet_f6.dm_in1k \
+    --image_size 576 --output_dir labels
+
+The program can be killed at any time and started again; the result is the same. See --help for all options.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import datasets
+import PIL
+import timm
+import torch
+import transformers
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from modeling_lvvit.launching import is_main_process, num_cpu_cores, start_missing_processes, use_all_cpu_cores
+from modeling_lvvit.token_labeling.annotation import Scorer, ShardBuilder, prepared_ahead
+from modeling_lvvit.token_labeling.annotators import Annotator, load_annotator, wordnet_names
+from modeling_lvvit.token_labeling.class_matching import ClassMap, match_classes, read_class_map
+from modeling_lvvit.token_labeling.data import open_splits
+from modeling_lvvit.token_labeling.image_rows import StoredRows, StreamedRows
+from modeling_lvvit.token_labeling.label_join import duplicate_keys, image_keys
+from modeling_lvvit.token_labeling.label_set_writer import (
+    LabelSetWriter,
+    default_rows_per_shard,
+    finish_label_set,
+    versions_of,
+)
+from modeling_lvvit.token_labeling.label_sets import LabelSetLayout
+
+
+CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "label_set_template.md"
+STREAMED_ROWS_PER_SHARD = 1024
+
+
+@dataclass
+class AnnotateArguments:
+    """Options of the program."""
+
+    dataset: str = field(metadata={"help": "Images: Hub name, image folder, Parquet file or folder of them."})
+    annotator: str = field(
+        metadata={
+            "help": "Image classifier: Hub name or folder of transformers, or timm/NAME, e.g. timm/dm_nfnet_f6.dm_in1k."
+        }
+    )
+    output_dir: str = field(metadata={"help": "Folder of the label set; an unfinished one is continued."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
+    split: str = field(default="train", metadata={"help": "Split to annotate."})
+    streaming: bool = field(default=False, metadata={"help": "Read images one after another without preparing all."})
+    image_column: str = field(default="image", metadata={"help": "Column of pictures."})
+    label_column: str = field(default="label", metadata={"help": "Column whose class names the labels shall have."})
+    key_column: str | None = field(default=None, metadata={"help": "Column that tells images apart; default: paths."})
+    number_rows: bool = field(default=False, metadata={"help": "Tell images apart by their row number."})
+    max_samples: int | None = field(default=None, metadata={"help": "Annotate the first images only."})
+    annotator_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
+    random_weights: bool = field(default=False, metadata={"help": "Architecture without weights; to try things out."})
+    image_size: list[int] | None = field(
+        default=None, metadata={"help": "Annotator input in pixels: side, or height and width; default: its own."}
+    )
+    fit: str = field(
+        default="squash",
+        metadata={
+            "help": "Pictures of another shape: whole and squashed, whole with borders, or their centre only.",
+            "choices": ["squash", "pad", "center_crop"],
+        },
+    )
+    top_k: int = field(default=5, metadata={"help": "Classes kept for each cell."})
+    scores: str = field(
+        default="logits",
+        metadata={
+            "help": "Store logits as they are, or relative to the classes left out (right for any logit scale).",
+            "choices": ["logits", "relative"],
+        },
+    )
+    score_type: str = field(
+        default="float16",
+        metadata={"help": "float16 is lossless; int8 rounds scores to quarters.", "choices": ["float16", "int8"]},
+    )
+    class_map: str | None = field(
+        default=None, metadata={"help": "File (JSON or CSV) from data-set classes to annotator classes, or: identity."}
+    )
+    ignore_extra_classes: bool = field(default=False, metadata={"help": "Drop annotator classes the data lacks."})
+    batch_size: int = field(default=32, metadata={"help": "Images a forward pass."})
+    num_workers: int | None = field(default=None, metadata={"help": "Threads that read and resize pictures."})
+    bf16: bool = field(default=False, metadata={"help": "Run the annotator in bfloat16."})
+    on_error: str = field(
+        default="stop",
+        metadata={"help": "Damaged picture: stop, or an empty label.", "choices": ["stop", "empty"]},
+    )
+    rows_per_shard: int | None = field(default=None, metadata={"help": "Rows of a Parquet file."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Hub name to upload the finished set to."})
+    private: bool | None = field(default=None, metadata={"help": "Whether that repository is private."})
+
+    def __post_init__(self):
+        for name in ("top_k", "batch_size", "max_samples", "num_workers", "rows_per_shard"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}.")
+        if self.image_size is not None and (len(self.image_size) > 2 or min(self.image_size) < 1):
+            raise ValueError(f"--image_size is one side or height and width, got {self.image_size}.")
+
+
+def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows to annotate.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is no such data set, split or column.
+    """
+    splits = open_splits(args.dataset, args.dataset_config_name, args.dataset_revision, args.streaming, args.split)
+    if args.split not in splits:
+        raise ValueError(f"{args.dataset} has no split {args.split!r}; it has {list(splits)}.")
+    rows = splits[args.split]
+    if rows.column_names is not None and args.image_column not in rows.column_names:
+        raise ValueError(
+            f"{args.dataset} has no column {args.image_column!r}; it has {rows.column_names}. Name it with --image_column."
+        )
+    if args.max_samples is not None:
+        rows = rows.take(args.max_samples) if args.streaming else rows.select(range(min(args.max_samples, len(rows))))
+    if not args.streaming and not len(rows):
+        raise ValueError(f"{args.dataset} has no rows in split {args.split}.")
+    return rows
+
+
+def class_names_of(rows: datasets.Dataset | datasets.IterableDataset, label_column: str) -> list[str] | None:
+    """Class names of the data, `None` if it has none."""
+    feature = (rows.features or {}).get(label_column)
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None
+
+
+def match(args: AnnotateArguments, annotator: Annotator, dataset_names: list[str] | None) -> tuple[str, ...]:
+    """Gives the annotator the classes of the data, and returns their names.
+
+    Raises:
+        ValueError: If the classes of both do not match, or are fewer than --top_k.
+    """
+    names = annotator.class_names
+    if dataset_names is None:
+        if args.class_map is not None:
+            raise ValueError(f"--class_map needs class names, but column {args.label_column!r} of the data has none.")
+        dataset_names = names
+    elif args.class_map == "identity":
+        if len(names) != len(dataset_names):
+            raise ValueError(f"The annotator has {len(names)} classes, the data {len(dataset_names)}: not identical.")
+    elif args.class_map is not None:
+        annotator.class_map = read_class_map(Path(args.class_map).expanduser(), names, dataset_names)
+    else:
+        known = wordnet_names([*names, *dataset_names])
+        annotator.class_map = match_classes(names, dataset_names, known, args.ignore_extra_classes)
+    if args.top_k > len(dataset_names):
+        raise ValueError(f"--top_k {args.top_k} is more than the {len(dataset_names)} classes.")
+    groups = annotator.class_map or ClassMap(tuple((index,) for index in range(len(names))), len(names))
+    annotator.provenance["class_map_sha256"] = hashlib.sha256(repr(groups.groups).encode()).hexdigest()
+    return tuple(dataset_names)
+
+
+def open_rows(args: AnnotateArguments, dataset) -> tuple[StoredRows | StreamedRows, dict[str, Any]]:
+    """Rows in batches, and what the record says of the images.
+
+    Raises:
+        ValueError: If keys are missing or not unique.
+    """
+    about = {"dataset": args.dataset if not Path(args.dataset).exists() else Path(args.dataset).resolve().name}
+    about |= {"dataset_revision": args.dataset_revision, "dataset_config_name": args.dataset_config_name}
+    if args.streaming:
+        per_shard = args.rows_per_shard or STREAMED_ROWS_PER_SHARD
+        return (
+            StreamedRows(dataset, args.image_column, args.key_column, args.number_rows, per_shard, args.batch_size),
+            about,
+        )
+    keys = image_keys(dataset, args.image_column, args.key_column, args.number_rows)
+    if duplicates := duplicate_keys(keys):
+        raise ValueError(
+            f"Several images have the same key: {', '.join(map(repr, duplicates))}. Name a column that tells them apart "
+            "with --key_column, or tell them apart by their row with --number_rows."
+        )
+    about |= {"num_rows": len(keys), "keys_sha256": hashlib.sha256("\0".join(keys.to_pylist()).encode()).hexdigest()}
+    per_shard = args.rows_per_shard or default_rows_per_shard(len(keys))
+    return StoredRows(dataset, args.image_column, keys, per_shard, args.batch_size), about
+
+
+def my_batches(
+    rows: StoredRows | StreamedRows, writer: LabelSetWriter, accelerator: Accelerator
+) -> tuple[Iterator, int | None]:
+    """Batches of the shards that this process writes, every n-th of those that are not there yet, and how many rows they
+    have (`None` in a stream)."""
+    if isinstance(rows, StreamedRows):
+        rank, number = accelerator.process_index, accelerator.num_processes
+        return rows.batches(lambda shard: shard % number == rank and not writer.is_written(shard)), None
+    missing = [[shard for shard in range(rows.num_shards) if not writer.is_written(shard)]]
+    # all must share one list: shards that appear meanwhile would shift it
+    broadcast_object_list(missing)
+    mine = missing[0][accelerator.process_index :: accelerator.num_processes]
+    return rows.batches(mine), sum(rows.shard_size(shard) for shard in mine)
+
+
+def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
+    """Writes the shards of this process; the main process completes the set."""
+    main = accelerator.is_main_process
+    dataset = open_images(args)
+    image_size = None if args.image_size is None else (args.image_size[0], args.image_size[-1])
+    annotator = load_annotator(
+        args.annotator, image_size, args.fit, accelerator.device, args.annotator_revision, args.trust_remote_code,
+        args.random_weights,
+    )  # fmt: skip
+    layout = LabelSetLayout(
+        match(args, annotator, class_names_of(dataset, args.label_column)),
+        args.top_k, tuple(annotator.dense.grid_size), args.score_type,
+    )  # fmt: skip
+    rows, about = open_rows(args, dataset)
+    options = {"scores": args.scores, "batch_size": args.batch_size, "on_error": args.on_error, "bf16": args.bf16}
+    settings = {**about, **annotator.provenance, **options, "max_samples": args.max_samples}
+    versions = versions_of(torch, transformers, timm, PIL)
+    writer = LabelSetWriter(Path(args.output_dir), args.split, layout, settings, versions, rows.rows_per_shard)
+    problem = [None]
+    if main:
+        try:
+            writer.begin()
+        except (ValueError, OSError) as error:
+            problem = [f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)]
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise ValueError(problem[0])
+    write_shards(args, annotator, rows, writer, accelerator)
+    accelerator.wait_for_everyone()
+    if main:
+        title = f"Token labels of {about['dataset']} ({args.split}) by {annotator.provenance['annotator']}"
+        lines = finish_label_set(writer, rows.num_shards, CARD_TEMPLATE, title, args.push_to_hub, args.private)
+        print("\n".join(lines))
+
+
+def write_shards(
+    args: AnnotateArguments,
+    annotator: Annotator,
+    rows: StoredRows | StreamedRows,
+    writer: LabelSetWriter,
+    accelerator: Accelerator,
+) -> None:
+    """Annotates and writes the shards of this process, with a progress bar in the main one."""
+    scorer = Scorer(annotator.score_map, writer.layout, args.scores, accelerator.device, accelerator.autocast)
+    builder = ShardBuilder(scorer, writer.layout, keep_damaged=args.on_error == "empty")
+    workers = args.num_workers or max(1, num_cpu_cores() // accelerator.num_processes)
+    share = f", share of process 1 of {accelerator.num_processes}" if accelerator.num_processes > 1 else ""
+    batches, total = my_batches(rows, writer, accelerator)
+    progress = tqdm(total=total, desc=f"Annotating{share}", unit="image", disable=not accelerator.is_main_process)
+    with progress:
+        for batch, images in prepared_ahead(batches, annotator.preprocessing, workers):
+            table = builder.add(batch.keys, images, batch.is_last)
+            progress.update(len(images))
+            if table is not None:
+                writer.write(batch.shard, table)
+
+
+def main(arguments: list[str]) -> None:
+    if start_missing_processes(__file__, arguments):
+        return
+    parser = HfArgumentParser(AnnotateArguments, description=__doc__.split("\n")[0], allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        # a process that has fewer shards waits for the others, however long
+        waiting = InitProcessGroupKwargs(timeout=timedelta(days=30))
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="bf16" if args.bf16 else "no",
+            kwargs_handlers=[waiting],
+        )
+        use_all_cpu_cores(accelerator.device)
+        annotate(args, accelerator)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        name = "annotate.py" if is_main_process() else "annotate.py (another process)"
+        sys.exit(f"{name}: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,63 @@
+"""Starting the processes of a program, and sharing the machine between them."""
+
+import os
+import sys
+
+import psutil
+import torch
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+
+def missing_cpu_processes() -> int:
+    """How many processes `accelerate launch --cpu --num_processes N` was asked for but did not start; 0 if all is well.
+
+    For CPU training accelerate starts a single process, whatever N is (its issue 2741); it leaves the number only in its
+    own command line.
+    """
+    is_lone_cpu_process = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "WORLD_SIZE" not in os.environ
+    if not is_lone_cpu_process or "MASTER_ADDR" not in os.environ:
+        return 0
+    parent = psutil.Process(os.getppid()).cmdline()
+    # started as `accelerate launch`, `accelerate-launch` or `python -m accelerate.commands.launch`
+    start = next((index for index, word in enumerate(parent) if word.endswith("launch")), None)
+    if start is None:
+        return 0
+    options, _ = launch_command_parser().parse_known_args(parent[start + 1 :])
+    return options.num_processes if (options.num_processes or 0) > 1 and (options.num_machines or 1) == 1 else 0
+
+
+def start_missing_processes(program: str, arguments: list[str]) -> bool:
+    """Starts the processes that accelerate left out, waits for them, and says whether there were any.
+
+    Args:
+        program: Path of the program that was started.
+        arguments: Its arguments.
+    """
+    processes = missing_cpu_processes()
+    if not processes:
+        return False
+    os.environ.pop("MASTER_PORT", None)
+    try:
+        torchrun(["--standalone", f"--nproc_per_node={processes}", program, *arguments])
+    except ChildFailedError:
+        sys.exit(1)  # the processes have said why
+    return True
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of its machine that speaks to the user."""
+    return int(os.environ.get("LOCAL_RANK", "0")) <= 0
+
+
+def use_all_cpu_cores(device: torch.device) -> None:
+    """Shares the cores between the processes of this machine: `accelerate launch` gives a CPU process a single thread
+    unless `--num_cpu_threads_per_process` says otherwise."""
+    if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, num_cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def num_cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,285 @@
+"""Annotators: image classifiers of transformers or timm, with their own preprocessing, that score every cell of a picture."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from torch import nn
+from torchvision.transforms.v2 import functional as F
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import logging
+
+from .class_matching import WORDNET_ID, ClassMap
+from .dense_classifier import DenseClassifier
+
+
+logger = logging.get_logger(__name__)
+Fit = Literal["squash", "pad", "center_crop"]
+TIMM_PREFIX = "timm/"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a picture of any size to the input of an annotator.
+
+    Args:
+        image_size: Input height and width in pixels.
+        scale, offset: Per channel: input = scale * value + offset, values 0 to 255.
+        resample: Filter of Pillow.
+        fit: How a picture of another shape is brought to the input: `"squash"` resizes it without keeping its aspect
+            ratio; `"pad"` keeps the ratio and fills the borders with the mean colour; `"center_crop"` keeps the ratio and
+            cuts off what is longer (what the authors of the paper did).
+    """
+
+    image_size: tuple[int, int]
+    scale: tuple[float, float, float]
+    offset: tuple[float, float, float]
+    resample: int = Image.Resampling.BICUBIC
+    fit: Fit = "squash"
+
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, tuple[float, float, float, float]]:
+        """An RGB picture to pixels uint8 `[3, height, width]`, and the region of the picture that they show: (left, top,
+        right, bottom) as fractions of the picture, below 0 or above 1 where they show a border."""
+        (width, height), (rows, columns) = image.size, self.image_size
+        if self.fit == "squash":
+            return F.pil_to_tensor(image.resize((columns, rows), self.resample)), (0.0, 0.0, 1.0, 1.0)
+        scales = (columns / width, rows / height)
+        ratio = min(scales) if self.fit == "pad" else max(scales)
+        shown = (columns / ratio, rows / ratio)  # size of the region, in pixels of the picture
+        left, top = (width - shown[0]) / 2, (height - shown[1]) / 2
+        box = (left / width, top / height, (left + shown[0]) / width, (top + shown[1]) / height)
+        if self.fit == "center_crop":
+            region = (max(left, 0.0), max(top, 0.0), min(left + shown[0], width), min(top + shown[1], height))
+            return F.pil_to_tensor(image.resize((columns, rows), self.resample, box=region)), box
+        inner = image.resize((max(1, round(width * ratio)), max(1, round(height * ratio))), self.resample)
+        canvas = Image.new("RGB", (columns, rows), self._mean_color())
+        canvas.paste(inner, ((columns - inner.width) // 2, (rows - inner.height) // 2))
+        return F.pil_to_tensor(canvas), box
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels uint8 `(B, 3, height, width)` to float32 input."""
+        scale, offset = (pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.scale, self.offset))
+        return pixels.float() * scale + offset
+
+    def _mean_color(self) -> tuple[int, int, int]:
+        return tuple(int(np.clip(round(-b / a), 0, 255)) for a, b in zip(self.scale, self.offset))
+
+
+@dataclass
+class Annotator:
+    """A dense classifier with its preprocessing and class names.
+
+    Args:
+        name: As the user gave it.
+        dense: Network: `(B, 3, height, width)` to logits `(B, annotator classes, rows, columns)`.
+        class_names: Names of the annotator's classes, by id.
+        preprocessing: What it does to a picture.
+        provenance: What a label set records of it.
+        class_map: From its classes to those of the data set; `None` leaves them as they are.
+    """
+
+    name: str
+    dense: nn.Module
+    class_names: list[str]
+    preprocessing: Preprocessing
+    provenance: dict[str, Any] = field(default_factory=dict)
+    class_map: ClassMap | None = None
+
+    def score_map(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels uint8 `(B, 3, height, width)` to logits `(B, classes, rows, columns)`."""
+        scores = self.dense(self.preprocessing.normalize(pixels))
+        return scores if self.class_map is None else self.class_map.apply(scores)
+
+
+class PatchClassifier(nn.Module):
+    """The patch head of a model with `patch_logits`, as a map."""
+
+    def __init__(self, model: nn.Module, grid_size: tuple[int, int], forward_options: dict[str, Any]):
+        super().__init__()
+        self.model, self.grid_size, self.forward_options = model, grid_size, forward_options
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patch_logits = self.model(pixel_values, **self.forward_options).patch_logits  # (B, N, C)
+        return patch_logits.mT.unflatten(2, self.grid_size)  # (B, C, rows, columns)
+
+
+def load_annotator(
+    name: str,
+    image_size: tuple[int, int] | None = None,
+    fit: Fit = "squash",
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_weights: bool = False,
+) -> Annotator:
+    """Loads an image classifier and makes it dense.
+
+    Args:
+        name: Hub name or folder of a transformers image classifier; `timm/NAME` for a timm model (`NAME` as in
+            `timm.create_model`, with its pretrained tag), or a folder that timm saved.
+        image_size: Input height and width in pixels; default: the annotator's own.
+        fit: See `Preprocessing`.
+        device: Where it runs.
+        revision, trust_remote_code: As in `from_pretrained`.
+        random_weights: Builds the architecture without its weights (seed 0), to try things out.
+
+    Raises:
+        ValueError: If it cannot be loaded, cannot label cells, or does not take pictures of this size.
+    """
+    is_timm = name.startswith(TIMM_PREFIX) or _is_timm_folder(Path(name).expanduser())
+    load = _load_timm if is_timm else _load_transformers
+    try:
+        with torch.random.fork_rng(devices=[], enabled=random_weights):
+            if random_weights:
+                torch.manual_seed(0)
+            model, class_names, preprocessing, grid_of = load(
+                name, image_size, {"revision": revision, "trust_remote_code": trust_remote_code}, random_weights
+            )
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"The annotator {name} cannot be loaded: {error}") from error
+    if random_weights:
+        logger.warning("%s has random weights: its labels mean nothing.", name)
+    preprocessing = replace(preprocessing, fit=fit)
+    model = model.eval().requires_grad_(False).to(device)
+    options = {"interpolate_pos_encoding": True} if _can_interpolate(model) else {}
+    try:
+        if grid_of is not None:
+            dense = PatchClassifier(model, grid_of(preprocessing.image_size), options)
+        else:
+            dense = DenseClassifier(model, preprocessing.image_size, options)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        size = f"{preprocessing.image_size[0]} x {preprocessing.image_size[1]}"
+        raise ValueError(f"The annotator {name} does not take pictures of {size} pixels: {error}") from error
+    provenance = {
+        "annotator": name if is_timm or not Path(name).exists() else Path(name).resolve().name,
+        "annotator_library": "timm" if is_timm else "transformers",
+        "annotator_revision": _revision_of(model, revision),
+        "annotator_weights": "random, seed 0" if random_weights else f"sha256 {fingerprint(model)}",
+        "architecture": type(model).__name__,
+        "image_size": list(preprocessing.image_size),
+        "map_size": list(dense.grid_size),
+        "fit": fit,
+        "resample": Image.Resampling(preprocessing.resample).name.lower(),
+        "pixel_scale": list(preprocessing.scale),
+        "pixel_offset": list(preprocessing.offset),
+    }
+    return Annotator(name, dense, class_names, preprocessing, provenance)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of all weights: two annotators that share it give the same labels."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def wordnet_names(class_names: Sequence[str]) -> dict[str, str]:
+    """Names of the WordNet ids among class names, from timm's list of the 21,841 classes of ImageNet."""
+    synsets = {synset for name in class_names for synset in WORDNET_ID.findall(name)}
+    if not synsets:
+        return {}
+    info, names = ImageNetInfo("imagenet-22k"), {}
+    for synset in synsets:
+        try:
+            names[synset] = info.label_name_to_description(synset, detailed=False)
+        except KeyError:  # not a class of ImageNet
+            continue
+    return names
+
+
+def _load_transformers(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):
+    config = AutoConfig.from_pretrained(name, **source)
+    if random_weights:
+        model = AutoModelForImageClassification.from_config(
+            config, trust_remote_code=source["trust_remote_code"], dtype=torch.float32
+        )
+    else:
+        model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32, **source)
+    preprocessing = _probe_processor(AutoImageProcessor.from_pretrained(name, **source))
+    if image_size is not None:
+        preprocessing = replace(preprocessing, image_size=image_size)
+    class_names = [str(config.id2label[index]) for index in range(config.num_labels)]
+    # a patch head that was not trained has weight 0 in the prediction and is not asked
+    if getattr(config, "patch_logits_weight", 0):
+        return model, class_names, preprocessing, lambda size: tuple(side // config.patch_size for side in size)
+    return model, class_names, preprocessing, None
+
+
+def _probe_processor(processor: Any) -> Preprocessing:
+    """What an image processor does, found by giving it a black and a white picture: one reading for all processors."""
+    values = [
+        processor(images=Image.new("RGB", (256, 256), (level,) * 3), return_tensors="pt")["pixel_values"][0].float()
+        for level in (0, 255)
+    ]
+    height, width = values[0].shape[-2:]
+    black, white = (value[:, height // 2, width // 2] for value in values)
+    scale = (white - black) / 255.0
+    if not (scale > 0).all():
+        raise ValueError(f"{type(processor).__name__} does not map brightness to input values; it is not supported.")
+    resample = getattr(processor, "resample", None)
+    resample = Image.Resampling.BICUBIC if resample is None else Image.Resampling(int(resample))
+    return Preprocessing((height, width), tuple(scale.tolist()), tuple(black.tolist()), resample)
+
+
+def _load_timm(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):
+    if name.startswith(TIMM_PREFIX):
+        revision = f"@{source['revision']}" if source["revision"] else ""
+        location = name.removeprefix(TIMM_PREFIX) if random_weights else f"hf-hub:{name}{revision}"
+    else:
+        location = f"local-dir:{Path(name).expanduser()}"
+    create = {"model_name": location, "pretrained": not random_weights}
+    model = None
+    if image_size is not None:
+        with suppress(TypeError):  # a network without a fixed input size
+            model = timm.create_model(**create, img_size=image_size)
+    model = timm.create_model(**create) if model is None else model
+    settings = resolve_model_data_config(model)
+    std, mean = settings["std"], settings["mean"]
+    resample = Image.Resampling[settings["interpolation"].upper()]
+    preprocessing = Preprocessing(
+        image_size or tuple(settings["input_size"][-2:]),
+        tuple(1.0 / (255.0 * value) for value in std),
+        tuple(-m / s for m, s in zip(mean, std)),
+        resample,
+    )
+    return model, _timm_class_names(model), preprocessing, None
+
+
+def _timm_class_names(model: nn.Module) -> list[str]:
+    names = model.pretrained_cfg.get("label_names")
+    if names:
+        return list(names)
+    # the published checkpoints without names are those of ImageNet
+    subset = infer_imagenet_subset(model)
+    return ImageNetInfo(subset).label_names() if subset else [f"LABEL_{index}" for index in range(model.num_classes)]
+
+
+def _is_timm_folder(path: Path) -> bool:
+    config = path / "config.json"
+    if not config.is_file():
+        return False
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is not valid JSON: {error}") from error
+    return "architecture" in content and "model_type" not in content
+
+
+def _can_interpolate(model: nn.Module) -> bool:
+    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+
+
+def _revision_of(model: nn.Module, revision: str | None) -> str | None:
+    return getattr(getattr(model, "config", None), "_commit_hash", None) or revision

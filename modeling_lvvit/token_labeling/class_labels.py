@@ -1,0 +1,86 @@
+"""The label column of image data: class names, class ids or `ClassLabel`, in the end always `ClassLabel`."""
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+MAX_CLASSES = 1_000_000  # ids beyond are no class ids
+
+
+def check_columns(rows: datasets.Dataset | datasets.IterableDataset, name: str, image: str, label: str) -> None:
+    """Makes sure that the two columns are there.
+
+    Args:
+        rows: Image data.
+        name: What messages call it.
+        image, label: Column names.
+    """
+    for column, option in ((image, "--image_column"), (label, "--label_column")):
+        if column not in rows.column_names:
+            folders = " (An image folder gets labels only when it has two or more class folders.)"
+            raise ValueError(
+                f"{name} has no column {column!r}; it has {rows.column_names}. Name it with {option}."
+                + (folders if column == "label" else "")
+            )
+
+
+def with_class_ids(
+    rows: datasets.Dataset,
+    name: str,
+    column: str,
+    like: datasets.Dataset | None = None,
+    class_names: list[str] | None = None,
+) -> datasets.Dataset:
+    """Turns a column of class names, or of plain integers, into a `ClassLabel` column.
+
+    Args:
+        rows: Image data.
+        name: What messages call it.
+        column: Label column.
+        like: Rows whose classes these must have.
+        class_names: Names of the classes that plain integers count, if they are known from elsewhere.
+
+    Raises:
+        ValueError: If a label is missing, is no class, or is a class that `like` lacks.
+    """
+    if not len(rows):
+        raise ValueError(f"{name} has no rows in split {rows.split}.")
+    kind = rows.features.arrow_schema.field(column).type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise ValueError(f"Column {column!r} of {name} must hold class ids or names, got {kind}.")
+    values = rows.select_columns(column).with_format("arrow")[:][column]
+    if values.null_count:
+        row = pc.index(values.is_null().combine_chunks(), True).as_py()
+        raise ValueError(f"Row {row} of {name}, split {rows.split}, has no label in column {column!r}.")
+    if like is not None:
+        known = like.features[column].names
+        if is_text and (foreign := sorted(set(pc.unique(values).to_pylist()) - set(known))):
+            raise ValueError(f"Split {rows.split} of {name} has classes that training lacks: {foreign[:10]}.")
+        feature = like.features[column]
+        return rows if rows.features[column] == feature else _cast(rows, column, feature)
+    if isinstance(rows.features[column], datasets.ClassLabel):
+        names = rows.features[column].names
+    elif is_text:
+        names = sorted(set(pc.unique(values).to_pylist()))
+    else:
+        lowest, highest = (value.as_py() for value in pc.min_max(pc.cast(values, pa.int64())).values())
+        if not 0 <= lowest <= highest < MAX_CLASSES:
+            raise ValueError(
+                f"Column {column!r} of {name} has ids from {lowest} to {highest}; class ids count from 0 "
+                f"and stay below {MAX_CLASSES:,}."
+            )
+        names = [str(index) for index in range(highest + 1)]
+        if class_names is not None and highest < len(class_names):
+            names = class_names
+    if len(names) < 2:
+        raise ValueError(f"{name} has {len(names)} class in column {column!r}; a classifier needs two.")
+    feature = datasets.ClassLabel(names=names)
+    return rows if rows.features[column] == feature else _cast(rows, column, feature)
+
+
+def _cast(rows: datasets.Dataset, column: str, feature: datasets.ClassLabel) -> datasets.Dataset:
+    if rows.features[column].dtype == "large_string":  # which the library cannot turn into class ids
+        rows = rows.cast_column(column, datasets.Value("string"))
+    return rows.cast_column(column, feature)

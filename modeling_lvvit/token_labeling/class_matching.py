@@ -1,0 +1,224 @@
+"""Which class of an annotator is which class of a data set: by name, by synonym, by WordNet id, or by a file.
+
+A model card writes "tench, Tinca tinca", a folder "tench" or "n01440764"; all three name one class. Nothing is guessed by
+number: where names do not settle it, the user's class map does.
+"""
+
+import csv
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+WORDNET_ID = re.compile(r"n\d{8}")
+GENERIC_NAME = re.compile(r"(label|class)?[ _-]?\d+", re.IGNORECASE)
+MAX_NAMES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """For each class of the data set, the annotator's classes that stand for it.
+
+    Args:
+        groups: One tuple of annotator class ids for each data-set class.
+        num_annotator_classes: Number of scores that the annotator gives.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    num_annotator_classes: int
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether both number their classes alike."""
+        return self.groups == tuple((index,) for index in range(self.num_annotator_classes))
+
+    def apply(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (logits) of the data set's classes from those of the annotator.
+
+        Several annotator classes that stand for one class add their probabilities, `log sum exp` of their logits.
+
+        Args:
+            scores: `(B, annotator classes, rows, columns)`.
+
+        Returns:
+            `(B, classes, rows, columns)`.
+        """
+        if self.is_identity:
+            return scores
+        width = max(len(group) for group in self.groups)
+        padded = [[*group, *[group[0]] * (width - len(group))] for group in self.groups]
+        index = torch.tensor(padded, device=scores.device)  # (classes, width)
+        if width == 1:
+            return scores[:, index[:, 0]]
+        is_padding = torch.tensor([[i >= len(group) for i in range(width)] for group in self.groups])
+        members = scores[:, index.flatten()].unflatten(1, index.shape)  # (B, classes, width, rows, columns)
+        members = members.masked_fill(is_padding.to(scores.device)[None, :, :, None, None], -torch.inf)
+        return members.logsumexp(dim=2)
+
+
+def normalized(name: str) -> str:
+    """A name without the differences that do not matter: case, underscores, hyphens, repeated blanks."""
+    return " ".join(re.sub(r"[_\-\s]+", " ", name.casefold()).split())
+
+
+def names_of(name: str, wordnet: Mapping[str, str]) -> set[str]:
+    """All normalized names that a class name stands for: itself, its comma-separated synonyms, those of its WordNet id."""
+    names = {normalized(name)} | {normalized(part) for part in name.split(",")}
+    for synset in WORDNET_ID.findall(name):
+        names |= {synset, *(normalized(part) for part in wordnet.get(synset, "").split(","))}
+    return names - {""}
+
+
+def match_classes(
+    annotator_names: Sequence[str],
+    dataset_names: Sequence[str],
+    wordnet: Mapping[str, str] | None = None,
+    ignore_extra_classes: bool = False,
+) -> ClassMap:
+    """Pairs classes by their names.
+
+    Args:
+        annotator_names, dataset_names: Class names in the order of their ids.
+        wordnet: WordNet ids to comma-separated names.
+        ignore_extra_classes: Whether the annotator may have classes that the data set lacks; their scores are dropped.
+
+    Raises:
+        ValueError: If classes have no partner or more than one; the message names them.
+    """
+    wordnet = wordnet or {}
+    if len(annotator_names) == len(dataset_names) and all(
+        normalized(a) == normalized(b) for a, b in zip(annotator_names, dataset_names)
+    ):
+        return ClassMap(tuple((index,) for index in range(len(dataset_names))), len(annotator_names))
+    if all(GENERIC_NAME.fullmatch(name) for name in annotator_names):
+        raise ValueError(
+            f"The annotator's {len(annotator_names)} classes have no names ({annotator_names[0]!r}, ...), the data set has "
+            f"{len(dataset_names)} classes ({dataset_names[0]!r}, ...). Say which is which with --class_map FILE, or "
+            "--class_map identity if they are numbered alike."
+        )
+    partner = _partners(annotator_names, dataset_names, wordnet)
+    missing = [name for index, name in enumerate(dataset_names) if index not in partner]
+    used = set(partner.values())
+    extra = [name for index, name in enumerate(annotator_names) if index not in used]
+    if missing or (extra and not ignore_extra_classes):
+        raise ValueError(
+            f"The annotator's {len(annotator_names)} classes are not the data set's {len(dataset_names)}."
+            + _listed("\n  only in the data set", missing)
+            + _listed("\n  only in the annotator", extra)
+            + "\nSay which is which with --class_map FILE"
+            + ("" if missing else ", or drop the annotator's other classes with --ignore_extra_classes")
+            + "."
+        )
+    return ClassMap(tuple((partner[index],) for index in range(len(dataset_names))), len(annotator_names))
+
+
+def _partners(
+    annotator_names: Sequence[str], dataset_names: Sequence[str], wordnet: Mapping[str, str]
+) -> dict[int, int]:
+    """Data-set class to annotator class, for those that names settle."""
+    partner: dict[int, int] = {}
+    # the whole name first ("maillot" is not "maillot, tank suit"), then the first of several, then any synonym
+    for part in (slice(None), slice(1)):
+        sides = [defaultdict(list), defaultdict(list)]
+        for side, names, settled in zip(sides, (annotator_names, dataset_names), (set(partner.values()), partner)):
+            for index, name in enumerate(names):
+                if index not in settled:
+                    side[normalized(",".join(wordnet.get(name, name).split(",")[part]))].append(index)
+        for name, indices in sides[1].items():
+            if len(indices) == len(sides[0].get(name, [])) == 1:
+                partner[indices[0]] = sides[0][name][0]
+    holders = defaultdict(set)
+    taken = set(partner.values())
+    for index, name in enumerate(annotator_names):
+        if index not in taken:
+            for synonym in names_of(name, wordnet):
+                holders[synonym].add(index)
+    open_classes = [index for index in range(len(dataset_names)) if index not in partner]
+    found = {}
+    for index in open_classes:
+        names = names_of(dataset_names[index], wordnet)
+        synsets = {name for name in names if WORDNET_ID.fullmatch(name)} & holders.keys()
+        found[index] = set().union(*(holders[name] for name in (synsets or names) if name in holders))
+    wanted = Counter(candidate for candidates in found.values() for candidate in candidates)
+    for index, candidates in found.items():
+        if len(candidates) == 1 and wanted[next(iter(candidates))] == 1:
+            partner[index] = candidates.pop()
+    return partner | _namesakes(found, partner)
+
+
+def _namesakes(found: dict[int, set[int]], partner: dict[int, int]) -> dict[int, int]:
+    """Pairs classes of one name ("crane" is a bird and a machine) in their order, where all others keep theirs."""
+    ordered = [partner[index] for index in sorted(partner)]
+    if ordered != sorted(ordered):
+        return {}
+    groups = defaultdict(list)
+    for index, candidates in sorted(found.items()):
+        if index not in partner and candidates:
+            groups[frozenset(candidates)].append(index)
+    return {
+        index: candidate
+        for candidates, indices in groups.items()
+        if len(candidates) == len(indices)
+        for index, candidate in zip(indices, sorted(candidates))
+    }
+
+
+def _listed(title: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    more = f", ... ({len(names)})" if len(names) > MAX_NAMES_SHOWN else ""
+    return f"{title}: " + ", ".join(repr(name) for name in names[:MAX_NAMES_SHOWN]) + more
+
+
+def read_class_map(path: Path, annotator_names: Sequence[str], dataset_names: Sequence[str]) -> ClassMap:
+    """A class map from a file.
+
+    Args:
+        path: JSON object, data-set class to annotator class or to a list of them; or CSV rows `data-set class, annotator
+            class` without a header, where a data-set class may come more than once. Classes are names or ids.
+        annotator_names, dataset_names: Class names in the order of their ids.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it cannot be read, names an unknown class, or leaves out a class of the data set.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no class map {path}.")
+    pairs: list[tuple[object, object]] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            for name, values in json.loads(text).items():
+                pairs += [(name, value) for value in (values if isinstance(values, list) else [values])]
+        else:
+            pairs = [(row[0].strip(), row[1].strip()) for row in csv.reader(text.splitlines()) if row]
+    except (ValueError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"Class map {path} must be a JSON object, or CSV rows of two columns, data-set class and annotator class: {error}"
+        ) from error
+    groups: dict[int, list[int]] = {index: [] for index in range(len(dataset_names))}
+    for dataset_class, annotator_class in pairs:
+        group = groups[_class_id(dataset_class, dataset_names, f"{path}, data set")]
+        group.append(_class_id(annotator_class, annotator_names, f"{path}, annotator"))
+    if missing := [dataset_names[index] for index, group in groups.items() if not group]:
+        raise ValueError(f"Class map {path} leaves classes of the data set without a partner" + _listed("", missing))
+    return ClassMap(tuple(tuple(dict.fromkeys(group)) for group in groups.values()), len(annotator_names))
+
+
+def _class_id(value: object, names: Sequence[str], where: str) -> int:
+    matches = [index for index, name in enumerate(names) if normalized(name) == normalized(str(value))]
+    if len(matches) == 1:
+        return matches[0]
+    if not matches and str(value).isdigit() and int(value) < len(names):
+        return int(value)
+    reason = (
+        "more than one class has this name; give its id"
+        if matches
+        else f"no class of {len(names)} has this name or id"
+    )
+    raise ValueError(f"{where}: {value!r}: {reason}.")

@@ -1,0 +1,267 @@
+"""Writing a label set: shards that many processes write, a record of how they were made, a card; stopped and continued.
+
+    FOLDER/token_labels.json           settings, versions, and in the end a report
+    FOLDER/data/train-00000.parquet    rows 0 to rows_per_shard - 1, and so on
+    FOLDER/README.md                   card, written last
+
+A shard depends on the settings and its rows alone, not on who writes it or when. Whatever was finished when a run was
+killed is kept, and the result is the same, byte for byte, as that of a run that was not.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from transformers.utils import logging
+
+from .label_columns import SCORES_COLUMN
+from .label_join import duplicate_keys
+from .label_sets import (
+    HASH_COLUMN,
+    INDEX_COLUMN,
+    KEY_COLUMN,
+    NOTE_COLUMN,
+    OUTSIDE_COLUMN,
+    PALETTE_COLUMN,
+    LabelSetLayout,
+    write_atomically,
+    write_shard,
+)
+
+
+logger = logging.get_logger(__name__)
+RECORD, CARD, DATA = "token_labels.json", "README.md", "data"
+MAX_NAMED = 10
+
+
+def default_rows_per_shard(num_rows: int) -> int:
+    """Between 64 and 4096, about 64 shards: small sets are shared by processes and lose little when they are killed."""
+    return min(4096, max(64, -(-num_rows // 64)))
+
+
+class LabelSetWriter:
+    """Shards of one split in a folder.
+
+    Args:
+        folder: Folder of the label set.
+        split: Name of the split.
+        layout: What the rows share.
+        settings: Whatever the content of the shards depends on, JSON values. A run that continues must have the same.
+        versions: Versions of the libraries, kept for the record.
+        rows_per_shard: Rows of every shard but the last.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        layout: LabelSetLayout,
+        settings: dict[str, Any],
+        versions: dict[str, str],
+        rows_per_shard: int,
+    ):
+        self.folder, self.split, self.layout = folder, split, layout
+        stored = {"split": split, "k": layout.k, "map_size": list(layout.map_size), "score_type": layout.score_type}
+        self.settings = {
+            **settings,
+            **stored,
+            "rows_per_shard": rows_per_shard,
+            "num_classes": len(layout.class_names),
+        }
+        self.versions = versions
+        self.rows_per_shard = rows_per_shard
+
+    @property
+    def record(self) -> Path:
+        """The file that says how the set was made."""
+        return self.folder / RECORD
+
+    def begin(self) -> None:
+        """Makes the folder, or finds out that it holds an unfinished run of the same settings; in one process only.
+
+        Raises:
+            ValueError: If the folder holds something else.
+            OSError: If nothing can be written there.
+        """
+        data = self.folder / DATA
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file; a label set is a folder.")
+        if self.record.is_file():
+            self._check_same_settings()
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} holds other files. Choose an empty or new folder.")
+        data.mkdir(parents=True, exist_ok=True)
+        for partial in [*data.glob(".*.partial"), *self.folder.glob(".*.partial")]:  # of a run that was killed
+            partial.unlink()
+        if not self.record.is_file():
+            self._write_record({"settings": self.settings, "versions": self.versions})
+        else:  # a full disk or a read-only folder should show now, not after an hour
+            write_atomically(data / ".probe", lambda file: file.write(b"."))
+            (data / ".probe").unlink()
+
+    def _check_same_settings(self) -> None:
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            settings, versions = record["settings"], record["versions"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.record} is damaged ({error!r}). Remove {self.folder} and start again.") from error
+        now = json.loads(json.dumps(self.settings))
+        differing = [
+            f"{name}: {settings.get(name)!r} there, {now.get(name)!r} now"
+            for name in sorted({*settings, *now})
+            if settings.get(name) != now.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.folder} holds a label set with other settings. Continue with the same ones, or choose another "
+                "folder.\n  " + "\n  ".join(differing)
+            )
+        if versions != self.versions:
+            logger.warning("%s was begun with %s; now %s. Results may differ.", self.folder, versions, self.versions)
+
+    def path(self, shard: int) -> Path:
+        """File of a shard."""
+        return self.folder / DATA / f"{self.split}-{shard:05d}.parquet"
+
+    def is_written(self, shard: int) -> bool:
+        """Whether a shard is there and can be read; a damaged one is removed, to be made again."""
+        path = self.path(shard)
+        if not path.is_file():
+            return False
+        try:
+            return pq.read_metadata(path).num_rows > 0
+        except (pa.ArrowException, OSError) as error:
+            logger.warning("%s is damaged (%s) and is made again.", path, error)
+            path.unlink()
+            return False
+
+    def write(self, shard: int, table: pa.Table) -> None:
+        """Writes a shard.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        try:
+            write_shard(self.path(shard), table)
+        except OSError as error:
+            raise OSError(
+                f"{self.path(shard)} cannot be written: {error.strerror or error}. The shards that are finished are kept; "
+                "make room and start the same command again."
+            ) from error
+
+    def finish(self, num_shards: int) -> dict[str, Any]:
+        """Looks over all shards and completes the record; in one process, when all are there.
+
+        Raises:
+            ValueError: If an image key comes more than once.
+        """
+        for extra in set((self.folder / DATA).glob("*.parquet")) - {self.path(shard) for shard in range(num_shards)}:
+            raise ValueError(f"{extra} does not belong to this label set of {num_shards} shards.")
+        report = self._report(num_shards)
+        record = {"settings": self.settings, "versions": self.versions, "report": report}
+        self._write_record(record)
+        return record
+
+    def _report(self, num_shards: int) -> dict[str, Any]:
+        keys, counts, examples = [], Counter(), defaultdict(list)
+        empty, outside, size = [], [], 0
+        for shard in range(num_shards):
+            path = self.path(shard)
+            table = pq.read_table(path, columns=[KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN])
+            size += path.stat().st_size
+            keys.append(table[KEY_COLUMN].combine_chunks())
+            lengths = np.asarray(table[PALETTE_COLUMN].combine_chunks().value_lengths())
+            empty += keys[-1].filter(pa.array(lengths == 0)).to_pylist()
+            outside.append(table[OUTSIDE_COLUMN].drop_null().to_numpy())
+            for key, notes in zip(keys[-1].to_pylist(), table[NOTE_COLUMN].to_pylist()):
+                for note in filter(None, (notes or "").split("; ")):
+                    counts[note] += 1
+                    if len(examples[note]) < MAX_NAMED:
+                        examples[note].append(key)
+        keys = pa.concat_arrays(keys)
+        if duplicates := duplicate_keys(keys):
+            raise ValueError(
+                f"Several images have the same key: {', '.join(map(repr, duplicates))}. Take keys from a column "
+                "(--key_column) or number the rows (--number_rows), in another folder."
+            )
+        outside = np.concatenate(outside)
+        return {
+            "num_images": len(keys),
+            "num_empty_labels": len(empty),
+            "bytes_per_image": round(size / max(1, len(keys)), 1),
+            "mean_outside_mass": round(float(outside.mean(dtype=np.float64)), 5) if len(outside) else None,
+            "notes": {note: {"count": counts[note], "first": examples[note]} for note in sorted(counts)},
+        }
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.record, lambda file: file.write(text.encode("utf-8")))
+
+    def write_card(self, template: Path, record: dict[str, Any], title: str) -> None:
+        """Writes README.md: how the set was made and how to use it.
+
+        Args:
+            template: Card with the variables that this method fills.
+            record: What `finish` returned.
+            title: Name of the set.
+        """
+        split = {"split": self.split, "path": f"{DATA}/{self.split}-*.parquet"}
+        data = DatasetCardData(
+            configs=[{"config_name": "default", "data_files": [split]}],
+            tags=["token-labeling", "lvvit", "dense-labels"],
+            task_categories=["image-classification"],
+            pretty_name=title,
+        )
+        card = DatasetCard.from_template(
+            data,
+            template_path=str(template),
+            title=title,
+            **record,
+            columns=[KEY_COLUMN, HASH_COLUMN, PALETTE_COLUMN, INDEX_COLUMN, SCORES_COLUMN],
+            class_names=self.layout.class_names[:MAX_NAMED],
+        )
+        write_atomically(self.folder / CARD, lambda file: file.write(str(card).encode("utf-8")))
+
+
+def push_label_set(folder: Path, repo_id: str, private: bool | None = None) -> str:
+    """Uploads a finished label set and returns its address."""
+    api = HfApi()
+    repo = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo.repo_id,
+        repo_type="dataset",
+        folder_path=folder,
+        commit_message="Upload label set",
+        ignore_patterns=[".*", "*.partial"],
+    )
+    return str(repo)
+
+
+def versions_of(*modules: Any) -> dict[str, str]:
+    """Versions of modules, and of the libraries on which the bytes of a shard depend."""
+    return {module.__name__: module.__version__ for module in (*modules, datasets, np, pa)}
+
+
+def finish_label_set(
+    writer: LabelSetWriter, num_shards: int, template: Path, title: str, push_to: str | None, private: bool | None
+) -> Sequence[str]:
+    """Completes a label set whose shards are all there, and uploads it if asked; returns lines for the user."""
+    record = writer.finish(num_shards)
+    writer.write_card(template, record, title)
+    report = record["report"]
+    lines = [
+        f"{report['num_images']:,} label maps of {writer.layout.k} x {writer.layout.map_size[0]} x "
+        f"{writer.layout.map_size[1]}, {report['bytes_per_image']:,.0f} bytes an image -> {writer.folder}"
+    ]
+    for note, about in report["notes"].items():
+        lines.append(f"  {about['count']:,} x {note}: {', '.join(about['first'])}")
+    if push_to is not None:
+        lines.append(f"uploaded to {push_label_set(writer.folder, push_to, private)}")
+    return lines

@@ -1,0 +1,123 @@
+"""Reading pictures: one way for training, evaluation and annotation, so that a label map fits what the model sees."""
+
+import hashlib
+import io
+import os
+from typing import Any, BinaryIO
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from PIL import ExifTags, Image
+
+
+# what Pillow raises for files that are no pictures, damaged or too large to be one
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+UPRIGHT = 1  # Exif orientation
+_DECODER = datasets.Image()
+
+
+def decode_picture(value: dict[str, Any]) -> Image.Image:
+    """The upright 8-bit RGB picture of an image column's value, `{"bytes": ..., "path": ...}`.
+
+    Of an animation it is the first frame; transparency is dropped; 16-bit greyscale is scaled, where Pillow alone would
+    turn all but the darkest tones white.
+
+    Raises:
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: If it is no picture, is damaged or too large.
+    """
+    return to_rgb(_DECODER.decode_example(value))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An 8-bit RGB picture.
+
+    Raises:
+        ValueError: If its pixels are floating point.
+    """
+    if image.mode.startswith("I"):
+        image = Image.fromarray(np.uint8(np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save the pictures with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def picture_note(content: bytes) -> str:
+    """What `decode_picture` does to a picture file beyond reading it, `""` for an upright RGB picture."""
+    with Image.open(io.BytesIO(content)) as image:
+        notes = []
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            notes.append("animation, first frame used")
+        if image.mode.startswith("I"):
+            notes.append("16-bit, scaled to 8")
+        elif image.mode in ("L", "1"):
+            notes.append("greyscale")
+        elif image.mode == "CMYK":
+            notes.append("CMYK, converted to RGB")
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            notes.append("transparency dropped")
+        if image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
+            notes.append("turned upright as its Exif orientation says")
+        return "; ".join(notes)
+
+
+def read_content(value: dict[str, Any]) -> bytes:
+    """The bytes of the file behind an image column's value.
+
+    Raises:
+        OSError: If the file does not exist or cannot be read.
+        ValueError: If there is neither content nor path.
+    """
+    if value["bytes"] is not None:
+        return value["bytes"]
+    if value["path"] is None:
+        raise ValueError("it has neither content nor path")
+    with datasets.utils.file_utils.xopen(value["path"], "rb") as file:
+        return file.read()
+
+
+def content_hash(content: bytes) -> int:
+    """64-bit hash of a picture file, signed: two rows that share it hold the same file."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def picture_problem(value: pa.StructScalar) -> str | None:
+    """What is wrong with a picture file, `None` if nothing seems to be.
+
+    Files are opened and checked for their end (JPEG) or their checksums (PNG); only other formats and doubtful files are
+    decoded. Remote files are not looked at.
+    """
+    if not value.is_valid:
+        return "no image"
+    content, path = value["bytes"], value["path"].as_py()
+    if not content.is_valid and path is None:
+        return "no image"
+    if not content.is_valid and "://" in path:
+        return None
+    if not content.is_valid and not os.path.isfile(path):
+        return "the image file does not exist"
+    try:
+        with io.BytesIO(content.as_buffer()) if content.is_valid else open(path, "rb") as file:
+            if _is_whole(file):
+                return None
+        decode_picture(value.as_py())
+    except IMAGE_ERRORS as error:
+        return f"the image cannot be decoded ({error})"
+    return None
+
+
+def _is_whole(file: BinaryIO) -> bool:
+    """Whether an open JPEG or PNG file can be read and has all its parts; other formats are not judged.
+
+    Raises:
+        OSError, SyntaxError: If it is no picture, or its checksums are wrong.
+    """
+    with Image.open(file) as image:
+        if image.format == "PNG":
+            image.verify()
+            return True
+    if image.format != "JPEG":
+        return False
+    file.seek(-16, os.SEEK_END)
+    return file.read().rstrip(b"\0").endswith(b"\xff\xd9")
