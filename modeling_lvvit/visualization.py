@@ -107,3 +107,51 @@ def save_prediction_figure(
     for row, name in enumerate(names):
         axes[row, 0].set_ylabel(name, fontsize=8)
     FigureCanvasAgg(figure).print_png(path)
+
+
+def save_contact_sheet(
+    path: Path,
+    pictures: Sequence[tuple[Image.Image, Image.Image]],
+    label_maps: Sequence[tuple[np.ndarray, np.ndarray]],
+    labels: Sequence[str],
+    class_names: Sequence[str],
+    columns: int = 6,
+) -> None:
+    """Pairs of a picture and its label map, painted over the part that the map covers.
+
+    Args:
+        path: PNG to write.
+        pictures: RGB pictures, each with the part that its map covers.
+        label_maps: Ids and scores of each, `(K, rows, columns)`, in any order of K.
+        labels: Human label of each.
+        class_names: Names of all classes.
+        columns: Pairs in a row.
+    """
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(2.1 * columns + 0.2, 4.6 * rows), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    colors = class_colors(len(class_names))
+    for position, ((picture, covered), (ids, scores), label) in enumerate(zip(pictures, label_maps, labels)):
+        row, column = divmod(position, columns)
+        order = np.argsort(-scores.astype(np.float32), axis=0, kind="stable")
+        ids, scores = np.take_along_axis(ids, order, axis=0), np.take_along_axis(scores, order, axis=0)
+        named, counts = np.unique(ids[0], return_counts=True)
+        most = named[np.argsort(-counts, kind="stable")[:3]]
+        axes[2 * row, column].imshow(np.asarray(picture))
+        axes[2 * row, column].set_title(_shortened(label), fontsize=8, parse_math=False)
+        strengths = label_map_strengths(scores, len(class_names))
+        axes[2 * row + 1, column].imshow(overlay(covered, ids[0], strengths, colors))
+        for line, index in enumerate(most):
+            share = 100 * counts[named == index][0] / ids[0].size
+            axes[2 * row + 1, column].text(
+                0.0, -0.08 - 0.1 * line, f"{_shortened(class_names[index])} {share:.0f} %", fontsize=7,
+                color=colors[index] * 0.8, transform=axes[2 * row + 1, column].transAxes, parse_math=False,
+            )  # fmt: skip
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def _shortened(name: str, length: int = 22) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

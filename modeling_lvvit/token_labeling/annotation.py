@@ -141,6 +141,23 @@ def prepared_ahead(
         pool.shutdown(cancel_futures=True)
 
 
+def mass_outside(scores: np.ndarray, num_classes: int, temperature: float = 1.0) -> np.ndarray:
+    """Probability that a softmax of stored scores gives to the classes that a cell does not name, score 0 each.
+
+    Args:
+        scores: `(n, K, rows, columns)`.
+        num_classes: Number of all classes.
+        temperature: Divides the scores.
+
+    Returns:
+        `(n, rows, columns)` float32.
+    """
+    if num_classes <= scores.shape[1]:
+        return np.zeros((len(scores), *scores.shape[2:]), dtype=np.float32)
+    named = np.logaddexp.reduce(scores.astype(np.float32) / temperature, axis=1)
+    return 1.0 / (1.0 + np.exp(np.minimum(named - np.log(num_classes - scores.shape[1]), 80.0)))
+
+
 class Scorer:
     """Runs a dense annotator on batches of prepared pictures.
 
@@ -176,8 +193,7 @@ class Scorer:
 
     def _warn_of_flat_labels(self, scores: np.ndarray, outside: np.ndarray) -> None:
         """Compares what a softmax of the stored scores leaves to the other classes with what the annotator gives them."""
-        others = len(self.layout.class_names) - self.layout.k
-        stored = others / (np.exp(scores.astype(np.float32)).sum(axis=1) + others)
+        stored = mass_outside(scores, len(self.layout.class_names))
         self.warned = bool(stored.mean() - outside.mean() > LOST_MASS)
         if self.warned:
             logger.warning(

@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
-from .class_matching import WORDNET_ID, ClassMap
+from .class_matching import ClassMap
 from .dense_classifier import DenseClassifier
 
 
@@ -183,20 +182,6 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def wordnet_names(class_names: Sequence[str]) -> dict[str, str]:
-    """Names of the WordNet ids among class names, from timm's list of the 21,841 classes of ImageNet."""
-    synsets = {synset for name in class_names for synset in WORDNET_ID.findall(name)}
-    if not synsets:
-        return {}
-    info, names = ImageNetInfo("imagenet-22k"), {}
-    for synset in synsets:
-        try:
-            names[synset] = info.label_name_to_description(synset, detailed=False)
-        except KeyError:  # not a class of ImageNet
-            continue
-    return names
 
 
 def _load_transformers(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):

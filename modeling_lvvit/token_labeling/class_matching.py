@@ -66,6 +66,41 @@ def normalized(name: str) -> str:
     return " ".join(re.sub(r"[_\-\s]+", " ", name.casefold()).split())
 
 
+def wordnet_names(class_names: Sequence[str]) -> dict[str, str]:
+    """Names of the WordNet ids among class names, from timm's list of the 21,841 classes of ImageNet."""
+    synsets = {synset for name in class_names for synset in WORDNET_ID.findall(name)}
+    if not synsets:
+        return {}
+    from timm.data import ImageNetInfo  # takes a second to import, and most data sets have no WordNet ids
+
+    info, names = ImageNetInfo("imagenet-22k"), {}
+    for synset in synsets:
+        try:
+            names[synset] = info.label_name_to_description(synset, detailed=False)
+        except KeyError:  # not a class of ImageNet
+            continue
+    return names
+
+
+def imagenet_class_names() -> list[str]:
+    """WordNet ids of the 1,000 classes of ImageNet-1k, in the order of their ids."""
+    from timm.data import ImageNetInfo  # see `wordnet_names`
+
+    return ImageNetInfo("imagenet-1k").label_names()
+
+
+def same_classes(left: Sequence[str], right: Sequence[str]) -> bool:
+    """Whether two lists name the same classes in the same order, synonyms and WordNet ids allowed."""
+    if len(left) != len(right):
+        return False
+    if list(left) == list(right):
+        return True
+    try:
+        return match_classes(left, right, wordnet_names([*left, *right])).is_identity
+    except ValueError:
+        return False
+
+
 def names_of(name: str, wordnet: Mapping[str, str]) -> set[str]:
     """All normalized names that a class name stands for: itself, its comma-separated synonyms, those of its WordNet id."""
     names = {normalized(name)} | {normalized(part) for part in name.split(",")}

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
+from .class_matching import same_classes
 from .label_sets import HASH_COLUMN, KEY_COLUMN, PALETTE_COLUMN
 from .label_source import LabelMapSource
 from .pictures import content_hash, read_content
@@ -251,7 +252,7 @@ def check_class_names(label_names: Sequence[str] | None, dataset_names: Sequence
     Raises:
         ValueError: If their class names differ; the message names where.
     """
-    if label_names is None or list(label_names) == list(dataset_names):
+    if label_names is None or same_classes(label_names, dataset_names):
         return
     differing = [
         f"{index}: {label_name!r} in the label set, {name!r} in the data"
