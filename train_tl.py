@@ -25,6 +25,7 @@ from modeling_lvvit.model_card import write_model_card
 from modeling_lvvit.token_labeling import (
     ImageProcessorTransform,
     TokenLabelDataset,
+    TokenLabelStream,
     TokenLabelTrainer,
     TokenLabelTrainingArguments,
     TrainTransform,
@@ -33,9 +34,9 @@ from modeling_lvvit.token_labeling.data import (
     DataArguments,
     OpenedData,
     has_dense_columns,
-    looks_local,
     open_datasets,
 )
+from modeling_lvvit.token_labeling.data_sources import looks_local
 from modeling_lvvit.variants import VARIANTS, evaluation_image_processor, variant_config
 from modeling_lvvit.visualization import save_prediction_figure
 
@@ -93,18 +94,31 @@ def load_pretrained(args: ModelArguments, class_names: list[str], names: dict[st
 
 
 def build_samples(
-    args: DataArguments, image_size: tuple[int, int], image_processor, opened: OpenedData, label_crop: str
-) -> tuple[TokenLabelDataset, TokenLabelDataset]:
+    args: DataArguments,
+    training_args: TokenLabelTrainingArguments,
+    config: LVViTConfig,
+    image_processor,
+    opened: OpenedData,
+) -> tuple[TokenLabelDataset | TokenLabelStream, TokenLabelDataset]:
     """Training samples, jointly augmented, and evaluation samples, preprocessed by the image processor."""
-    transform = TrainTransform(image_size, image_processor.image_mean, image_processor.image_std, args.augmentation())
+    mean, std = image_processor.image_mean, image_processor.image_std
+    transform = TrainTransform(config.image_height_width, mean, std, args.augmentation())
     columns = (args.image_column, args.label_column)
-    label_maps = opened.label_maps
-    if label_maps is not None and label_crop == "authors":
-        label_maps = label_maps.without_regions()
-    train = TokenLabelDataset(opened.train, transform, *columns, name="training", label_maps=label_maps)
     evaluation = TokenLabelDataset(
         opened.evaluation, ImageProcessorTransform(image_processor), *columns, name="evaluation"
     )
+    if args.streaming:
+        stream = TokenLabelStream(
+            opened.train, transform, *columns, opened.labels, args.key_column, args.shuffle_buffer,
+            training_args.data_seed, training_args.process_index, training_args.world_size,
+        )  # fmt: skip
+        if stream.has_label_maps and training_args.label_crop == "authors":
+            stream.label_maps = stream.label_maps.without_regions()
+        return stream, evaluation
+    label_maps = opened.label_maps
+    if label_maps is not None and training_args.label_crop == "authors":
+        label_maps = label_maps.without_regions()
+    train = TokenLabelDataset(opened.train, transform, *columns, name="training", label_maps=label_maps)
     return train, evaluation
 
 
@@ -154,6 +168,8 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     Returns:
         The Trainer and the data.
     """
+    if data_args.streaming and training_args.max_steps < 1:
+        raise ValueError("A stream has no end: give --streaming together with --max_steps.")
     prepare_output_dir(model_args, training_args)
     use_all_cpu_cores(training_args.device)
     set_seed(training_args.seed)
@@ -162,15 +178,14 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
             data_args = dataclasses.replace(data_args, dataset_name=str(digit_scenes.build_or_reuse()))
         opened = open_datasets(data_args, training_args.seed)
         model, image_processor = build_model(model_args, opened.train.features[data_args.label_column].names)
-        size = model.config.image_height_width
-        samples = build_samples(data_args, size, image_processor, opened, training_args.label_crop)
+        samples = build_samples(data_args, training_args, model.config, image_processor, opened)
         trainer = TokenLabelTrainer(
             model, training_args, train_dataset=samples[0], eval_dataset=samples[1], processing_class=image_processor
         )
         if "patch_logits_weight" in (model_args.config_overrides or {}):  # the user's word over the Trainer's rule
             model.config.patch_logits_weight = model_args.config_overrides["patch_logits_weight"]
         if data_args.check_data and training_args.should_save:
-            for part in samples:
+            for part in samples[data_args.streaming :]:  # a stream is looked at while it is read
                 part.check_rows(model.config.num_labels)
     return trainer, opened
 
@@ -179,9 +194,10 @@ def introduce(trainer: TokenLabelTrainer) -> None:
     """Says in one line what will be trained."""
     args, samples = trainer.args, trainer.train_dataset
     kind = "token" if samples.has_label_maps and args.dense_weight else "plain"
+    images = "streamed" if isinstance(samples, TokenLabelStream) else f"{len(samples):,}"
     print(
         f"{type(trainer.model).__name__} with {trainer.model.num_parameters():,} parameters, {kind} labels, "
-        f"{len(samples):,} training images, {args.images_per_step} a step, peak learning rate {args.learning_rate:.3g}",
+        f"{images} training images, {args.images_per_step} a step, peak learning rate {args.learning_rate:.3g}",
         flush=True,
     )
 

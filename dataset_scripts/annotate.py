@@ -28,7 +28,7 @@ from modeling_lvvit.launching import is_main_process, num_cpu_cores, start_missi
 from modeling_lvvit.token_labeling.annotation import Scorer, ShardBuilder, prepared_ahead
 from modeling_lvvit.token_labeling.annotators import Annotator, load_annotator
 from modeling_lvvit.token_labeling.class_matching import ClassMap, match_classes, read_class_map, wordnet_names
-from modeling_lvvit.token_labeling.data import open_splits
+from modeling_lvvit.token_labeling.data_sources import open_splits
 from modeling_lvvit.token_labeling.image_rows import StoredRows, StreamedRows
 from modeling_lvvit.token_labeling.label_join import duplicate_keys, image_keys
 from modeling_lvvit.token_labeling.label_set_writer import (

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from modeling_lvvit.token_labeling.class_labels import check_columns, with_class_ids
-from modeling_lvvit.token_labeling.data import DataArguments, open_label_set, open_splits
+from modeling_lvvit.token_labeling.data import DataArguments, open_label_set
+from modeling_lvvit.token_labeling.data_sources import open_splits
 from modeling_lvvit.token_labeling.dataset import TokenLabelDataset
 from modeling_lvvit.token_labeling.label_join import check_class_names, join_label_set
 from modeling_lvvit.token_labeling.label_set_check import LabelSetReport, check_label_set, top_classes

@@ -86,7 +86,7 @@ def write_model_card(
         eval_split=eval_name,
         metrics={key: f"{100 * value:.2f} %" for key, value in accuracies_of(metrics).items()},
         dataset_name=dataset_name,
-        num_train=len(trainer.train_dataset),
+        num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed",
         num_eval=len(trainer.eval_dataset),
         hyperparameters={option: getattr(args, option) for option in REPORTED_OPTIONS},
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}",

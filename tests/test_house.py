@@ -46,9 +46,19 @@ TOKEN_LABELING = {
     "arguments.py": set(),
     "callbacks.py": set(),
     "dataset.py": {"label_columns", "label_sets", "label_source", "pictures"},
-    "data.py": {"class_labels", "label_columns", "label_join", "label_set_writer", "label_source", "transforms"},
-    "trainer.py": {"arguments", "callbacks", "collator", "dataset", "label_maps", "losses", "metrics"},
-    "__init__.py": {"arguments", "collator", "dataset", "trainer", "transforms"},
+    "data_sources.py": set(),
+    "data.py": {
+        "class_labels",
+        "data_sources",
+        "label_columns",
+        "label_join",
+        "label_set_writer",
+        "label_source",
+        "transforms",
+    },
+    "stream.py": {"label_columns", "label_join", "label_sets", "label_source", "pictures"},
+    "trainer.py": {"arguments", "callbacks", "collator", "dataset", "label_maps", "losses", "metrics", "stream"},
+    "__init__.py": {"arguments", "collator", "dataset", "stream", "trainer", "transforms"},
 }
 WITHOUT_TRANSFORMERS = {
     "label_maps.py",

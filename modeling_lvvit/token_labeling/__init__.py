@@ -3,6 +3,7 @@
 from .arguments import TokenLabelTrainingArguments
 from .collator import TokenLabelCollator
 from .dataset import ImageProcessorTransform, TokenLabelDataset
+from .stream import TokenLabelStream
 from .trainer import TokenLabelTrainer
 from .transforms import AugmentationConfig, TrainTransform
 
@@ -12,6 +13,7 @@ __all__ = [
     "ImageProcessorTransform",
     "TokenLabelCollator",
     "TokenLabelDataset",
+    "TokenLabelStream",
     "TokenLabelTrainer",
     "TokenLabelTrainingArguments",
     "TrainTransform",

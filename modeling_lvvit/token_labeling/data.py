@@ -1,17 +1,15 @@
-"""Opening data sets: Hub names, image folders, Parquet files and folders of them."""
+"""What a training run reads: training and evaluation rows, and the label maps of the former."""
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
-from datasets.exceptions import DatasetsError
 from transformers.utils import logging
 
 from .class_labels import check_columns, with_class_ids
+from .data_sources import looks_local, open_splits, state_of, streamed_rows
 from .label_columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
 from .label_join import check_class_names, join_label_set
 from .label_set_writer import CARD, RECORD
@@ -43,6 +41,9 @@ class DataArguments:
         key_pattern: Regular expression that cuts the key out of both; see `label_join.join_label_set`.
         token_label_ids_column, token_label_scores_column: Dense-label columns.
         use_token_labels: Whether to train with dense labels where the data has them.
+        streaming: Whether to read training images one after another, from the Hub or from files, without preparing all of
+            them first. Needs `--max_steps`, a `ClassLabel` column and an evaluation split, which is prepared as usual.
+        shuffle_buffer: Images among which a stream draws the next one.
         max_train_samples, max_eval_samples: Keep the first rows only; for trying things out.
         check_data: Whether to look at every row before training.
         crop_scale_min, horizontal_flip, color_jitter, random_erasing: See `AugmentationConfig`.
@@ -63,6 +64,8 @@ class DataArguments:
     token_label_ids_column: str = field(default=IDS_COLUMN, metadata={"help": "Dense-label ids."})
     token_label_scores_column: str = field(default=SCORES_COLUMN, metadata={"help": "Dense-label scores."})
     use_token_labels: bool = field(default=True, metadata={"help": "Train with dense labels where there are any."})
+    streaming: bool = field(default=False, metadata={"help": "Read training images one after another."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Images among which a stream draws the next one."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only."})
     check_data: bool = field(default=True, metadata={"help": "Look at every row before training."})
@@ -86,52 +89,6 @@ class DataArguments:
         )
 
 
-def looks_local(name: str) -> bool:
-    """Whether a name can only be a path, not a Hub name."""
-    return name.startswith((".", "~", os.sep)) or name.endswith(".parquet") or name.count("/") > 1
-
-
-def open_splits(
-    name: str,
-    config_name: str | None = None,
-    revision: str | None = None,
-    streaming: bool = False,
-    split: str = "train",
-) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """All splits of a data set.
-
-    Args:
-        name: Hub name, a folder (image folder, or Parquet files), or one Parquet file.
-        config_name, revision: Configuration and revision on the Hub.
-        streaming: Whether to read rows one after another instead of preparing all of them first.
-        split: What the rows of a single Parquet file are called.
-
-    Raises:
-        FileNotFoundError: If there is no such data set.
-        ValueError: If it cannot be read.
-    """
-    path = Path(name).expanduser()
-    if looks_local(name) and not path.exists():
-        raise FileNotFoundError(
-            f"There is no data set at {path.resolve()}. Give a Hub name, a folder or a Parquet file."
-        )
-    if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"{path} is neither a folder nor a .parquet file.")
-    try:
-        if path.is_file():
-            return datasets.load_dataset("parquet", data_files={split: str(path)}, streaming=streaming)
-        return datasets.load_dataset(
-            str(path) if path.is_dir() else name, config_name, revision=revision, streaming=streaming
-        )
-    except (ConnectionError, FileNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{name} is neither a local folder or Parquet file (seen from {Path.cwd()}) nor a data set that the Hub gives: "
-            f"{error}"
-        ) from error
-    except (DatasetsError, pa.ArrowException) as error:
-        raise ValueError(f"{name} cannot be read as a data set: {error.__cause__ or error}") from error
-
-
 @dataclass
 class OpenedData:
     """What `open_datasets` found.
@@ -140,12 +97,14 @@ class OpenedData:
         train, evaluation: Image rows with a `ClassLabel` column of the same classes.
         eval_name: What the evaluation rows are called.
         label_maps: Label maps of the training rows, in their order; `None` without dense labels.
+        labels: For a stream, the label set to be joined while it is read; `None` for plain labels.
     """
 
-    train: datasets.Dataset
+    train: datasets.Dataset | datasets.IterableDataset
     evaluation: datasets.Dataset
     eval_name: str
     label_maps: LabelMapSource | None = None
+    labels: datasets.Dataset | None = None
 
 
 def open_datasets(args: DataArguments, seed: int) -> OpenedData:
@@ -160,6 +119,8 @@ def open_datasets(args: DataArguments, seed: int) -> OpenedData:
         ValueError: If a split or column is missing, empty or unfit, or labels do not fit the images; the message names
             what there is.
     """
+    if args.streaming:
+        return _open_stream(args)
     splits = open_splits(args.dataset_name, args.dataset_config_name, args.dataset_revision, split=args.train_split)
     eval_name = find_eval_split(splits, args)
     check_columns(splits[args.train_split], args.dataset_name, args.image_column, args.label_column)
@@ -187,6 +148,47 @@ def open_datasets(args: DataArguments, seed: int) -> OpenedData:
         if not len(rows):
             raise ValueError(f"There are no {name} rows in {args.dataset_name}.")
     return OpenedData(train, evaluation, eval_name, label_maps)
+
+
+def _open_stream(args: DataArguments) -> OpenedData:
+    """Training rows as a stream; evaluation rows prepared as usual."""
+    name, columns = args.dataset_name, (args.image_column, args.label_column)
+    splits = open_splits(name, args.dataset_config_name, args.dataset_revision, streaming=True, split=args.train_split)
+    eval_name = find_eval_split(splits, args)
+    if eval_name is None:
+        raise ValueError(f"{name} has no split to evaluate on, and a stream cannot be divided. It has {list(splits)}.")
+    train = splits[args.train_split]
+    train = train if train.features is not None else train._resolve_features()
+    check_columns(train, name, *columns)
+    feature = train.features[args.label_column]
+    if not isinstance(feature, datasets.ClassLabel):
+        raise ValueError(
+            f"With --streaming column {args.label_column!r} of {name} must be a ClassLabel, got {feature}."
+        )
+    labels = open_label_set(args) if args.token_labels is not None and args.use_token_labels else None
+    if labels is None and args.use_token_labels and has_dense_columns(train, args):
+        raise ValueError("With --streaming dense labels come from a label set (--token_labels), not from two columns.")
+    if labels is not None:
+        check_class_names(class_names_of(labels), feature.names)
+    if args.max_train_samples is not None:
+        train = train.take(args.max_train_samples)
+    # processes that come later find what the first one prepared: the arguments of the generator name the content
+    source = (
+        name,
+        args.dataset_config_name,
+        args.dataset_revision,
+        eval_name,
+        args.image_column,
+        args.max_eval_samples,
+    )
+    evaluation = datasets.Dataset.from_generator(
+        streamed_rows,
+        features=splits[eval_name].features or train.features,
+        gen_kwargs={"source": source, "state": state_of(name, args.dataset_revision)},
+    )
+    check_columns(evaluation, name, *columns)
+    evaluation = with_class_ids(evaluation, name, args.label_column, like=train)
+    return OpenedData(train, evaluation, eval_name, labels=labels)
 
 
 def find_eval_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict, args: DataArguments) -> str | None:

@@ -1,11 +1,15 @@
 """A `Trainer` that learns from dense labels."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
 from .arguments import TokenLabelTrainingArguments
@@ -15,6 +19,7 @@ from .dataset import TokenLabelDataset
 from .label_maps import SparseTargets, covered_tokens, crop_label_maps
 from .losses import blend_weight, mixed_cross_entropy, token_labeling_loss
 from .metrics import TopKAccuracy
+from .stream import TokenLabelStream
 
 
 logger = logging.get_logger(__name__)
@@ -101,7 +106,7 @@ class TokenLabelTrainer(Trainer):
                 "remove_unused_columns=True would drop the dense labels and crop boxes before they reach the loss; "
                 "leave it at False."
             )
-        if isinstance(train_dataset, TokenLabelDataset):
+        if isinstance(train_dataset, (TokenLabelDataset, TokenLabelStream)):
             train_dataset.check_num_classes(self.num_classes)
 
     def _set_patch_logits_weight(self, model: nn.Module, trained: bool) -> None:
@@ -122,6 +127,25 @@ class TokenLabelTrainer(Trainer):
             for name, parameter in model.named_parameters()
             if parameter.ndim > 1 and name.rpartition(".")[2] not in NO_DECAY_NAMES
         ]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`; a stream has divided its rows between the processes itself."""
+        if not isinstance(self.train_dataset, TokenLabelStream):
+            return super().get_train_dataloader()
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+        # as if there were one process: accelerate would pass over the samples of the others once more
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
 
     def compute_loss(
         self,

@@ -1,0 +1,79 @@
+"""Where data comes from: Hub names, image folders, Parquet files and folders of them; prepared or as streams."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path, not a Hub name."""
+    return name.startswith((".", "~", os.sep)) or name.endswith(".parquet") or name.count("/") > 1
+
+
+def open_splits(
+    name: str,
+    config_name: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    split: str = "train",
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """All splits of a data set.
+
+    Args:
+        name: Hub name, a folder (image folder, or Parquet files), or one Parquet file.
+        config_name, revision: Configuration and revision on the Hub.
+        streaming: Whether to read rows one after another instead of preparing all of them first.
+        split: What the rows of a single Parquet file are called.
+
+    Raises:
+        FileNotFoundError: If there is no such data set.
+        ValueError: If it cannot be read.
+    """
+    path = Path(name).expanduser()
+    if looks_local(name) and not path.exists():
+        raise FileNotFoundError(
+            f"There is no data set at {path.resolve()}. Give a Hub name, a folder or a Parquet file."
+        )
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"{path} is neither a folder nor a .parquet file.")
+    try:
+        if path.is_file():
+            return datasets.load_dataset("parquet", data_files={split: str(path)}, streaming=streaming)
+        return datasets.load_dataset(
+            str(path) if path.is_dir() else name, config_name, revision=revision, streaming=streaming
+        )
+    except (ConnectionError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name} is neither a local folder or Parquet file (seen from {Path.cwd()}) nor a data set that the Hub gives: "
+            f"{error}"
+        ) from error
+    except (DatasetsError, pa.ArrowException) as error:
+        raise ValueError(f"{name} cannot be read as a data set: {error.__cause__ or error}") from error
+
+
+def streamed_rows(source: tuple, state: str) -> Iterator[dict[str, Any]]:
+    """Rows of a split, pictures undecoded."""
+    name, config_name, revision, split, image_column, count = source
+    rows = open_splits(name, config_name, revision, streaming=True, split=split)[split]
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    yield from rows if count is None else rows.take(count)
+
+
+def state_of(name: str, revision: str | None) -> str:
+    """What changes when a data set changes: sizes and times of local files, or the commit on the Hub."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return HfApi().dataset_info(name, revision=revision).sha
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        about = file.stat()
+        digest.update(f"{file}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
