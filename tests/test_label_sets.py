@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from modeling_lvvit.token_labeling.label_columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError, label_map_features
-from modeling_lvvit.token_labeling.label_columns import to_arrow as to_column
+from modeling_lvvit.token_labeling.label_columns import (
+    IDS_COLUMN,
+    SCORES_COLUMN,
+    LabelMapError,
+    label_map_features,
+    to_arrow,
+)
 from modeling_lvvit.token_labeling.label_set_writer import (
     LabelSetWriter,
     default_rows_per_shard,
@@ -39,6 +45,12 @@ from modeling_lvvit.token_labeling.label_source import LabelMapSource, class_nam
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "label_set_template.md"
 NUM_CLASSES, MAP_SHAPE = 7, (3, 4, 6)  # K, rows, columns
 NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """The cache of datasets mistakes folders of one name for each other (see test_label_join.py)."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def random_maps(count: int, num_classes: int = NUM_CLASSES, shape=MAP_SHAPE, seed: int = 0) -> LabelMaps:
@@ -69,9 +81,11 @@ def table_of(maps: LabelMaps, layout: LabelSetLayout | None = None, **columns) -
     return (layout or layout_of(maps)).table(maps=maps, **{**defaults, **columns})
 
 
-def write_label_set(folder: Path, table: pa.Table, layout: LabelSetLayout, rows_per_shard: int = 4) -> Path:
+def write_label_set(
+    folder: Path, table: pa.Table, layout: LabelSetLayout, rows_per_shard: int = 4, split: str = "train"
+) -> Path:
     """A finished label set."""
-    writer = LabelSetWriter(folder, "train", layout, {"annotator": "dice"}, versions_of(), rows_per_shard)
+    writer = LabelSetWriter(folder, split, layout, {"annotator": "dice"}, versions_of(), rows_per_shard)
     writer.begin()
     starts = range(0, len(table), rows_per_shard)
     for shard, start in enumerate(starts):
@@ -80,8 +94,8 @@ def write_label_set(folder: Path, table: pa.Table, layout: LabelSetLayout, rows_
     return folder
 
 
-def load(folder: Path) -> datasets.Dataset:
-    return datasets.load_dataset(str(folder), split="train")
+def load(folder: Path, split: str = "train") -> datasets.Dataset:
+    return datasets.load_dataset(str(folder), split=split)
 
 
 def by_class(ids: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -102,9 +116,6 @@ def changed(table: pa.Table, name: str, change: Callable[[list], object]) -> pa.
     change(values)
     position = table.column_names.index(name)
     return table.set_column(position, table.schema.field(name), pa.array(values, table.schema.field(name).type))
-
-
-# the stored form
 
 
 @pytest.mark.parametrize("num_classes, id_type", [(7, "int16"), (21_841, "int16"), (40_000, "int32")])
@@ -250,13 +261,10 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
     assert path.read_bytes() == before
 
 
-# the source of maps
-
-
 def plain_rows(maps: LabelMaps) -> datasets.Dataset:
     """The same maps as two columns of an image data set."""
     features = label_map_features(*maps.ids.shape[1:], "int32")
-    columns = [to_column(maps.ids.astype(np.int32)), to_column(maps.scores)]
+    columns = [to_arrow(maps.ids.astype(np.int32)), to_arrow(maps.scores)]
     return datasets.Dataset(pa.Table.from_arrays(columns, schema=features.arrow_schema))
 
 
@@ -350,9 +358,9 @@ def test_broken_maps_are_named_by_their_offset(case):
     name, change, message = PROBLEMS[case]
     source = LabelMapSource(datasets.Dataset(changed(table_of(random_maps(6)), name, change)))
     assert source.problems([3, 4, 1], NUM_CLASSES) == ([], MAP_SHAPE)
-    with pytest.raises(AssertionError, match=message):  # offset 1 within the images asked for, nothing else
-        problems, _ = source.problems([5, 2, 0], NUM_CLASSES)
-        assert not problems or {row for row, _ in problems} != {1}, "; ".join(text for _, text in problems)
+    problems, _ = source.problems([5, 2, 0], NUM_CLASSES)
+    assert {offset for offset, _ in problems} == {1}
+    assert re.search(message, problems[0][1])
 
 
 def test_all_broken_maps_are_named_in_order():
@@ -373,9 +381,6 @@ def test_source_names_missing_columns():
 def test_class_names_are_those_of_the_palette():
     assert class_names_of(compact_rows(random_maps(2))) == [f"class {index}" for index in range(NUM_CLASSES)]
     assert class_names_of(plain_rows(random_maps(2))) is None
-
-
-# the writer
 
 
 def writer_of(folder: Path, rows_per_shard: int = 4, **settings) -> LabelSetWriter:
@@ -525,18 +530,18 @@ def test_report_counts_notes_empty_labels_and_mass(tmp_path):
     }
 
 
-def test_card_is_yaml_and_the_folder_loads(tmp_path):
+@pytest.mark.parametrize("split", ["train", "validation", "trainval"])
+def test_card_is_yaml_and_the_folder_loads(split, tmp_path):
     maps = random_maps(6)
     layout = layout_of(maps)
-    notes = ["greyscale", *[""] * 5]
-    folder = write_label_set(tmp_path / "labels", table_of(maps, layout, notes=notes, outside_mass=[0.5] * 6), layout)
+    table = table_of(maps, layout, notes=["greyscale", *[""] * 5], outside_mass=[0.5] * 6)
+    folder = write_label_set(tmp_path / "labels", table, layout, split=split)
     _, head, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    about = yaml.safe_load(head)
-    assert about["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
+    assert yaml.safe_load(head)["pretty_name"] == "Dice"
     for part in ("# Dice", "6 images a map of 4 x 6 cells", "| annotator | dice |", "1 x greyscale: row:0", "0.5 to"):
         assert part in text
     assert "{{" not in text
-    labels = load(folder)
+    labels = load(folder, split)
     assert labels[KEY_COLUMN][:] == [f"row:{row}" for row in range(6)]
     assert labels[NOTE_COLUMN][0] == "greyscale"
 

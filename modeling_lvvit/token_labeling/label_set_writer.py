@@ -212,9 +212,14 @@ class LabelSetWriter:
             record: What `finish` returned.
             title: Name of the set.
         """
-        split = {"split": self.split, "path": f"{DATA}/{self.split}-*.parquet"}
+        # Named in the card, local files would share one cache entry with those of any other folder of the same name: the
+        # library (5.2) then identifies them by their pattern alone. It finds these splits by itself.
+        configs = None
+        if self.split not in ("train", "validation", "test"):
+            split = {"split": self.split, "path": f"{DATA}/{self.split}-*.parquet"}
+            configs = [{"config_name": "default", "data_files": [split]}]
         data = DatasetCardData(
-            configs=[{"config_name": "default", "data_files": [split]}],
+            configs=configs,
             tags=["token-labeling", "lvvit", "dense-labels"],
             task_categories=["image-classification"],
             pretty_name=title,
