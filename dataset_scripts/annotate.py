@@ -29,8 +29,8 @@ from modeling_lvvit.token_labeling.annotation import Scorer, ShardBuilder, prepa
 from modeling_lvvit.token_labeling.annotators import Annotator, load_annotator
 from modeling_lvvit.token_labeling.class_matching import ClassMap, match_classes, read_class_map, wordnet_names
 from modeling_lvvit.token_labeling.data_sources import open_splits
+from modeling_lvvit.token_labeling.image_keys import ImageKeys
 from modeling_lvvit.token_labeling.image_rows import StoredRows, StreamedRows
-from modeling_lvvit.token_labeling.label_join import duplicate_keys, image_keys
 from modeling_lvvit.token_labeling.label_set_writer import (
     LabelSetWriter,
     default_rows_per_shard,
@@ -180,13 +180,14 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[StoredRows | StreamedRo
             StreamedRows(dataset, args.image_column, args.key_column, args.number_rows, per_shard, args.batch_size),
             about,
         )
-    keys = image_keys(dataset, args.image_column, args.key_column, args.number_rows)
-    if duplicates := duplicate_keys(keys):
+    keys = ImageKeys(dataset, args.image_column, args.key_column, args.number_rows)
+    hashes = keys.hashes()
+    if duplicates := keys.duplicates(hashes):
         raise ValueError(
             f"Several images have the same key: {', '.join(map(repr, duplicates))}. Name a column that tells them apart "
             "with --key_column, or tell them apart by their row with --number_rows."
         )
-    about |= {"num_rows": len(keys), "keys_sha256": hashlib.sha256("\0".join(keys.to_pylist()).encode()).hexdigest()}
+    about |= {"num_rows": len(keys), "keys_sha256": hashlib.sha256(hashes.tobytes()).hexdigest()}
     per_shard = args.rows_per_shard or default_rows_per_shard(len(keys))
     return StoredRows(dataset, args.image_column, keys, per_shard, args.batch_size), about
 

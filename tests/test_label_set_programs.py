@@ -143,7 +143,7 @@ def truncated(path: Path) -> None:
 
 def truncated_legacy(path: Path) -> None:
     torch.save(label_tensor().half(), path, _use_new_zipfile_serialization=False)
-    path.write_bytes(path.read_bytes()[:100])
+    path.write_bytes(path.read_bytes()[:30])  # within a number of the head
 
 
 BROKEN_FILES = {
@@ -167,9 +167,10 @@ BROKEN_FILES = {
     "duplicate class": (broken(id=2), "names a class twice in a cell"),
     # BUG (import_original_labels.py, read_label_file): float32 scores beyond float16 become infinite in silence.
     "beyond float16": (saved(label_tensor() * torch.tensor([1e5, 1]).view(2, 1, 1, 1)), "float16|65504"),
-    # BUG (same, LOAD_ERRORS): struct.error and IndexError of files in the old format, cut short, are not caught; a
-    # traceback without the name of the file ends the program, --on_error empty or not.
+    # BUG (same, LOAD_ERRORS): struct.error and IndexError of files that are cut short are not caught; a traceback without
+    # the name of the file ends the program, --on_error empty or not.
     "truncated legacy": (truncated_legacy, "cannot be read"),
+    "one byte": (lambda path: path.write_bytes(b"\x80"), "cannot be read"),
     # BUG (same, read_label_file): min() of nothing, and numpy() of a tensor with gradient, do not name the file; the
     # RuntimeError of the latter is a traceback.
     "no cells": (saved(label_tensor()[..., :0]), "."),
@@ -183,7 +184,9 @@ def test_broken_label_files_are_named(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_label_files(tmp_path / "maps", ["a/1", "b/1", "b/2"])
     write(tmp_path / "maps" / "b" / "1.pt")
-    with pytest.raises(SystemExit, match=rf"(?s)import_original_labels.py: .*maps/b/1.pt {message}.*--on_error empty"):
+    with pytest.raises(
+        SystemExit, match=rf"(?s)import_original_labels.py: .*maps/b/1.pt .*{message}.*--on_error empty"
+    ):
         import_labels(tmp_path / "maps", tmp_path / "labels", "--class_names", class_file(tmp_path))
     assert not (tmp_path / "was-run").exists()
 
@@ -288,20 +291,25 @@ def test_missing_label_files_are_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_import_and_check_run_as_programs(tmp_path):
+def test_programs_run_as_programs(tmp_path):
     write_label_files(tmp_path / "maps", [f"cat/{number}" for number in range(5)])
-    labels = str(tmp_path / "labels")
+    checked = sound_set(tmp_path / "checked")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def run(program: str, *options: str) -> str:
-        command = [sys.executable, str(ROOT / "dataset_scripts" / program), *options]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def start(program: str, *options: object) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "dataset_scripts" / program), *map(str, options)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
 
-    options = ("--class_names", class_file(tmp_path), "--rows_per_shard", "3", "--num_workers", "2")
-    assert "5 label maps" in run("import_original_labels.py", str(tmp_path / "maps"), "--output_dir", labels, *options)
-    assert "5 label maps, 0 of them empty" in run("check_token_labels.py", labels)
+    options = ("--class_names", class_file(tmp_path), "--rows_per_shard", 3, "--num_workers", 1)
+    runs = [
+        start("import_original_labels.py", tmp_path / "maps", "--output_dir", tmp_path / "labels", *options),
+        start("check_token_labels.py", checked),
+    ]
+    outputs = [run.communicate(timeout=300)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert "5 label maps of 3 x 2 x 5" in outputs[0]
+    assert "8 label maps, 0 of them empty" in outputs[1]
+    assert len(load(tmp_path / "labels")) == 5
 
 
 LAYOUT = LabelSetLayout(CLASSES, *MAP_SHAPE[:1], MAP_SHAPE[1:])
@@ -400,7 +408,7 @@ def test_damage_is_named_and_ends_with_exit_code_1(case, tmp_path, capsys):
     damage(folder)
     code, output = run_check(capsys, folder)
     assert code == 1
-    assert re.search(f"(?m)^PROBLEM: {message}", output) or re.search(f"(?m)^PROBLEM: .*{message}", output)
+    assert re.search(f"(?m)^PROBLEM: .*{message}", output)
 
 
 def test_only_the_first_problems_are_listed(tmp_path):
@@ -409,9 +417,7 @@ def test_only_the_first_problems_are_listed(tmp_path):
     folder = sound_set(tmp_path / "labels", maps, keys=[f"row:{row}" for row in range(40)])
     problems = check_label_set(folder).problems
     assert len(problems) == 21
-    assert problems[:2] == [
-        f"train-00000.parquet, image row:{row}: scores are NaN or infinite" for row in (0, 1)
-    ]  # fmt: skip
+    assert problems[1] == "train-00000.parquet, image row:1: scores are NaN or infinite"
     assert problems[-1] == "... (further problems are not listed)"
 
 
@@ -453,6 +459,8 @@ def test_first_class_of_a_map_is_that_of_its_mean():
 
 
 FOREIGN = {
+    # BUG (label_join.py, _rows_of): keys are cut to file names when none is found, and stay cut when that finds none
+    # either: the message names '10.JPEG' and "keys like '0.JPEG'", which are keys of neither side.
     "keys": (["cat/10", "dog/11", "eel/12", "fox/13"], (), "4 of 4 images have no label map: 'cat/10.JPEG'"),
     "classes": (["cat/0", "dog/1", "eel/2", "gnu/3"], (), "3: 'fox' in the label set, 'gnu' in the data"),
     "fewer classes": (["cat/0", "dog/1", "eel/2"], (), "4 classes, the data has 3, and they are not the same"),
@@ -494,9 +502,7 @@ def test_temperature_is_proposed_for_flat_targets(outside, tmp_path, capsys):
     assert report.stored_mass == pytest.approx(997 / (997 + 3 * np.exp(2)), rel=1e-4)
     code, output = run_check(capsys, folder)
     assert code == 0
-    assert f"WARNING: the targets are flat.*--label_temperature {expected:.2g}," in output or re.search(
-        f"WARNING: the targets are flat.*--label_temperature {expected:.2g},", output
-    )
+    assert re.search(f"WARNING: the targets are flat.*--label_temperature {expected:.2g},", output)
 
 
 def test_no_temperature_is_proposed_for_sharp_targets(tmp_path):
@@ -504,25 +510,25 @@ def test_no_temperature_is_proposed_for_sharp_targets(tmp_path):
     assert check_label_set(flat_set(tmp_path / "honest", 2.0, 0.95)).temperature is None  # as flat as the annotator
 
 
-def test_contact_sheet_is_written(tmp_path, capsys):
+def test_contact_sheet_is_written(tmp_path, capsys, monkeypatch):
     maps = random_maps(8, len(CLASSES), MAP_SHAPE)
     maps.boxes = np.full((8, 4), np.nan, dtype=np.float32)  # the centre square
     maps.boxes[0] = [-0.25, 0, 1.25, 1]
     folder = sound_set(tmp_path / "labels", maps)
     images = write_images(tmp_path / "images", [key.removesuffix(".JPEG") for key in KEYS])
-    drawn = []
+    drawn, save = [], check_token_labels.save_contact_sheet
+
+    def save_and_keep(path, *parts):
+        drawn.append(parts)
+        save(path, *parts)
+
+    monkeypatch.setattr(check_token_labels, "save_contact_sheet", save_and_keep)
     sheet = tmp_path / "sheet.png"
-    options = ("--dataset", images, "--contact_sheet", sheet, "--num_pictures", 3)
-    with pytest.MonkeyPatch.context() as patch:
-        save = check_token_labels.save_contact_sheet
-        patch.setattr(
-            check_token_labels, "save_contact_sheet", lambda path, *rest: drawn.append(rest) or save(path, *rest)
-        )
-        code, output = run_check(capsys, folder, *options)
+    code, output = run_check(capsys, folder, "--dataset", images, "--contact_sheet", sheet, "--num_pictures", 3)
     assert (code, f"contact sheet -> {sheet}" in output) == (0, True)
     pictures, pairs, labels, names = drawn[0]
     assert [covered.size for _, covered in pictures] == [(60, 20), (20, 20), (20, 20)]
-    assert (len(pairs), labels, names) == (3, ["cat", "fox", "fox"], list(CLASSES))
+    assert (len(pairs), labels, names) == (3, ["cat", "dog", "fox"], list(CLASSES))
     assert Image.open(sheet).size[0] > 3 * 150
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import pyarrow as pa
 
-from .label_join import key_of_path, row_keys
+from .image_keys import ImageKeys, key_of_path, row_keys
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,12 @@ class StoredRows:
     Args:
         dataset: Images.
         image_column: Name of the image column.
-        keys: Keys of all rows (`label_join.image_keys`).
+        keys: Keys of the rows.
         rows_per_shard, batch_size: Sizes.
     """
 
     def __init__(
-        self, dataset: datasets.Dataset, image_column: str, keys: pa.Array, rows_per_shard: int, batch_size: int
+        self, dataset: datasets.Dataset, image_column: str, keys: ImageKeys, rows_per_shard: int, batch_size: int
     ):
         self.rows = dataset.select_columns(image_column).with_format("arrow")
         self.image_column, self.keys = image_column, keys
@@ -60,7 +59,7 @@ class StoredRows:
             for start in range(first, end, self.batch_size):
                 stop = min(start + self.batch_size, end)
                 values = [_value(item.as_py()) for item in self.rows[start:stop][self.image_column]]
-                yield RowBatch(shard, self.keys[start:stop].to_pylist(), stop == end), values
+                yield RowBatch(shard, self.keys.block(start, stop), stop == end), values
 
 
 class StreamedRows:

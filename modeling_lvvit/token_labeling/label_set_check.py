@@ -15,8 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .annotation import mass_outside
+from .image_keys import hashes_of, repeated_keys
 from .label_columns import SCORES_COLUMN, LabelMapError, label_map_problems, nesting_of
-from .label_join import duplicate_keys
 from .label_maps import build_palette, crop_label_maps
 from .label_set_writer import DATA, RECORD
 from .label_sets import INDEX_COLUMN, KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN, expand, map_problems
@@ -46,7 +46,6 @@ class LabelSetReport:
         temperature: Proposed `label_temperature`, `None` if the targets need none.
         top_classes: How often each class is the first of a whole map.
         notes: How often each note on an image comes.
-        keys: Keys of all rows.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -60,7 +59,6 @@ class LabelSetReport:
     temperature: float | None = None
     top_classes: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)
-    keys: pa.Array | None = None
 
     def add_problem(self, text: str) -> None:
         """Keeps the first problems and counts the others."""
@@ -101,10 +99,10 @@ def check_label_set(folder: Path, split: str = "train") -> LabelSetReport:
     paths = sorted((folder / DATA).glob(f"{split}-*.parquet"))
     if not paths:
         raise FileNotFoundError(f"{folder} has no label set of split {split!r}: there is no {DATA}/{split}-*.parquet.")
-    report, sample, masses, keys = LabelSetReport(), [], [], []
+    report, sample, masses, hashes = LabelSetReport(), [], [], []
     outside: list[np.ndarray] = []
     for path, table in _tables(paths, report):
-        keys.append(table[KEY_COLUMN].combine_chunks())
+        hashes.append(hashes_of([key or "" for key in table[KEY_COLUMN].to_pylist()]))
         if OUTSIDE_COLUMN in table.column_names:
             outside.append(table[OUTSIDE_COLUMN].drop_null().to_numpy())
         scores = _check_rows(table, path, report)
@@ -112,9 +110,11 @@ def check_label_set(folder: Path, split: str = "train") -> LabelSetReport:
             masses.append(mass_outside(scores, len(report.class_names)).mean(axis=(1, 2)))
             if sum(map(len, sample)) < SAMPLED_MAPS:
                 sample.append(scores)
-    if keys:
-        report.keys = pa.concat_arrays([array.cast(pa.string()) for array in keys])
-        for key in duplicate_keys(report.keys):
+    if hashes:
+        blocks = (
+            [key or "" for key in table[KEY_COLUMN].to_pylist()] for _, table in _tables(paths, LabelSetReport())
+        )
+        for key in repeated_keys(blocks, np.concatenate(hashes)):
             report.add_problem(f"key {key!r} comes more than once")
     outside = np.concatenate(outside) if outside else np.zeros(0)
     report.annotator_mass = float(outside.mean(dtype=np.float64)) if len(outside) else None

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from transformers.utils import logging
 
+from .image_keys import MAX_NAMED, hashes_of, repeated_keys
 from .label_columns import SCORES_COLUMN
-from .label_join import duplicate_keys
 from .label_sets import (
     HASH_COLUMN,
     INDEX_COLUMN,
@@ -38,7 +38,6 @@ from .label_sets import (
 
 logger = logging.get_logger(__name__)
 RECORD, CARD, DATA = "token_labels.json", "README.md", "data"
-MAX_NAMED = 10
 
 
 def default_rows_per_shard(num_rows: int) -> int:
@@ -170,32 +169,33 @@ class LabelSetWriter:
         return record
 
     def _report(self, num_shards: int) -> dict[str, Any]:
-        keys, counts, examples = [], Counter(), defaultdict(list)
-        empty, outside, size = [], [], 0
+        counts, examples = Counter(), defaultdict(list)
+        hashes, num_empty, outside, size = [], 0, [], 0
         for shard in range(num_shards):
             path = self.path(shard)
             table = pq.read_table(path, columns=[KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN])
             size += path.stat().st_size
-            keys.append(table[KEY_COLUMN].combine_chunks())
-            lengths = np.asarray(table[PALETTE_COLUMN].combine_chunks().value_lengths())
-            empty += keys[-1].filter(pa.array(lengths == 0)).to_pylist()
+            keys = table[KEY_COLUMN].to_pylist()
+            hashes.append(hashes_of(keys))
+            num_empty += int((np.asarray(table[PALETTE_COLUMN].combine_chunks().value_lengths()) == 0).sum())
             outside.append(table[OUTSIDE_COLUMN].drop_null().to_numpy())
-            for key, notes in zip(keys[-1].to_pylist(), table[NOTE_COLUMN].to_pylist()):
+            for key, notes in zip(keys, table[NOTE_COLUMN].to_pylist()):
                 for note in filter(None, (notes or "").split("; ")):
                     counts[note] += 1
                     if len(examples[note]) < MAX_NAMED:
                         examples[note].append(key)
-        keys = pa.concat_arrays(keys)
-        if duplicates := duplicate_keys(keys):
+        hashes = np.concatenate(hashes)
+        blocks = (pq.read_table(self.path(shard), columns=[KEY_COLUMN])[KEY_COLUMN] for shard in range(num_shards))
+        if duplicates := repeated_keys((block.to_pylist() for block in blocks), hashes):
             raise ValueError(
                 f"Several images have the same key: {', '.join(map(repr, duplicates))}. Take keys from a column "
                 "(--key_column) or number the rows (--number_rows), in another folder."
             )
         outside = np.concatenate(outside)
         return {
-            "num_images": len(keys),
-            "num_empty_labels": len(empty),
-            "bytes_per_image": round(size / max(1, len(keys)), 1),
+            "num_images": len(hashes),
+            "num_empty_labels": num_empty,
+            "bytes_per_image": round(size / max(1, len(hashes)), 1),
             "mean_outside_mass": round(float(outside.mean(dtype=np.float64)), 5) if len(outside) else None,
             "notes": {note: {"count": counts[note], "first": examples[note]} for note in sorted(counts)},
         }

@@ -1,78 +1,27 @@
 """Training samples from a data set that is read one row after another, with the label maps of a label set."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from transformers.utils import logging
 
+from .image_keys import ROW_PREFIX, KeyIndex, hashes_of, key_of_path
 from .label_columns import LabelMapError
-from .label_join import ROW_PREFIX, key_of_path
-from .label_sets import KEY_COLUMN, PALETTE_COLUMN
+from .label_join import empty_labels, label_keys_of
 from .label_source import LabelMapSource, covered_region
 from .pictures import IMAGE_ERRORS, decode_picture
 
 
-logger = logging.get_logger(__name__)
 ROWS_AT_ONCE = 32  # whose label maps are fetched together
-KEYS_AT_ONCE = 65_536
-
-
-class KeyIndex:
-    """Finds the rows of keys; 16 bytes a key, whatever its length.
-
-    Args:
-        labels: Label set.
-
-    Raises:
-        ValueError: If a key comes more than once, or keys are row numbers, which a stream does not know.
-    """
-
-    def __init__(self, labels: datasets.Dataset):
-        rows = labels.select_columns([KEY_COLUMN, PALETTE_COLUMN]).with_format("arrow")
-        hashes, empty = [], []
-        for start in range(0, len(rows), KEYS_AT_ONCE):
-            table = rows[start : start + KEYS_AT_ONCE]
-            keys = table[KEY_COLUMN].to_pylist()
-            if keys[0].startswith(ROW_PREFIX):
-                raise ValueError(
-                    "The label set knows images by their row number, which a stream does not tell. Annotate with keys from a "
-                    "column (--key_column), or train without --streaming."
-                )
-            hashes.append(_hashes(keys))
-            lengths = table[PALETTE_COLUMN].combine_chunks().value_lengths()
-            empty.append(np.asarray(lengths.fill_null(1)) == 0)
-        hashes = np.concatenate(hashes)
-        self.order = np.argsort(hashes, kind="stable")
-        self.sorted_hashes = hashes[self.order]
-        self.is_empty = np.concatenate(empty)
-        twice = np.flatnonzero(self.sorted_hashes[1:] == self.sorted_hashes[:-1])
-        if len(twice):
-            key = rows[[int(self.order[twice[0]])]][KEY_COLUMN][0].as_py()
-            raise ValueError(f"Key {key!r} comes more than once in the label set.")
-
-    def __call__(self, keys: Sequence[str]) -> np.ndarray:
-        """Row of each key, `(n,)` int64; -1 for a key that is not there, -2 for one with an empty label."""
-        hashes = _hashes(keys)
-        places = np.searchsorted(self.sorted_hashes, hashes).clip(max=len(self.order) - 1)
-        rows = self.order[places]
-        rows = np.where(self.is_empty[rows], -2, rows)
-        return np.where(self.sorted_hashes[places] == hashes, rows, -1)
-
-
-def _hashes(keys: Sequence[str]) -> np.ndarray:
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
-    return np.frombuffer(digests, dtype="<i8")
 
 
 class TokenLabelStream(torch.utils.data.IterableDataset):
     """An endless stream of training samples; the Trainer stops it after `max_steps`.
 
-    Every process and every worker of a `DataLoader` reads its own part of the rows, so that nothing is read twice.
+    Images with an empty label are passed over. Every process and every worker of a `DataLoader` reads its own part of the rows, so that nothing is read twice.
 
     Args:
         dataset: Rows with an image column and a `ClassLabel` column.
@@ -84,6 +33,9 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         shuffle_buffer: Rows among which the next one is drawn; 0 keeps the stored order.
         seed: Seed of that order.
         process_index, num_processes: This process and their number.
+
+    Raises:
+        ValueError: If keys of the label set come more than once, or are row numbers, which a stream does not know.
     """
 
     def __init__(
@@ -106,8 +58,16 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         self.rows = split_dataset_by_node(rows, process_index, num_processes)
         self.transform = transform
         self.image_column, self.label_column, self.key_column = image_column, label_column, key_column
-        self.label_maps = None if labels is None else LabelMapSource(labels)
-        self.row_of_key = None if labels is None else KeyIndex(labels)
+        self.label_maps = None
+        if labels is not None:
+            self.label_maps = LabelMapSource(labels)
+            keys = label_keys_of(labels)
+            if len(keys) and keys[0].startswith(ROW_PREFIX):
+                raise ValueError(
+                    "The label set knows images by their row number, which a stream does not tell. Annotate with keys from a "
+                    "column (--key_column), or train without --streaming."
+                )
+            self.key_index, self.is_empty = KeyIndex(keys), empty_labels(labels)
 
     @property
     def has_label_maps(self) -> bool:
@@ -140,22 +100,26 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
             return
         maps = None
         if self.has_label_maps:
-            keys = [self._key(row) for row in rows]
-            places = self.row_of_key(keys)
-            for key, place in zip(keys, places):
-                if place == -1:
-                    raise ValueError(f"Image {key!r} has no label map in the label set.")
-            rows = [row for row, place in zip(rows, places) if place >= 0]  # empty labels are passed over
+            rows, places = self._with_labels(rows)
             try:
-                maps = self.label_maps.fetch(places[places >= 0])
+                maps = self.label_maps.fetch(places)
             except LabelMapError as error:
-                raise ValueError(f"The label map of {keys[error.row]!r}: {error}.") from error
+                raise ValueError(f"The label map of {self._key(rows[error.row])!r}: {error}.") from error
         for offset, row in enumerate(rows):
             image, label_map = self._picture(row), ()
             if maps is not None:
                 box = None if maps.boxes is None else maps.boxes[offset]
                 label_map = (maps.ids[offset], maps.scores[offset], covered_region(box, *image.size))
             yield {**self.transform(image, *label_map), "labels": row[self.label_column]}
+
+    def _with_labels(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """The rows whose label is not empty, and the places of their maps."""
+        keys = [self._key(row) for row in rows]
+        places = self.key_index(hashes_of(keys))
+        if (places == -1).any():
+            raise ValueError(f"Image {keys[int(np.argmin(places))]!r} has no label map in the label set.")
+        has_label = ~self.is_empty[places]
+        return [row for row, is_kept in zip(rows, has_label) if is_kept], places[has_label]
 
     def _key(self, row: dict[str, Any]) -> str:
         if self.key_column is not None:
