@@ -230,7 +230,7 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
         try:
             writer.begin()
         except (ValueError, OSError) as error:
-            problem = [f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)]
+            problem = [f"Nothing can be written: {error}" if isinstance(error, OSError) else str(error)]
     broadcast_object_list(problem)
     if problem[0] is not None:
         raise ValueError(problem[0])

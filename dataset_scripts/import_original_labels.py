@@ -13,6 +13,7 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import struct
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ from modeling_lvvit.token_labeling.label_sets import LabelMaps, LabelSetLayout
 
 CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "label_set_template.md"
 # what torch.load raises for files that are cut short, are something else, or hold more than tensors
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, KeyError)
+LOAD_ERRORS = (
+    OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, struct.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 @dataclass
@@ -109,12 +113,14 @@ def read_label_file(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarra
         raise ValueError(
             f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else repr(error)}"
         ) from error
-    if not isinstance(content, torch.Tensor) or content.ndim != 4 or len(content) != 2:
+    if not isinstance(content, torch.Tensor) or content.ndim != 4 or len(content) != 2 or not content.numel():
         shape = tuple(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
         raise ValueError(f"{path} must hold a tensor [2, K, rows, columns], scores and class ids; it holds {shape}.")
-    scores, ids = content.float().numpy()
-    if not np.isfinite(content.float().numpy()).all():
+    scores, ids = content.detach().float().numpy()
+    if not (np.isfinite(ids).all() and np.isfinite(scores).all()):
         raise ValueError(f"{path} has NaN or infinite values.")
+    if np.abs(scores).max() > np.finfo(np.float16).max:
+        raise ValueError(f"{path} has scores beyond the float16 range (65504).")
     if (ids != np.rint(ids)).any() or ids.min() < 0 or ids.max() >= num_classes:
         raise ValueError(
             f"{path} has class ids from {ids.min():g} to {ids.max():g}; expected whole numbers in [0, {num_classes})."
@@ -169,6 +175,21 @@ def import_shards(folder: Path, files: list[str], writer: LabelSetWriter, args: 
     return len(parts)
 
 
+def first_shape(folder: Path, files: list[str], num_classes: int, on_error: str) -> tuple[int, ...]:
+    """`[K, rows, columns]` of the first file that can be read.
+
+    Raises:
+        ValueError: If none can, or the first cannot and that is not allowed.
+    """
+    for name in files:
+        try:
+            return read_label_file(folder / name, num_classes)[0].shape
+        except ValueError as error:
+            if on_error == "stop":
+                raise ValueError(f"{error} Such files get an empty label with --on_error empty.") from error
+    raise ValueError(f"None of the {len(files)} label files in {folder} can be read.")
+
+
 def import_labels(args: ImportArguments) -> list[str]:
     """Imports all label files of a folder; returns lines for the user.
 
@@ -181,7 +202,7 @@ def import_labels(args: ImportArguments) -> list[str]:
     if args.class_names is not None:
         lines = Path(args.class_names).read_text(encoding="utf-8").splitlines()
         class_names = [line.strip() for line in lines if line.strip()]
-    k, *map_size = read_label_file(folder / files[0], len(class_names))[0].shape
+    k, *map_size = first_shape(folder, files, len(class_names), args.on_error)
     layout = LabelSetLayout(tuple(class_names), k, tuple(map_size), args.score_type)
     settings = {
         "source": "label files of the authors of the paper, one for each image",

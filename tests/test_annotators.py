@@ -303,9 +303,6 @@ def vit_with_registers() -> nn.Module:
     return model
 
 
-# BUG (dense_classifier.py, token_grid): class, distillation and register tokens are taken for patches where the picture
-# has few cells (fewer rows than prefix tokens). DeiT: 2 x 3 patches + 2 tokens are read as a grid of 2 x 4; registers:
-# 4 x 6 + 5 as 4 x 7. Without any message the maps are of a wrong shape and shifted.
 @pytest.mark.parametrize(
     ("make", "image_size", "grid_size"),
     [
@@ -387,8 +384,6 @@ def test_timm_folder_gives_its_own_scores_and_names(folders):
     assert annotator.provenance["annotator_library"] == "timm"
 
 
-# BUG (annotators.py, load_annotator, `provenance`): a timm folder is recorded with its whole path, a transformers folder
-# by its name. The record is compared when a run continues, and is published in the card.
 def test_timm_folder_is_recorded_by_its_name(folders):
     assert load_annotator(str(folders["timm"])).provenance["annotator"] == "timm"
 
@@ -438,16 +433,11 @@ def test_image_size_that_does_not_fit_is_refused(folders, name, image_size):
         load_annotator(str(folders[name]), image_size)
 
 
-# BUG (annotators.py, load_annotator): a model with a patch head is never run while it is loaded, so this size is refused
-# only when the first batch is annotated. "Raises ... does not take pictures of this size" promises it at once.
 def test_image_size_that_does_not_fit_the_patch_head_is_refused(folders):
     with pytest.raises(ValueError, match="50"):
         load_annotator(str(folders["patch head"]), (50, 32))
 
 
-# BUG (annotators.py, load_annotator, `options`): interpolate_pos_encoding=True is given even at the model's own size.
-# transformers takes the position table for a square one: 4 x 6 positions are refused at their own size, and 2 x 8
-# positions are read as 4 x 4 and resized, without a message: the scores are wrong.
 @pytest.mark.parametrize("size", [(32, 48), (16, 64)])
 def test_vit_with_a_table_that_is_not_square_gives_its_own_scores(tmp_path, size):
     torch.manual_seed(0)
@@ -527,8 +517,6 @@ def test_damaged_folder_is_refused_in_one_line(folders, tmp_path, library, damag
     assert "\n" not in str(error.value)
 
 
-# BUG (annotators.py, load_annotator, `except (OSError, RuntimeError, KeyError)`): safetensors.SafetensorError and
-# pickle.UnpicklingError are none of these; the program ends with a traceback that does not name the annotator.
 @pytest.mark.parametrize("content", [b"", b"no weights", None], ids=["empty", "text", "truncated"])
 @pytest.mark.parametrize("library", ["vit", "timm"])
 def test_damaged_weights_are_refused_in_one_line(folders, tmp_path, library, content):
@@ -540,8 +528,6 @@ def test_damaged_weights_are_refused_in_one_line(folders, tmp_path, library, con
     assert "\n" not in str(error.value)
 
 
-# BUG (annotators.py, _load_transformers): a checkpoint without a head, such as a backbone of the Hub, gets random weights
-# with no more than a warning of transformers; each process draws others, and the labels mean nothing.
 def test_checkpoint_without_a_head_is_refused(folders, tmp_path):
     folder = shutil.copytree(folders["vit"], tmp_path / "copy")
     transformers.ViTForImageClassification.from_pretrained(folder).vit.save_pretrained(folder)

@@ -57,7 +57,7 @@ TOKEN_LABELING = {
         "label_source",
         "transforms",
     },
-    "stream.py": {"image_keys", "label_columns", "label_join", "label_source", "pictures"},
+    "stream.py": {"image_keys", "image_rows", "label_columns", "label_join", "label_source", "pictures"},
     "trainer.py": {"arguments", "callbacks", "collator", "dataset", "label_maps", "losses", "metrics", "stream"},
     "__init__.py": {"arguments", "collator", "dataset", "stream", "trainer", "transforms"},
 }

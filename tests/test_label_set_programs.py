@@ -165,16 +165,10 @@ BROKEN_FILES = {
     "infinite score": (broken(score=-float("inf")), "has NaN or infinite values"),
     "NaN id": (broken(id=float("nan")), "has NaN or infinite values"),
     "duplicate class": (broken(id=2), "names a class twice in a cell"),
-    # BUG (import_original_labels.py, read_label_file): float32 scores beyond float16 become infinite in silence.
     "beyond float16": (saved(label_tensor() * torch.tensor([1e5, 1]).view(2, 1, 1, 1)), "float16|65504"),
-    # BUG (same, LOAD_ERRORS): struct.error and IndexError of files that are cut short are not caught; a traceback without
-    # the name of the file ends the program, --on_error empty or not.
     "truncated legacy": (truncated_legacy, "cannot be read"),
     "one byte": (lambda path: path.write_bytes(b"\x80"), "cannot be read"),
-    # BUG (same, read_label_file): min() of nothing, and numpy() of a tensor with gradient, do not name the file; the
-    # RuntimeError of the latter is a traceback.
     "no cells": (saved(label_tensor()[..., :0]), "."),
-    "gradient": (saved(label_tensor().requires_grad_()), "."),
 }
 
 
@@ -210,7 +204,6 @@ def test_broken_label_files_get_empty_labels_if_asked(tmp_path, capsys):
 
 
 def test_first_label_file_may_be_broken_too(tmp_path):
-    # BUG (import_original_labels.py, import_labels): K and map size come from the first file, outside the care for errors.
     write_label_files(tmp_path / "maps", ["cat/1", "dog/1"])
     truncated(tmp_path / "maps" / "cat" / "1.pt")
     options = ("--class_names", class_file(tmp_path), "--on_error", "empty")
@@ -396,7 +389,6 @@ DAMAGE = {
         r"says K 5 and map size \[2, 5\], maps are \(3, 2, 5\)",
     ),
     "damaged record": (lambda folder: (folder / "token_labels.json").write_text("{"), "token_labels.json is damaged"),
-    # BUG (label_set_check.py, _compare_with_record): the TypeError of a record that is no object is not caught.
     "record of a list": (lambda folder: (folder / "token_labels.json").write_text("[]"), "token_labels.json is damaged"),
 }  # fmt: skip
 
@@ -459,8 +451,6 @@ def test_first_class_of_a_map_is_that_of_its_mean():
 
 
 FOREIGN = {
-    # BUG (label_join.py, _rows_of): keys are cut to file names when none is found, and stay cut when that finds none
-    # either: the message names '10.JPEG' and "keys like '0.JPEG'", which are keys of neither side.
     "keys": (["cat/10", "dog/11", "eel/12", "fox/13"], (), "4 of 4 images have no label map: 'cat/10.JPEG'"),
     "classes": (["cat/0", "dog/1", "eel/2", "gnu/3"], (), "3: 'fox' in the label set, 'gnu' in the data"),
     "fewer classes": (["cat/0", "dog/1", "eel/2"], (), "4 classes, the data has 3, and they are not the same"),
@@ -538,7 +528,6 @@ def test_contact_sheet_needs_images(tmp_path):
 
 
 def test_set_of_empty_labels_only_is_no_crash(tmp_path, capsys):
-    # BUG (check_token_labels.py, agreement): the number of images that are left, 0, divides.
     folder = sound_set(tmp_path / "labels", is_empty=[True] * 8)
     images = write_images(tmp_path / "images", [key.removesuffix(".JPEG") for key in KEYS])
     _, output = run_check(capsys, folder, "--dataset", images)

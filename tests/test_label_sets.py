@@ -347,8 +347,6 @@ PROBLEMS = {
     "empty label": (PALETTE_COLUMN, lambda v: v.__setitem__(2, []), "it has an empty label"),
     "no palette": (PALETTE_COLUMN, lambda v: v.__setitem__(2, None), "it has no palette"),
     "no positions": (INDEX_COLUMN, lambda v: v.__setitem__(2, None), "it has no label map"),
-    # BUG (label_sets.py, map_problems): comparisons with NaN are false, so a box that is NaN in part passes the check;
-    # `covered_region` looks at its left border alone, and the crop box and the loss of such an image become NaN.
     "half a box": (BOX_COLUMN, lambda v: v.__setitem__(2, [0, 0, NAN, 1]), "map_box .* is no region"),
 }  # fmt: skip
 
@@ -447,8 +445,6 @@ def test_damaged_record_is_named(content, tmp_path):
 
 
 def test_run_that_was_killed_while_it_began_is_continued(tmp_path):
-    # BUG (label_set_writer.py, begin): `data` and the partial record are made before the record. A run that is killed in
-    # between can never be continued: its own folder "holds other files".
     (tmp_path / "data").mkdir()
     (tmp_path / ".token_labels.json.abc.partial").write_bytes(b"{")
     writer_of(tmp_path).begin()

@@ -104,14 +104,19 @@ def prepare_image(value: dict[str, Any], preprocessing: Callable) -> PreparedIma
         content = read_content(value)
         number = content_hash(content)
         note = picture_note(content)
-        pixels, box = preprocessing(decode_picture({"bytes": content, "path": None}))
-        return PreparedImage(pixels, box, number, note)
+        image = decode_picture({"bytes": content, "path": None})
     except IMAGE_ERRORS as error:
         if number is None and value["path"] is not None and "://" in value["path"]:
             raise
-        text = re.sub(r" <[^>]*>", "", str(error))  # addresses differ from run to run
-        text = re.sub(r": '.*'$", "", text)  # so do the folders that data lies in
-        return PreparedImage(None, whole, number, f"unreadable: {text or type(error).__name__}")
+        return PreparedImage(None, whole, number, f"unreadable: {_lasting_text(error)}")
+    return PreparedImage(*preprocessing(image), number, note)
+
+
+def _lasting_text(error: Exception) -> str:
+    """An error in words that are the same in every run and every folder: no addresses, no paths."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"[Errno {error.errno}] {error.strerror}"
+    return re.sub(r" <[^>]*>", "", str(error)) or type(error).__name__
 
 
 def prepared_ahead(
@@ -155,7 +160,8 @@ def mass_outside(scores: np.ndarray, num_classes: int, temperature: float = 1.0)
     if num_classes <= scores.shape[1]:
         return np.zeros((len(scores), *scores.shape[2:]), dtype=np.float32)
     named = np.logaddexp.reduce(scores.astype(np.float32) / temperature, axis=1)
-    return 1.0 / (1.0 + np.exp(np.minimum(named - np.log(num_classes - scores.shape[1]), 80.0)))
+    others = np.float32(np.log(num_classes - scores.shape[1]))
+    return 1 / (1 + np.exp(np.minimum(named - others, np.float32(80))))
 
 
 class Scorer:

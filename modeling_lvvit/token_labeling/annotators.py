@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import pickle
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 from torchvision.transforms.v2 import functional as F
@@ -144,23 +146,15 @@ def load_annotator(
             model, class_names, preprocessing, grid_of = load(
                 name, image_size, {"revision": revision, "trust_remote_code": trust_remote_code}, random_weights
             )
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"The annotator {name} cannot be loaded: {error}") from error
     if random_weights:
         logger.warning("%s has random weights: its labels mean nothing.", name)
     preprocessing = replace(preprocessing, fit=fit)
     model = model.eval().requires_grad_(False).to(device)
-    options = {"interpolate_pos_encoding": True} if _can_interpolate(model) else {}
-    try:
-        if grid_of is not None:
-            dense = PatchClassifier(model, grid_of(preprocessing.image_size), options)
-        else:
-            dense = DenseClassifier(model, preprocessing.image_size, options)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        size = f"{preprocessing.image_size[0]} x {preprocessing.image_size[1]}"
-        raise ValueError(f"The annotator {name} does not take pictures of {size} pixels: {error}") from error
+    dense = _make_dense(name, model, preprocessing.image_size, grid_of)
     provenance = {
-        "annotator": name if is_timm or not Path(name).exists() else Path(name).resolve().name,
+        "annotator": Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name,
         "annotator_library": "timm" if is_timm else "transformers",
         "annotator_revision": _revision_of(model, revision),
         "annotator_weights": "random, seed 0" if random_weights else f"sha256 {fingerprint(model)}",
@@ -173,6 +167,28 @@ def load_annotator(
         "pixel_offset": list(preprocessing.offset),
     }
     return Annotator(name, dense, class_names, preprocessing, provenance)
+
+
+def _make_dense(name: str, model: nn.Module, image_size: tuple[int, int], grid_of: Any) -> nn.Module:
+    """The model as a map; run once, so that a size that it does not take is refused before any work.
+
+    Args:
+        name: What messages call it.
+        model: Classifier.
+        image_size: Height and width in pixels.
+        grid_of: Gives the grid of its patch head for an image size; `None` without one.
+    """
+    options = {"interpolate_pos_encoding": True} if _must_interpolate(model, image_size) else {}
+    try:
+        if grid_of is None:
+            return DenseClassifier(model, image_size, options)
+        dense = PatchClassifier(model, grid_of(image_size), options)
+        with torch.inference_mode():
+            dense(torch.zeros(1, 3, *image_size, device=next(model.parameters()).device))
+        return dense
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        size = f"{image_size[0]} x {image_size[1]}"
+        raise ValueError(f"The annotator {name} cannot label cells of pictures of {size} pixels: {error}") from error
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -191,7 +207,13 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
             config, trust_remote_code=source["trust_remote_code"], dtype=torch.float32
         )
     else:
-        model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32, **source)
+        model, info = AutoModelForImageClassification.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **source
+        )
+        if info["missing_keys"]:
+            raise ValueError(
+                f"The annotator {name} is no trained image classifier: its weights lack {sorted(info['missing_keys'])}."
+            )
     preprocessing = _probe_processor(AutoImageProcessor.from_pretrained(name, **source))
     if image_size is not None:
         preprocessing = replace(preprocessing, image_size=image_size)
@@ -262,8 +284,12 @@ def _is_timm_folder(path: Path) -> bool:
     return "architecture" in content and "model_type" not in content
 
 
-def _can_interpolate(model: nn.Module) -> bool:
-    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+def _must_interpolate(model: nn.Module, image_size: tuple[int, int]) -> bool:
+    """Whether a position table must be resized: at its own size that is no use, and wrong for tables that are not square,
+    which transformers takes for square ones."""
+    own = getattr(getattr(model, "config", None), "image_size", None)
+    own = tuple(own) if isinstance(own, (list, tuple)) else (own, own)
+    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters and own != tuple(image_size)
 
 
 def _revision_of(model: nn.Module, revision: str | None) -> str | None:

@@ -226,13 +226,13 @@ def read_class_map(path: Path, annotator_names: Sequence[str], dataset_names: Se
         raise FileNotFoundError(f"There is no class map {path}.")
     pairs: list[tuple[object, object]] = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
         if path.suffix == ".json":
             for name, values in json.loads(text).items():
                 pairs += [(name, value) for value in (values if isinstance(values, list) else [values])]
         else:
             pairs = [(row[0].strip(), row[1].strip()) for row in csv.reader(text.splitlines()) if row]
-    except (ValueError, AttributeError, IndexError) as error:
+    except (ValueError, AttributeError, IndexError, csv.Error) as error:
         raise ValueError(
             f"Class map {path} must be a JSON object, or CSV rows of two columns, data-set class and annotator class: {error}"
         ) from error
@@ -249,7 +249,7 @@ def _class_id(value: object, names: Sequence[str], where: str) -> int:
     matches = [index for index, name in enumerate(names) if normalized(name) == normalized(str(value))]
     if len(matches) == 1:
         return matches[0]
-    if not matches and str(value).isdigit() and int(value) < len(names):
+    if not matches and str(value).isdecimal() and int(value) < len(names):
         return int(value)
     reason = (
         "more than one class has this name; give its id"

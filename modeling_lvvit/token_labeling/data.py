@@ -9,10 +9,10 @@ import numpy as np
 from transformers.utils import logging
 
 from .class_labels import check_columns, with_class_ids
-from .data_sources import looks_local, open_splits, state_of, streamed_rows
+from .data_sources import looks_local, open_parquet, open_splits, state_of, streamed_rows
 from .label_columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
 from .label_join import check_class_names, join_label_set
-from .label_set_writer import CARD, RECORD
+from .label_set_writer import CARD, DATA, RECORD
 from .label_source import LabelMapSource, class_names_of
 from .transforms import AugmentationConfig
 
@@ -218,6 +218,11 @@ def open_label_set(args: DataArguments) -> datasets.Dataset:
         raise FileNotFoundError(f"There is no label set at {folder.resolve()}.")
     if (folder / RECORD).is_file() and not (folder / CARD).is_file():
         raise ValueError(f"The label set in {folder} is not finished. Start the program that writes it again.")
+    shards = sorted(str(path) for path in (folder / DATA).glob(f"{args.train_split}-*.parquet"))
+    if shards:
+        # named one by one: files that a card names by a pattern share a cache entry with those of any other folder of the
+        # same name (datasets 5.2), and labels that were made again would not be noticed
+        return open_parquet(shards, args.train_split)
     splits = open_splits(name, revision=args.token_labels_revision, split=args.train_split)
     if args.train_split not in splits:
         raise ValueError(f"The label set {name} has no split {args.train_split!r}; it has {list(splits)}.")

@@ -58,6 +58,18 @@ def open_splits(
         raise ValueError(f"{name} cannot be read as a data set: {error.__cause__ or error}") from error
 
 
+def open_parquet(paths: list[str], split: str) -> datasets.Dataset:
+    """Rows of Parquet files.
+
+    Raises:
+        ValueError: If they cannot be read.
+    """
+    try:
+        return datasets.load_dataset("parquet", data_files={split: paths}, split=split)
+    except (DatasetsError, pa.ArrowException, FileNotFoundError) as error:
+        raise ValueError(f"{Path(paths[0]).parent} cannot be read: {error.__cause__ or error}") from error
+
+
 def streamed_rows(source: tuple, state: str) -> Iterator[dict[str, Any]]:
     """Rows of a split, pictures undecoded."""
     name, config_name, revision, split, image_column, count = source

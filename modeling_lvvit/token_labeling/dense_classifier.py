@@ -197,8 +197,14 @@ def token_grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int] 
     Example: 197 tokens at 224 x 224 pixels are a grid of 14 x 14 (patches of 16 pixels) and one class token.
     """
     height, width = image_size
-    for stride in range(1, min(height, width) + 1):
-        rows, columns = height // stride, width // stride
-        if 1 < rows * columns <= num_tokens:
-            return (rows, columns) if num_tokens - rows * columns <= MAX_PREFIX_TOKENS else None
+    strides = range(1, min(height, width) + 1)
+    # patches that fill the picture come first: with few cells another grid might take prefix tokens in
+    filling = [stride for stride in strides if height % stride == width % stride == 0]
+    for candidates in (filling, strides):
+        for stride in candidates:
+            rows, columns = height // stride, width // stride
+            if 1 < rows * columns <= num_tokens:
+                if num_tokens - rows * columns <= MAX_PREFIX_TOKENS:
+                    return rows, columns
+                break
     return None

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 
 ROW_PREFIX = "row:"
@@ -30,6 +31,38 @@ def row_keys(start: int, stop: int) -> list[str]:
 def key_of_path(path: str) -> str:
     """Key of an image with a path; `zip://a/b/1.jpg::https://...` counts as `a/b/1.jpg`."""
     return PATH_TAIL.search(path.split("::")[0]).group().replace("\\", "/")
+
+
+def keys_of_paths(paths: Sequence[str | None], start: int = 0) -> list[str]:
+    """Keys of images with paths.
+
+    Args:
+        paths: Paths of rows that follow each other.
+        start: Number of the first.
+
+    Raises:
+        ValueError: If one has no path.
+    """
+    if not all(paths):
+        row = start + [bool(path) for path in paths].index(False)
+        raise ValueError(
+            f"Row {row} has no path, though the first row has one: there is no key to tell it by. Name a column of keys with "
+            "--key_column, or tell images apart by their row with --number_rows."
+        )
+    return [key_of_path(path) for path in paths]
+
+
+def keys_of_values(values: pa.Array | pa.ChunkedArray, column: str, start: int = 0) -> list[str]:
+    """Keys from a column of rows that follow each other; `start` is the number of the first.
+
+    Raises:
+        ValueError: If one has no value.
+    """
+    keys = values.cast(pa.string()).to_pylist()
+    if None in keys:
+        row = start + keys.index(None)
+        raise ValueError(f"Row {row} has no value in column {column!r}: there is no key to tell it by.")
+    return keys
 
 
 def hashes_of(keys: Sequence[str]) -> np.ndarray:
@@ -103,11 +136,9 @@ class ImageKeys:
         if self.kind == "row":
             keys = row_keys(start, stop)
         elif self.kind == "path":
-            paths = self._checked(self._paths(start, stop), start, "path, though the first row has one")
-            keys = [key_of_path(path) for path in paths]
+            keys = keys_of_paths(self._paths(start, stop).to_pylist(), start)
         else:
-            values = self.rows[start:stop][self.column].cast(pa.string())
-            keys = self._checked(values, start, f"value in column {self.column!r}")
+            keys = keys_of_values(self.rows[start:stop][self.column], self.column, start)
         for pattern in self.patterns:
             keys = [_cut(key, pattern) for key in keys]
         return keys
@@ -137,13 +168,8 @@ class ImageKeys:
         column = self.rows[start:stop][self.column]
         if not pa.types.is_struct(column.type):
             return column.cast(pa.string())
-        return pa.chunked_array([chunk.field("path") for chunk in column.chunks], pa.string())
-
-    def _checked(self, keys: pa.ChunkedArray, start: int, what: str) -> list[str]:
-        values = keys.to_pylist()
-        if keys.null_count:
-            raise ValueError(f"Row {start + values.index(None)} has no {what}: there is no key to tell it by.")
-        return values
+        # only the paths are read, not the pictures beside them; a row without a picture has none
+        return pa.chunked_array([pc.struct_field(chunk, "path") for chunk in column.chunks], pa.string())
 
 
 def _cut(key: str, pattern: re.Pattern) -> str:

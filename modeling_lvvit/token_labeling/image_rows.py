@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
-from .image_keys import ImageKeys, key_of_path, row_keys
+from .image_keys import ImageKeys, keys_of_paths, keys_of_values, row_keys
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class StreamedRows:
         self.image_column, self.key_column, self.number_rows = image_column, key_column, number_rows
         self.rows_per_shard, self.batch_size = rows_per_shard, batch_size
         self.num_shards: int | None = None  # known at the end of the stream
+        self.has_paths: bool | None = None  # known from the first row
+        if key_column is not None and dataset.features is not None and key_column not in dataset.features:
+            raise ValueError(
+                f"There is no column {key_column!r} to take keys from; the data has {list(dataset.features)}."
+            )
 
     def batches(self, is_wanted) -> Iterator[tuple[RowBatch, list[dict[str, Any] | None]]]:
         """Batches of the shards for which `is_wanted(shard)` holds, with the values of their image column."""
@@ -103,6 +109,9 @@ class StreamedRows:
                 while len(batch) < min(self.batch_size, left) and following is not None:
                     batch.append(following)
                     following = next(rows, None)
+                if self.has_paths is None:  # the first row tells of what kind all keys are
+                    first = _value(batch[0][self.image_column]) or {}
+                    self.has_paths = not self.number_rows and first.get("path") is not None
                 start = (shard + 1) * self.rows_per_shard - left
                 left -= len(batch)
                 if wanted:
@@ -111,11 +120,15 @@ class StreamedRows:
 
     def _keys(self, batch: list[dict[str, Any]], start: int) -> list[str]:
         if self.key_column is not None:
-            return [str(row[self.key_column]) for row in batch]
-        paths = [(row[self.image_column] or {}).get("path") for row in batch]
-        if self.number_rows or None in paths:
-            return row_keys(start, start + len(batch))
-        return [key_of_path(path) for path in paths]
+            return keys_of_values(values_of(batch, self.key_column, self.rows.features), self.key_column, start)
+        paths = [(_value(row[self.image_column]) or {}).get("path") for row in batch]
+        return keys_of_paths(paths, start) if self.has_paths else row_keys(start, start + len(batch))
+
+
+def values_of(rows: list[dict[str, Any]], column: str, features: datasets.Features | None) -> pa.Array:
+    """A column of streamed rows, of the type that it has in stored rows."""
+    kind = features.arrow_schema.field(column).type if features is not None else None
+    return pa.array([row.get(column) for row in rows], kind)
 
 
 def _value(item: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -170,6 +170,8 @@ def _without_empty(
     empty = empty if row_of is None else empty[row_of]
     if not empty.any():
         return JoinedLabels(source if row_of is None else source.select(row_of), None, source.class_names)
+    if empty.all():
+        raise ValueError("All images have an empty label; there is nothing to train on.")
     names = [repr(keys[int(row)]) for row in np.flatnonzero(empty)[:MAX_NAMED]]
     logger.warning("%d images have an empty label and are left out: %s", empty.sum(), ", ".join(names))
     images = np.flatnonzero(~empty)

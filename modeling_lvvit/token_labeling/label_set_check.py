@@ -210,7 +210,7 @@ def _compare_with_record(folder: Path, paths: list[Path], split: str, report: La
     try:
         content: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
         settings, expected = content["settings"], content.get("report", {}).get("num_images")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         report.add_problem(f"{RECORD} is damaged ({error!r})")
         return
     if expected is None:

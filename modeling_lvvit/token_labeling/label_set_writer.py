@@ -94,7 +94,7 @@ class LabelSetWriter:
             raise ValueError(f"{self.folder} is a file; a label set is a folder.")
         if self.record.is_file():
             self._check_same_settings()
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(not self._is_of_a_beginning(path) for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds other files. Choose an empty or new folder.")
         data.mkdir(parents=True, exist_ok=True)
         for partial in [*data.glob(".*.partial"), *self.folder.glob(".*.partial")]:  # of a run that was killed
@@ -104,6 +104,12 @@ class LabelSetWriter:
         else:  # a full disk or a read-only folder should show now, not after an hour
             write_atomically(data / ".probe", lambda file: file.write(b"."))
             (data / ".probe").unlink()
+
+    def _is_of_a_beginning(self, path: Path) -> bool:
+        """Whether a file may come from a run that was killed before it had written its record."""
+        return (path.name == DATA and path.is_dir() and not any(path.iterdir())) or (
+            path.name.startswith(f".{RECORD}.") and path.name.endswith(".partial")
+        )
 
     def _check_same_settings(self) -> None:
         try:

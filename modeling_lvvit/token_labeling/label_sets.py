@@ -220,6 +220,7 @@ def map_problems(table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
         problems.append((int(owner[position]), f"class id {classes[position]} is outside [0, {num_classes})"))
     if (boxes := boxes_of(table)) is not None:
         bad = ((boxes[:, 2:] <= boxes[:, :2]) | np.isinf(boxes[:, 2:]) | np.isinf(boxes[:, :2])).any(axis=1)
+        bad |= np.isnan(boxes).any(axis=1) & ~np.isnan(boxes).all(axis=1)
         problems += [(row, f"map_box {boxes[row].tolist()} is no region") for row in np.flatnonzero(bad).tolist()]
     return sorted(problems)
 

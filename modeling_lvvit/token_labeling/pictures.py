@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import struct
 from typing import Any, BinaryIO
 
 import datasets
@@ -12,8 +13,19 @@ from PIL import ExifTags, Image
 
 
 # what Pillow raises for files that are no pictures, damaged or too large to be one
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-UPRIGHT = 1  # Exif orientation
+IMAGE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+    # some of its plug-ins let these through where a file ends too early
+    IndexError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    struct.error,
+)
+TURNED = range(2, 9)  # Exif orientations other than upright
 _DECODER = datasets.Image()
 
 
@@ -24,7 +36,7 @@ def decode_picture(value: dict[str, Any]) -> Image.Image:
     turn all but the darkest tones white.
 
     Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: If it is no picture, is damaged or too large.
+        IMAGE_ERRORS: If it is no picture, is damaged or too large.
     """
     return to_rgb(_DECODER.decode_example(value))
 
@@ -57,7 +69,7 @@ def picture_note(content: bytes) -> str:
             notes.append("CMYK, converted to RGB")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             notes.append("transparency dropped")
-        if image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
+        if image.getexif().get(ExifTags.Base.Orientation) in TURNED:
             notes.append("turned upright as its Exif orientation says")
         return "; ".join(notes)
 

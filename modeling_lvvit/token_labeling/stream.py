@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 
-from .image_keys import ROW_PREFIX, KeyIndex, hashes_of, key_of_path
+from .image_keys import ROW_PREFIX, KeyIndex, hashes_of, key_of_path, keys_of_values
+from .image_rows import values_of
 from .label_columns import LabelMapError
 from .label_join import empty_labels, label_keys_of
 from .label_source import LabelMapSource, covered_region
@@ -123,7 +124,7 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
 
     def _key(self, row: dict[str, Any]) -> str:
         if self.key_column is not None:
-            return str(row[self.key_column])
+            return keys_of_values(values_of([row], self.key_column, self.rows.features), self.key_column)[0]
         path = (row[self.image_column] or {}).get("path")
         if path is None:
             raise ValueError(
