@@ -222,15 +222,15 @@ def test_bfloat16_autocast_gives_nearly_the_same_map(name):
 
 
 class SharedLayer(nn.Module):
-    """Calls one ReLU twice; the second output is the last feature map."""
+    """Calls one layer twice; the second output is the last feature map, the first has twice its rows and columns."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, 8, 2, stride=2)
-        self.relu, self.head = nn.ReLU(), nn.Linear(8, NUM_CLASSES)
+        self.stem, self.shared = nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, NUM_CLASSES)
 
     def features(self, pixels):
-        return self.relu(self.second(self.relu(self.first(pixels))))
+        return self.shared(nn.functional.avg_pool2d(self.shared(self.stem(pixels)).relu(), 2))
 
     def forward(self, pixels):
         return self.head(self.features(pixels).mean(dim=(2, 3)))
@@ -247,6 +247,21 @@ class TwoWays(SharedLayer):
         return super().forward(pixels) + self.colors(pixels.mean(dim=(2, 3)))
 
 
+class MeanOfAllTokens(nn.Module):
+    """Pools patches and class token together: in a single cell the class token would have half of the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 8, 8, stride=8), nn.LayerNorm(8)
+        self.class_token, self.head = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, pixels):
+        patches = self.patches(pixels).flatten(2).mT
+        return self.head(
+            self.norm(torch.cat([self.class_token.expand(len(patches), 1, 8), patches], dim=1)).mean(dim=1)
+        )
+
+
 def flattening_network() -> nn.Module:
     """Each cell has weights of its own in the head, so a cell alone has no scores."""
     return nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 24, NUM_CLASSES))
@@ -260,7 +275,7 @@ def test_second_call_of_a_shared_layer_is_the_feature_map():
     torch.testing.assert_close(scores, expected)
 
 
-@pytest.mark.parametrize("make", [flattening_network, TwoWays])
+@pytest.mark.parametrize("make", [flattening_network, TwoWays, MeanOfAllTokens])
 def test_network_whose_head_does_not_pool_one_map_is_refused(make):
     torch.manual_seed(0)
     model = make().eval()

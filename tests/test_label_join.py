@@ -111,10 +111,11 @@ def test_labels_in_the_order_of_the_images_need_no_index():
 
 
 @pytest.mark.parametrize("numbers", [[4, 0, 3], [3, 4, 1, 0, 2, 5, 6]])
-def test_shuffled_labels_and_parts_find_their_images(numbers):
+def test_shuffled_labels_and_parts_find_their_images(numbers, caplog):
     order, images = [5, 2, 6, 4, 0, 1, 3], image_rows(numbers)
     joined = join_label_set(label_rows(order), images)
     assert joined.label_maps.row_of.tolist() == [order.index(number) for number in numbers]
+    assert not caplog.records  # the files are those that were annotated
     assert_joined(joined, images)
 
 
@@ -193,6 +194,8 @@ def test_keys_are_read_in_blocks(monkeypatch):
     joined = join_label_set(label_rows(order, is_empty=[number == 3 for number in order]), images)
     assert joined.images.tolist() == [0, 1, 2, 4, 5, 6]
     assert_joined(joined, images)
+    with pytest.raises(ValueError, match="Row 4 has no value in column 'name'"):
+        ImageKeys(image_rows([0, 1, 2, 3, 4], name=[*"abcd", None]), "image", "name").hashes()
     with pytest.raises(ValueError, match=r"in the image data: 'cat/0.png', 'dog/1.png'\."):
         join_label_set(label_rows([0, 1, 2]), image_rows([0, 1, 2, 1, 0]))
 
@@ -231,6 +234,7 @@ def test_row_numbers_are_keys_of_pictures_without_paths():
     images = image_rows([3, 1, 4, 2], None)
     keys = [f"row:{row}" for row in range(4)]
     assert ImageKeys(images, "image").block(0, 9) == keys
+    assert ImageKeys(images, "image").block(2, 9) == keys[2:]
     joined = join_label_set(label_rows([3, 1, 4, 2], keys=keys), images)
     assert joined.label_maps.row_of is None
     assert_joined(joined, images)

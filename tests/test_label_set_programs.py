@@ -438,7 +438,7 @@ def test_agreement_with_the_human_labels_by_hand(tmp_path, capsys):
     assert code == 0
     assert "all 8 images that can be trained on have a label map" in output
     assert "62.5 % of maps have the human label as their first class, 87.5 % name it" in output
-    assert "4 classes are the first of a map; most often: cat 4" in output
+    assert "4 of 4 classes are the first of a map; most often: cat 4" in output
 
 
 def test_first_class_of_a_map_is_that_of_its_mean():

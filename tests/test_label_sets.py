@@ -335,7 +335,7 @@ def set_cell(row: int, rank: int, value) -> Callable[[list], None]:
 
 
 PROBLEMS = {
-    "position": (INDEX_COLUMN, set_cell(2, 0, 50), r"position 50 is outside its palette of \d classes"),
+    "position": (INDEX_COLUMN, set_cell(2, 0, 7), "position 7 is outside its palette of 7 classes"),
     "class too large": (PALETTE_COLUMN, lambda v: v[2].__setitem__(-1, 7), r"class id 7 is outside \[0, 7\)"),
     "negative class": (PALETTE_COLUMN, lambda v: v[2].__setitem__(0, -1), r"class id -1 is outside \[0, 7\)"),
     "NaN score": (SCORES_COLUMN, set_cell(2, 1, NAN), "scores are NaN or infinite"),

@@ -84,7 +84,9 @@ class LabelSetReport:
             )
         if self.top_classes:
             first = ", ".join(f"{self.class_names[index]} {count}" for index, count in self.top_classes.most_common(5))
-            lines.append(f"{len(self.top_classes):,} classes are the first of a map; most often: {first}")
+            lines.append(
+                f"{len(self.top_classes):,} of {len(self.class_names):,} classes are the first of a map; most often: {first}"
+            )
         lines += [f"{count:,} x {note}" for note, count in sorted(self.notes.items())]
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
         return lines
