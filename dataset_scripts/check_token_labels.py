@@ -46,6 +46,8 @@ class CheckArguments:
     def __post_init__(self):
         if self.contact_sheet is not None and self.dataset is None:
             raise ValueError("--contact_sheet needs --dataset, the images to draw on.")
+        if self.num_pictures < 1:
+            raise ValueError(f"--num_pictures must be at least 1, got {self.num_pictures}.")
 
 
 def local_folder(label_set: str) -> Path:

@@ -38,7 +38,7 @@ from modeling_lvvit.token_labeling.label_sets import LabelMaps, LabelSetLayout
 CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "label_set_template.md"
 # what torch.load raises for files that are cut short, are something else, or hold more than tensors
 LOAD_ERRORS = (
-    OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, struct.error,
+    OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error,
     pickle.UnpicklingError,
 )  # fmt: skip
 
@@ -113,7 +113,8 @@ def read_label_file(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarra
         raise ValueError(
             f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else repr(error)}"
         ) from error
-    if not isinstance(content, torch.Tensor) or content.ndim != 4 or len(content) != 2 or not content.numel():
+    is_plain = isinstance(content, torch.Tensor) and content.layout == torch.strided and not content.is_meta
+    if not is_plain or content.is_complex() or content.ndim != 4 or len(content) != 2 or not content.numel():
         shape = tuple(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
         raise ValueError(f"{path} must hold a tensor [2, K, rows, columns], scores and class ids; it holds {shape}.")
     scores, ids = content.detach().float().numpy()
