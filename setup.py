@@ -18,6 +18,7 @@ INSTALL_REQUIRES = [
     "accelerate>=1.12,<2",
     "datasets>=5.0,<6",
     "evaluate>=0.4.6,<0.5",
+    "filelock>=3.13",
     "huggingface-hub>=1.31,<3",
     "matplotlib>=3.9,<4",
     "numpy>=2.0,<3",

@@ -37,6 +37,7 @@ from modeling_lvvit.token_labeling.data import (
     open_datasets,
 )
 from modeling_lvvit.token_labeling.data_sources import looks_local
+from modeling_lvvit.token_labeling.pictures import SampleError
 from modeling_lvvit.variants import VARIANTS, evaluation_image_processor, variant_config
 from modeling_lvvit.visualization import save_prediction_figure
 
@@ -110,7 +111,7 @@ def build_samples(
     if args.streaming:
         stream = TokenLabelStream(
             opened.train, transform, *columns, opened.labels, args.key_column, args.shuffle_buffer,
-            training_args.data_seed, training_args.process_index, training_args.world_size,
+            training_args.data_seed, training_args.process_index, training_args.world_size, args.key_pattern,
         )  # fmt: skip
         if stream.has_label_maps and training_args.label_crop == "authors":
             stream.label_maps = stream.label_maps.without_regions()
@@ -213,7 +214,10 @@ def main(arguments: list[str]) -> None:
     is_main = trainer.is_world_process_zero()
     if is_main:
         introduce(trainer)
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    except SampleError as error:
+        sys.exit(f"train_tl.py: {error}")
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()

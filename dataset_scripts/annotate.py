@@ -23,12 +23,14 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 from modeling_lvvit.launching import is_main_process, num_cpu_cores, start_missing_processes, use_all_cpu_cores
 from modeling_lvvit.token_labeling.annotation import Scorer, ShardBuilder, prepared_ahead
 from modeling_lvvit.token_labeling.annotators import Annotator, load_annotator
+from modeling_lvvit.token_labeling.class_labels import names_in_data
 from modeling_lvvit.token_labeling.class_matching import ClassMap, match_classes, read_class_map, wordnet_names
-from modeling_lvvit.token_labeling.data_sources import open_splits
+from modeling_lvvit.token_labeling.data_sources import open_splits, state_of
 from modeling_lvvit.token_labeling.image_keys import ImageKeys
 from modeling_lvvit.token_labeling.image_rows import StoredRows, StreamedRows
 from modeling_lvvit.token_labeling.label_set_writer import (
@@ -40,6 +42,7 @@ from modeling_lvvit.token_labeling.label_set_writer import (
 from modeling_lvvit.token_labeling.label_sets import LabelSetLayout
 
 
+logger = logging.get_logger(__name__)
 CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "label_set_template.md"
 STREAMED_ROWS_PER_SHARD = 1024
 
@@ -49,39 +52,32 @@ class AnnotateArguments:
     """Options of the program."""
 
     dataset: str = field(metadata={"help": "Images: Hub name, image folder, Parquet file or folder of them."})
-    annotator: str = field(
-        metadata={
-            "help": "Image classifier: Hub name or folder of transformers, or timm/NAME, e.g. timm/dm_nfnet_f6.dm_in1k."
-        }
-    )
+    annotator: str = field(metadata={"help": "Classifier: Hub name or folder of transformers, or timm/NAME."})
     output_dir: str = field(metadata={"help": "Folder of the label set; an unfinished one is continued."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
     split: str = field(default="train", metadata={"help": "Split to annotate."})
     streaming: bool = field(default=False, metadata={"help": "Read images one after another without preparing all."})
     image_column: str = field(default="image", metadata={"help": "Column of pictures."})
-    label_column: str = field(default="label", metadata={"help": "Column whose class names the labels shall have."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column whose classes the labels shall have; default: label, if there is one."}
+    )
     key_column: str | None = field(default=None, metadata={"help": "Column that tells images apart; default: paths."})
     number_rows: bool = field(default=False, metadata={"help": "Tell images apart by their row number."})
     max_samples: int | None = field(default=None, metadata={"help": "Annotate the first images only."})
     annotator_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
     random_weights: bool = field(default=False, metadata={"help": "Architecture without weights; to try things out."})
-    image_size: list[int] | None = field(
-        default=None, metadata={"help": "Annotator input in pixels: side, or height and width; default: its own."}
-    )
+    image_size: list[int] | None = field(default=None, metadata={"help": "Its input: side, or height and width."})
     fit: str = field(
         default="squash",
-        metadata={
-            "help": "Pictures of another shape: whole and squashed, whole with borders, or their centre only.",
-            "choices": ["squash", "pad", "center_crop"],
-        },
+        metadata={"help": "How pictures get its shape (see README).", "choices": ["squash", "pad", "center_crop"]},
     )
     top_k: int = field(default=5, metadata={"help": "Classes kept for each cell."})
     scores: str = field(
         default="logits",
         metadata={
-            "help": "Store logits as they are, or relative to the classes left out (right for any logit scale).",
+            "help": "Logits as they are, or relative to the classes left out.",
             "choices": ["logits", "relative"],
         },
     )
@@ -90,7 +86,7 @@ class AnnotateArguments:
         metadata={"help": "float16 is lossless; int8 rounds scores to quarters.", "choices": ["float16", "int8"]},
     )
     class_map: str | None = field(
-        default=None, metadata={"help": "File (JSON or CSV) from data-set classes to annotator classes, or: identity."}
+        default=None, metadata={"help": "File that pairs classes (JSON, CSV), or: identity."}
     )
     ignore_extra_classes: bool = field(default=False, metadata={"help": "Drop annotator classes the data lacks."})
     batch_size: int = field(default=32, metadata={"help": "Images a forward pass."})
@@ -119,7 +115,10 @@ def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.Iterable
     Raises:
         FileNotFoundError, ValueError: If there is no such data set, split or column.
     """
-    splits = open_splits(args.dataset, args.dataset_config_name, args.dataset_revision, args.streaming, args.split)
+    revision = args.dataset_revision
+    if args.streaming and not Path(args.dataset).expanduser().exists():
+        revision = state_of(args.dataset, revision)  # what is read must not move while it is read
+    splits = open_splits(args.dataset, args.dataset_config_name, revision, args.streaming, args.split)
     if args.split not in splits:
         raise ValueError(f"{args.dataset} has no split {args.split!r}; it has {list(splits)}.")
     rows = splits[args.split]
@@ -134,36 +133,41 @@ def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.Iterable
     return rows
 
 
-def class_names_of(rows: datasets.Dataset | datasets.IterableDataset, label_column: str) -> list[str] | None:
-    """Class names of the data, `None` if it has none."""
-    feature = (rows.features or {}).get(label_column)
-    return feature.names if isinstance(feature, datasets.ClassLabel) else None
-
-
-def match(args: AnnotateArguments, annotator: Annotator, dataset_names: list[str] | None) -> tuple[str, ...]:
+def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...]:
     """Gives the annotator the classes of the data, and returns their names.
 
     Raises:
-        ValueError: If the classes of both do not match, or are fewer than --top_k.
+        ValueError: If the classes of both do not match, cannot be compared, or are fewer than --top_k.
     """
-    names = annotator.class_names
-    if dataset_names is None:
-        if args.class_map is not None:
-            raise ValueError(f"--class_map needs class names, but column {args.label_column!r} of the data has none.")
-        dataset_names = names
+    names, column = annotator.class_names, args.label_column or "label"
+    known, are_named = names_in_data(rows, args.dataset, column)
+    if known is None and (args.label_column is not None or args.class_map is not None):
+        raise ValueError(f"{args.dataset} has no column {column!r} to match classes with; it has {rows.column_names}.")
+    if known is None:
+        logger.warning(
+            "%s has no column 'label': the labels get the annotator's %d classes.", args.dataset, len(names)
+        )
+        known = names
     elif args.class_map == "identity":
-        if len(names) != len(dataset_names):
-            raise ValueError(f"The annotator has {len(names)} classes, the data {len(dataset_names)}: not identical.")
+        if len(names) < len(known) or (are_named and len(names) != len(known)):
+            raise ValueError(f"The annotator has {len(names)} classes, the data {len(known)}: not identical.")
+        known = known if are_named else names
     elif args.class_map is not None:
-        annotator.class_map = read_class_map(Path(args.class_map).expanduser(), names, dataset_names)
+        annotator.class_map = read_class_map(Path(args.class_map).expanduser(), names, known)
+    elif not are_named:
+        raise ValueError(
+            f"Column {column!r} of {args.dataset} holds numbers that are not named, so nobody can tell whether they count "
+            f"the annotator's classes ({names[0]!r}, {names[1] if len(names) > 1 else ''!r}, ...). Say so with --class_map "
+            "identity, or which is which with --class_map FILE."
+        )
     else:
-        known = wordnet_names([*names, *dataset_names])
-        annotator.class_map = match_classes(names, dataset_names, known, args.ignore_extra_classes)
-    if args.top_k > len(dataset_names):
-        raise ValueError(f"--top_k {args.top_k} is more than the {len(dataset_names)} classes.")
+        wordnet = wordnet_names([*names, *known])
+        annotator.class_map = match_classes(names, known, wordnet, args.ignore_extra_classes)
+    if args.top_k > len(known):
+        raise ValueError(f"--top_k {args.top_k} is more than the {len(known)} classes.")
     groups = annotator.class_map or ClassMap(tuple((index,) for index in range(len(names))), len(names))
     annotator.provenance["class_map_sha256"] = hashlib.sha256(repr(groups.groups).encode()).hexdigest()
-    return tuple(dataset_names)
+    return tuple(known)
 
 
 def open_rows(args: AnnotateArguments, dataset) -> tuple[StoredRows | StreamedRows, dict[str, Any]]:
@@ -172,9 +176,11 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[StoredRows | StreamedRo
     Raises:
         ValueError: If keys are missing or not unique.
     """
-    about = {"dataset": args.dataset if not Path(args.dataset).exists() else Path(args.dataset).resolve().name}
+    path = Path(args.dataset).expanduser()
+    about = {"dataset": path.resolve().name if path.exists() else args.dataset}
     about |= {"dataset_revision": args.dataset_revision, "dataset_config_name": args.dataset_config_name}
     if args.streaming:
+        about |= {"dataset_state": state_of(args.dataset, args.dataset_revision)}
         per_shard = args.rows_per_shard or STREAMED_ROWS_PER_SHARD
         return (
             StreamedRows(dataset, args.image_column, args.key_column, args.number_rows, per_shard, args.batch_size),
@@ -200,9 +206,10 @@ def my_batches(
     if isinstance(rows, StreamedRows):
         rank, number = accelerator.process_index, accelerator.num_processes
         return rows.batches(lambda shard: shard % number == rank and not writer.is_written(shard)), None
-    missing = [[shard for shard in range(rows.num_shards) if not writer.is_written(shard)]]
-    # all must share one list: shards that appear meanwhile would shift it
-    broadcast_object_list(missing)
+    missing = [None]
+    if accelerator.is_main_process:
+        missing = [[shard for shard in range(rows.num_shards) if not writer.is_written(shard)]]
+    broadcast_object_list(missing)  # all must share one list: shards that appear meanwhile would shift it
     mine = missing[0][accelerator.process_index :: accelerator.num_processes]
     return rows.batches(mine), sum(rows.shard_size(shard) for shard in mine)
 
@@ -217,11 +224,12 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
         args.random_weights,
     )  # fmt: skip
     layout = LabelSetLayout(
-        match(args, annotator, class_names_of(dataset, args.label_column)),
+        match(args, annotator, dataset),
         args.top_k, tuple(annotator.dense.grid_size), args.score_type,
     )  # fmt: skip
     rows, about = open_rows(args, dataset)
-    options = {"scores": args.scores, "batch_size": args.batch_size, "on_error": args.on_error, "bf16": args.bf16}
+    # not --on_error: finished shards are the same whatever it says
+    options = {"scores": args.scores, "batch_size": args.batch_size, "bf16": args.bf16}
     settings = {**about, **annotator.provenance, **options, "max_samples": args.max_samples}
     versions = versions_of(torch, transformers, timm, PIL)
     writer = LabelSetWriter(Path(args.output_dir), args.split, layout, settings, versions, rows.rows_per_shard)
@@ -234,12 +242,16 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     broadcast_object_list(problem)
     if problem[0] is not None:
         raise ValueError(problem[0])
-    write_shards(args, annotator, rows, writer, accelerator)
-    accelerator.wait_for_everyone()
-    if main:
+    try:
+        write_shards(args, annotator, rows, writer, accelerator)
+        accelerator.wait_for_everyone()
+        if not main:
+            return
         title = f"Token labels of {about['dataset']} ({args.split}) by {annotator.provenance['annotator']}"
         lines = finish_label_set(writer, rows.num_shards, CARD_TEMPLATE, title, args.push_to_hub, args.private)
         print("\n".join(lines))
+    finally:
+        writer.release()
 
 
 def write_shards(

@@ -20,7 +20,8 @@ from modeling_lvvit.token_labeling.data import DataArguments, open_label_set
 from modeling_lvvit.token_labeling.data_sources import open_splits
 from modeling_lvvit.token_labeling.dataset import TokenLabelDataset
 from modeling_lvvit.token_labeling.label_join import check_class_names, join_label_set
-from modeling_lvvit.token_labeling.label_set_check import LabelSetReport, check_label_set, top_classes
+from modeling_lvvit.token_labeling.label_maps import top_classes
+from modeling_lvvit.token_labeling.label_set_check import LabelSetReport, check_label_set
 from modeling_lvvit.token_labeling.label_source import LabelMapSource, class_names_of, covered_region
 from modeling_lvvit.visualization import save_contact_sheet
 
@@ -42,6 +43,7 @@ class CheckArguments:
     key_pattern: str | None = field(default=None, metadata={"help": "Expression that cuts the key out of both sides."})
     contact_sheet: str | None = field(default=None, metadata={"help": "PNG to draw; needs --dataset."})
     num_pictures: int = field(default=12, metadata={"help": "Pictures on it."})
+    max_samples: int | None = field(default=None, metadata={"help": "Join the first images only, as annotated."})
 
     def __post_init__(self):
         if self.contact_sheet is not None and self.dataset is None:
@@ -68,6 +70,8 @@ def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapSource]:
     if args.split not in splits:
         raise ValueError(f"{args.dataset} has no split {args.split!r}; it has {list(splits)}.")
     images = splits[args.split]
+    if args.max_samples is not None:
+        images = images.select(range(min(args.max_samples, len(images))))
     check_columns(images, args.dataset, args.image_column, args.label_column)
     images = with_class_ids(images, args.dataset, args.label_column, class_names=class_names_of(labels))
     check_class_names(class_names_of(labels), images.features[args.label_column].names)
@@ -121,6 +125,8 @@ def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
         return report, [*lines, f"PROBLEM: {error}"]
     first, named = agreement(samples, label_maps, len(report.class_names))
     lines.append(f"all {len(samples):,} images that can be trained on have a label map")
+    if first < 0.5:
+        lines.append("WARNING: most maps have another first class than their image. Do ids mean the same classes?")
     lines.append(f"{100 * first:.1f} % of maps have the human label as their first class, {100 * named:.1f} % name it")
     if args.contact_sheet is not None:
         draw(args, samples, label_maps, samples.label_feature.names)

@@ -214,14 +214,16 @@ def import_labels(args: ImportArguments) -> list[str]:
         "scores": "logits",
         "fit": "center_crop",
         "image_suffix": args.image_suffix,
-        "on_error": args.on_error,
     }
     per_shard = args.rows_per_shard or default_rows_per_shard(len(files))
     writer = LabelSetWriter(Path(args.output_dir), args.split, layout, settings, versions_of(torch), per_shard)
-    writer.begin()
-    num_shards = import_shards(folder, files, writer, args)
-    title = f"Token labels from {settings['label_dir']}"
-    return list(finish_label_set(writer, num_shards, CARD_TEMPLATE, title, args.push_to_hub, args.private))
+    try:
+        writer.begin()
+        num_shards = import_shards(folder, files, writer, args)
+        title = f"Token labels from {settings['label_dir']}"
+        return list(finish_label_set(writer, num_shards, CARD_TEMPLATE, title, args.push_to_hub, args.private))
+    finally:
+        writer.release()
 
 
 def main(arguments: list[str]) -> None:

@@ -248,6 +248,61 @@ def test_annotator_with_other_classes_is_refused(images, tmp_path):
         annotate.main(options(images, other, tmp_path / "set"))
 
 
+def save_plain(path: Path, labels: pa.Array | None, count: int = 6) -> Path:
+    """Pictures with a label column that names no classes, or without one."""
+    columns = {"image": pa.array([{"bytes": content, "path": f"{row}.img"} for row, content in
+                                  enumerate(random_pictures(count))])}  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.table(columns if labels is None else {**columns, "label": labels}), path)
+    return path
+
+
+def test_numbers_without_names_need_the_users_word(annotator, tmp_path):
+    images = save_plain(tmp_path / "images" / "train.parquet", pa.array([0, 1, 2, 0, 1, 6]))
+    with pytest.raises(SystemExit, match="numbers that are not named.*'ant', 'bee'.*--class_map identity"):
+        annotate.main(options(images, annotator, tmp_path / "set"))
+    annotate.main(options(images, annotator, tmp_path / "set", "--class_map", "identity"))
+    rows = datasets.load_dataset(str(tmp_path / "set"), split="train")
+    assert rows.features["token_label_palette"].feature.names == NAMES
+
+
+def test_text_labels_are_matched_as_training_counts_them(annotator, tmp_path):
+    images = save_plain(tmp_path / "images" / "train.parquet", pa.array(["dog", "ant", "emu", "dog", "ant", "emu"]))
+    with pytest.raises(SystemExit, match="only in the annotator: 'bee', 'cat', 'fox', 'gnu'"):
+        annotate.main(options(images, annotator, tmp_path / "set"))
+    annotate.main(options(images, annotator, tmp_path / "set", "--ignore_extra_classes"))
+    rows = datasets.load_dataset(str(tmp_path / "set"), split="train")
+    assert rows.features["token_label_palette"].feature.names == ["ant", "dog", "emu"]
+
+
+def test_images_without_labels_get_the_annotators_classes(annotator, tmp_path):
+    images = save_plain(tmp_path / "images" / "train.parquet", None)
+    with pytest.raises(SystemExit, match="no column 'kind' to match classes with"):
+        annotate.main(options(images, annotator, tmp_path / "other", "--label_column", "kind"))
+    annotate.main(options(images, annotator, tmp_path / "set"))
+    rows = datasets.load_dataset(str(tmp_path / "set"), split="train")
+    assert rows.features["token_label_palette"].feature.names == NAMES
+
+
+def test_empty_labels_may_be_allowed_after_a_stop(annotator, tmp_path):
+    images = save_images(tmp_path / "odd" / "train.parquet", [*random_pictures(70), b"no picture"], NAMES)
+    with pytest.raises(SystemExit, match="--on_error empty; then start again"):
+        annotate.main(options(images, annotator, tmp_path / "set"))
+    kept = (tmp_path / "set" / "data" / "train-00000.parquet").stat().st_mtime_ns
+    annotate.main(options(images, annotator, tmp_path / "set", "--on_error", "empty"))
+    assert (tmp_path / "set" / "data" / "train-00000.parquet").stat().st_mtime_ns == kept
+    assert len(shards(tmp_path / "set")) == 2
+
+
+def test_stream_of_other_data_is_not_continued(annotator, tmp_path):
+    images = save_images(tmp_path / "images" / "train.parquet", random_pictures(9), NAMES)
+    more = ("--streaming", "--rows_per_shard", "4")
+    annotate.main(options(images, annotator, tmp_path / "set", *more))
+    save_images(images, random_pictures(8), NAMES)
+    with pytest.raises(SystemExit, match="other settings.*\\n.*dataset_state"):
+        annotate.main(options(images, annotator, tmp_path / "set", *more))
+
+
 def test_many_classes_from_annotation_to_a_training_step(tmp_path):
     names = [f"class {index}" for index in range(21_841)]
     annotator = save_annotator(tmp_path / "annotator", names)

@@ -331,6 +331,15 @@ def test_grid_of_few_cells_leaves_prefix_tokens_out(make, image_size, grid_size)
     assert DenseClassifier(make().eval(), image_size).grid_size == grid_size
 
 
+def test_grid_of_patches_that_leave_a_rest_of_the_picture_is_found():
+    torch.manual_seed(0)
+    model = of_transformers("ViT", **{**TRANSFORMER, "image_size": (18, 72)}).eval()
+    dense = DenseClassifier(model, (18, 72))
+    expected = tokens_from(1)(model, noise((18, 72))).mT.unflatten(2, (2, 9))
+    assert dense.grid_size == (2, 9)
+    torch.testing.assert_close(dense(noise((18, 72))), expected, rtol=1e-4, atol=1e-5)
+
+
 # ---- annotators: folders of transformers, timm and this project
 
 
@@ -488,10 +497,21 @@ def test_timm_folder_without_names_has_numbered_classes(tmp_path):
     assert load_annotator(str(tmp_path), image_size=(64, 96)).class_names == ["LABEL_0", "LABEL_1", "LABEL_2"]
 
 
-@pytest.mark.parametrize("name", ["./nothing/here", "a b//c", "timm/no_such_network", "timm/resnet18", "timm/"])
+@pytest.mark.parametrize(
+    "name", ["./nothing/here", "a b//c", "timm/no_such_network", "timm/test_resnet.no_such_tag", "timm/"]
+)
 def test_unknown_names_are_refused_in_one_line(name):
     with pytest.raises(ValueError, match=name) as error:
         load_annotator(name, random_weights=name == "timm/no_such_network")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "no_such_type"}, {"model_type": "bert"}])
+def test_message_of_a_library_is_put_into_one_line(tmp_path, config):
+    name = "nobody/no_such_model" if config is None else str(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"annotator {name} cannot be loaded") as error:
+        load_annotator(name)
     assert "\n" not in str(error.value)
 
 

@@ -53,6 +53,7 @@ TOKEN_LABELING = {
         "data_sources",
         "label_columns",
         "label_join",
+        "label_maps",
         "label_set_writer",
         "label_source",
         "transforms",

@@ -396,6 +396,9 @@ def test_begin_makes_a_folder_and_continues_it(tmp_path):
         "rows_per_shard": 4, "num_classes": 7,
     }  # fmt: skip
     writer.write(1, table_of(random_maps(3)))
+    with pytest.raises(ValueError, match="Another run is writing"):
+        writer_of(tmp_path / "a" / "labels").begin()
+    writer.release()
     writer_of(tmp_path / "a" / "labels").begin()
     assert [writer.is_written(shard) for shard in (0, 1)] == [False, True]
     assert json.loads(writer.record.read_text()) == record
@@ -447,7 +450,9 @@ def test_damaged_record_is_named(content, tmp_path):
 def test_run_that_was_killed_while_it_began_is_continued(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / ".token_labels.json.abc.partial").write_bytes(b"{")
-    writer_of(tmp_path).begin()
+    writer = writer_of(tmp_path)
+    writer.begin()
+    writer.release()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "token_labels.json"]
 
 
@@ -455,7 +460,9 @@ def test_partial_files_of_a_killed_run_are_removed(tmp_path):
     writer_of(tmp_path).begin()
     for path in (tmp_path / "data" / ".train-00001.parquet.x1.partial", tmp_path / ".README.md.x2.partial"):
         path.write_bytes(b"half")
-    writer_of(tmp_path).begin()
+    writer = writer_of(tmp_path)
+    writer.begin()
+    writer.release()
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
         "data",
         "token_labels.json",

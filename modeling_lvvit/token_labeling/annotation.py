@@ -22,6 +22,7 @@ from .pictures import IMAGE_ERRORS, content_hash, decode_picture, picture_note, 
 logger = logging.get_logger(__name__)
 BATCHES_AHEAD = 3  # prepared while the annotator runs
 LOST_MASS = 0.25  # more than this moved outside the kept classes by the stored scores gets a warning
+MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError)  # no file, or neither bytes nor path
 ScoreKind = Literal["logits", "relative"]
 
 
@@ -94,20 +95,22 @@ def prepare_image(value: dict[str, Any], preprocessing: Callable) -> PreparedIma
     """Reads and preprocesses a picture; one that is damaged is told by its note.
 
     Raises:
-        OSError: If a remote file cannot be fetched, which is no fault of the picture.
+        OSError: If a file cannot be fetched or read now, which is no fault of the picture.
     """
-    number = None
     whole = (0.0, 0.0, 1.0, 1.0)
     if value is None:
         return PreparedImage(None, whole, None, "unreadable: no image")
     try:
         content = read_content(value)
-        number = content_hash(content)
+    except MISSING as error:
+        if "://" in (value["path"] or ""):
+            raise
+        return PreparedImage(None, whole, None, f"unreadable: {_lasting_text(error)}")
+    number = content_hash(content)
+    try:
         note = picture_note(content)
         image = decode_picture({"bytes": content, "path": None})
     except IMAGE_ERRORS as error:
-        if number is None and value["path"] is not None and "://" in value["path"]:
-            raise
         return PreparedImage(None, whole, number, f"unreadable: {_lasting_text(error)}")
     return PreparedImage(*preprocessing(image), number, note)
 
@@ -162,6 +165,26 @@ def mass_outside(scores: np.ndarray, num_classes: int, temperature: float = 1.0)
     named = np.logaddexp.reduce(scores.astype(np.float32) / temperature, axis=1)
     others = np.float32(np.log(num_classes - scores.shape[1]))
     return 1 / (1 + np.exp(np.minimum(named - others, np.float32(80))))
+
+
+def spread_to_borders(values: np.ndarray, boxes: Sequence[tuple[float, ...]]) -> np.ndarray:
+    """Gives cells that lie outside their picture, on borders that were added, what the nearest cell inside has.
+
+    A crop at the edge of a picture interpolates with the cells beyond it, which know the border colour only.
+
+    Args:
+        values: Ids or scores `(n, K, rows, columns)`.
+        boxes: Region of its picture that each map covers, (left, top, right, bottom) as fractions.
+    """
+    values = values.copy()
+    for row, (left, top, right, bottom) in enumerate(boxes):
+        for axis, start, end in ((1, top, bottom), (2, left, right)):
+            size = values.shape[axis + 1]
+            centres = start + (end - start) * (np.arange(size) + 0.5) / size
+            inside = np.flatnonzero((centres >= 0) & (centres <= 1))
+            if 0 < len(inside) < size:
+                values[row] = values[row].take(np.arange(size).clip(inside[0], inside[-1]), axis=axis)
+    return values
 
 
 class Scorer:
@@ -231,8 +254,8 @@ class ShardBuilder:
         damaged = [f"{key} is {image.note}" for key, image in zip(keys, images) if image.pixels is None]
         if damaged and not self.keep_damaged:
             raise ValueError(
-                f"Image {damaged[0]}. Mend or remove it, or give such images an empty label with --on_error empty. "
-                "What was annotated so far is kept."
+                f"Image {damaged[0]}. Mend the file, or give such images an empty label with --on_error empty; then start "
+                "again: what was annotated so far is kept. (Without the image the data is another one, and so is its set.)"
             )
         shape = (len(images), self.layout.k, *self.layout.map_size)
         ids, scores = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float16)
@@ -240,7 +263,10 @@ class ShardBuilder:
         readable = [offset for offset, image in enumerate(images) if image.pixels is not None]
         if readable:
             pixels = torch.stack([images[offset].pixels for offset in readable])
-            ids[readable], scores[readable], outside[readable] = self.scorer(pixels)
+            maps = self.scorer(pixels)
+            boxes = [images[offset].box for offset in readable]
+            ids[readable], scores[readable] = (spread_to_borders(values, boxes) for values in maps[:2])
+            outside[readable] = maps[2]
         self.batches.append((keys, images, ids, scores, outside))
         return self._table() if is_last else None
 

@@ -146,8 +146,9 @@ def load_annotator(
             model, class_names, preprocessing, grid_of = load(
                 name, image_size, {"revision": revision, "trust_remote_code": trust_remote_code}, random_weights
             )
-    except (OSError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"The annotator {name} cannot be loaded: {error}") from error
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # the libraries go on with advice of their own
+        raise ValueError(f"The annotator {name} cannot be loaded: {reason}") from error
     if random_weights:
         logger.warning("%s has random weights: its labels mean nothing.", name)
     preprocessing = replace(preprocessing, fit=fit)
@@ -211,9 +212,7 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
             name, dtype=torch.float32, output_loading_info=True, **source
         )
         if info["missing_keys"]:
-            raise ValueError(
-                f"The annotator {name} is no trained image classifier: its weights lack {sorted(info['missing_keys'])}."
-            )
+            raise ValueError(f"it is no trained image classifier, its weights lack {sorted(info['missing_keys'])}.")
     preprocessing = _probe_processor(AutoImageProcessor.from_pretrained(name, **source))
     if image_size is not None:
         preprocessing = replace(preprocessing, image_size=image_size)

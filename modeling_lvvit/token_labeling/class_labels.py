@@ -25,6 +25,40 @@ def check_columns(rows: datasets.Dataset | datasets.IterableDataset, name: str, 
             )
 
 
+def names_in_data(
+    rows: datasets.Dataset | datasets.IterableDataset, name: str, column: str
+) -> tuple[list[str] | None, bool]:
+    """Class names that a label column itself tells, and whether they are more than numbers.
+
+    Args:
+        rows: Image data.
+        name: What messages call it.
+        column: Label column.
+
+    Returns:
+        Names in the order of the ids that `with_class_ids` gives, `None` without the column; and whether they name classes
+        (plain integers, which count classes that are named elsewhere, do not).
+
+    Raises:
+        ValueError: If the column holds neither, or is text that a stream would have to be read for.
+    """
+    if column not in (rows.column_names or rows.features or ()):
+        return None, False
+    if isinstance(feature := (rows.features or {}).get(column), datasets.ClassLabel):
+        return feature.names, True
+    if isinstance(rows, datasets.IterableDataset):
+        raise ValueError(f"In a stream column {column!r} of {name} must be a ClassLabel, got {feature}.")
+    values = rows.select_columns(column).with_format("arrow")[:][column]
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return sorted(set(pc.unique(values.drop_null()).to_pylist())), True
+    if not pa.types.is_integer(values.type) or not len(values):
+        raise ValueError(f"Column {column!r} of {name} must hold class ids or names, got {values.type}.")
+    highest = pc.max(values).as_py()
+    if highest is None or not 0 <= highest < MAX_CLASSES:
+        raise ValueError(f"Column {column!r} of {name} has the id {highest}; class ids count from 0.")
+    return [str(index) for index in range(highest + 1)], False
+
+
 def with_class_ids(
     rows: datasets.Dataset,
     name: str,

@@ -7,6 +7,7 @@ number: where names do not settle it, the user's class map does.
 import csv
 import json
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class ClassMap:
 
 def normalized(name: str) -> str:
     """A name without the differences that do not matter: case, underscores, hyphens, repeated blanks."""
-    return " ".join(re.sub(r"[_\-\s]+", " ", name.casefold()).split())
+    return " ".join(re.sub(r"[_\-\s]+", " ", unicodedata.normalize("NFC", name).casefold()).split())
 
 
 def wordnet_names(class_names: Sequence[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from .class_labels import check_columns, with_class_ids
 from .data_sources import looks_local, open_parquet, open_splits, state_of, streamed_rows
 from .label_columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
 from .label_join import check_class_names, join_label_set
+from .label_maps import top_classes
 from .label_set_writer import CARD, DATA, RECORD
 from .label_source import LabelMapSource, class_names_of
 from .transforms import AugmentationConfig
@@ -126,7 +127,10 @@ def open_datasets(args: DataArguments, seed: int) -> OpenedData:
     check_columns(splits[args.train_split], args.dataset_name, args.image_column, args.label_column)
     labels = open_label_set(args) if args.token_labels is not None and args.use_token_labels else None
     class_names = class_names_of(labels) if labels is not None else None
-    train = with_class_ids(splits[args.train_split], args.dataset_name, args.label_column, class_names=class_names)
+    train = splits[args.train_split]
+    if eval_name is not None and args.max_train_samples is not None:  # labels may be there for these only
+        train = train.select(_first(train, args.max_train_samples))
+    train = with_class_ids(train, args.dataset_name, args.label_column, class_names=class_names)
     train, label_maps = _with_label_maps(train, labels, args)
     if eval_name is not None:
         check_columns(splits[eval_name], args.dataset_name, args.image_column, args.label_column)
@@ -246,20 +250,22 @@ def _with_label_maps(
 
 
 def _compare_with_labels(label_maps: LabelMapSource, train: datasets.Dataset, label_column: str) -> None:
-    """Warns when maps rarely name the class of their image: then they are of other images, or ids mean other classes."""
+    """Warns when maps rarely have the class of their image: then they are of other images, or ids mean other classes."""
     rows = np.unique(np.linspace(0, len(train) - 1, COMPARED_ROWS).astype(np.int64)).tolist()
     human = train.select_columns(label_column).with_format("arrow")[rows][label_column].to_numpy()
     try:
-        ids = label_maps.fetch(rows).ids
+        maps = label_maps.fetch(rows)
     except LabelMapError:  # the check of all rows names it
         return
-    named = (ids == human.reshape(-1, 1, 1, 1)).any(axis=(1, 2, 3)).mean()
-    logger.info("%.0f %% of %d label maps name the class of their image.", 100 * named, len(rows))
-    if named < 0.5:
+    if (maps.ids < 0).any() or (maps.ids >= label_maps.num_classes).any():
+        return
+    agree = (top_classes(maps.ids, maps.scores, label_maps.num_classes) == human).mean()
+    logger.info("%.0f %% of %d label maps have the class of their image first.", 100 * agree, len(rows))
+    if agree < 0.5:
         logger.warning(
-            "Only %.0f %% of %d label maps name the class of their image in any cell. Do labels and images belong together, "
-            "and is the annotator any good? (dataset_scripts/check_token_labels.py shows more.)",
-            100 * named,
+            "Only %.0f %% of %d label maps have the class of their image first. Do labels and images belong together, do ids "
+            "mean the same classes, and is the annotator any good? (dataset_scripts/check_token_labels.py shows more.)",
+            100 * agree,
             len(rows),
         )
 

@@ -87,5 +87,7 @@ def state_of(name: str, revision: str | None) -> str:
     digest = hashlib.sha256()
     for file in files:
         about = file.stat()
-        digest.update(f"{file}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+        digest.update(
+            f"{file.relative_to(path) if path.is_dir() else file.name}\0{about.st_size}\0{about.st_mtime_ns}\0".encode()
+        )
     return digest.hexdigest()

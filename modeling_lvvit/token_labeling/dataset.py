@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .label_columns import LabelMapError
 from .label_sets import LabelMaps
 from .label_source import LabelMapSource, covered_region
-from .pictures import IMAGE_ERRORS, decode_picture, picture_problem
+from .pictures import IMAGE_ERRORS, SampleError, decode_picture, picture_problem
 
 
 MAX_REPORTED_PROBLEMS = 10
@@ -184,11 +184,11 @@ class TokenLabelDataset(torch.utils.data.Dataset):
 
     def _decode(self, value: dict[str, Any] | None, index: int) -> Image.Image:
         if value is None:
-            raise ValueError(f"Row {index} of the {self.name} data has no image.")
+            raise SampleError(f"Row {index} of the {self.name} data has no image.")
         try:
             return decode_picture(value)
         except IMAGE_ERRORS as error:
-            raise ValueError(
+            raise SampleError(
                 f"Row {index} of the {self.name} data{_file_hint(value)}: the image cannot be decoded ({error})."
             ) from error
 
@@ -196,7 +196,9 @@ class TokenLabelDataset(torch.utils.data.Dataset):
         try:
             return self.label_maps.fetch(indices)
         except LabelMapError as error:
-            raise ValueError(f"The label map of row {indices[error.row]} of the {self.name} data: {error}.") from error
+            raise SampleError(
+                f"The label map of row {indices[error.row]} of the {self.name} data: {error}."
+            ) from error
 
 
 def _file_hint(value: dict[str, Any] | None) -> str:

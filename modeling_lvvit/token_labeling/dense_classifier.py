@@ -120,8 +120,9 @@ class DenseClassifier(nn.Module):
             raise ValueError(
                 "The annotator gives every picture the same scores: it is not trained, or its head is empty."
             )
+        grids = [tuple(shape[2:]) for module, _, shape in outputs if isinstance(module, nn.Conv2d)]
         for module, call, shape in outputs[: -MAX_CANDIDATES - 1 : -1]:
-            for tap in _readings(module, call, shape, example.shape[-2:]):
+            for tap in _readings(module, call, shape, grids, example.shape[-2:]):
                 if self._fits(tap, example, logits):
                     return tap
         raise ValueError(
@@ -175,13 +176,24 @@ def _two_pictures(image_size: tuple[int, int]) -> torch.Tensor:
     return torch.stack([noise, slope])
 
 
-def _readings(module: nn.Module, call: int, shape: torch.Size, image_size: tuple[int, int]) -> list[_Tap]:
-    """Ways in which an output of this shape can be a feature map of more than one cell."""
+def _readings(
+    module: nn.Module, call: int, shape: torch.Size, grids: list[tuple[int, int]], image_size: tuple[int, int]
+) -> list[_Tap]:
+    """Ways in which an output of this shape can be a feature map of more than one cell.
+
+    Args:
+        module, call, shape: A layer output.
+        grids: Rows and columns of all convolutions of the network; that of the patches tells how tokens are laid out.
+        image_size: Height and width in pixels.
+    """
     if len(shape) == 4:
         first = _Tap(module, call, "channels_first", tuple(shape[2:]))
         last = _Tap(module, call, "channels_last", tuple(shape[1:3]))
         return [tap for tap in (first, last) if tap.grid_size[0] * tap.grid_size[1] > 1]
-    grid_size = token_grid(shape[1], image_size)
+    fitting = [
+        grid for grid in grids if grid[0] * grid[1] > 1 and 0 <= shape[1] - grid[0] * grid[1] <= MAX_PREFIX_TOKENS
+    ]
+    grid_size = max(fitting, key=lambda grid: grid[0] * grid[1], default=None) or token_grid(shape[1], image_size)
     if grid_size is None:
         return []
     return [_Tap(module, call, "tokens", grid_size, prefix=shape[1] - grid_size[0] * grid_size[1])]

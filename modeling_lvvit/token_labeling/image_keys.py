@@ -8,6 +8,7 @@ at a time and compared by their 64-bit hashes, so that no list of them is ever h
 import copy
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 import datasets
@@ -67,7 +68,9 @@ def keys_of_values(values: pa.Array | pa.ChunkedArray, column: str, start: int =
 
 def hashes_of(keys: Sequence[str]) -> np.ndarray:
     """64-bit hashes of keys, `(n,)` int64."""
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    # file systems write accents in two ways: composed, or as a letter and a mark
+    composed = (unicodedata.normalize("NFC", key).encode() for key in keys)
+    digests = b"".join(hashlib.blake2b(key, digest_size=8).digest() for key in composed)
     return np.frombuffer(digests, dtype="<i8")
 
 
@@ -117,7 +120,7 @@ class ImageKeys:
         self.rows = dataset.select_columns(self.column).with_format("arrow")
         self.patterns: list[re.Pattern] = []
         self.kind = "column" if key_column is not None else "path"
-        if self.kind == "path" and (number_rows or not len(self.rows) or self._paths(0, 1).null_count):
+        if self.kind == "path" and (number_rows or not len(self.rows) or self._has_no_paths()):
             self.kind = "row"
 
     def __len__(self) -> int:
@@ -140,7 +143,7 @@ class ImageKeys:
         else:
             keys = keys_of_values(self.rows[start:stop][self.column], self.column, start)
         for pattern in self.patterns:
-            keys = [_cut(key, pattern) for key in keys]
+            keys = [cut_key(key, pattern) for key in keys]
         return keys
 
     def blocks(self) -> Iterator[list[str]]:
@@ -164,6 +167,18 @@ class ImageKeys:
         hashes = self.hashes() if hashes is None else hashes
         return repeated_keys(self.blocks(), hashes)
 
+    def _has_no_paths(self) -> bool:
+        if not self._paths(0, 1).null_count:
+            return False
+        for start in range(0, len(self), ROWS_PER_BLOCK):
+            paths = self._paths(start, start + ROWS_PER_BLOCK)
+            if paths.null_count < len(paths):
+                raise ValueError(
+                    "Row 0 has no path, though other rows have one. Name a column of keys with --key_column, or tell images "
+                    "apart by their row with --number_rows."
+                )
+        return True
+
     def _paths(self, start: int, stop: int) -> pa.ChunkedArray:
         column = self.rows[start:stop][self.column]
         if not pa.types.is_struct(column.type):
@@ -172,7 +187,12 @@ class ImageKeys:
         return pa.chunked_array([pc.struct_field(chunk, "path") for chunk in column.chunks], pa.string())
 
 
-def _cut(key: str, pattern: re.Pattern) -> str:
+def cut_key(key: str, pattern: re.Pattern) -> str:
+    """The first group of a regular expression in a key, or else what it matches.
+
+    Raises:
+        ValueError: If it matches nothing.
+    """
     found = pattern.search(key)
     part = None if found is None else found.group(1 if pattern.groups else 0)
     if part is None:

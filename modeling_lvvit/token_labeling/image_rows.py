@@ -122,7 +122,14 @@ class StreamedRows:
         if self.key_column is not None:
             return keys_of_values(values_of(batch, self.key_column, self.rows.features), self.key_column, start)
         paths = [(_value(row[self.image_column]) or {}).get("path") for row in batch]
-        return keys_of_paths(paths, start) if self.has_paths else row_keys(start, start + len(batch))
+        if self.has_paths:
+            return keys_of_paths(paths, start)
+        if any(paths) and not self.number_rows:
+            raise ValueError(
+                "Row 0 has no path, though other rows have one. Name a column of keys with --key_column, or tell images "
+                "apart by their row with --number_rows."
+            )
+        return row_keys(start, start + len(batch))
 
 
 def values_of(rows: list[dict[str, Any]], column: str, features: datasets.Features | None) -> pa.Array:

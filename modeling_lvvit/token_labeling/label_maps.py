@@ -273,3 +273,11 @@ def crop_label_maps(
         softmax_over_all_classes(pooled_crop / temperature, palette, num_classes),
         softmax_over_all_classes(pooled_tokens / temperature, palette, num_classes),
     )
+
+
+def top_classes(ids: np.ndarray, scores: np.ndarray, num_classes: int) -> np.ndarray:
+    """Most probable class of each whole map, as the class token learns it from an uncropped image, `(n,)`."""
+    palette, index = build_palette(torch.tensor(ids))
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(ids), 4)
+    target, _ = crop_label_maps(palette, index, torch.tensor(scores), whole, (1, 1), num_classes)
+    return target.top_class().numpy()

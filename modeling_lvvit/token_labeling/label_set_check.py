@@ -11,13 +11,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from tqdm.auto import tqdm
 
 from .annotation import mass_outside
 from .image_keys import hashes_of, repeated_keys
 from .label_columns import SCORES_COLUMN, LabelMapError, label_map_problems, nesting_of
-from .label_maps import build_palette, crop_label_maps
+from .label_maps import top_classes
 from .label_set_writer import DATA, RECORD
 from .label_sets import INDEX_COLUMN, KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN, expand, map_problems
 from .label_source import class_names_of
@@ -73,8 +72,8 @@ class LabelSetReport:
         if self.shape is not None:
             k, rows, columns = self.shape
             lines.append(f"maps of {rows} x {columns} cells, {k} of {len(self.class_names):,} classes in each")
-            lines.append(f"scores from {self.score_range[0]:.2f} to {self.score_range[1]:.2f}")
         if self.stored_mass is not None:
+            lines.append(f"scores from {self.score_range[0]:.2f} to {self.score_range[1]:.2f}")
             own = "" if self.annotator_mass is None else f" (the annotator's own: {100 * self.annotator_mass:.1f} %)"
             lines.append(f"probability outside the classes of a cell: {100 * self.stored_mass:.1f} %{own}")
         if self.temperature is not None:
@@ -180,14 +179,6 @@ def _check_rows(table: pa.Table, path: Path, report: LabelSetReport) -> np.ndarr
     if report.class_names:
         report.top_classes.update(top_classes(maps.ids, maps.scores, num_classes).tolist())
     return maps.scores
-
-
-def top_classes(ids: np.ndarray, scores: np.ndarray, num_classes: int) -> np.ndarray:
-    """Most probable class of each whole map, as the class token learns it from an uncropped image, `(n,)`."""
-    palette, index = build_palette(torch.tensor(ids))
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(ids), 4)
-    target, _ = crop_label_maps(palette, index, torch.tensor(scores), whole, (1, 1), num_classes)
-    return target.top_class().numpy()
 
 
 def _proposed_temperature(report: LabelSetReport, scores: np.ndarray) -> float | None:

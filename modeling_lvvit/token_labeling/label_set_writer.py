@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from transformers.utils import logging
 
@@ -37,7 +38,7 @@ from .label_sets import (
 
 
 logger = logging.get_logger(__name__)
-RECORD, CARD, DATA = "token_labels.json", "README.md", "data"
+RECORD, CARD, DATA, LOCK = "token_labels.json", "README.md", "data", ".lock"
 
 
 def default_rows_per_shard(num_rows: int) -> int:
@@ -76,6 +77,7 @@ class LabelSetWriter:
         }
         self.versions = versions
         self.rows_per_shard = rows_per_shard
+        self._lock: FileLock | None = None
 
     @property
     def record(self) -> Path:
@@ -97,6 +99,11 @@ class LabelSetWriter:
         elif self.folder.is_dir() and any(not self._is_of_a_beginning(path) for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds other files. Choose an empty or new folder.")
         data.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"Another run is writing to {self.folder}. Wait for its end, or stop it.") from error
         for partial in [*data.glob(".*.partial"), *self.folder.glob(".*.partial")]:  # of a run that was killed
             partial.unlink()
         if not self.record.is_file():
@@ -105,10 +112,19 @@ class LabelSetWriter:
             write_atomically(data / ".probe", lambda file: file.write(b"."))
             (data / ".probe").unlink()
 
+    def release(self) -> None:
+        """Lets other runs write to the folder."""
+        if self._lock is not None:
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self._lock.release()
+
     def _is_of_a_beginning(self, path: Path) -> bool:
         """Whether a file may come from a run that was killed before it had written its record."""
-        return (path.name == DATA and path.is_dir() and not any(path.iterdir())) or (
-            path.name.startswith(f".{RECORD}.") and path.name.endswith(".partial")
+        is_empty_data = path.name == DATA and path.is_dir() and not any(path.iterdir())
+        return (
+            is_empty_data
+            or path.name == LOCK
+            or (path.name.startswith(f".{RECORD}.") and path.name.endswith(".partial"))
         )
 
     def _check_same_settings(self) -> None:
@@ -144,7 +160,7 @@ class LabelSetWriter:
             return pq.read_metadata(path).num_rows > 0
         except (pa.ArrowException, OSError) as error:
             logger.warning("%s is damaged (%s) and is made again.", path, error)
-            path.unlink()
+            path.unlink(missing_ok=True)
             return False
 
     def write(self, shard: int, table: pa.Table) -> None:

@@ -18,6 +18,7 @@ positions instead of ids makes smooth maps cheap: neighbouring cells name the sa
 
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,12 @@ class LabelSetLayout:
         """
         palettes, index, scores = compact(maps.ids, maps.scores, is_empty)
         if self.score_type == "int8":
+            if np.abs(scores + SCORE_STEP / 2).max(initial=0) > -SCORE_STEP * np.iinfo(np.int8).min:
+                warnings.warn(
+                    f"Scores from {scores.min():.1f} to {scores.max():.1f} are cut to what int8 holds, -32 to 31.75. Store "
+                    "float16, or --scores relative.",
+                    stacklevel=2,
+                )
             scores = np.clip(np.rint(scores.astype(np.float32) / SCORE_STEP), -128, 127).astype(np.int8)
         lengths = [len(palette) for palette in palettes]
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))

@@ -29,6 +29,10 @@ TURNED = range(2, 9)  # Exif orientations other than upright
 _DECODER = datasets.Image()
 
 
+class SampleError(ValueError):
+    """A row of the data cannot be used; found while training."""
+
+
 def decode_picture(value: dict[str, Any]) -> Image.Image:
     """The upright 8-bit RGB picture of an image column's value, `{"bytes": ..., "path": ...}`.
 

@@ -8,12 +8,20 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 
-from .image_keys import ROW_PREFIX, KeyIndex, hashes_of, key_of_path, keys_of_values
+from .image_keys import (
+    ROW_PREFIX,
+    KeyIndex,
+    compiled_pattern,
+    cut_key,
+    hashes_of,
+    key_of_path,
+    keys_of_values,
+)
 from .image_rows import values_of
 from .label_columns import LabelMapError
 from .label_join import empty_labels, label_keys_of
 from .label_source import LabelMapSource, covered_region
-from .pictures import IMAGE_ERRORS, decode_picture
+from .pictures import IMAGE_ERRORS, SampleError, decode_picture
 
 
 ROWS_AT_ONCE = 32  # whose label maps are fetched together
@@ -31,6 +39,7 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         image_column, label_column: Column names.
         labels: Label set; `None` for plain labels.
         key_column: Column of keys; default: paths.
+        key_pattern: Regular expression that cuts the key out of both sides; see `label_join.join_label_set`.
         shuffle_buffer: Rows among which the next one is drawn; 0 keeps the stored order.
         seed: Seed of that order.
         process_index, num_processes: This process and their number.
@@ -51,6 +60,7 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         seed: int = 0,
         process_index: int = 0,
         num_processes: int = 1,
+        key_pattern: str | None = None,
     ):
         self.label_feature = dataset.features[label_column]
         rows = dataset.cast_column(image_column, datasets.Image(decode=False))
@@ -62,13 +72,17 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         self.label_maps = None
         if labels is not None:
             self.label_maps = LabelMapSource(labels)
+            self.key_pattern = compiled_pattern(key_pattern) if key_pattern is not None else None
             keys = label_keys_of(labels)
             if len(keys) and keys[0].startswith(ROW_PREFIX):
                 raise ValueError(
                     "The label set knows images by their row number, which a stream does not tell. Annotate with keys from a "
                     "column (--key_column), or train without --streaming."
                 )
+            keys = keys if self.key_pattern is None else keys.cut(self.key_pattern)
             self.key_index, self.is_empty = KeyIndex(keys), empty_labels(labels)
+            if self.is_empty.all():
+                raise ValueError("All images have an empty label; there is nothing to train on.")
 
     @property
     def has_label_maps(self) -> bool:
@@ -84,14 +98,21 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         epoch = 0
         while True:
             self.rows.set_epoch(epoch)
-            count, waiting = 0, []
+            count = used = 0
+            waiting: list[dict[str, Any]] = []
             for row in self.rows:
                 count += 1
                 waiting.append(row)
                 if len(waiting) == ROWS_AT_ONCE:
-                    yield from self._samples(waiting)
+                    for sample in self._samples(waiting):
+                        used += 1
+                        yield sample
                     waiting = []
-            yield from self._samples(waiting)
+            for sample in self._samples(waiting):
+                used += 1
+                yield sample
+            if count and not used:
+                raise SampleError("No image of the stream has a label map that is not empty.")
             if not count:  # more workers than files: this one has nothing to read
                 return
             epoch += 1
@@ -105,20 +126,29 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
             try:
                 maps = self.label_maps.fetch(places)
             except LabelMapError as error:
-                raise ValueError(f"The label map of {self._key(rows[error.row])!r}: {error}.") from error
+                raise SampleError(f"The label map of {self._key(rows[error.row])!r}: {error}.") from error
         for offset, row in enumerate(rows):
             image, label_map = self._picture(row), ()
             if maps is not None:
                 box = None if maps.boxes is None else maps.boxes[offset]
                 label_map = (maps.ids[offset], maps.scores[offset], covered_region(box, *image.size))
-            yield {**self.transform(image, *label_map), "labels": row[self.label_column]}
+            yield {**self.transform(image, *label_map), "labels": self._label(row)}
+
+    def _label(self, row: dict[str, Any]) -> int:
+        label = row[self.label_column]
+        if label is None or not 0 <= label < self.label_feature.num_classes:
+            name = (row[self.image_column] or {}).get("path")
+            raise SampleError(f"Image {name} of the stream has the label {label}, not one of its classes.")
+        return label
 
     def _with_labels(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], np.ndarray]:
         """The rows whose label is not empty, and the places of their maps."""
         keys = [self._key(row) for row in rows]
+        if self.key_pattern is not None:
+            keys = [cut_key(key, self.key_pattern) for key in keys]
         places = self.key_index(hashes_of(keys))
         if (places == -1).any():
-            raise ValueError(f"Image {keys[int(np.argmin(places))]!r} has no label map in the label set.")
+            raise SampleError(f"Image {keys[int(np.argmin(places))]!r} has no label map in the label set.")
         has_label = ~self.is_empty[places]
         return [row for row, is_kept in zip(rows, has_label) if is_kept], places[has_label]
 
@@ -127,7 +157,7 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
             return keys_of_values(values_of([row], self.key_column, self.rows.features), self.key_column)[0]
         path = (row[self.image_column] or {}).get("path")
         if path is None:
-            raise ValueError(
+            raise SampleError(
                 "An image of the stream has no path to take its key from. Name a column of keys with --key_column, the one "
                 "that the images were annotated with."
             )
@@ -139,4 +169,4 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
             return decode_picture(value)
         except (*IMAGE_ERRORS, TypeError) as error:
             name = (value or {}).get("path") or "without a path"
-            raise ValueError(f"Image {name} of the stream cannot be decoded ({error}).") from error
+            raise SampleError(f"Image {name} of the stream cannot be decoded ({error}).") from error
