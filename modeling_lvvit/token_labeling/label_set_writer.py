@@ -79,6 +79,10 @@ class LabelSetWriter:
         self.rows_per_shard = rows_per_shard
         self._lock: FileLock | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The lock stays with the process that took it."""
+        return {**self.__dict__, "_lock": None}
+
     @property
     def record(self) -> Path:
         """The file that says how the set was made."""
