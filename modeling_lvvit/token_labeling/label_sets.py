@@ -178,12 +178,26 @@ def expand(table: pa.Table, num_classes: int) -> LabelMaps:
     lengths, classes = palettes_of(table)
     if (lengths == 0).any():
         raise LabelMapError(int(np.flatnonzero(lengths == 0)[0]), "it has an empty label (see `image_note`)")
+    scores = decoded_scores(to_numpy(table[SCORES_COLUMN]))
+    return LabelMaps(ids_of(index, classes, lengths, num_classes), scores, boxes_of(table))
+
+
+def ids_of(index: np.ndarray, classes: np.ndarray, lengths: np.ndarray, num_classes: int) -> np.ndarray:
+    """Class ids `(n, K, rows, columns)` from positions in palettes.
+
+    Args:
+        index: Positions, of the shape of the result.
+        classes: All palettes one after another.
+        lengths: Length of each, `(n,)`.
+        num_classes: Decides the type of the ids.
+    """
     first = (np.cumsum(lengths) - lengths).reshape(-1, 1, 1, 1)
-    ids = classes.astype(id_dtype(num_classes)).take(first + index)
-    scores = to_numpy(table[SCORES_COLUMN])
-    if scores.dtype == np.int8:
-        scores = _INT8_SCORES.take(scores.view(np.uint8))
-    return LabelMaps(ids, scores, boxes_of(table))
+    return classes.astype(id_dtype(num_classes)).take(first + index)
+
+
+def decoded_scores(scores: np.ndarray) -> np.ndarray:
+    """Scores as float16, whatever they are stored as."""
+    return _INT8_SCORES.take(scores.view(np.uint8)) if scores.dtype == np.int8 else scores
 
 
 def palettes_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
