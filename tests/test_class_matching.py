@@ -325,3 +325,11 @@ def test_odd_text_is_refused_with_the_path(tmp_path, text):
     path = write(tmp_path, text)
     with pytest.raises(ValueError, match=str(path)):
         read_class_map(path, ANNOTATOR, DATASET)
+
+
+def test_name_that_a_dropped_class_has_too_is_refused():
+    annotator = ["cardigan", "Cardigan, Cardigan Welsh corgi", "pug"]
+    with pytest.raises(ValueError, match="Several classes of the annotator have the names.*'Cardigan'"):
+        match_classes(annotator, ["Cardigan", "pug"], ignore_extra_classes=True)
+    found = match_classes(annotator, ["Cardigan Welsh corgi", "pug"], ignore_extra_classes=True)
+    assert [group[0] for group in found.groups] == [1, 2]

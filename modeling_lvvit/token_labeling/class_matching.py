@@ -150,7 +150,20 @@ def match_classes(
             + ("" if missing else ", or drop the annotator's other classes with --ignore_extra_classes")
             + "."
         )
+    contested = _contested(extra, dataset_names, wordnet)
+    if contested:
+        raise ValueError(
+            f"Several classes of the annotator have the names of classes of the data set{_listed('', contested)}. Say which "
+            "is meant with --class_map FILE."
+        )
     return ClassMap(tuple((partner[index],) for index in range(len(dataset_names))), len(annotator_names))
+
+
+def _contested(extra: Sequence[str], dataset_names: Sequence[str], wordnet: Mapping[str, str]) -> list[str]:
+    """Classes of the data set whose whole name is also one of a class that would be dropped: "cardigan" is a garment and
+    a dog, and a data set with one of the two may mean either."""
+    dropped = set().union(*(names_of(name, wordnet) for name in extra)) if extra else set()
+    return [name for name in dataset_names if not WORDNET_ID.search(name) and normalized(name) in dropped]
 
 
 def _partners(
