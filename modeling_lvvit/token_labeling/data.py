@@ -38,7 +38,7 @@ class DataArguments:
         token_labels: Label set to join to the training images: Hub name or folder. Without it dense labels are taken
             from two columns of the data itself, where it has them.
         token_labels_revision: Revision on the Hub.
-        key_column: Column of the images that holds the keys of the label set; default: see `label_join`.
+        key_column: Column of the images that holds the keys of the label set; default: see `image_keys`.
         key_pattern: Regular expression that cuts the key out of both; see `label_join.join_label_set`.
         token_label_ids_column, token_label_scores_column: Dense-label columns.
         use_token_labels: Whether to train with dense labels where the data has them.
@@ -144,8 +144,8 @@ def open_datasets(args: DataArguments, seed: int) -> OpenedData:
         evaluation = train.select(order[:held_out])
         train, label_maps = _select(train, label_maps, order[held_out:])
         eval_name = f"{100 * args.eval_fraction:.0f} % of {args.train_split}, held out"
-    if args.max_train_samples is not None:
-        train, label_maps = _select(train, label_maps, _first(train, args.max_train_samples))
+        if args.max_train_samples is not None:
+            train, label_maps = _select(train, label_maps, _first(train, args.max_train_samples))
     if args.max_eval_samples is not None:
         evaluation = evaluation.select(_first(evaluation, args.max_eval_samples))
     for name, rows in (("training", train), ("evaluation", evaluation)):

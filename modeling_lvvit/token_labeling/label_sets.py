@@ -2,7 +2,7 @@
 
 One row for each image:
 
-    image_key            string            what tells which image it is (see `label_join`)
+    image_key            string            what tells which image it is (see `image_keys`)
     image_hash           int64 or null     hash of the image file that was annotated
     token_label_palette  list of classes   the U classes that the map names, ascending; empty for an empty label
     token_label_index    uint16 [K][R][C]  position in the palette of the K classes of each cell, ascending within a cell
