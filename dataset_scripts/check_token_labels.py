@@ -19,8 +19,8 @@ from modeling_lvvit.token_labeling.class_labels import check_columns, with_class
 from modeling_lvvit.token_labeling.data import DataArguments, open_label_set
 from modeling_lvvit.token_labeling.data_sources import open_splits
 from modeling_lvvit.token_labeling.dataset import TokenLabelDataset
+from modeling_lvvit.token_labeling.label_crops import top_classes
 from modeling_lvvit.token_labeling.label_join import check_class_names, join_label_set
-from modeling_lvvit.token_labeling.label_maps import top_classes
 from modeling_lvvit.token_labeling.label_set_check import LabelSetReport, check_label_set
 from modeling_lvvit.token_labeling.label_source import LabelMapSource, class_names_of, covered_region
 from modeling_lvvit.visualization import save_contact_sheet

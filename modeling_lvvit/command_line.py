@@ -13,8 +13,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from .configuration_lvvit import LVViTConfig
 from .token_labeling import TokenLabelTrainingArguments
-from .token_labeling.callbacks import EMA_FILE
 from .token_labeling.data import DataArguments
+from .token_labeling.ema import EMA_FILE
 
 
 logger = logging.get_logger(__name__)
@@ -204,7 +204,7 @@ def prepare_output_dir(model_args: ModelArguments, training_args: TokenLabelTrai
     output_dir = Path(training_args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file.")
-    needs_average = training_args.ema_decay is not None
+    needs_average = training_args.has_ema
     resume = training_args.resume_from_checkpoint
     if resume == "last":
         resume = last_whole_checkpoint(output_dir, needs_average)

@@ -1,5 +1,6 @@
 """From a row to a batch: columns, transforms, samples, collator, checks."""
 
+import random
 from collections.abc import Callable
 
 import datasets
@@ -21,7 +22,7 @@ DENSE = {"ids_column": IDS_COLUMN, "scores_column": SCORES_COLUMN}
 
 
 def plain_transform(**strengths) -> TrainTransform:
-    settings = {"horizontal_flip": 0.0, "color_jitter": 0.0, "random_erasing": 0.0, **strengths}
+    settings = {"horizontal_flip": 0.0, "rand_augment": "none", "random_erasing": 0.0, **strengths}
     return TrainTransform((32, 48), [0.5] * 3, [0.5] * 3, AugmentationConfig(**settings))
 
 
@@ -100,10 +101,40 @@ def test_crop_box_tells_where_the_pixels_come_from():
         assert pixels[1, -1, 24].item() == pytest.approx(bottom, abs=0.03)
 
 
-def test_same_seed_gives_the_same_samples(labelled_rows):
-    transform = TrainTransform((32, 48), [0.5] * 3, [0.5] * 3)
-    first, second = (torch.manual_seed(3) and samples_of(labelled_rows, transform)[0] for _ in range(2))
-    assert all(torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name])) for name in first)
+def equal_samples(first: dict, second: dict) -> bool:
+    return all(torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name])) for name in first)
+
+
+def test_a_sample_hangs_on_seed_epoch_and_row_alone(labelled_rows):
+    """Not on what was drawn before, and nothing that is drawn later hangs on it."""
+    samples = samples_of(labelled_rows, TrainTransform((32, 48), [0.5] * 3, [0.5] * 3))
+    samples.start_epoch(3, 1)
+    before = torch.get_rng_state(), random.getstate()
+    first = [samples[row] for row in range(4)]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    second = samples.__getitems__([3, 1])
+    assert equal_samples(first[1], second[1]) and equal_samples(first[3], second[0])
+    for seed, epoch in ((3, 2), (4, 1)):
+        samples.start_epoch(seed, epoch)
+        assert not torch.equal(samples[1]["pixel_values"], first[1]["pixel_values"])
+
+
+def test_workers_and_later_epochs_give_the_same_samples(labelled_rows):
+    """Workers that outlive an epoch are told of the next one."""
+    samples = samples_of(labelled_rows, TrainTransform((32, 48), [0.5] * 3, [0.5] * 3))
+    collator = TokenLabelCollator((4, 6), mix_methods=("token", "cutmix", "mixup"))
+    loaders = [
+        torch.utils.data.DataLoader(
+            samples, 5, collate_fn=collator, num_workers=workers, persistent_workers=workers > 0
+        )
+        for workers in (0, 2)
+    ]
+    for epoch in range(2):
+        samples.start_epoch(0, epoch)
+        for first, second in zip(*loaders):
+            assert first.keys() == second.keys()
+            assert equal_samples(first, second)
 
 
 @pytest.mark.parametrize("strengths", [{"horizontal_flip": 2}, {"crop_scale": (0, 1)}, {"color_jitter": -1}])

@@ -16,18 +16,13 @@ from torchvision.ops import roi_align
 from modeling_lvvit.token_labeling import AugmentationConfig, TokenLabelDataset, TrainTransform
 from modeling_lvvit.token_labeling.data import DataArguments, OpenedData, open_datasets, open_label_set
 from modeling_lvvit.token_labeling.image_keys import ImageKeys, key_of_path
+from modeling_lvvit.token_labeling.label_crops import CropGeometry, crop_label_maps
 from modeling_lvvit.token_labeling.label_join import JoinedLabels, check_class_names, join_label_set
-from modeling_lvvit.token_labeling.label_maps import (
-    SparseTargets,
-    build_palette,
-    covered_tokens,
-    crop_label_maps,
-    decode,
-)
+from modeling_lvvit.token_labeling.label_maps import SparseTargets, build_palette, decode
 from modeling_lvvit.token_labeling.label_sets import LabelMaps, LabelSetLayout
 from modeling_lvvit.token_labeling.losses import soft_cross_entropy, token_labeling_loss
 from modeling_lvvit.token_labeling.pictures import content_hash
-from modeling_lvvit.token_labeling.transforms import within_region
+from modeling_lvvit.token_labeling.transforms import region_affine
 
 
 CLASSES = ("cat", "dog", "eel")
@@ -455,7 +450,7 @@ def train_crop(monkeypatch, pixels, mirrored: bool, map_box=MAP_BOX, size=PICTUR
     left, top, right, bottom = pixels
     params = (top, left, bottom - top, right - left)
     monkeypatch.setattr("torchvision.transforms.RandomResizedCrop.get_params", lambda *_: params)
-    plain = AugmentationConfig(horizontal_flip=float(mirrored), color_jitter=0.0, random_erasing=0.0)
+    plain = AugmentationConfig(horizontal_flip=float(mirrored), rand_augment="none", random_erasing=0.0)
     ids = CELLS.numpy()[None].astype(np.int16)
     picture = Image.new("RGB", size)
     return TrainTransform((16, 24), [0.5] * 3, [0.5] * 3, plain)(picture, ids, ids.astype(np.float16) + 30, map_box)
@@ -464,7 +459,7 @@ def train_crop(monkeypatch, pixels, mirrored: bool, map_box=MAP_BOX, size=PICTUR
 def token_classes(sample: dict[str, torch.Tensor], grid_size: tuple[int, int]) -> torch.Tensor:
     palette, index = build_palette(sample["token_label_ids"][None])
     scores, box = sample["token_label_scores"][None], sample["crop_box"][None]
-    _, tokens = crop_label_maps(palette, index, scores, box, grid_size, 24)
+    _, tokens = crop_label_maps(palette, index, scores, CropGeometry(box), grid_size, 24)
     return tokens.top_class().view(grid_size)
 
 
@@ -491,12 +486,10 @@ def test_maps_that_reach_beyond_the_image_are_cut(mirrored, monkeypatch):
     assert torch.equal(token_classes(sample, (4, 4)), CELLS[:, 2:].flip(flip))
 
 
-def test_crop_boxes_within_a_region_by_hand():
-    box = torch.tensor([0.1, 0.2, 0.4, 0.8])
-    region = (0.1, 0.2, 0.7, 1.2)
-    torch.testing.assert_close(within_region(box, region, False), torch.tensor([0.0, 0.0, 0.5, 0.6]))
-    torch.testing.assert_close(within_region(box, region, True), torch.tensor([-1 / 3, 0.0, 1 / 6, 0.6]))
-    assert torch.equal(within_region(box, (0, 0, 1, 1), True), box)
+def test_places_within_a_region_by_hand():
+    affine = region_affine((0.1, 0.2, 0.7, 1.2))
+    corners = affine @ np.array([[0.1, 0.4], [0.2, 0.8], [1.0, 1.0]])
+    assert np.allclose(corners, [[0.0, 0.5], [0.0, 0.6], [1.0, 1.0]])
 
 
 def test_centre_square_of_a_wide_picture_is_where_the_map_lies(monkeypatch):
@@ -507,7 +500,7 @@ def test_centre_square_of_a_wide_picture_is_where_the_map_lies(monkeypatch):
     images = images.cast_column("image", datasets.Image())
     labels = datasets.Dataset(table_of(maps, layout, keys=["row:0"]))
     joined = join_label_set(labels, images)
-    plain = AugmentationConfig(horizontal_flip=0.0, color_jitter=0.0, random_erasing=0.0)
+    plain = AugmentationConfig(horizontal_flip=0.0, rand_augment="none", random_erasing=0.0)
     transform = TrainTransform((16, 16), [0.5] * 3, [0.5] * 3, plain)
     monkeypatch.setattr("torchvision.transforms.RandomResizedCrop.get_params", lambda *_: (0, 60, 40, 20))
     sample = TokenLabelDataset(images, transform, label_maps=joined.label_maps)[0]
@@ -523,7 +516,7 @@ def test_class_token_of_a_crop_partly_outside_learns_the_covered_part():
     palette, index = build_palette(ids)
     targets = []
     for box in ([-1.0, -0.5, 0.5, 0.5], [0.0, 0.0, 0.5, 0.5]):
-        cls, tokens = crop_label_maps(palette, index, scores, torch.tensor([box]), (2, 3), 5)
+        cls, tokens = crop_label_maps(palette, index, scores, CropGeometry(torch.tensor([box])), (2, 3), 5)
         targets.append((cls.to_dense()[0], tokens.top_class()[0]))
     assert torch.equal(targets[0][0], targets[1][0])
     mean = torch.tensor([scores[0, 0, :2, :3].mean(), 0, 0, 0, 0])
@@ -535,7 +528,7 @@ def test_tokens_outside_have_the_scores_of_the_nearest_cell():
     """Token columns at -1/2, -1/6, 1/6 and 1/2 of a map of three columns: its first cell three times, then the second."""
     ids, scores = torch.tensor([0, 1, 2]).view(1, 1, 1, 3), torch.tensor([2.0, 4.0, 8.0]).view(1, 1, 1, 3)
     box = torch.tensor([[-2 / 3, 0.0, 2 / 3, 1.0]])
-    _, tokens = crop_label_maps(*build_palette(ids), scores, box, (1, 4), 5)
+    _, tokens = crop_label_maps(*build_palette(ids), scores, CropGeometry(box), (1, 4), 5)
     first, second = torch.tensor([2.0, 0, 0, 0, 0]).softmax(0), torch.tensor([0, 4.0, 0, 0, 0]).softmax(0)
     torch.testing.assert_close(tokens.to_dense()[0], torch.stack([first, first, first, second]))
 
@@ -548,7 +541,7 @@ def test_covered_tokens_by_hand():
         [1] * 8,
         [0] * 8,
     ]
-    covered = covered_tokens(boxes, (2, 4))
+    covered = CropGeometry(boxes).covered_tokens((2, 4))
     assert covered.dtype == torch.bool
     assert covered.int().tolist() == expected
 
@@ -562,11 +555,11 @@ def test_crops_inside_the_map_are_those_of_roi_align():
     boxes[:3] = torch.tensor([[0.0, 0, 1, 1], [0, 0.5, 0.5, 1], [0.3, 0, 1, 0.4]])  # at the borders
     regions = torch.cat((torch.arange(12.0).unsqueeze(1), boxes * torch.tensor([10, 7, 10, 7]) - 0.5), dim=1)
     dense = decode(ids, scores, 9)
-    cls, tokens = crop_label_maps(*build_palette(ids), scores, boxes, (3, 4), 9)
+    cls, tokens = crop_label_maps(*build_palette(ids), scores, CropGeometry(boxes), (3, 4), 9)
     for targets, grid_size in ((cls, (1, 1)), (tokens, (3, 4))):
         expected = roi_align(dense, regions, grid_size).flatten(2).mT.softmax(-1)
         torch.testing.assert_close(targets.to_dense().view(expected.shape), expected, rtol=1e-5, atol=2e-6)
-    assert covered_tokens(boxes, (3, 4)).all()
+    assert CropGeometry(boxes).covered_tokens((3, 4)).all()
 
 
 def test_loss_is_the_mean_of_the_counted_tokens():

@@ -7,16 +7,8 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from modeling_lvvit.token_labeling.label_maps import (
-    SparseTargets,
-    axis_weights,
-    build_palette,
-    crop_label_maps,
-    decode,
-    encode_top_k,
-    id_dtype,
-    pool_label_maps,
-)
+from modeling_lvvit.token_labeling.label_crops import CropGeometry, axis_weights, crop_label_maps, pool_label_maps
+from modeling_lvvit.token_labeling.label_maps import SparseTargets, build_palette, decode, encode_top_k, id_dtype
 
 
 def asymmetric_map(rows: int = 4, columns: int = 6) -> torch.Tensor:
@@ -28,7 +20,7 @@ def asymmetric_map(rows: int = 4, columns: int = 6) -> torch.Tensor:
 def top_classes(ids: torch.Tensor, box: list[float], grid=(2, 2), label_crop="correct") -> list[int]:
     scores = torch.full(ids.shape, 10.0, dtype=torch.float16)
     boxes = torch.tensor([box]).expand(len(ids), 4)
-    _, tokens = crop_label_maps(*build_palette(ids), scores, boxes, grid, 5, label_crop)
+    _, tokens = crop_label_maps(*build_palette(ids), scores, CropGeometry(boxes), grid, 5, label_crop)
     return tokens.top_class()[0].tolist()
 
 
@@ -70,7 +62,9 @@ def test_crop_equals_roi_align_for_random_boxes():
     scale = torch.tensor([13, 9, 13, 9])
     regions = torch.cat((torch.arange(8.0).unsqueeze(1), boxes * scale - 0.5), dim=1)
     expected = roi_align(maps, regions, (5, 4))
-    torch.testing.assert_close(pool_label_maps(maps, boxes, (5, 4), "correct"), expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(
+        pool_label_maps(maps, CropGeometry(boxes), (5, 4), "correct"), expected, rtol=1e-5, atol=2e-6
+    )
 
 
 def test_axis_weights_of_a_whole_axis_are_the_identity():
@@ -88,8 +82,8 @@ def test_crop_does_not_change_its_inputs_and_repeats():
     box = torch.tensor([[0.1, 0.2, 0.7, 0.9]])
     palette, index = build_palette(ids)
     before = [value.clone() for value in (palette, index, scores, box)]
-    first = crop_label_maps(palette, index, scores, box, (3, 2), 5)[1].to_dense()
-    second = crop_label_maps(palette, index, scores, box, (3, 2), 5)[1].to_dense()
+    first = crop_label_maps(palette, index, scores, CropGeometry(box), (3, 2), 5)[1].to_dense()
+    second = crop_label_maps(palette, index, scores, CropGeometry(box), (3, 2), 5)[1].to_dense()
     assert torch.equal(first, second)
     assert all(torch.equal(a, b) for a, b in zip(before, (palette, index, scores, box)))
 
@@ -98,7 +92,7 @@ def test_one_cell_softmax_by_hand():
     """Scores log 3 and 0 for classes 4 and 1 of five: (3, 1, 1, 1, 1) / 7."""
     ids = torch.tensor([4, 1]).view(1, 2, 1, 1)
     scores = torch.tensor([math.log(3), 0.0]).view(1, 2, 1, 1)
-    cls, tokens = crop_label_maps(*build_palette(ids), scores, torch.tensor([[0.0, 0, 1, 1]]), (1, 1), 5)
+    cls, tokens = crop_label_maps(*build_palette(ids), scores, CropGeometry(torch.tensor([[0.0, 0, 1, 1]])), (1, 1), 5)
     expected = torch.tensor([1, 1, 1, 1, 3]) / 7
     torch.testing.assert_close(cls.to_dense()[0], expected)
     torch.testing.assert_close(tokens.to_dense()[0, 0], expected)
@@ -107,7 +101,7 @@ def test_one_cell_softmax_by_hand():
 def test_temperature_sharpens_targets():
     ids, scores = torch.zeros(1, 1, 1, 1, dtype=torch.long), torch.ones(1, 1, 1, 1)
     box = torch.tensor([[0.0, 0, 1, 1]])
-    cls, _ = crop_label_maps(*build_palette(ids), scores, box, (1, 1), 3, temperature=0.5)
+    cls, _ = crop_label_maps(*build_palette(ids), scores, CropGeometry(box), (1, 1), 3, temperature=0.5)
     assert cls.to_dense()[0, 0].item() == pytest.approx(math.exp(2) / (math.exp(2) + 2))
 
 
@@ -120,8 +114,8 @@ def test_sparse_targets_equal_dense_softmax(num_classes, k):
     logits[0] = logits[0, :, :1, :1]  # one image with k classes only
     ids, scores = (torch.from_numpy(value) for value in encode_top_k(logits, k))
     boxes = torch.tensor([[0.0, 0, 1, 1], [0.2, 0.1, 0.9, 0.6], [0.5, 0.5, 1, 1]])
-    _, tokens = crop_label_maps(*build_palette(ids), scores, boxes, (4, 3), num_classes)
-    pooled = pool_label_maps(decode(ids, scores, num_classes), boxes, (4, 3), "correct")
+    _, tokens = crop_label_maps(*build_palette(ids), scores, CropGeometry(boxes), (4, 3), num_classes)
+    pooled = pool_label_maps(decode(ids, scores, num_classes), CropGeometry(boxes), (4, 3), "correct")
     expected = pooled.double().flatten(2).mT.softmax(-1).float()
     torch.testing.assert_close(tokens.to_dense(), expected, rtol=2e-5, atol=1e-7)
 

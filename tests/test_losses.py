@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from modeling_lvvit.token_labeling.label_maps import SparseTargets, build_palette, crop_label_maps
+from modeling_lvvit.token_labeling.label_crops import CropGeometry, crop_label_maps
+from modeling_lvvit.token_labeling.label_maps import SparseTargets, build_palette
 from modeling_lvvit.token_labeling.losses import (
     blend_weight,
     mixed_cross_entropy,
@@ -19,7 +20,7 @@ def random_targets(batch_size: int = 4, num_classes: int = 9) -> tuple[SparseTar
     ids = torch.rand(batch_size, num_classes, 5, 6, generator=generator).argsort(dim=1)[:, :3]
     scores = torch.randn(batch_size, 3, 5, 6, generator=generator)
     boxes = torch.tensor([[0.1, 0.0, 0.8, 0.6]]).expand(batch_size, 4)
-    return crop_label_maps(*build_palette(ids), scores, boxes, (3, 2), num_classes)
+    return crop_label_maps(*build_palette(ids), scores, CropGeometry(boxes), (3, 2), num_classes)
 
 
 def dense_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,8 @@ from original_layout import original_state_dict, recipe_images
 
 from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.convert_original_checkpoint import convert_state_dict
-from modeling_lvvit.token_labeling.label_maps import (
-    SparseTargets,
-    build_palette,
-    crop_label_maps,
-    decode,
-    pool_label_maps,
-)
+from modeling_lvvit.token_labeling.label_crops import CropGeometry, crop_label_maps, pool_label_maps
+from modeling_lvvit.token_labeling.label_maps import SparseTargets, build_palette, decode
 from modeling_lvvit.token_labeling.losses import blend_weight
 from modeling_lvvit.variants import variant_config
 
@@ -105,7 +100,10 @@ def test_pooled_scores_give_the_authors_targets(case, label_crop):
     that kernel's result by its own error, up to 4.6e-5: allowed for one value in a thousand."""
     ids, scores, crop_box, grid, arrays = label_case(case)
     dense = decode(ids, scores, 1000)
-    columns = [pool_label_maps(dense, crop_box, size, label_crop).softmax(dim=1).flatten(2) for size in ((1, 1), grid)]
+    columns = [
+        pool_label_maps(dense, CropGeometry(crop_box), size, label_crop).softmax(dim=1).flatten(2)
+        for size in ((1, 1), grid)
+    ]
     targets = authors_smoothing(torch.cat(columns, dim=2).mT)  # (B, 1 + N, classes)
     top = targets.gather(-1, arrays[f"{case}_top20_classes"][:, 1:].long())
     expected = arrays[f"{case}_top20_values"][:, 1:]
@@ -117,7 +115,7 @@ def test_pooled_scores_give_the_authors_targets(case, label_crop):
 
 def test_pooled_scores_equal_the_authors():
     ids, scores, crop_box, grid, arrays = label_case("crop_s1")
-    pooled = pool_label_maps(decode(ids, scores, 1000), crop_box, grid, "authors")
+    pooled = pool_label_maps(decode(ids, scores, 1000), CropGeometry(crop_box), grid, "authors")
     assert largest(pooled[:, ::17, ::3, ::3], arrays["crop_pooled_logits_sub"]) < 4e-6
 
 
@@ -125,7 +123,7 @@ def test_pooled_scores_equal_the_authors():
 def test_sparse_targets_equal_the_authors(case, label_crop):
     """The whole sparse path; the bound adds the 4.6e-5 by which the reference's own softmax is off."""
     ids, scores, crop_box, grid, arrays = label_case(case)
-    cls, tokens = crop_label_maps(*build_palette(ids), scores, crop_box, grid, 1000, label_crop)
+    cls, tokens = crop_label_maps(*build_palette(ids), scores, CropGeometry(crop_box), grid, 1000, label_crop)
     targets = authors_smoothing(torch.cat((cls.to_dense().unsqueeze(1), tokens.to_dense()), dim=1))
     top = targets.gather(-1, arrays[f"{case}_top20_classes"][:, 1:].long())
     torch.testing.assert_close(top, arrays[f"{case}_top20_values"][:, 1:], rtol=7e-5, atol=1e-7)
@@ -142,7 +140,7 @@ def training():
     model = recipe_model("lvvit_t_224").train()
     expected = load_arrays("lvvit_t_train")
     ids, scores, crop_box, grid, labels = label_case("crop_s1")
-    cls, tokens = crop_label_maps(*build_palette(ids), scores, crop_box, grid, 1000, "authors")
+    cls, tokens = crop_label_maps(*build_palette(ids), scores, CropGeometry(crop_box), grid, 1000, "authors")
     mix_mask = torch.zeros(4, 14, 14, dtype=torch.bool)
     row0, column0, row1, column1 = expected["box_row0_col0_row1_col1"].tolist()
     mix_mask[:, row0:row1, column0:column1] = True

@@ -18,7 +18,8 @@ from modeling_lvvit.token_labeling import (
     TokenLabelTrainer,
     TokenLabelTrainingArguments,
 )
-from modeling_lvvit.token_labeling.label_maps import decode, pool_label_maps
+from modeling_lvvit.token_labeling.label_crops import CropGeometry, pool_label_maps
+from modeling_lvvit.token_labeling.label_maps import decode
 
 
 def arguments(folder, **overrides) -> TokenLabelTrainingArguments:
@@ -109,7 +110,7 @@ def dense_reference(trainer, batch, output) -> tuple[torch.Tensor, torch.Tensor]
     ids = batch["token_label_palette"].gather(1, batch["token_label_index"].long().flatten(1))
     dense = decode(ids.view(batch["token_label_index"].shape), batch["token_label_scores"], NUM_CLASSES)
     cls, tokens = (
-        pool_label_maps(dense, batch["crop_box"], grid, args.label_crop)
+        pool_label_maps(dense, CropGeometry(batch["crop_box"]), grid, args.label_crop)
         .flatten(2)
         .mT.div(args.label_temperature)
         .softmax(-1)
@@ -139,7 +140,7 @@ def test_losses_follow_their_definitions(cls_target, label_crop, tiny_model, lab
     batch["mix_mask"] = torch.zeros(12, 4, 6, dtype=torch.bool)
     batch["mix_mask"][:, 1:3, 2:5] = True
     output = {"cls_logits": torch.randn(12, NUM_CLASSES), "patch_logits": torch.randn(12, 24, NUM_CLASSES)}
-    losses = trainer.training_losses(output, {**batch}, batch["mix_mask"])
+    losses = trainer.objective(output, {**batch}, batch["mix_mask"])
     cls_loss, token_loss = dense_reference(trainer, batch, output)
     torch.testing.assert_close(losses["cls_loss"], cls_loss)
     torch.testing.assert_close(losses["token_loss"], token_loss)

@@ -1,93 +1,125 @@
-"""Exponential moving average of the weights."""
+"""What happens beside the steps of training: seeds of an epoch, and stopping when the machine is taken away."""
 
-import os
-from contextlib import contextmanager
-from pathlib import Path
+import signal
+import threading
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 
-logger = logging.get_logger(__name__)
-EMA_FILE = "ema.safetensors"
+# Processes agree on stopping by a collective operation, which waits for the device: not at every step.
+STEPS_BETWEEN_AGREEMENTS = 8
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class EMACallback(TrainerCallback):
-    """Averages weights and batch-norm statistics after every optimiser step.
-
-    Each checkpoint keeps the average in `ema.safetensors` beside the raw weights, so that a resumed run goes on with
-    both. At the end of training the average is copied into the model.
+class EpochSampler(Sampler[int]):
+    """Rows in an order that hangs on seed and epoch alone, so that a resumed epoch goes on in the same order.
 
     Args:
-        decay: Weight of the old average, in (0, 1).
+        num_rows: Rows of the data set.
     """
 
-    def __init__(self, decay: float):
-        self.decay = decay
-        self.average: AveragedModel | None = None
+    def __init__(self, num_rows: int):
+        self.num_rows = num_rows
+        self.seed, self.epoch = 0, 0
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
-        self.average.requires_grad_(False)
-        if state.global_step:
-            self._restore(args, state.global_step)
+    def start_epoch(self, seed: int, epoch: int) -> None:
+        """Sets the order of the coming epoch."""
+        self.seed, self.epoch = seed, epoch
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.average.update_parameters(model)
+    def __len__(self) -> int:
+        return self.num_rows
 
-    def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
-            target = Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FILE
-            partial = target.with_suffix(".partial")
-            save_file(self._tensors(), partial)
-            os.replace(partial, target)
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.num_rows, generator=generator).tolist()
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        average, self.average = self.average, None
-        if args.load_best_model_at_end and state.best_model_checkpoint:
-            best = Path(state.best_model_checkpoint) / EMA_FILE
-            if not best.is_file():
-                logger.warning("The best checkpoint has no %s: its raw weights are kept.", EMA_FILE)
-                return
-            self._load(best, average)
-        self._copy(average.module, model)
 
-    @contextmanager
-    def average_in(self, model: torch.nn.Module):
-        """Puts the average into `model` for the duration of a `with` block; does nothing outside training."""
-        if self.average is None:
-            yield
-            return
-        raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self._copy(self.average.module, model)
-        try:
-            yield
-        finally:
-            model.load_state_dict(raw)
+class EpochCallback(TrainerCallback):
+    """Tells data set and sampler which epoch begins.
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {name: tensor.contiguous() for name, tensor in self.average.module.state_dict().items()}
-        return {**tensors, "n_averaged": self.average.n_averaged}
+    Args:
+        parts: Objects with `start_epoch(seed, epoch)`.
+    """
 
-    def _restore(self, args, step: int):
-        folders = [Path(args.output_dir) / f"checkpoint-{step}"]
-        if isinstance(args.resume_from_checkpoint, str):
-            folders.insert(0, Path(args.resume_from_checkpoint))
-        found = next((folder / EMA_FILE for folder in folders if (folder / EMA_FILE).is_file()), None)
-        if found is None:
-            logger.warning("The checkpoint has no %s: the weight average starts anew from its weights.", EMA_FILE)
-            return
-        self._load(found, self.average)
+    def __init__(self, *parts: Any):
+        self.parts = parts
 
-    @staticmethod
-    def _load(path: Path, average: AveragedModel):
-        tensors = load_file(path)
-        average.n_averaged.copy_(tensors.pop("n_averaged"))
-        average.module.load_state_dict(tensors)
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        for part in self.parts:
+            part.start_epoch(args.data_seed, int(state.epoch or 0))
 
-    @staticmethod
-    def _copy(source: torch.nn.Module, target: torch.nn.Module):
-        target.load_state_dict(source.state_dict())
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM (pre-emption) or Ctrl-C: finishes the step, saves a checkpoint and ends training.
+
+    A second signal of the kind has its usual effect. With several processes all stop after the same step, within eight steps.
+
+    Args:
+        accelerator: For the agreement between processes.
+
+    Attributes:
+        received: Name of the signal that ended training, `None` if none did.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received: str | None = None
+        self._handlers: dict[int, Any] = {}
+        self._is_stopping = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.received, self._is_stopping = None, False
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, self._handlers[number])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._should_stop(state.global_step):
+            self._is_stopping = True
+            self.received = self.received or "the signal of another process"
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._is_stopping:  # the checkpoint is written; the epoch is not over
+            control.should_save = control.should_evaluate = False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+        if not self._is_stopping:  # it came after the last step: nothing was left undone
+            self.received = None
+
+    def _should_stop(self, step: int) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.received is not None
+        if step % STEPS_BETWEEN_AGREEMENTS:
+            return False
+        if self.received is not None:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+
+def leave_signals_to_main_process(loader: DataLoader) -> None:
+    """Lets the workers of a loader ignore stop signals, which schedulers send to all processes: they end with the main one."""
+    loader = getattr(loader, "base_dataloader", loader)
+    loader.worker_init_fn = _WorkerStart(loader.worker_init_fn)
+
+
+class _WorkerStart:
+    def __init__(self, then: Any):
+        self.then = then
+
+    def __call__(self, worker_id: int) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if self.then is not None:
+            self.then(worker_id)

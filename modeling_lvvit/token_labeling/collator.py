@@ -1,18 +1,26 @@
-"""Stacks samples, lists the classes of their label maps and draws the MixToken box."""
+"""Stacks samples, lists the classes of their label maps, and draws how the images of a batch are mixed."""
 
+import random
 from dataclasses import dataclass
 
 import torch
 
 from .label_maps import build_palette
+from .randomness import derived_seed, seeded
+
+
+MIX_METHODS = ("token", "cutmix", "mixup")
 
 
 def draw_mix_box(grid_size: tuple[int, int], alpha: float) -> tuple[int, int, int, int]:
-    """Box of tokens to exchange: area share `1 - lambda` with `lambda ~ Beta(alpha, alpha)`, centre uniform over the
-    grid, clipped at its border (the box rule of CutMix, Yun et al. 2019, on tokens).
+    """Box to exchange: area share `1 - lambda` with `lambda ~ Beta(alpha, alpha)`, centre uniform over the grid, clipped at
+    its border (the box rule of CutMix, Yun et al. 2019; MixToken applies it to tokens).
+
+    Args:
+        grid_size: Rows and columns of the grid of tokens, or of pixels.
 
     Returns:
-        Left, top, right, bottom in tokens; right and bottom excluded. The box can be empty.
+        Left, top, right, bottom; right and bottom excluded. The box can be empty.
     """
     rows, columns = grid_size
     share = 1.0 - torch.distributions.Beta(alpha, alpha).sample().item()
@@ -31,18 +39,23 @@ def draw_mix_box(grid_size: tuple[int, int], alpha: float) -> tuple[int, int, in
 class TokenLabelCollator:
     """Makes a batch for `TokenLabelTrainer`.
 
-    A sample that a training transform made carries a `crop_box`; only a batch of such samples is mixed.
+    A sample that a training transform made carries a `crop_box`; only a batch of such samples is mixed. Image b is mixed with
+    image B-1-b, so that the middle one of an odd batch stays as it is.
 
     Args:
         grid_size: Token rows and columns of the model.
         mix_probability: Probability that a batch is mixed, in [0, 1] (published recipe: 1).
-        mix_alpha: Parameter of the Beta distribution of the kept share (published recipe: 1).
+        mix_alpha: Parameter of the Beta distribution of the kept share, for boxes (published recipe: 1).
+        mix_methods: How; one is drawn for each batch. `"token"`: MixToken, the model exchanges a box of tokens.
+            `"cutmix"`: a box of pixels is exchanged (Yun et al. 2019). `"mixup"`: pixels are averaged (Zhang et al. 2018).
+        mixup_alpha: Parameter of the Beta distribution for Mixup (DeiT: 0.8).
 
     Returns (from the call):
-        `pixel_values` `[B, 3, H, W]`; `labels` int64 `[B]`; for training samples `crop_box` `[B, 4]` and, when mixed,
-        `mix_mask` bool `[B, rows, columns]`, the same box for every sample; with dense labels
-        `token_label_palette` int64 `[B, U]`, `token_label_index` int16 and `token_label_scores` float16
-        `[B, K, S, S]` (see `label_maps.build_palette`).
+        `pixel_values` `[B, 3, H, W]`; `labels` int64 `[B]`; for training samples `crop_box` `[B, 4]`, with RandAugment also
+        `label_affine` `[B, 2, 3]` and `image_box` `[B, 4]`; when mixed by tokens `mix_mask` bool `[B, rows, columns]`, the
+        same box for every sample; when mixed by pixels `mix_share` float32 `[B, rows, columns]`, how much of each token
+        shows the other image; with dense labels `token_label_palette` int64 `[B, U]`, `token_label_index` int16 and
+        `token_label_scores` float16 `[B, K, S, S]` (see `label_maps.build_palette`).
 
     Example: two samples whose one-cell maps name the classes 7 and 3 give palette `[[7], [3]]` and index
     `[[[[0]]], [[[0]]]]`.
@@ -51,6 +64,8 @@ class TokenLabelCollator:
     grid_size: tuple[int, int]
     mix_probability: float = 1.0
     mix_alpha: float = 1.0
+    mix_methods: tuple[str, ...] = ("token",)
+    mixup_alpha: float = 0.8
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
@@ -58,14 +73,37 @@ class TokenLabelCollator:
             batch["labels"] = torch.as_tensor([sample["labels"] for sample in samples])
         if "crop_box" not in samples[0]:
             return batch
-        batch["crop_box"] = torch.stack([sample["crop_box"] for sample in samples])
+        for name in ("crop_box", "label_affine", "image_box"):
+            if name in samples[0]:
+                batch[name] = torch.stack([sample[name] for sample in samples])
         if "token_label_ids" in samples[0]:
             ids = torch.stack([sample["token_label_ids"] for sample in samples])
             batch["token_label_palette"], batch["token_label_index"] = build_palette(ids)
             batch["token_label_scores"] = torch.stack([sample["token_label_scores"] for sample in samples])
-        if self.mix_probability and torch.rand(()).item() < self.mix_probability:
-            left, top, right, bottom = draw_mix_box(self.grid_size, self.mix_alpha)
-            mix_mask = torch.zeros(len(samples), *self.grid_size, dtype=torch.bool)
-            mix_mask[:, top:bottom, left:right] = True
-            batch["mix_mask"] = mix_mask
+        seed = samples[0].get("seed")
+        with seeded(None if seed is None else derived_seed(seed, len(samples))):
+            if self.mix_probability and torch.rand(()).item() < self.mix_probability:
+                batch |= getattr(self, f"_mix_by_{random.choice(self.mix_methods)}")(batch["pixel_values"])
         return batch
+
+    def _mix_by_token(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        left, top, right, bottom = draw_mix_box(self.grid_size, self.mix_alpha)
+        mix_mask = torch.zeros(len(pixel_values), *self.grid_size, dtype=torch.bool)
+        mix_mask[:, top:bottom, left:right] = True
+        return {"mix_mask": mix_mask}
+
+    def _mix_by_cutmix(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        size = tuple(pixel_values.shape[-2:])
+        left, top, right, bottom = draw_mix_box(size, self.mix_alpha)
+        box = (..., slice(top, bottom), slice(left, right))
+        mixed = pixel_values.clone()
+        mixed[box] = pixel_values.flip(0)[box]
+        shown = torch.zeros(size)
+        shown[box] = 1.0
+        share = torch.nn.functional.adaptive_avg_pool2d(shown.view(1, 1, *size), self.grid_size)[:, 0]
+        return {"pixel_values": mixed, "mix_share": share.expand(len(mixed), -1, -1)}
+
+    def _mix_by_mixup(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        kept = torch.distributions.Beta(self.mixup_alpha, self.mixup_alpha).sample().item()
+        share = torch.full((len(pixel_values), *self.grid_size), 1.0 - kept)
+        return {"pixel_values": torch.lerp(pixel_values.flip(0), pixel_values, kept), "mix_share": share}

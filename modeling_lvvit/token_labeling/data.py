@@ -11,8 +11,8 @@ from transformers.utils import logging
 from .class_labels import check_columns, with_class_ids
 from .data_sources import looks_local, open_parquet, open_splits, state_of, streamed_rows
 from .label_columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
+from .label_crops import top_classes
 from .label_join import check_class_names, join_label_set
-from .label_maps import top_classes
 from .label_set_writer import CARD, DATA, RECORD
 from .label_source import LabelMapSource, class_names_of
 from .transforms import AugmentationConfig
@@ -47,7 +47,7 @@ class DataArguments:
         shuffle_buffer: Images among which a stream draws the next one.
         max_train_samples, max_eval_samples: Keep the first rows only; for trying things out.
         check_data: Whether to look at every row before training.
-        crop_scale_min, horizontal_flip, color_jitter, random_erasing: See `AugmentationConfig`.
+        crop_scale_min, horizontal_flip, rand_augment, color_jitter, random_erasing: See `AugmentationConfig`.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub name, folder or Parquet file."})
@@ -72,7 +72,10 @@ class DataArguments:
     check_data: bool = field(default=True, metadata={"help": "Look at every row before training."})
     crop_scale_min: float = field(default=0.08, metadata={"help": "Smallest area share of a training crop."})
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a mirror image."})
-    color_jitter: float = field(default=0.4, metadata={"help": "Strength of colour changes."})
+    rand_augment: str = field(
+        default="rand-m9-mstd0.5-inc1", metadata={"help": "RandAugment in timm's notation, or none."}
+    )
+    color_jitter: float = field(default=0.0, metadata={"help": "Strength of colour changes."})
     random_erasing: float = field(default=0.25, metadata={"help": "Probability of an erased rectangle."})
 
     def __post_init__(self):
@@ -85,6 +88,7 @@ class DataArguments:
         return AugmentationConfig(
             crop_scale=(self.crop_scale_min, 1.0),
             horizontal_flip=self.horizontal_flip,
+            rand_augment=self.rand_augment,
             color_jitter=self.color_jitter,
             random_erasing=self.random_erasing,
         )

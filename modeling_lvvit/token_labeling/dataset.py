@@ -15,6 +15,7 @@ from .label_columns import LabelMapError
 from .label_sets import LabelMaps
 from .label_source import LabelMapSource, covered_region
 from .pictures import IMAGE_ERRORS, SampleError, decode_picture, picture_problem
+from .randomness import derived_seed, seeded
 
 
 MAX_REPORTED_PROBLEMS = 10
@@ -40,6 +41,9 @@ class TokenLabelDataset(torch.utils.data.Dataset):
     """Decodes images and label maps of a `datasets.Dataset` and transforms them together.
 
     Rows are fetched in Arrow format, a batch at a time, so that label maps never become Python lists.
+
+    Once `start_epoch` was called, what a transform draws for a row hangs on seed, epoch and row alone: not on the number of
+    processes or workers, the batch size, or whether the run was interrupted.
 
     Args:
         dataset: Rows with an image column and an integer or `ClassLabel` column.
@@ -91,10 +95,17 @@ class TokenLabelDataset(torch.utils.data.Dataset):
         if self.label_maps is not None and len(self.label_maps) != len(dataset):
             raise ValueError(f"The {name} data has {len(dataset)} rows, its label maps are {len(self.label_maps)}.")
 
+        # shared, so that workers that outlive an epoch see it change
+        self._seed_and_epoch = torch.full((2,), -1, dtype=torch.int64).share_memory_()
+
     @property
     def has_label_maps(self) -> bool:
         """Whether samples carry dense labels."""
         return self.label_maps is not None
+
+    def start_epoch(self, seed: int, epoch: int) -> None:
+        """Makes samples a function of `seed`, `epoch` and their row; `TokenLabelTrainer` calls it."""
+        self._seed_and_epoch.copy_(torch.tensor([seed, epoch]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,8 +125,14 @@ class TokenLabelDataset(torch.utils.data.Dataset):
             if maps is not None:
                 box = None if maps.boxes is None else maps.boxes[offset]
                 label_map = (maps.ids[offset], maps.scores[offset], covered_region(box, *image.size))
-            samples.append({**self.transform(image, *label_map), "labels": labels[offset]})
+            with seeded(seed := self._sample_seed(index)):
+                sample = {**self.transform(image, *label_map), "labels": labels[offset]}
+            samples.append(sample if seed is None else {**sample, "seed": seed})
         return samples
+
+    def _sample_seed(self, index: int) -> int | None:
+        seed, epoch = self._seed_and_epoch.tolist()
+        return None if epoch < 0 else derived_seed(seed, epoch, index)
 
     def picture(self, index: int) -> Image.Image:
         """The undecorated RGB picture of a row."""

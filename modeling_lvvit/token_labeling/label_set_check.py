@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .annotation import mass_outside
 from .image_keys import hashes_of, repeated_keys
 from .label_columns import SCORES_COLUMN, LabelMapError, label_map_problems, nesting_of
-from .label_maps import top_classes
+from .label_crops import top_classes
 from .label_set_writer import DATA, RECORD
 from .label_sets import INDEX_COLUMN, KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN, expand, map_problems
 from .label_source import class_names_of

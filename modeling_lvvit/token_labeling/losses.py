@@ -65,6 +65,31 @@ def blend_weight(dense: SparseTargets, labels: torch.Tensor) -> torch.Tensor:
     return torch.where(agree, 0.5, 0.9)
 
 
+def token_cross_entropy(
+    patch_logits: torch.Tensor,
+    targets: SparseTargets,
+    counted_tokens: torch.Tensor | None = None,
+    partner_share: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean cross-entropy of patch tokens, a scalar in float32.
+
+    Args:
+        patch_logits: `(batch_size, N, C)`.
+        targets: Targets of the patch tokens of the unmixed images, `excess` `(batch_size, N, U)`.
+        counted_tokens: Bool `(batch_size, N)`, tokens of the unmixed images over which the mean is taken; `None` for all.
+        partner_share: `(batch_size, N)` in [0, 1]: how much of each token shows the image of the flip partner (CutMix, Mixup);
+            a token then learns both targets in that proportion. `None` where every token shows one image.
+    """
+    losses = soft_cross_entropy(patch_logits, targets)  # (B, N)
+    weights = torch.ones_like(losses) if counted_tokens is None else counted_tokens.float()
+    if partner_share is None:
+        return losses.mean() if counted_tokens is None else (losses * weights).sum() / weights.sum().clamp(min=1)
+    own = (1 - partner_share) * weights
+    partner = partner_share * weights.flip(0)
+    total = own * losses + partner * soft_cross_entropy(patch_logits, targets.flip())
+    return total.sum() / (own + partner).sum().clamp(min=1)
+
+
 def token_labeling_loss(
     patch_logits: torch.Tensor,
     cls_losses: torch.Tensor,
@@ -72,6 +97,7 @@ def token_labeling_loss(
     cls_weight: float = 1.0,
     dense_weight: float = 1.0,
     counted_tokens: torch.Tensor | None = None,
+    partner_share: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Sum of the class-token loss and the mean patch-token loss (paper, section 3.2):
 
@@ -80,10 +106,10 @@ def token_labeling_loss(
     The paper states `dense_weight` 0.5; the published training commands use 1.0, the default here.
 
     Args:
-        patch_logits: `(batch_size, N, C)`, put back after mixing.
+        patch_logits: `(batch_size, N, C)`, put back after mixing tokens.
         cls_losses: `(batch_size,)` losses of the class token.
         token_targets: Targets of the patch tokens; `None` trains with plain labels.
-        counted_tokens: Bool `(batch_size, N)`, tokens over which the mean is taken; `None` for all.
+        counted_tokens, partner_share: See `token_cross_entropy`.
 
     Returns:
         `loss`, `cls_loss` and `token_loss`, scalars in float32. Without token targets `token_loss` is an exact zero that
@@ -93,11 +119,7 @@ def token_labeling_loss(
     if token_targets is None:
         token_loss = 0.0 * patch_logits.float().mean()
     else:
-        token_losses = soft_cross_entropy(patch_logits, token_targets)  # (B, N)
-        if counted_tokens is None:
-            token_loss = token_losses.mean()
-        else:
-            token_loss = (token_losses * counted_tokens).sum() / counted_tokens.sum().clamp(min=1)
+        token_loss = token_cross_entropy(patch_logits, token_targets, counted_tokens, partner_share)
     return {
         "loss": cls_weight * cls_loss + dense_weight * token_loss,
         "cls_loss": cls_loss,

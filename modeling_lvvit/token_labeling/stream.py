@@ -22,6 +22,7 @@ from .label_columns import LabelMapError
 from .label_join import empty_labels, label_keys_of
 from .label_source import LabelMapSource, covered_region
 from .pictures import IMAGE_ERRORS, SampleError, decode_picture
+from .randomness import derived_seed, seeded
 
 
 ROWS_AT_ONCE = 32  # whose label maps are fetched together
@@ -30,7 +31,9 @@ ROWS_AT_ONCE = 32  # whose label maps are fetched together
 class TokenLabelStream(torch.utils.data.IterableDataset):
     """An endless stream of training samples; the Trainer stops it after `max_steps`.
 
-    Images with an empty label are passed over. Every process and every worker of a `DataLoader` reads its own part of the rows, so that nothing is read twice.
+    Images with an empty label are passed over. Every process and every worker of a `DataLoader` reads its own part of the
+    rows, so that nothing is read twice. What a transform draws for a sample hangs on the seed, the process, the worker and
+    the place of the sample in their part.
 
     Args:
         dataset: Rows with an image column and a `ClassLabel` column.
@@ -63,6 +66,7 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         key_pattern: str | None = None,
     ):
         self.label_feature = dataset.features[label_column]
+        self.seed, self.process_index = seed, process_index
         rows = dataset.cast_column(image_column, datasets.Image(decode=False))
         if shuffle_buffer:
             rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
@@ -95,6 +99,8 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
             raise ValueError(f"The data has {self.label_feature.num_classes} classes, the model {num_classes}.")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        part = (self.seed, self.process_index, worker.id if worker is not None else 0)
         epoch = 0
         while True:
             self.rows.set_epoch(epoch)
@@ -104,11 +110,11 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
                 count += 1
                 waiting.append(row)
                 if len(waiting) == ROWS_AT_ONCE:
-                    for sample in self._samples(waiting):
+                    for sample in self._samples(waiting, (*part, epoch, count)):
                         used += 1
                         yield sample
                     waiting = []
-            for sample in self._samples(waiting):
+            for sample in self._samples(waiting, (*part, epoch, count)):
                 used += 1
                 yield sample
             if count and not used:
@@ -117,7 +123,7 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
                 return
             epoch += 1
 
-    def _samples(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _samples(self, rows: list[dict[str, Any]], place: tuple[int, ...]) -> Iterator[dict[str, Any]]:
         if not rows:
             return
         maps = None
@@ -132,7 +138,9 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
             if maps is not None:
                 box = None if maps.boxes is None else maps.boxes[offset]
                 label_map = (maps.ids[offset], maps.scores[offset], covered_region(box, *image.size))
-            yield {**self.transform(image, *label_map), "labels": self._label(row)}
+            with seeded(seed := derived_seed(*place, offset)):
+                sample = self.transform(image, *label_map)
+            yield {**sample, "labels": self._label(row), "seed": seed}
 
     def _label(self, row: dict[str, Any]) -> int:
         label = row[self.label_column]

@@ -1,5 +1,6 @@
 """A `Trainer` that learns from dense labels."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,24 +8,27 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
 from .arguments import TokenLabelTrainingArguments
-from .callbacks import EMACallback
+from .batch_norm import set_batch_norm
+from .callbacks import EpochCallback, EpochSampler, StopOnSignal, leave_signals_to_main_process
 from .collator import TokenLabelCollator
 from .dataset import TokenLabelDataset
-from .label_maps import SparseTargets, covered_tokens, crop_label_maps
-from .losses import blend_weight, mixed_cross_entropy, token_labeling_loss
+from .ema import EMACallback
 from .metrics import TopKAccuracy
+from .objective import LABEL_FIELDS, TokenLabelingObjective
+from .schedule import published_factor
 from .stream import TokenLabelStream
+from .throughput import Throughput
 
 
 logger = logging.get_logger(__name__)
-# names that the collator adds for the losses and that no model takes
-LABEL_FIELDS = ("labels", "crop_box", "token_label_palette", "token_label_index", "token_label_scores")
 # parameters of more than one dimension that the published recipe exempts from weight decay besides all vectors
 NO_DECAY_NAMES = ("cls_token", "position_embeddings", "pos_embed")
 
@@ -73,7 +77,9 @@ class TokenLabelTrainer(Trainer):
         if has_label_maps is not None:
             self._set_patch_logits_weight(model, trained=has_label_maps and args.dense_weight > 0)
         if data_collator is None:
-            data_collator = TokenLabelCollator(self.grid_size, args.mix_probability, args.mix_alpha)
+            data_collator = TokenLabelCollator(
+                self.grid_size, args.mix_probability, args.mix_alpha, tuple(args.mix_methods), args.mixup_alpha
+            )
         if compute_metrics is None:
             kwargs.setdefault("preprocess_logits_for_metrics", rank_classes)
             compute_metrics = compute_accuracy
@@ -85,15 +91,24 @@ class TokenLabelTrainer(Trainer):
             compute_metrics=compute_metrics,
             **kwargs,
         )
-        # the Trainer seeds every process alike; augmentation, mixing and drop path should differ between them
+        # the Trainer seeds every process alike; drop path should differ between them
         torch.manual_seed(args.seed + args.process_index)
         # the loss is ours: the Trainer need not count labels over all processes at every step
         self.model_accepts_loss_kwargs = False
-        self.ema = EMACallback(args.ema_decay) if args.ema_decay is not None else None
-        if self.ema is not None:
+        self.objective = TokenLabelingObjective(args, self.grid_size, self.num_classes)
+        self.throughput = Throughput()
+        self.ema = None
+        if args.has_ema:
+            self.ema = EMACallback(args.ema_decay or args.base_ema_decay, is_base=args.ema_decay is None)
             self.add_callback(self.ema)
+        self.stop_on_signal = StopOnSignal(self.accelerator)
+        self.add_callback(self.stop_on_signal)
         self._component_sums: dict[str, torch.Tensor] = {}
         self._component_count = 0
+        set_batch_norm(model, args.batch_norm, args.device, args.world_size)
+        if isinstance(train_dataset, TokenLabelDataset):
+            self._sampler = EpochSampler(len(train_dataset))
+            self.add_callback(EpochCallback(train_dataset, self._sampler))
 
     def _check_fit(self, args: TokenLabelTrainingArguments, train_dataset: Any) -> None:
         if args.n_gpu > 1:
@@ -128,10 +143,44 @@ class TokenLabelTrainer(Trainer):
             if parameter.ndim > 1 and name.rpartition(".")[2] not in NO_DECAY_NAMES
         ]
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As in `Trainer`, or with `lr_schedule="published"` the authors' schedule (`schedule.published_factor`)."""
+        args = self.args
+        if args.lr_schedule == "library" or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+
+        def factor(step: int) -> float:
+            return published_factor(
+                int(step * args.num_train_epochs / num_training_steps),
+                args.num_train_epochs - args.cooldown_epochs,
+                args.warmup_epochs,
+                args.base_warmup_learning_rate / args.base_learning_rate,
+                args.base_min_learning_rate / args.base_learning_rate,
+            )
+
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any | None = None) -> torch.utils.data.Sampler | None:
+        if isinstance(self.train_dataset, TokenLabelDataset):
+            return self._sampler
+        return super()._get_train_sampler(train_dataset)
+
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`; a stream has divided its rows between the processes itself."""
-        if not isinstance(self.train_dataset, TokenLabelStream):
-            return super().get_train_dataloader()
+        loader = self._stream_loader() if isinstance(self.train_dataset, TokenLabelStream) else None
+        loader = loader or super().get_train_dataloader()
+        leave_signals_to_main_process(loader)
+        return loader
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As in `Trainer`."""
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        leave_signals_to_main_process(loader)
+        return loader
+
+    def _stream_loader(self) -> DataLoader:
         args = self.args
         loader = DataLoader(
             self.train_dataset,
@@ -147,6 +196,16 @@ class TokenLabelTrainer(Trainer):
             loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
         )
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], int]:
+        """The micro-batches of an optimiser step, and the number of their images in this process."""
+        with self.throughput.waiting():
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        images = sum(len(batch["pixel_values"]) for batch in batches)
+        self.throughput.count(images * self.args.world_size)
+        return batches, images
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -158,60 +217,16 @@ class TokenLabelTrainer(Trainer):
         labels = {name: inputs[name] for name in LABEL_FIELDS if name in inputs}
         outputs = model(**{name: value for name, value in inputs.items() if name not in labels})
         if model.training:
-            losses = self.training_losses(outputs, labels, inputs.get("mix_mask"))
+            losses = self.objective(outputs, labels, inputs.get("mix_mask"))
+            # every image of a step counts alike, also in a last micro-batch that is smaller than the others; 1 if there is none
+            micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch else 1
+            share = len(outputs["cls_logits"]) * micro_batches / (num_items_in_batch or len(outputs["cls_logits"]))
+            losses = {name: share * loss for name, loss in losses.items()}
             self._count_components(losses)
             loss = losses["loss"]
         else:
             loss = nn.functional.cross_entropy(outputs["logits"].float(), labels["labels"])
         return (loss, outputs) if return_outputs else loss
-
-    def training_losses(
-        self, outputs: Any, labels: dict[str, torch.Tensor], mix_mask: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        """Named components of the loss (see `losses.token_labeling_loss`).
-
-        Args:
-            outputs: Output of the model, with `cls_logits` and `patch_logits`.
-            labels: The fields of `LABEL_FIELDS` that the batch has.
-            mix_mask: Bool `(B, rows, columns)`, or `None` for an unmixed batch.
-        """
-        args, cls_logits, patch_logits = self.args, outputs["cls_logits"], outputs["patch_logits"]
-        smoothing = args.label_smoothing_factor
-        cls_dense = token_targets = counted = None
-        if "token_label_palette" in labels and args.dense_weight > 0:
-            cls_dense, token_targets = crop_label_maps(
-                labels["token_label_palette"],
-                labels["token_label_index"],
-                labels["token_label_scores"],
-                labels["crop_box"],
-                self.grid_size,
-                self.num_classes,
-                args.label_crop,
-                args.label_temperature,
-            )
-            token_targets = token_targets.smooth(smoothing)
-            if args.uncovered_tokens == "ignore":
-                counted = covered_tokens(labels["crop_box"], self.grid_size)
-        terms = self._cls_targets(cls_dense, labels.get("labels"))
-        kept = 1.0 - mix_mask.flatten(1).float().mean(dim=1) if mix_mask is not None else None
-        cls_losses = sum(
-            mixed_cross_entropy(cls_logits, target.smooth(smoothing), weight, kept) for target, weight in terms
-        )
-        return token_labeling_loss(
-            patch_logits, cls_losses, token_targets, args.cls_weight, args.dense_weight, counted
-        )
-
-    def _cls_targets(
-        self, dense: SparseTargets | None, labels: torch.Tensor | None
-    ) -> list[tuple[SparseTargets, torch.Tensor | float]]:
-        """Targets of the class token with the weight of each for every sample."""
-        if dense is not None and self.args.cls_target == "dense":
-            return [(dense, 1.0)]
-        human = SparseTargets.from_labels(labels, self.num_classes)
-        if dense is None or self.args.cls_target == "label":
-            return [(human, 1.0)]
-        weight = blend_weight(dense, labels)
-        return [(dense, weight), (human, 1.0 - weight)]
 
     def _count_components(self, losses: dict[str, torch.Tensor]) -> None:
         for name in ("cls_loss", "token_loss"):
@@ -220,19 +235,50 @@ class TokenLabelTrainer(Trainer):
         self._component_count += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean loss components since the last log, over all processes."""
+        """Adds the mean loss components since the last log, over all processes, and the speed."""
         if "loss" in logs and self._component_count:
             for name, total in self._component_sums.items():
                 logs[name] = self.accelerator.reduce(total / self._component_count, reduction="mean").item()
             self._component_sums, self._component_count = {}, 0
+            logs |= self.throughput.report()
         super().log(logs, *args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in `Trainer`; with `ema_decay` the averaged weights are evaluated."""
-        if self.ema is None:
-            return super().evaluate(*args, **kwargs)
-        with self.ema.average_in(self.accelerator.unwrap_model(self.model)):
-            return super().evaluate(*args, **kwargs)
+    def train(self, *args: Any, **kwargs: Any):
+        """As in `Trainer`. After SIGTERM or Ctrl-C it returns early, with a checkpoint: see `stop_on_signal.received`."""
+        self.throughput.start()
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """As in `Trainer`; during training with a weight average, that is evaluated, and the raw accuracy added."""
+        with self.throughput.paused():
+            if self.ema is None or self.ema.average is None:
+                return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            raw = {}
+            eval_dataset = kwargs.get("eval_dataset", args[0] if args else None) or self.eval_dataset
+            if self.args.evaluate_raw_weights and not isinstance(eval_dataset, dict):
+                figures = self.predict(eval_dataset, metric_key_prefix=f"{metric_key_prefix}_raw").metrics
+                raw = {name: value for name, value in figures.items() if name.endswith("accuracy")}
+                self.log(dict(raw))
+            with self.ema.average_in_model():
+                return raw | super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; a checkpoint also gets the weight average, before any older one is deleted."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.ema is not None and self.ema.average is not None:
+            self.ema.save(output_dir, self.args.should_save)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `Trainer`. A checkpoint is whole once its `trainer_state.json` is: that is written last."""
+        state = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE_NAME
+        if self.args.should_save:
+            state.unlink(missing_ok=True)  # of an earlier run that is written over
+        with self.throughput.paused():
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # before the main process writes the state that makes the checkpoint whole
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`, but a card that is already there stays: a push would otherwise replace it by a draft."""

@@ -1,0 +1,132 @@
+"""Exponential moving average of the weights."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .schedule import scaled_ema_decay
+
+
+logger = logging.get_logger(__name__)
+EMA_FILE = "ema.safetensors"
+COUNT = "n_averaged"
+
+
+class EMACallback(TrainerCallback):
+    """Averages weights and batch-norm statistics after every optimiser step; the first step starts the average.
+
+    Each checkpoint keeps the average in `ema.safetensors` beside the raw weights (`save`), so that a resumed run goes on
+    with both. At the end of training the average is copied into the model. Sharded weights stay sharded.
+
+    Args:
+        decay: Weight of the old average, in (0, 1).
+        is_base: Whether that is the decay for 1024 images a step, to be scaled (`schedule.scaled_ema_decay`).
+    """
+
+    def __init__(self, decay: float, is_base: bool = False):
+        self.decay, self.is_base = decay, is_base
+        self.average: dict[str, torch.Tensor] | None = None
+        self.count = 0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._live = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self.average, self.count = {name: tensor.clone() for name, tensor in self._live.items()}, 0
+        self.effective_decay = self.decay
+        if self.is_base:
+            self.effective_decay = scaled_ema_decay(self.decay, args.images_per_step, state.max_steps)
+        if state.is_world_process_zero and self.effective_decay != self.decay:
+            print(
+                f"weight average: decay {self.effective_decay:.6g} for {state.max_steps:,} steps of {args.images_per_step:,} "
+                f"images (base {self.decay:g} for 1,024 images a step)",
+                flush=True,
+            )
+        if state.global_step:
+            self._restore(args, state.global_step)
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        floats = [name for name, tensor in self._live.items() if self.count and tensor.is_floating_point()]
+        if floats:
+            old, new = ([tensors[name] for name in floats] for tensors in (self.average, self._live))
+            torch._foreach_lerp_(old, new, 1 - self.effective_decay)
+        for name in self._live.keys() - set(floats):
+            self.average[name].copy_(self._live[name])
+        self.count += 1
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            best = Path(state.best_model_checkpoint) / EMA_FILE
+            if best.is_file():
+                self._load(best)
+            else:
+                logger.warning("The best checkpoint has no %s: its raw weights are kept.", EMA_FILE)
+                self.average = None
+        if self.average is not None:
+            _copy(self.average, self._live)
+        self.average = self._live = None
+
+    def save(self, folder: str | Path, is_writer: bool) -> None:
+        """Writes the average; every process must call it, because sharded weights are collected.
+
+        Args:
+            folder: The checkpoint.
+            is_writer: Whether this process writes.
+        """
+        tensors = {name: _whole(tensor).cpu().contiguous() for name, tensor in self.average.items()}
+        if is_writer:
+            target = Path(folder) / EMA_FILE
+            partial = target.with_suffix(".partial")
+            save_file({**tensors, COUNT: torch.tensor(self.count)}, partial)
+            os.replace(partial, target)
+
+    @contextmanager
+    def average_in_model(self) -> Iterator[None]:
+        """Puts the average into the model for the duration of a `with` block; does nothing outside training."""
+        if self.average is None:
+            yield
+            return
+        raw = {name: tensor.clone() for name, tensor in self._live.items()}
+        _copy(self.average, self._live)
+        try:
+            yield
+        finally:
+            _copy(raw, self._live)
+
+    def _restore(self, args, step: int) -> None:
+        folders = [Path(args.output_dir) / f"checkpoint-{step}"]
+        if isinstance(args.resume_from_checkpoint, str):
+            folders.insert(0, Path(args.resume_from_checkpoint))
+        found = next((folder / EMA_FILE for folder in folders if (folder / EMA_FILE).is_file()), None)
+        if found is None:
+            logger.warning("The checkpoint has no %s: the weight average starts anew from its weights.", EMA_FILE)
+            return
+        self._load(found)
+
+    def _load(self, path: Path) -> None:
+        tensors = load_file(path)
+        self.count = int(tensors.pop(COUNT))
+        if tensors.keys() != self.average.keys():
+            raise ValueError(
+                f"{path} holds other weights than the model: {sorted(tensors.keys() ^ self.average.keys())}."
+            )
+        _copy(tensors, self.average)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    for name, tensor in target.items():
+        value = source[name]
+        if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
+            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+        tensor.copy_(value)

@@ -1,0 +1,86 @@
+"""From a batch and the model's output to the losses of token labeling."""
+
+from typing import Any
+
+import torch
+
+from .arguments import TokenLabelTrainingArguments
+from .label_crops import CropGeometry, crop_label_maps
+from .label_maps import SparseTargets
+from .losses import blend_weight, mixed_cross_entropy, token_labeling_loss
+
+
+# names that the collator adds for the losses and that no model takes
+LABEL_FIELDS = (
+    "labels", "crop_box", "label_affine", "image_box", "mix_share",
+    "token_label_palette", "token_label_index", "token_label_scores",
+)  # fmt: skip
+
+
+class TokenLabelingObjective:
+    """The loss of a training batch.
+
+    Args:
+        args: Weights, targets and smoothing.
+        grid_size: Token rows and columns of the model.
+        num_classes: Classes of the model.
+    """
+
+    def __init__(self, args: TokenLabelTrainingArguments, grid_size: tuple[int, int], num_classes: int):
+        self.args, self.grid_size, self.num_classes = args, grid_size, num_classes
+
+    def __call__(
+        self, outputs: Any, labels: dict[str, torch.Tensor], mix_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Named components of the loss (see `losses.token_labeling_loss`).
+
+        Args:
+            outputs: Output of the model, with `cls_logits` and `patch_logits`.
+            labels: The fields of `LABEL_FIELDS` that the batch has.
+            mix_mask: Bool `(B, rows, columns)`, or `None` where no tokens were mixed.
+        """
+        args, smoothing = self.args, self.args.label_smoothing_factor
+        cls_dense = token_targets = counted = None
+        if "token_label_palette" in labels and args.dense_weight > 0:
+            geometry = CropGeometry(labels["crop_box"], labels.get("label_affine"), labels.get("image_box"))
+            cls_dense, token_targets = crop_label_maps(
+                labels["token_label_palette"],
+                labels["token_label_index"],
+                labels["token_label_scores"],
+                geometry,
+                self.grid_size,
+                self.num_classes,
+                args.label_crop,
+                args.label_temperature,
+            )
+            token_targets = token_targets.smooth(smoothing)
+            if args.uncovered_tokens == "ignore":
+                counted = geometry.covered_tokens(self.grid_size)
+        partner_share = labels["mix_share"].flatten(1) if "mix_share" in labels else None  # (B, N)
+        exchanged = mix_mask.flatten(1).float() if mix_mask is not None else partner_share
+        kept = 1.0 - exchanged.mean(dim=1) if exchanged is not None else None  # (B,)
+        cls_losses = sum(
+            mixed_cross_entropy(outputs["cls_logits"], target.smooth(smoothing), weight, kept)
+            for target, weight in self._cls_targets(cls_dense, labels.get("labels"))
+        )
+        return token_labeling_loss(
+            outputs["patch_logits"],
+            cls_losses,
+            token_targets,
+            args.cls_weight,
+            args.dense_weight,
+            counted,
+            partner_share,
+        )
+
+    def _cls_targets(
+        self, dense: SparseTargets | None, labels: torch.Tensor | None
+    ) -> list[tuple[SparseTargets, torch.Tensor | float]]:
+        """Targets of the class token with the weight of each for every sample."""
+        if dense is not None and self.args.cls_target == "dense":
+            return [(dense, 1.0)]
+        human = SparseTargets.from_labels(labels, self.num_classes)
+        if dense is None or self.args.cls_target == "label":
+            return [(human, 1.0)]
+        weight = blend_weight(dense, labels)
+        return [(dense, weight), (human, 1.0 - weight)]

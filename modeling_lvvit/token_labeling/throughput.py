@@ -1,0 +1,48 @@
+"""How fast training runs, and how much of the time it waits for data."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Throughput:
+    """Clock of a training run; evaluation and saving do not count.
+
+    A share of waiting near 0 says that the loader keeps up. On a GPU the processor works ahead of the device, so that a small
+    share need not slow anything.
+    """
+
+    def __init__(self):
+        self.start()
+
+    def start(self) -> None:
+        """Begins an interval."""
+        self._started, self._waited, self._paused, self._images = time.perf_counter(), 0.0, 0.0, 0
+
+    def count(self, images: int) -> None:
+        """Adds images that enter a step."""
+        self._images += images
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in which training waits for a batch."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is no training."""
+        begin = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begin
+
+    def report(self) -> dict[str, float]:
+        """`images_per_second` and `data_wait`, the share of the time in [0, 1], since the interval began; begins a new one."""
+        seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
+        figures = {
+            "images_per_second": round(self._images / seconds, 1),
+            "data_wait": round(min(1.0, self._waited / seconds), 4),
+        }
+        self.start()
+        return figures
