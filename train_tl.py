@@ -6,20 +6,20 @@ accelerate launch train_tl.py --dataset_name path/to/images --variant lvvit_s_22
 """
 
 import dataclasses
+import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
+from transformers import set_seed
 
 from dataset_scripts import digit_scenes
-from modeling_lvvit import LVViTConfig, LVViTForImageClassification
-from modeling_lvvit.command_line import ModelArguments, parse, prepare_output_dir
+from modeling_lvvit import LVViTConfig
+from modeling_lvvit.building import build_model
+from modeling_lvvit.command_line import EMBEDDED_RECIPE, ModelArguments, parse, prepare_output_dir
 from modeling_lvvit.launching import is_main_process, start_missing_processes, use_all_cpu_cores
 from modeling_lvvit.model_card import write_model_card
 from modeling_lvvit.token_labeling import (
@@ -38,60 +38,12 @@ from modeling_lvvit.token_labeling.data import (
 )
 from modeling_lvvit.token_labeling.data_sources import looks_local
 from modeling_lvvit.token_labeling.pictures import SampleError
-from modeling_lvvit.variants import VARIANTS, evaluation_image_processor, variant_config
 from modeling_lvvit.visualization import save_prediction_figure
 
 
 CARD_TEMPLATE = Path(__file__).parent / "model_cards" / "template.md"
 PICTURE = "predictions.png"
 NUM_PICTURES = 10
-
-
-def build_model(args: ModelArguments, class_names: list[str]):
-    """Model and image processor; class names of the data become those of the model."""
-    names = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
-    if args.model_name_or_path is not None:
-        return load_pretrained(args, class_names, names)
-    settings = {**(args.config_overrides or {}), **names}
-    if args.image_size is not None:
-        settings["image_size"] = args.image_height_width
-    config = variant_config(args.variant, **settings) if args.variant else LVViTConfig(**settings)
-    crop_fraction = args.crop_fraction or (VARIANTS[args.variant].crop_fraction if args.variant else 0.9)
-    return LVViTForImageClassification(config), evaluation_image_processor(config.image_height_width, crop_fraction)
-
-
-def load_pretrained(args: ModelArguments, class_names: list[str], names: dict[str, Any]):
-    """A saved model and its image processor, for the classes of the data.
-
-    Raises:
-        FileNotFoundError: If a local folder does not exist.
-        ValueError: If it is no LV-ViT, is damaged, or has other classes or another input size and may not be changed.
-    """
-    path = args.model_name_or_path
-    if looks_local(path) and not Path(path).expanduser().is_dir():
-        raise FileNotFoundError(f"There is no model folder {path}.")
-    source = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(path, **source)
-    if config.model_type != LVViTConfig.model_type:
-        raise ValueError(
-            f"{path} is a {config.model_type!r} model; this program trains {LVViTConfig.model_type!r} models."
-        )
-    if config.num_labels != len(class_names) and not args.ignore_mismatched_sizes:
-        raise ValueError(
-            f"{path} has {config.num_labels} classes, the data has {len(class_names)}. "
-            "--ignore_mismatched_sizes makes new heads for the classes of the data."
-        )
-    size = args.image_height_width
-    if size is not None and size != tuple(config.image_height_width):
-        raise ValueError(f"{path} takes images of {tuple(config.image_height_width)}, not of {size} pixels.")
-    options = {**source, **names, **(args.config_overrides or {}), "dtype": torch.float32}
-    try:
-        model = AutoModelForImageClassification.from_pretrained(
-            path, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **options
-        )
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
-    return model, AutoImageProcessor.from_pretrained(path, **source)
 
 
 def build_samples(
@@ -175,7 +127,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     use_all_cpu_cores(training_args.device)
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="opening the data"):
-        if data_args.dataset_name is None:
+        if data_args.dataset_name in (None, EMBEDDED_RECIPE):
             data_args = dataclasses.replace(data_args, dataset_name=str(digit_scenes.build_or_reuse()))
         opened = open_datasets(data_args, training_args.seed)
         model, image_processor = build_model(model_args, opened.train.features[data_args.label_column].names)
@@ -203,6 +155,17 @@ def introduce(trainer: TokenLabelTrainer) -> None:
     )
 
 
+def stop(trainer: TokenLabelTrainer) -> None:
+    """Ends the program after a signal, with the status that shells give to one that SIGTERM ended."""
+    if trainer.is_world_process_zero():
+        print(
+            f"stopped by {trainer.stop_on_signal.received} after step {trainer.state.global_step:,} of "
+            f"{trainer.state.max_steps:,}; the same command with --resume_from_checkpoint last goes on from there",
+            file=sys.stderr,
+        )
+    sys.exit(128 + signal.SIGTERM)
+
+
 def main(arguments: list[str]) -> None:
     if start_missing_processes(__file__, arguments):
         return
@@ -218,6 +181,8 @@ def main(arguments: list[str]) -> None:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     except SampleError as error:
         sys.exit(f"train_tl.py: {error}")
+    if trainer.stop_on_signal.received:
+        stop(trainer)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
@@ -226,7 +191,7 @@ def main(arguments: list[str]) -> None:
     if is_main:
         has_picture = model_args.save_picture and trainer.model.config.patch_logits_weight
         picture = draw_predictions(trainer, data_args, opened.evaluation) if has_picture else None
-        name = data_args.dataset_name or "digit scenes"
+        name = data_args.dataset_name or EMBEDDED_RECIPE
         name = Path(name).name if looks_local(name) else name
         write_model_card(CARD_TEMPLATE, trainer, name, opened.eval_name, metrics, picture)
         if "eval_accuracy" in metrics:

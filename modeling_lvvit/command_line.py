@@ -1,7 +1,8 @@
-"""Command line of the training programs: a recipe file first, then options that override it."""
+"""Command line of the training programs: recipe files first, then options that override them."""
 
 import argparse
 import difflib
+import itertools
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -88,6 +89,11 @@ class ModelArguments:
         return None if self.image_size is None else (self.image_size[0], self.image_size[-1])
 
 
+def recipe_names() -> list[str]:
+    """Names of the recipes that the package ships."""
+    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
+
+
 def find_recipe(name: str) -> Path:
     """Path of a recipe: a file, or the name of one that the package ships.
 
@@ -99,16 +105,18 @@ def find_recipe(name: str) -> Path:
         return Path(name)
     if shipped.is_file():
         return shipped
-    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    names = ", ".join(recipe_names())
     raise FileNotFoundError(f"There is no recipe file {name}, and the package ships only: {names}.")
 
 
-def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def read_recipe(path: Path, parser: argparse.ArgumentParser, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Options of a recipe file, checked and converted as if they stood on the command line.
+
+    The key `base` names another recipe whose options hold where this one has none.
 
     Raises:
         ValueError: If the file is not a YAML mapping, has a key that is no option (the message names the nearest one) or
-            a value that the option cannot take.
+            a value that the option cannot take, or is its own base.
     """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -116,13 +124,27 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         raise ValueError(f"Recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"Recipe {path} must be a mapping of options to values, got {type(recipe).__name__}.")
+    if path in above:
+        raise ValueError(f"Recipe {path} is its own base.")
+    base = recipe.pop("base", None)
+    options = read_recipe(find_recipe(str(base)), parser, (*above, path)) if base is not None else {}
     actions = {action.dest: action for action in parser._actions}
     if unknown := [_with_nearest(str(key), set(actions)) for key in recipe if key not in actions]:
         raise ValueError(f"Recipe {path} has unknown options: {'; '.join(unknown)}.")
     try:
-        return {key: _converted(actions[key], value) for key, value in recipe.items()}
+        own = {key: _converted(actions[key], value) for key, value in recipe.items()}
     except ValueError as error:
         raise ValueError(f"Recipe {path}: {error}") from error
+    return _merged(options, own)
+
+
+def _merged(options: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Options of two recipes; the later ones hold, and configuration fields are merged one by one."""
+    both = (options.get("config_overrides"), later.get("config_overrides"))
+    merged = {**options, **later}
+    if all(isinstance(fields, dict) for fields in both):
+        merged["config_overrides"] = {**both[0], **both[1]}
+    return merged
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:
@@ -144,7 +166,7 @@ def _converted(action: argparse.Action, value: Any) -> Any:
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenLabelTrainingArguments]:
-    """Parses `[RECIPE] [--option value ...]`; options override the recipe.
+    """Parses `[RECIPE ...] [--option value ...]`; later recipes override earlier ones, options override recipes.
 
     Without a recipe and without `--dataset_name`, the embedded recipe is the base.
 
@@ -153,11 +175,15 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenLab
         FileNotFoundError: If the recipe does not exist.
     """
     types = (ModelArguments, DataArguments, TokenLabelTrainingArguments)
-    usage = "train_tl.py [RECIPE] [--option value ...]"
+    usage = "train_tl.py [RECIPE ...] [--option value ...]"
     parser = HfArgumentParser(types, prog="train_tl.py", usage=usage, allow_abbrev=False)
-    if arguments and not arguments[0].startswith("-"):
-        recipe, *arguments = arguments
-        parser.set_defaults(**read_recipe(find_recipe(recipe), parser))
+    recipes = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    arguments = arguments[len(recipes) :]
+    if recipes:
+        options: dict[str, Any] = {}
+        for recipe in recipes:
+            options = _merged(options, read_recipe(find_recipe(recipe), parser))
+        parser.set_defaults(**options)
     else:
         given, _ = parser.parse_known_args(arguments)
         if given.dataset_name is None:

@@ -28,6 +28,8 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
         num_attention_heads (`int`, defaults to 6): Attention heads of each layer; must divide `hidden_size`.
         intermediate_size (`int`, defaults to 1152): Hidden width of the MLP (published models: 3 * `hidden_size`).
         stem_hidden_size (`int`, defaults to 64): Channels of the three stem convolutions (128 in LV-ViT-L).
+        conv_stem (`bool`, defaults to `True`): Whether three convolutions precede the cut into patches; `False` cuts the
+            picture itself, as ViT and DeiT do (the start of the paper's ablation).
         residual_divisor (`float`, defaults to 2.0): Positive constant that divides the output of every attention and
             MLP branch before it joins the residual stream (`skip_lam` in the authors' code: T 1, S and M 2, L 3).
         hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP.
@@ -40,7 +42,7 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
         image_size (`int` or `(height, width)`, defaults to 224): Input size in pixels for which the position table
             is laid out; sides must be multiples of `patch_size`.
-        patch_size (`int`, defaults to 16): Side of a patch in pixels; even, because the stem halves the resolution
+        patch_size (`int`, defaults to 16): Side of a patch in pixels; even with `conv_stem`, which halves the resolution
             before patches are cut.
         num_channels (`int`, defaults to 3): Channels of an input image.
         qkv_bias (`bool`, defaults to `False`): Whether the query, key and value projections have a bias.
@@ -66,6 +68,7 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
     num_attention_heads: int = 6
     intermediate_size: int = 1152
     stem_hidden_size: int = 64
+    conv_stem: bool = True
     residual_divisor: float | int = 2.0
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.0
@@ -101,7 +104,7 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
-        if self.patch_size % 2:
+        if self.conv_stem and self.patch_size % 2:
             raise ValueError(
                 f"`patch_size` must be even, got {self.patch_size}: the stem halves the resolution before patches "
                 f"are cut. Use {self.patch_size - 1 or 2} or {self.patch_size + 1}."

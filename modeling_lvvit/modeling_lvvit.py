@@ -60,24 +60,27 @@ class LVViTImageClassifierOutput(ModelOutput):
 
 
 class LVViTPatchEmbeddings(nn.Module):
-    """Convolutional stem: 7x7 stride 2 and two 3x3 convolutions at half resolution, then non-overlapping patches.
+    """Convolutional stem: 7x7 stride 2 and two 3x3 convolutions at half resolution, then non-overlapping patches; without
+    `conv_stem` the patches alone.
 
     `(batch_size, num_channels, height, width)` -> `(batch_size, rows * columns, hidden_size)`, row-major.
     """
 
     def __init__(self, config: LVViTConfig):
         super().__init__()
-        width = config.stem_hidden_size
         self.num_channels = config.num_channels
         self.patch_size = config.patch_size
-        self.conv1 = nn.Conv2d(config.num_channels, width, kernel_size=7, stride=2, padding=3, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
-        self.norm3 = nn.BatchNorm2d(width)
-        self.activation = nn.ReLU()
-        kernel = config.patch_size // 2  # the stem has halved the resolution
+        self.conv_stem = config.conv_stem
+        width, kernel = config.num_channels, config.patch_size
+        if config.conv_stem:
+            width, kernel = config.stem_hidden_size, config.patch_size // 2  # the stem halves the resolution
+            self.conv1 = nn.Conv2d(config.num_channels, width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.norm1 = nn.BatchNorm2d(width)
+            self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
+            self.norm2 = nn.BatchNorm2d(width)
+            self.conv3 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
+            self.norm3 = nn.BatchNorm2d(width)
+            self.activation = nn.ReLU()
         self.projection = nn.Conv2d(width, config.hidden_size, kernel_size=kernel, stride=kernel)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -90,9 +93,10 @@ class LVViTPatchEmbeddings(nn.Module):
             )
         # channels-last: the stem of T runs 1.5 (training: 1.3) times as fast on a CPU in float32, 1.3 (1.1) in bfloat16
         hidden_states = pixel_values.contiguous(memory_format=torch.channels_last)
-        hidden_states = self.activation(self.norm1(self.conv1(hidden_states)))
-        hidden_states = self.activation(self.norm2(self.conv2(hidden_states)))
-        hidden_states = self.activation(self.norm3(self.conv3(hidden_states)))
+        if self.conv_stem:
+            hidden_states = self.activation(self.norm1(self.conv1(hidden_states)))
+            hidden_states = self.activation(self.norm2(self.conv2(hidden_states)))
+            hidden_states = self.activation(self.norm3(self.conv3(hidden_states)))
         return self.projection(hidden_states).flatten(2).transpose(1, 2)  # (B, rows * columns, hidden_size)
 
 
@@ -313,6 +317,29 @@ class LVViTPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @torch.no_grad()
+    def resize_position_embeddings(self, image_size: int | tuple[int, int]) -> None:
+        """Makes the model take images of another size: the position table is resized bicubically, as at the start of the
+        published fine-tuning, the class entry kept. Weights of the same size are left alone.
+
+        Args:
+            image_size: Side, or height and width, of the new input in pixels; multiples of the patch size.
+
+        Raises:
+            StrictDataclassError: If a side is no multiple of the patch size; the model is unchanged.
+        """
+        embeddings = getattr(self, self.base_model_prefix, self).embeddings
+        changed = type(self.config)(**{**self.config.to_dict(), "image_size": image_size})
+        table = embeddings.interpolate_position_embeddings(*changed.grid_size)
+        if changed.grid_size != embeddings.grid_size:
+            embeddings.position_embeddings = nn.Parameter(table.clone())
+        embeddings.grid_size, embeddings.image_size = changed.grid_size, changed.image_height_width
+        self.config.image_size = image_size
+
+    def get_position_embeddings(self) -> nn.Parameter:
+        """The position table, `(1, 1 + rows * columns, hidden_size)`, class token first."""
+        return getattr(self, self.base_model_prefix, self).embeddings.position_embeddings
+
 
 class LVViTModel(LVViTPreTrainedModel):
     """The LV-ViT trunk without classifiers.
@@ -352,7 +379,7 @@ class LVViTModel(LVViTPreTrainedModel):
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
-        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.conv1.weight.dtype)
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, mix_mask, interpolate_pos_encoding)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)

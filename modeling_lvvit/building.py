@@ -1,0 +1,103 @@
+"""The model of a training run: from random weights, or from a checkpoint of another resolution or class count."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import logging
+
+from .command_line import ModelArguments
+from .configuration_lvvit import LVViTConfig
+from .modeling_lvvit import LVViTForImageClassification
+from .token_labeling.data_sources import looks_local
+from .variants import VARIANTS, evaluation_image_processor, variant_config
+
+
+logger = logging.get_logger(__name__)
+DEFAULT_CROP_FRACTION = 0.9
+
+
+def build_model(args: ModelArguments, class_names: list[str]) -> tuple[LVViTForImageClassification, Any]:
+    """Model and image processor; class names of the data become those of the model.
+
+    Raises:
+        FileNotFoundError: If a local model folder does not exist.
+        ValueError: If it is no LV-ViT, is damaged, or has other classes and may not be changed.
+    """
+    names = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
+    if args.model_name_or_path is not None:
+        return _load_pretrained(args, class_names, names)
+    settings = {**(args.config_overrides or {}), **names}
+    if args.image_size is not None:
+        settings["image_size"] = args.image_height_width
+    config = variant_config(args.variant, **settings) if args.variant else LVViTConfig(**settings)
+    fraction = VARIANTS[args.variant].crop_fraction if args.variant else DEFAULT_CROP_FRACTION
+    processor = evaluation_image_processor(config.image_height_width, args.crop_fraction or fraction)
+    return LVViTForImageClassification(config), processor
+
+
+def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[str, Any]):
+    path = args.model_name_or_path
+    if looks_local(path) and not Path(path).expanduser().is_dir():
+        raise FileNotFoundError(f"There is no model folder {path}.")
+    source = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(path, **source)
+    if config.model_type != LVViTConfig.model_type:
+        raise ValueError(
+            f"{path} is a {config.model_type!r} model; this program trains {LVViTConfig.model_type!r} models."
+        )
+    if config.num_labels != len(class_names) and not args.ignore_mismatched_sizes:
+        raise ValueError(
+            f"{path} has {config.num_labels} classes, the data has {len(class_names)}. "
+            "--ignore_mismatched_sizes makes new heads for the classes of the data."
+        )
+    options = {**source, **names, **(args.config_overrides or {}), "dtype": torch.float32}
+    try:
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            path, ignore_mismatched_sizes=args.ignore_mismatched_sizes, output_loading_info=True, **options
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
+    changes = _changes(config, loading, class_names)
+    processor = AutoImageProcessor.from_pretrained(path, **source)
+    size = args.image_height_width or tuple(config.image_height_width)
+    if size != tuple(config.image_height_width):
+        model.resize_position_embeddings(size)
+        changes.append(f"position table resized from {config.grid_size} to {model.config.grid_size} tokens")
+    if size != tuple(config.image_height_width) or args.crop_fraction is not None:
+        fraction = args.crop_fraction or _crop_fraction_of(processor)
+        processor = evaluation_image_processor(size, fraction)
+    if changes:
+        logger.warning("Loaded %s; %s.", path, "; ".join(changes))
+    return model, processor
+
+
+def _changes(config: LVViTConfig, loading: dict[str, Any], class_names: list[str]) -> list[str]:
+    """What of a checkpoint was not taken over."""
+    changes = []
+    mismatched = sorted(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"])
+    for title, keys in (
+        ("new because of another shape", mismatched),
+        ("new because the checkpoint lacks them", sorted(loading["missing_keys"])),
+        ("left out because the model has no such weights", sorted(loading["unexpected_keys"])),
+    ):
+        if keys:
+            changes.append(f"{title}: {', '.join(keys)}")
+    old_names = [config.id2label[index] for index in range(config.num_labels)]
+    if not mismatched and old_names != class_names:
+        changes.append(
+            f"the heads are kept, but class names differ, for example {old_names[0]!r} is now {class_names[0]!r}: if these are "
+            "other classes, start from a checkpoint without them"
+        )
+    return changes
+
+
+def _crop_fraction_of(processor: Any) -> float:
+    """Share of the resized image that the evaluation crop of a processor keeps."""
+    resized, crop = processor.size, processor.crop_size
+    shortest = resized.get("shortest_edge") or min(resized.get("height", 0), resized.get("width", 0))
+    if not shortest or not crop:
+        return DEFAULT_CROP_FRACTION
+    return min(1.0, max(crop["height"], crop["width"]) / shortest)
