@@ -92,13 +92,18 @@ def dense_labels_of(rows: datasets.Dataset, args: DataArguments, count: int):
         return None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def draw_predictions(trainer: TokenLabelTrainer, data_args: DataArguments, eval_rows: datasets.Dataset) -> str:
-    """Writes the picture of the first evaluation rows, as the model sees them, and returns its name."""
+    """Writes the picture of the first evaluation rows, as the model sees them, and returns its name.
+
+    All processes must call it, because a sharded model needs all of them; the main process writes.
+    """
     model, config, samples = trainer.model.eval(), trainer.model.config, trainer.eval_dataset
     count = min(NUM_PICTURES, len(samples))
     pixel_values = torch.stack([sample["pixel_values"] for sample in samples.__getitems__(list(range(count)))])
     output = model(pixel_values.to(model.device))
+    if not trainer.is_world_process_zero():
+        return PICTURE
     processor = trainer.processing_class
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
     arrays = (255 * (pixel_values * std + mean)).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
@@ -188,9 +193,9 @@ def main(arguments: list[str]) -> None:
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
+    has_picture = model_args.save_picture and trainer.model.config.patch_logits_weight
+    picture = draw_predictions(trainer, data_args, opened.evaluation) if has_picture else None
     if is_main:
-        has_picture = model_args.save_picture and trainer.model.config.patch_logits_weight
-        picture = draw_predictions(trainer, data_args, opened.evaluation) if has_picture else None
         name = data_args.dataset_name or EMBEDDED_RECIPE
         name = Path(name).name if looks_local(name) else name
         write_model_card(CARD_TEMPLATE, trainer, name, opened.eval_name, metrics, picture)

@@ -108,7 +108,7 @@ def area_mean(field: np.ndarray, box: tuple[float, ...], grid: tuple[int, int]) 
     left, top, right, bottom = box
     rows = area_weights(field.shape[-2], top, bottom, grid[0])
     columns = area_weights(field.shape[-1], left, right, grid[1])
-    return rows @ field @ columns.T
+    return rows @ (np.float64(field) @ columns.T)  # mixed types would leave BLAS
 
 
 def moved_field(field: np.ndarray, operations: Operations) -> np.ndarray:
@@ -229,7 +229,7 @@ def measure_many(draw_operations, samples: int, seed: int, cropped: bool) -> Dis
 
 def single(name: str):
     """Draws one operation at its strong magnitude, with alternating sign."""
-    return lambda generator, number: ((name, STRONG[name] * (1, -1)[number // len(SIZES) % 2]),)
+    return lambda generator, number: ((name, STRONG[name] * (1, -1)[number % 2]),)
 
 
 def composition(count: int):
@@ -242,6 +242,25 @@ def composition(count: int):
         )
 
     return draw
+
+
+def coloured_field(rows: int, columns: int, cell: int) -> tuple[Image.Image, np.ndarray]:
+    """Blocks of 2 x 2 cells of one class, no two neighbours alike; class k has the colour of the bits of k."""
+    block_rows, block_columns = (rows + 1) // 2, (columns + 1) // 2
+    parity = np.arange(block_rows)[:, None] % 2 * 2 + np.arange(block_columns) % 2
+    blocks = parity + 4 * np.random.default_rng(3).integers(0, 2, parity.shape)
+    classes = blocks.repeat(2, 0).repeat(2, 1)[:rows, :columns]
+    colours = np.uint8((classes[..., None] >> np.arange(3) & 1) * 255)
+    return Image.fromarray(colours.repeat(cell, 0).repeat(cell, 1)), classes
+
+
+def shown_classes(pixel_values: torch.Tensor) -> np.ndarray:
+    """Class of the colour of each token `[N]`; -1 where it has more than one, -2 where all of it is fill (grey)."""
+    channels = pixel_values.unfold(1, 16, 16).unfold(2, 16, 16).flatten(3).flatten(1, 2)  # (3, N, pixels), in [-1, 1]
+    bits = (channels > 0).all(-1).int() * torch.tensor([[1], [2], [4]])
+    is_pure = ((channels > 0.5).all(-1) | (channels < -0.5).all(-1)).all(0)
+    is_fill = (channels.abs() < 0.01).all(-1).all(0)
+    return torch.where(is_pure, bits.sum(0), torch.where(is_fill, -2, -1)).numpy()
 
 
 def report(title: str, distances: Distances) -> str:

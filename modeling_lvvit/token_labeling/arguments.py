@@ -1,5 +1,6 @@
 """Training arguments of token labeling."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -113,6 +114,10 @@ class TokenLabelTrainingArguments(TrainingArguments):
         if scale_learning_rate:
             self.learning_rate = self.base_learning_rate
         super().__post_init__()
+        # accelerate's loading by one process (its default under FSDP) cannot pass on batch-norm statistics (its issue 3898)
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        if self.fsdp_plugin_args is not None:
+            self.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
         if scale_learning_rate:
             self.learning_rate = self.base_learning_rate * self.images_per_step / 1024
 

@@ -36,6 +36,7 @@ class EMACallback(TrainerCallback):
         self.count = 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model = getattr(model, "_orig_mod", model)  # under FSDP a compiled model comes wrapped
         self._live = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self.average, self.count = {name: tensor.clone() for name, tensor in self._live.items()}, 0
         self.effective_decay = self.decay

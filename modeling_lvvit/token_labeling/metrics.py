@@ -1,8 +1,11 @@
 """Metrics as `evaluate.Metric` subclasses: they need no download and add up over processes."""
 
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
+import torch
 
 
 class TopKAccuracy(evaluate.Metric):
@@ -34,3 +37,16 @@ class TopKAccuracy(evaluate.Metric):
         if hits.shape[1] >= 5:
             results["top5_accuracy"] = float(hits[:, :5].any(axis=1).mean())
         return results
+
+
+def rank_classes(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """Ids of the five best classes (fewer if there are not five), `(B, 5)`, so that no logits are gathered."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+
+
+def compute_accuracy(prediction: Any) -> dict[str, float]:
+    """Top-1 and top-5 accuracy of ranked predictions."""
+    return TopKAccuracy(keep_in_memory=True).compute(
+        predictions=prediction.predictions, references=prediction.label_ids
+    )

@@ -2,6 +2,11 @@
 
 import math
 
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from .arguments import TokenLabelTrainingArguments
+
 
 # The average looks back over `1 / (1 - decay)` steps. In the published run this is a thirtieth of the run; when it is more
 # than a tenth, the average still holds weights of the first, poor part of training.
@@ -31,6 +36,24 @@ def published_factor(
     if epoch >= cosine_epochs:
         return min_factor
     return min_factor + 0.5 * (1 - min_factor) * (1 + math.cos(math.pi * epoch / cosine_epochs))
+
+
+def published_schedule(optimizer: Optimizer, args: TokenLabelTrainingArguments, num_steps: int) -> LambdaLR:
+    """The published schedule over `num_steps` optimiser steps.
+
+    A run that `max_steps` shortens goes through all of it, with shorter epochs.
+    """
+
+    def factor(step: int) -> float:
+        return published_factor(
+            int(step * args.num_train_epochs / num_steps),
+            args.num_train_epochs - args.cooldown_epochs,
+            args.warmup_epochs,
+            args.base_warmup_learning_rate / args.base_learning_rate,
+            args.base_min_learning_rate / args.base_learning_rate,
+        )
+
+    return LambdaLR(optimizer, factor)
 
 
 def scaled_ema_decay(base_decay: float, images_per_step: int, num_steps: int) -> float:

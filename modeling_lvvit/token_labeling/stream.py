@@ -1,12 +1,17 @@
 """Training samples from a data set that is read one row after another, with the label maps of a label set."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import seed_worker
 
 from .image_keys import (
     ROW_PREFIX,
@@ -178,3 +183,22 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         except (*IMAGE_ERRORS, TypeError) as error:
             name = (value or {}).get("path") or "without a path"
             raise SampleError(f"Image {name} of the stream cannot be decoded ({error}).") from error
+
+
+def stream_loader(
+    stream: TokenLabelStream, collator: Callable, batch_size: int, args: TrainingArguments
+) -> DataLoader:
+    """Batches of a stream, moved to the device of this process."""
+    loader = DataLoader(
+        stream,
+        batch_size=batch_size,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    )
+    # as if there were one process: accelerate would pass over the samples of the others once more
+    return prepare_data_loader(
+        loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+    )

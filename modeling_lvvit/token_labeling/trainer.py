@@ -1,18 +1,15 @@
 """A `Trainer` that learns from dense labels."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import convert_to_fp32
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
 from .arguments import TokenLabelTrainingArguments
@@ -21,10 +18,11 @@ from .callbacks import EpochCallback, EpochSampler, StopOnSignal, leave_signals_
 from .collator import TokenLabelCollator
 from .dataset import TokenLabelDataset
 from .ema import EMACallback
-from .metrics import TopKAccuracy
+from .metrics import compute_accuracy, rank_classes
 from .objective import LABEL_FIELDS, TokenLabelingObjective
-from .schedule import published_factor
-from .stream import TokenLabelStream
+from .schedule import published_schedule
+from .sharding import own_class, set_up_sharding, share_statistics
+from .stream import TokenLabelStream, stream_loader
 from .throughput import Throughput
 
 
@@ -135,6 +133,11 @@ class TokenLabelTrainer(Trainer):
         elif trained and not config.patch_logits_weight:
             config.patch_logits_weight = type(config)().patch_logits_weight
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `Trainer`, with FSDP2 on any device."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = set_up_sharding(self.accelerator, self.args, self.model)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices and convolutions; vectors, class token and position table are exempt (published recipe)."""
         return [
@@ -148,17 +151,7 @@ class TokenLabelTrainer(Trainer):
         args = self.args
         if args.lr_schedule == "library" or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-
-        def factor(step: int) -> float:
-            return published_factor(
-                int(step * args.num_train_epochs / num_training_steps),
-                args.num_train_epochs - args.cooldown_epochs,
-                args.warmup_epochs,
-                args.base_warmup_learning_rate / args.base_learning_rate,
-                args.base_min_learning_rate / args.base_learning_rate,
-            )
-
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        self.lr_scheduler = published_schedule(optimizer or self.optimizer, args, num_training_steps)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -169,8 +162,10 @@ class TokenLabelTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`; a stream has divided its rows between the processes itself."""
-        loader = self._stream_loader() if isinstance(self.train_dataset, TokenLabelStream) else None
-        loader = loader or super().get_train_dataloader()
+        if isinstance(self.train_dataset, TokenLabelStream):
+            loader = stream_loader(self.train_dataset, self.data_collator, self._train_batch_size, self.args)
+        else:
+            loader = super().get_train_dataloader()
         leave_signals_to_main_process(loader)
         return loader
 
@@ -179,22 +174,6 @@ class TokenLabelTrainer(Trainer):
         loader = super().get_eval_dataloader(*args, **kwargs)
         leave_signals_to_main_process(loader)
         return loader
-
-    def _stream_loader(self) -> DataLoader:
-        args = self.args
-        loader = DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
-        )
-        # as if there were one process: accelerate would pass over the samples of the others once more
-        return prepare_data_loader(
-            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
-        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -215,7 +194,12 @@ class TokenLabelTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Token-labeling loss in training; cross-entropy of `logits` with the labels in evaluation."""
         labels = {name: inputs[name] for name in LABEL_FIELDS if name in inputs}
-        outputs = model(**{name: value for name, value in inputs.items() if name not in labels})
+        fields = {name: value for name, value in inputs.items() if name not in labels}
+        if self.is_fsdp_enabled:  # otherwise accelerate has wrapped `forward` so
+            with self.accelerator.autocast():
+                outputs = convert_to_fp32(model(**fields))
+        else:
+            outputs = model(**fields)
         if model.training:
             losses = self.objective(outputs, labels, inputs.get("mix_mask"))
             # every image of a step counts alike, also in a last micro-batch that is smaller than the others; 1 if there is none
@@ -251,6 +235,7 @@ class TokenLabelTrainer(Trainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """As in `Trainer`; during training with a weight average, that is evaluated, and the raw accuracy added."""
         with self.throughput.paused():
+            share_statistics(self.accelerator, self.accelerator.unwrap_model(self.model))
             if self.ema is None or self.ema.average is None:
                 return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             raw = {}
@@ -264,9 +249,19 @@ class TokenLabelTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; a checkpoint also gets the weight average, before any older one is deleted."""
-        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled:  # whole weights, beside sharded ones too
+            share_statistics(self.accelerator, self.model)  # a sharded checkpoint takes them from any process
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        else:
+            super().save_model(output_dir, _internal_call)
         if _internal_call and self.ema is not None and self.ema.average is not None:
             self.ema.save(output_dir, self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        with own_class(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in `Trainer`. A checkpoint is whole once its `trainer_state.json` is: that is written last."""
@@ -284,16 +279,3 @@ class TokenLabelTrainer(Trainer):
         """As in `Trainer`, but a card that is already there stays: a push would otherwise replace it by a draft."""
         if not (Path(self.args.output_dir) / "README.md").exists():
             super().create_model_card(*args, **kwargs)
-
-
-def rank_classes(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
-    """Ids of the five best classes (fewer if there are not five), `(B, 5)`, so that no logits are gathered."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-
-
-def compute_accuracy(prediction: Any) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of ranked predictions."""
-    return TopKAccuracy(keep_in_memory=True).compute(
-        predictions=prediction.predictions, references=prediction.label_ids
-    )

@@ -1,0 +1,61 @@
+"""Fully sharded training (FSDP2): what accelerate leaves to its users."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .arguments import TokenLabelTrainingArguments
+
+
+def set_up_sharding(accelerator: Accelerator, args: TokenLabelTrainingArguments, model: nn.Module) -> bool:
+    """Prepares accelerate for FSDP2 if that was asked for, and says whether weights will be sharded.
+
+    On CPU processes accelerate would train with whole copies without a word: it knows FSDP for accelerators only. Transformer
+    layers are the units by default. Mixed precision is autocast, as without FSDP: accelerate's policy would cast batch norm to
+    bfloat16, but not its statistics.
+
+    Raises:
+        ValueError: If FSDP1 is asked for.
+    """
+    state = accelerator.state
+    is_wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if is_wanted and state.distributed_type is DistributedType.MULTI_CPU:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    if state.distributed_type is not DistributedType.FSDP:
+        return False
+    plugin = state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"Only FSDP2 is supported: set fsdp_version to 2, not to {plugin.fsdp_version}.")
+    plugin.mixed_precision_policy = None
+    if not plugin.transformer_cls_names_to_wrap:
+        layers = {type(part).__name__ for part in model.modules() if isinstance(part, GradientCheckpointingLayer)}
+        plugin.transformer_cls_names_to_wrap = sorted(layers)
+    return True
+
+
+def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
+    """Gives all processes the batch-norm statistics of the main one, which are those that are saved."""
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            broadcast(buffer)
+
+
+@contextmanager
+def own_class(model: nn.Module) -> Iterator[None]:
+    """Gives a sharded model its own class back within a `with` block: FSDP2 puts another in its place, whose code would be saved
+    beside the weights."""
+    sharded_class = type(model)
+    if isinstance(model, FSDPModule):
+        model.__class__ = sharded_class.__bases__[1]
+    try:
+        yield
+    finally:
+        model.__class__ = sharded_class
