@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf_home"), "OMP_NUM_THREADS": "1"}
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder} hf_home", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,

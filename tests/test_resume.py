@@ -159,7 +159,7 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
 
 
 def start(arguments_: list[str], folder: Path) -> subprocess.Popen:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf_home"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder} hf_home", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *arguments_],
         cwd=ROOT,

@@ -152,7 +152,10 @@ def _pool_moved(
     The map is read once, at the composition of all operations, with linear interpolation. Reading it once for each operation,
     to the nearest cell, as the authors do, moves labels by up to half a cell every time.
     """
-    points_per_token = tuple(math.ceil(cells / tokens) for cells, tokens in zip(palette_scores.shape[-2:], grid_size))
+    finer = 2 if known_only else 1  # whole points are left out at the border of the known part
+    points_per_token = tuple(
+        finer * math.ceil(cells / tokens) for cells, tokens in zip(palette_scores.shape[-2:], grid_size)
+    )
     points = geometry.points(grid_size, points_per_token)  # (B, P, Q, 2)
     sampled = nn.functional.grid_sample(
         palette_scores, 2 * points - 1, mode="bilinear", padding_mode="border", align_corners=False
