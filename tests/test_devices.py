@@ -24,7 +24,18 @@ CONFIGS = ROOT / "modeling_lvvit" / "accelerate_configs"
 LAUNCH = ["-m", "accelerate.commands.launch"]
 # 20 steps of 32 images with every augmentation, but nothing that hangs on who sits beside whom in a batch
 ALIKE = ["--max_steps", "20", "--logging_steps", "1", "--mix_probability", "0", "--batch_norm", "frozen"]
-ALIKE += ["--learning_rate", "1e-2", "--save_picture", "False", "--save_strategy", "no", "--disable_tqdm", "True"]
+ALIKE += [
+    "--learning_rate",
+    "1e-2",
+    "--lr_scheduler_type",
+    "constant",
+    "--save_picture",
+    "False",
+    "--save_strategy",
+    "no",
+    "--disable_tqdm",
+    "True",
+]
 
 
 @pytest.fixture(scope="module")

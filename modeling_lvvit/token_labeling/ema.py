@@ -36,8 +36,8 @@ class EMACallback(TrainerCallback):
         self.count = 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        model = getattr(model, "_orig_mod", model)  # under FSDP a compiled model comes wrapped
-        self._live = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self._model = getattr(model, "_orig_mod", model)  # under FSDP a compiled model comes wrapped
+        self._live = self._tensors_of_model()
         self.average, self.count = {name: tensor.clone() for name, tensor in self._live.items()}, 0
         self.effective_decay = self.decay
         if self.is_base:
@@ -55,7 +55,7 @@ class EMACallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         floats = [name for name, tensor in self._live.items() if self.count and tensor.is_floating_point()]
         if floats:
-            old, new = ([tensors[name] for name in floats] for tensors in (self.average, self._live))
+            old, new = ([_shard(tensors[name]) for name in floats] for tensors in (self.average, self._live))
             torch._foreach_lerp_(old, new, 1 - self.effective_decay)
         for name in self._live.keys() - set(floats):
             self.average[name].copy_(self._live[name])
@@ -70,8 +70,8 @@ class EMACallback(TrainerCallback):
                 logger.warning("The best checkpoint has no %s: its raw weights are kept.", EMA_FILE)
                 self.average = None
         if self.average is not None:
-            _copy(self.average, self._live)
-        self.average = self._live = None
+            _copy(self.average, self._tensors_of_model())
+        self.average = self._live = self._model = None
 
     def save(self, folder: str | Path, is_writer: bool) -> None:
         """Writes the average; every process must call it, because sharded weights are collected.
@@ -93,12 +93,16 @@ class EMACallback(TrainerCallback):
         if self.average is None:
             yield
             return
-        raw = {name: tensor.clone() for name, tensor in self._live.items()}
+        raw = {name: tensor.clone() for name, tensor in self._tensors_of_model().items()}
         _copy(self.average, self._live)
         try:
             yield
         finally:
-            _copy(raw, self._live)
+            _copy(raw, self._tensors_of_model())
+
+    def _tensors_of_model(self) -> dict[str, torch.Tensor]:
+        """Weights and buffers, not copied. Asking anew makes FSDP drop the whole copies that it kept of an evaluation."""
+        return {name: tensor.detach() for name, tensor in self._model.state_dict().items()}
 
     def _restore(self, args, step: int) -> None:
         folders = [Path(args.output_dir) / f"checkpoint-{step}"]
@@ -120,6 +124,10 @@ class EMACallback(TrainerCallback):
         _copy(tensors, self.average)
 
 
+def _shard(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -129,5 +137,7 @@ def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> N
     for name, tensor in target.items():
         value = source[name]
         if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
-            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+            value = distribute_tensor(
+                value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+            )
         tensor.copy_(value)
