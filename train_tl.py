@@ -19,7 +19,8 @@ from transformers import set_seed
 from dataset_scripts import digit_scenes
 from modeling_lvvit import LVViTConfig
 from modeling_lvvit.building import build_model
-from modeling_lvvit.command_line import EMBEDDED_RECIPE, ModelArguments, parse, prepare_output_dir
+from modeling_lvvit.checkpoints import prepare_output_dir
+from modeling_lvvit.command_line import EMBEDDED_RECIPE, ModelArguments, parse
 from modeling_lvvit.launching import is_main_process, start_missing_processes, use_all_cpu_cores
 from modeling_lvvit.model_card import write_model_card
 from modeling_lvvit.token_labeling import (
@@ -155,7 +156,8 @@ def introduce(trainer: TokenLabelTrainer) -> None:
     images = "streamed" if isinstance(samples, TokenLabelStream) else f"{len(samples):,}"
     print(
         f"{type(trainer.model).__name__} with {trainer.model.num_parameters():,} parameters, {kind} labels, "
-        f"{images} training images, {args.images_per_step} a step, peak learning rate {args.learning_rate:.3g}",
+        f"{images} training images, {args.images_per_step} a step, peak learning rate {args.learning_rate:.3g}"
+        + (f" ({args.base_learning_rate:g} for 1,024 images, scaled)" if args.is_learning_rate_scaled else ""),
         flush=True,
     )
 

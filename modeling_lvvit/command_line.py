@@ -3,22 +3,18 @@
 import argparse
 import difflib
 import itertools
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .configuration_lvvit import LVViTConfig
 from .token_labeling import TokenLabelTrainingArguments
 from .token_labeling.data import DataArguments
-from .token_labeling.ema import EMA_FILE
 
 
-logger = logging.get_logger(__name__)
 RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED_RECIPE = "digit_scenes"
 # options of the embedded recipe that describe its model, which another choice of model replaces
@@ -199,54 +195,6 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenLab
         unknown = [_with_nearest(option.lstrip("-"), known) for option in rest if option.startswith("-")] or rest
         raise ValueError(f"Unknown options: {'; '.join(unknown)}.")
     return tuple(parsed)
-
-
-def is_whole_checkpoint(folder: Path, needs_average: bool) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes its state last, and the weight average follows."""
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    has_weights = (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
-    return has_weights and (not needs_average or (folder / EMA_FILE).is_file())
-
-
-def last_whole_checkpoint(output_dir: Path, needs_average: bool) -> Path | None:
-    """The newest complete checkpoint of a run; incomplete ones are named in a warning."""
-    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    for folder in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if is_whole_checkpoint(folder, needs_average):
-            return folder
-        logger.warning("%s is incomplete and passed over.", folder)
-    return None
-
-
-def prepare_output_dir(model_args: ModelArguments, training_args: TokenLabelTrainingArguments) -> None:
-    """Makes sure that no other run is written over, and finds the checkpoint that `last` stands for.
-
-    Raises:
-        ValueError: If `output_dir` holds another run, or there is no complete checkpoint to resume from.
-    """
-    output_dir = Path(training_args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file.")
-    needs_average = training_args.has_ema
-    resume = training_args.resume_from_checkpoint
-    if resume == "last":
-        resume = last_whole_checkpoint(output_dir, needs_average)
-        if resume is None:
-            raise ValueError(f"There is no complete checkpoint in {output_dir} to resume from.")
-        training_args.resume_from_checkpoint = str(resume)
-    elif resume is not None and not is_whole_checkpoint(Path(resume), needs_average):
-        wanted = f"trainer_state.json, {SAFE_WEIGHTS_NAME}" + (f" and {EMA_FILE}" if needs_average else "")
-        raise ValueError(f"{resume} is no complete checkpoint folder; it must hold {wanted}.")
-    continues = resume is not None and Path(resume).resolve().parent == output_dir.resolve()
-    holds_files = output_dir.is_dir() and any(output_dir.iterdir())
-    if holds_files and not continues and not model_args.overwrite_output_dir:
-        raise ValueError(
-            f"{output_dir} holds another run. Choose another --output_dir, continue it with --resume_from_checkpoint "
-            "last, or write over it with --overwrite_output_dir."
-        )
 
 
 def _with_nearest(key: str, known: set[str]) -> str:

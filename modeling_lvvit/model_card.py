@@ -13,7 +13,8 @@ from .token_labeling import TokenLabelTrainer
 
 REPORTED_OPTIONS = (
     "learning_rate", "num_train_epochs", "images_per_step", "weight_decay", "label_smoothing_factor", "seed",
-    "cls_weight", "dense_weight", "cls_target", "mix_probability", "ema_decay", "max_grad_norm", "bf16", "fp16",
+    "lr_schedule", "cls_weight", "dense_weight", "cls_target", "mix_methods", "mix_probability", "ema_decay",
+    "base_ema_decay", "batch_norm", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
 
 

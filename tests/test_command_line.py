@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from modeling_lvvit.command_line import find_recipe, parse, prepare_output_dir, recipe_names
+from modeling_lvvit.checkpoints import prepare_output_dir
+from modeling_lvvit.command_line import find_recipe, parse, recipe_names
 
 
 def write_recipe(folder, **options) -> str:

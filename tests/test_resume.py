@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,8 +22,8 @@ from test_program import ROOT, options, run
 from test_trainer import StopAfter, arguments
 from transformers import TrainerCallback
 
-from modeling_lvvit.command_line import is_whole_checkpoint, last_whole_checkpoint
-from modeling_lvvit.token_labeling import TokenLabelTrainer, TrainTransform
+from modeling_lvvit.checkpoints import is_whole_checkpoint, last_whole_checkpoint
+from modeling_lvvit.token_labeling import TokenLabelStream, TokenLabelTrainer, TrainTransform
 
 
 # everything that draws random numbers is on: augmentation, mixing, drop path, dropout; and everything that keeps state
@@ -62,6 +63,27 @@ def test_resumed_run_equals_an_uninterrupted_one(stop, variation, tiny_model, la
     for name in ("model.safetensors", "ema.safetensors"):  # raw weights and average
         folders = (tmp_path / part / "checkpoint-8" / name for part in ("whole", "parts"))
         assert_same_weights(*(load_file(folder) for folder in folders))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_stream_equals_an_uninterrupted_one(workers, tiny_model, tmp_path):
+    whole, first, second = (copy.deepcopy(random_model(tiny_model)) for _ in range(3))
+
+    def trainer(model, folder: str) -> TokenLabelTrainer:
+        rows = datasets.Dataset(labelled_table(24)).to_iterable_dataset(num_shards=2)
+        stream = TokenLabelStream(
+            rows, TrainTransform((32, 48), [0.5] * 3, [0.5] * 3), "image", "label", shuffle_buffer=7, seed=1
+        )
+        options = {**STATEFUL, "dataloader_num_workers": workers}
+        return TokenLabelTrainer(model, arguments(tmp_path / folder, **options), train_dataset=stream)
+
+    trainer(whole, "whole").train()
+    stopped = trainer(first, "parts")
+    stopped.add_callback(StopAfter(3))
+    stopped.train()
+    random.seed(99)
+    trainer(second, "parts").train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
+    assert_same_weights(second, whole)
 
 
 class SignalAt(TrainerCallback):

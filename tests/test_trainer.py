@@ -2,12 +2,13 @@
 
 import copy
 import logging
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import NUM_CLASSES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_data_path import plain_transform, samples_of
 from transformers import BitImageProcessor, TrainerCallback
 
@@ -178,6 +179,11 @@ BAD_ARGUMENTS = {
     "label_crop": "wrong",
     "mix_probability": 1.5,
     "ema_decay": 1.0,
+    "base_ema_decay": 0.0,
+    "mix_methods": ["cutout"],
+    "mixup_alpha": 0,
+    "lr_schedule": "other",
+    "batch_norm": "global",
     "label_smoothing_factor": 2.0,
     "per_device_train_batch_size": 0,
     "gradient_accumulation_steps": 0,
@@ -305,3 +311,68 @@ def test_a_finished_card_is_not_replaced_by_a_draft(tiny_model, labelled_rows, t
     card.unlink()
     trainer.create_model_card()
     assert card.is_file()
+
+
+def test_raw_and_averaged_accuracy_are_both_reported(tiny_model, labelled_rows, tmp_path):
+    """The average stays near the first step, the weights run away: other accuracies, and each is of its weights."""
+    evaluation = TokenLabelDataset(labelled_rows, ImageProcessorTransform(image_processor()), name="evaluation")
+    options = {"max_steps": 3, "ema_decay": 1 - 1e-9, "eval_strategy": "steps", "eval_steps": 3, "learning_rate": 0.5}
+    settings = arguments(tmp_path, **options, lr_scheduler_type="constant")
+    trainer = TokenLabelTrainer(tiny_model, settings, train_dataset=samples_of(labelled_rows), eval_dataset=evaluation)
+    seen = {}
+    trainer.add_callback(Keep(seen))
+    trainer.train()
+    raw, average = copy.deepcopy(tiny_model), tiny_model  # the average is what training leaves
+    raw.load_state_dict(seen["weights"])
+    logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    for name, model in (("eval_raw_accuracy", raw), ("eval_accuracy", average)):
+        metrics = TokenLabelTrainer(model, arguments(tmp_path), eval_dataset=evaluation).evaluate()
+        assert logged[name] == metrics["eval_accuracy"], name
+    assert "eval_raw_top5_accuracy" in logged
+
+
+class Keep(TrainerCallback):
+    """Keeps the weights of the last step."""
+
+    def __init__(self, seen: dict):
+        self.seen = seen
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen["weights"] = copy.deepcopy(model.state_dict())
+
+
+def test_logs_tell_speed_and_go_to_tensorboard(tiny_model, labelled_rows, tmp_path):
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, max_steps=4, logging_steps=2, report_to="tensorboard")
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "cls_loss" in entry]
+    assert all(entry["images_per_second"] > 0 and 0 <= entry["data_wait"] <= 1 for entry in entries)
+    assert all("learning_rate" in entry for entry in entries)
+    assert TokenLabelTrainingArguments(str(tmp_path)).report_to == ["tensorboard"]
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_averages_of_the_wrong_model_are_refused(tiny_model, labelled_rows, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "ema_decay": 0.9}
+    trainer_for(copy.deepcopy(tiny_model), labelled_rows, tmp_path, **options).train()
+    save_file({"n_averaged": torch.tensor(1), "other": torch.zeros(1)}, tmp_path / "checkpoint-1" / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"ema.safetensors holds other weights"):
+        trainer_for(tiny_model, labelled_rows, tmp_path, **options).train(str(tmp_path / "checkpoint-1"))
+
+
+def test_published_schedule_goes_through_a_shortened_run(tiny_model, labelled_rows, tmp_path):
+    """Ten epochs stretched over 20 steps: 2 of warm-up, 6 of cosine, 2 at the minimum; two steps each."""
+    options = {"lr_schedule": "published", "num_train_epochs": 10, "warmup_epochs": 2, "cooldown_epochs": 2}
+    options |= {"learning_rate": 1.0, "base_learning_rate": 1.0, "base_warmup_learning_rate": 0.2}
+    options |= {"base_min_learning_rate": 0.1, "max_steps": 20, "logging_steps": 1, "optim": "sgd"}
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, **options)
+    scheduler = trainer.create_scheduler(20, torch.optim.SGD(tiny_model.parameters(), lr=1.0))
+    rates = []
+    for _ in range(20):
+        rates.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+    cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * epoch / 8)) for epoch in range(2, 8)]
+    assert rates[::2] == pytest.approx([0.2, 0.6, *cosine, 0.1, 0.1])
+    assert rates[1::2] == rates[::2]
+    with pytest.raises(ValueError, match="shorten these"):
+        arguments(tmp_path, lr_schedule="published", num_train_epochs=15)

@@ -110,15 +110,15 @@ class TokenLabelTrainingArguments(TrainingArguments):
             self.use_cpu, self.dataloader_pin_memory = True, False
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of images must not hang on what each process drew before
-        scale_learning_rate = self.learning_rate is None
-        if scale_learning_rate:
+        self.is_learning_rate_scaled = self.learning_rate is None
+        if self.is_learning_rate_scaled:
             self.learning_rate = self.base_learning_rate
         super().__post_init__()
         # accelerate's loading by one process (its default under FSDP) cannot pass on batch-norm statistics (its issue 3898)
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         if self.fsdp_plugin_args is not None:
             self.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
-        if scale_learning_rate:
+        if self.is_learning_rate_scaled:
             self.learning_rate = self.base_learning_rate * self.images_per_step / 1024
 
     @property

@@ -1,0 +1,76 @@
+"""Which checkpoints of a run can be continued, and where a run may write."""
+
+import json
+import os
+from pathlib import Path
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from .command_line import ModelArguments
+from .token_labeling import TokenLabelTrainingArguments
+from .token_labeling.ema import EMA_FILE
+
+
+logger = logging.get_logger(__name__)
+
+
+def is_whole_checkpoint(folder: Path, needs_average: bool) -> bool:
+    """Whether a checkpoint was written to its end: `TokenLabelTrainer` writes `trainer_state.json` last."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    has_weights = (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
+    return has_weights and (not needs_average or (folder / EMA_FILE).is_file())
+
+
+def last_whole_checkpoint(output_dir: Path, needs_average: bool) -> Path | None:
+    """The newest complete checkpoint of a run; incomplete ones are named in a warning."""
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for folder in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if is_whole_checkpoint(folder, needs_average):
+            return folder
+        logger.warning("%s is incomplete and passed over.", folder)
+    return None
+
+
+def prepare_output_dir(model_args: ModelArguments, training_args: TokenLabelTrainingArguments) -> None:
+    """Makes sure that no other run is written over, and finds the checkpoint that `last` stands for.
+
+    Raises:
+        ValueError: If `output_dir` holds another run, or there is no complete checkpoint to resume from.
+    """
+    output_dir = Path(training_args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file.")
+    needs_average = training_args.has_ema
+    resume = training_args.resume_from_checkpoint
+    if resume == "last":
+        resume = last_whole_checkpoint(output_dir, needs_average)
+        if resume is None:
+            raise ValueError(f"There is no complete checkpoint in {output_dir} to resume from.")
+        training_args.resume_from_checkpoint = str(resume)
+    elif resume is not None and not is_whole_checkpoint(Path(resume), needs_average):
+        wanted = f"trainer_state.json, {SAFE_WEIGHTS_NAME}" + (f" and {EMA_FILE}" if needs_average else "")
+        raise ValueError(f"{resume} is no complete checkpoint folder; it must hold {wanted}.")
+    if resume is not None:
+        _check_sharding(Path(training_args.resume_from_checkpoint))
+    continues = resume is not None and Path(resume).resolve().parent == output_dir.resolve()
+    holds_files = output_dir.is_dir() and any(output_dir.iterdir())
+    if holds_files and not continues and not model_args.overwrite_output_dir:
+        raise ValueError(
+            f"{output_dir} holds another run. Choose another --output_dir, continue it with --resume_from_checkpoint "
+            "last, or write over it with --overwrite_output_dir."
+        )
+
+
+def _check_sharding(checkpoint: Path) -> None:
+    """Raises a `ValueError` if the optimiser state of a checkpoint has another form than this run needs."""
+    was_sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if was_sharded != is_sharded:
+        written, needed = ("with" if value else "without" for value in (was_sharded, is_sharded))
+        raise ValueError(
+            f"{checkpoint} was written {written} FSDP and cannot be continued {needed} it. Use the same accelerate "
+            "configuration, or start a new run from its weights with --model_name_or_path."
+        )
