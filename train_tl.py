@@ -21,7 +21,12 @@ from modeling_lvvit import LVViTConfig
 from modeling_lvvit.building import build_model
 from modeling_lvvit.checkpoints import prepare_output_dir
 from modeling_lvvit.command_line import EMBEDDED_RECIPE, ModelArguments, parse
-from modeling_lvvit.launching import is_main_process, start_missing_processes, use_all_cpu_cores
+from modeling_lvvit.launching import (
+    end_with_launcher,
+    is_main_process,
+    start_missing_processes,
+    use_all_cpu_cores,
+)
 from modeling_lvvit.model_card import write_model_card
 from modeling_lvvit.token_labeling import (
     ImageProcessorTransform,
@@ -176,6 +181,7 @@ def stop(trainer: TokenLabelTrainer) -> None:
 def main(arguments: list[str]) -> None:
     if start_missing_processes(__file__, arguments):
         return
+    end_with_launcher()
     try:
         model_args, data_args, training_args = parse(arguments)
         trainer, opened = prepare(model_args, data_args, training_args)

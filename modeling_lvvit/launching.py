@@ -1,6 +1,8 @@
 """Starting the processes of a program, and sharing the machine between them."""
 
+import ctypes
 import os
+import signal
 import sys
 
 import psutil
@@ -8,6 +10,9 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
+
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def missing_cpu_processes() -> int:
@@ -44,6 +49,15 @@ def start_missing_processes(program: str, arguments: list[str]) -> bool:
     except ChildFailedError:
         sys.exit(1)  # the processes have said why
     return True
+
+
+def end_with_launcher() -> None:
+    """Has Linux send SIGTERM to this process when `accelerate launch` is ended: that passes no signals on to a single
+    process, which would otherwise train on unnoticed."""
+    if sys.platform != "linux":
+        return
+    if any("accelerate" in word for word in psutil.Process(os.getppid()).cmdline()):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def is_main_process() -> bool:
