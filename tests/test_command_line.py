@@ -117,6 +117,40 @@ def test_resuming_elsewhere_does_not_open_the_way_into_another_run(tmp_path):
         prepare_output_dir(model_args, training_args)
 
 
+@pytest.mark.parametrize("was_sharded", [True, False])
+def test_sharded_and_whole_optimiser_states_are_not_mixed(was_sharded, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    for name in ("model.safetensors", *(["pytorch_model_fsdp.bin"] if was_sharded else [])):
+        (checkpoint / name).write_bytes(b"")
+    (checkpoint / "trainer_state.json").write_text("{}")
+    model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(checkpoint)])
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(not was_sharded).lower())
+    words = ("with", "without") if was_sharded else ("without", "with")
+    with pytest.raises(ValueError, match="was written {} FSDP and cannot be continued {} it".format(*words)):
+        prepare_output_dir(model_args, training_args)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(was_sharded).lower())
+    prepare_output_dir(model_args, training_args)
+
+
+def test_later_recipes_override_earlier_ones_and_merge_configurations(tmp_path):
+    first = write_recipe(tmp_path, dataset_name="pets", seed=5, config_overrides={"hidden_size": 64, "patch_size": 8})
+    second = tmp_path / "second.yaml"
+    second.write_text(f"base: {first}\nseed: 6\nconfig_overrides:\n  patch_size: 4\n")
+    third = tmp_path / "third.yaml"
+    third.write_text("config_overrides:\n  num_hidden_layers: 3\n")
+    model_args, data_args, training_args = parse([str(second), str(third), "--max_steps", "2"])
+    assert (data_args.dataset_name, training_args.seed, training_args.max_steps) == ("pets", 6, 2)
+    assert model_args.config_overrides == {"hidden_size": 64, "patch_size": 4, "num_hidden_layers": 3}
+
+
+def test_recipe_that_is_its_own_base_is_refused(tmp_path):
+    loop = tmp_path / "loop.yaml"
+    loop.write_text(f"base: {loop}\n")
+    with pytest.raises(ValueError, match="is its own base"):
+        parse([str(loop)])
+
+
 @pytest.mark.parametrize("option", ["--dataset_name", "--dataset-name"])
 def test_own_data_never_get_the_embedded_recipe(option):
     assert parse([option, "pets"])[1].horizontal_flip == 0.5

@@ -11,7 +11,7 @@ import torch
 from conftest import labelled_table
 from pyarrow import parquet
 from safetensors.torch import load_file
-from test_program import ROOT, options, run
+from test_program import ROOT, TINY, options, run
 from test_trainer import trainer_for
 from transformers import AutoModelForImageClassification
 
@@ -92,6 +92,20 @@ def test_two_processes_have_the_loss_curve_of_one(data, one_process, tmp_path):
     losses = train(data, tmp_path / "run", [*LAUNCH, "--cpu", "--num_processes", "2"], 16)
     assert len(losses) == 20
     assert losses == pytest.approx(one_process[0], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_continue_within_an_epoch_as_if_never_stopped(data, tmp_path):
+    """Everything random is on; step 7 is the second of the second epoch."""
+    launch = [*LAUNCH, "--cpu", "--num_processes", "2"]
+    drop_path = TINY.replace("}", ", drop_path_rate: 0.2}")
+    more = ["--mix_probability", "1", "--config_overrides", drop_path, "--batch_norm", "local", "--max_steps", "11"]
+    more += ["--ema_decay", "0.5", "--save_strategy", "steps", "--save_steps", "7"]
+    train(data, tmp_path / "whole", launch, 16, *more)
+    resume = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-7")]
+    train(data, tmp_path / "resumed", launch, 16, *more, *resume)
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
 
 @pytest.mark.slow
