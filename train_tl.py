@@ -19,7 +19,7 @@ from transformers import set_seed
 from dataset_scripts import digit_scenes
 from modeling_lvvit import LVViTConfig
 from modeling_lvvit.building import build_model
-from modeling_lvvit.checkpoints import prepare_output_dir
+from modeling_lvvit.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from modeling_lvvit.command_line import EMBEDDED_RECIPE, ModelArguments, parse
 from modeling_lvvit.launching import (
     end_with_launcher,
@@ -168,14 +168,14 @@ def introduce(trainer: TokenLabelTrainer) -> None:
 
 
 def stop(trainer: TokenLabelTrainer) -> None:
-    """Ends the program after a signal, with the status that shells give to one that SIGTERM ended."""
+    """Ends the program after a signal, with the status that shells give to one that the signal ended."""
     if trainer.is_world_process_zero():
         print(
             f"stopped by {trainer.stop_on_signal.received} after step {trainer.state.global_step:,} of "
             f"{trainer.state.max_steps:,}; the same command with --resume_from_checkpoint last goes on from there",
             file=sys.stderr,
         )
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(128 + (signal.SIGINT if trainer.stop_on_signal.received == "SIGINT" else signal.SIGTERM))
 
 
 def main(arguments: list[str]) -> None:
@@ -189,6 +189,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"train_tl.py: {error}" if is_main_process() else 1)
     is_main = trainer.is_world_process_zero()
     if is_main:
+        discard_overwritten_checkpoints(model_args, training_args)
         introduce(trainer)
     try:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

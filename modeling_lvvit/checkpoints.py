@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
+from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .command_line import ModelArguments
@@ -21,7 +23,8 @@ def is_whole_checkpoint(folder: Path, needs_average: bool) -> bool:
     except (OSError, ValueError):
         return False
     has_weights = (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
-    return has_weights and (not needs_average or (folder / EMA_FILE).is_file())
+    has_optimizer = (folder / SCHEDULER_NAME).is_file()  # written after the optimiser; absent with `save_only_model`
+    return has_weights and has_optimizer and (not needs_average or (folder / EMA_FILE).is_file())
 
 
 def last_whole_checkpoint(output_dir: Path, needs_average: bool) -> Path | None:
@@ -51,7 +54,9 @@ def prepare_output_dir(model_args: ModelArguments, training_args: TokenLabelTrai
             raise ValueError(f"There is no complete checkpoint in {output_dir} to resume from.")
         training_args.resume_from_checkpoint = str(resume)
     elif resume is not None and not is_whole_checkpoint(Path(resume), needs_average):
-        wanted = f"trainer_state.json, {SAFE_WEIGHTS_NAME}" + (f" and {EMA_FILE}" if needs_average else "")
+        wanted = f"trainer_state.json, {SCHEDULER_NAME}, {SAFE_WEIGHTS_NAME}" + (
+            f" and {EMA_FILE}" if needs_average else ""
+        )
         raise ValueError(f"{resume} is no complete checkpoint folder; it must hold {wanted}.")
     if resume is not None:
         _check_sharding(Path(training_args.resume_from_checkpoint))
@@ -62,6 +67,16 @@ def prepare_output_dir(model_args: ModelArguments, training_args: TokenLabelTrai
             f"{output_dir} holds another run. Choose another --output_dir, continue it with --resume_from_checkpoint "
             "last, or write over it with --overwrite_output_dir."
         )
+
+
+def discard_overwritten_checkpoints(model_args: ModelArguments, training_args: TokenLabelTrainingArguments) -> None:
+    """Deletes the checkpoints of the run that is written over, so that none of them is taken for one of this run.
+
+    To be called once, by the main process, when everything is ready to train.
+    """
+    if model_args.overwrite_output_dir and training_args.resume_from_checkpoint is None:
+        for folder in Path(training_args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(folder)
 
 
 def _check_sharding(checkpoint: Path) -> None:

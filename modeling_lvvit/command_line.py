@@ -17,6 +17,8 @@ from .token_labeling.data import DataArguments
 
 RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED_RECIPE = "digit_scenes"
+# pairs of options of which one replaces the other
+ALTERNATIVES = (("variant", "model_name_or_path"), ("ema_decay", "base_ema_decay"))
 # options of the embedded recipe that describe its model, which another choice of model replaces
 MODEL_SHAPE_OPTIONS = ("config_overrides", "image_size", "crop_fraction")
 # fields of LVViTConfig that follow from the data or have an option of their own
@@ -137,7 +139,7 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, above: tuple[Path, 
 def _merged(options: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     """Options of two recipes; the later ones hold, and configuration fields are merged one by one."""
     both = (options.get("config_overrides"), later.get("config_overrides"))
-    merged = {**options, **later}
+    merged = {**_without_replaced(options, later), **later}
     if all(isinstance(fields, dict) for fields in both):
         merged["config_overrides"] = {**both[0], **both[1]}
     return merged
@@ -148,6 +150,10 @@ def _converted(action: argparse.Action, value: Any) -> Any:
     takes_mapping = action.dest == "config_overrides" or action.dest.endswith(("_kwargs", "_config", "optim_args"))
     if (isinstance(value, dict) and takes_mapping) or (value is None and action.default is None):
         return value
+    if isinstance(value, list) and action.dest == "report_to":
+        return value
+    if value is False and "no" in (action.choices or ()):  # what YAML makes of an unquoted no
+        return "no"
     takes_list = action.nargs in ("+", "*")
     values = value if isinstance(value, list) and takes_list else [value]
     try:
@@ -161,8 +167,25 @@ def _converted(action: argparse.Action, value: Any) -> Any:
     return converted if takes_list else converted[0]
 
 
+def _without_replaced(options: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Options without those whose alternative stands in `later`."""
+    replaced = {other for pair in ALTERNATIVES for name, other in (pair, pair[::-1]) if later.get(name) is not None}
+    return {name: value for name, value in options.items() if name not in replaced}
+
+
+def _given_options(parser: argparse.ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """Options that stand on the command line."""
+    defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
+    unset = object()
+    parser.set_defaults(**dict.fromkeys(defaults, unset))
+    given, _ = parser.parse_known_args(arguments)
+    parser.set_defaults(**defaults)
+    return {name: value for name, value in vars(given).items() if value is not unset}
+
+
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenLabelTrainingArguments]:
-    """Parses `[RECIPE ...] [--option value ...]`; later recipes override earlier ones, options override recipes.
+    """Parses `[RECIPE ...] [--option value ...]`; later recipes override earlier ones, options override recipes; fields of
+    `config_overrides` are merged.
 
     Without a recipe and without `--dataset_name`, the embedded recipe is the base.
 
@@ -175,18 +198,15 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenLab
     parser = HfArgumentParser(types, prog="train_tl.py", usage=usage, allow_abbrev=False)
     recipes = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     arguments = arguments[len(recipes) :]
-    if recipes:
-        options: dict[str, Any] = {}
-        for recipe in recipes:
-            options = _merged(options, read_recipe(find_recipe(recipe), parser))
-        parser.set_defaults(**options)
-    else:
-        given, _ = parser.parse_known_args(arguments)
-        if given.dataset_name is None:
-            embedded = read_recipe(find_recipe(EMBEDDED_RECIPE), parser)
-            if given.variant or given.model_name_or_path:
-                embedded = {key: value for key, value in embedded.items() if key not in MODEL_SHAPE_OPTIONS}
-            parser.set_defaults(**embedded)
+    given = _given_options(parser, arguments)
+    options: dict[str, Any] = {}
+    for recipe in recipes:
+        options = _merged(options, read_recipe(find_recipe(recipe), parser))
+    if not recipes and "dataset_name" not in given:
+        options = read_recipe(find_recipe(EMBEDDED_RECIPE), parser)
+        if given.keys() & {"variant", "model_name_or_path"}:
+            options = {key: value for key, value in options.items() if key not in MODEL_SHAPE_OPTIONS}
+    parser.set_defaults(**_without_replaced(options, given))
     *parsed, rest = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
@@ -194,6 +214,9 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenLab
         known = {action.dest for action in parser._actions}
         unknown = [_with_nearest(option.lstrip("-"), known) for option in rest if option.startswith("-")] or rest
         raise ValueError(f"Unknown options: {'; '.join(unknown)}.")
+    overrides = (options.get("config_overrides"), parsed[0].config_overrides)
+    if "config_overrides" in given and all(isinstance(fields, dict) for fields in overrides):
+        parsed[0].config_overrides = {**overrides[0], **overrides[1]}
     return tuple(parsed)
 
 

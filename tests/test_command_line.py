@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from modeling_lvvit.checkpoints import prepare_output_dir
+from modeling_lvvit.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from modeling_lvvit.command_line import find_recipe, parse, recipe_names
 
 
@@ -43,7 +43,7 @@ def test_options_override_a_recipe_file(tmp_path):
 
 @pytest.mark.parametrize("text", ['{"hidden_size": 64}', "{hidden_size: 64}"])
 def test_configuration_overrides_are_a_mapping(text):
-    assert parse(["--config_overrides", text])[0].config_overrides == {"hidden_size": 64}
+    assert parse(["--dataset_name", "pets", "--config_overrides", text])[0].config_overrides == {"hidden_size": 64}
 
 
 def test_unknown_recipe_key_is_named_with_the_nearest_one(tmp_path):
@@ -98,6 +98,7 @@ def test_resuming_finds_the_last_checkpoint(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"")
+        (folder / "scheduler.pt").write_bytes(b"")
         (folder / "trainer_state.json").write_text("{}" if step < 11 else "{cut o")
     model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"])
     prepare_output_dir(model_args, training_args)
@@ -108,6 +109,7 @@ def test_resuming_elsewhere_does_not_open_the_way_into_another_run(tmp_path):
     checkpoint = tmp_path / "mine" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(b"")
+    (checkpoint / "scheduler.pt").write_bytes(b"")
     (checkpoint / "trainer_state.json").write_text("{}")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.safetensors").write_bytes(b"")
@@ -121,7 +123,7 @@ def test_resuming_elsewhere_does_not_open_the_way_into_another_run(tmp_path):
 def test_sharded_and_whole_optimiser_states_are_not_mixed(was_sharded, tmp_path, monkeypatch):
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
-    for name in ("model.safetensors", *(["pytorch_model_fsdp.bin"] if was_sharded else [])):
+    for name in ("model.safetensors", "scheduler.pt", *(["pytorch_model_fsdp.bin"] if was_sharded else [])):
         (checkpoint / name).write_bytes(b"")
     (checkpoint / "trainer_state.json").write_text("{}")
     model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(checkpoint)])
@@ -192,3 +194,38 @@ def test_bad_recipe_values_are_named(option, tmp_path):
 def test_bad_configuration_overrides_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         parse(["--config_overrides", text])
+
+
+def test_one_of_two_alternatives_replaces_that_of_a_recipe(tmp_path):
+    recipe = write_recipe(tmp_path, variant="lvvit_t_224", base_ema_decay=0.999)
+    model_args, _, training_args = parse([recipe, "--model_name_or_path", "x", "--ema_decay", "0.5"])
+    assert (model_args.variant, model_args.model_name_or_path) == (None, "x")
+    assert (training_args.base_ema_decay, training_args.ema_decay) == (None, 0.5)
+    later = tmp_path / "later.yaml"
+    later.write_text("ema_decay: 0.9")
+    assert parse([recipe, str(later)])[2].base_ema_decay is None
+
+
+def test_configuration_fields_of_options_and_recipe_are_merged(tmp_path):
+    recipe = write_recipe(tmp_path, config_overrides={"hidden_size": 64, "drop_path_rate": 0.1})
+    model_args, _, _ = parse([recipe, "--config_overrides", "{drop_path_rate: 0.3}"])
+    assert model_args.config_overrides == {"hidden_size": 64, "drop_path_rate": 0.3}
+
+
+def test_lists_of_loggers_and_an_unquoted_no_are_understood(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("report_to: [tensorboard, wandb]\neval_strategy: no\n")
+    training_args = parse([str(recipe)])[2]
+    assert (training_args.report_to, training_args.eval_strategy.value) == (["tensorboard", "wandb"], "no")
+
+
+def test_checkpoints_of_a_run_that_is_written_over_are_discarded(tmp_path):
+    (tmp_path / "checkpoint-120").mkdir()
+    for options, remains in (
+        (["--resume_from_checkpoint", "x"], True),
+        ([], True),
+        (["--overwrite_output_dir"], False),
+    ):
+        model_args, _, training_args = parse(["--output_dir", str(tmp_path), *options])
+        discard_overwritten_checkpoints(model_args, training_args)
+        assert (tmp_path / "checkpoint-120").exists() == remains

@@ -157,15 +157,24 @@ def test_collator_does_not_mix_evaluation_samples():
     assert set(batch) == {"pixel_values", "labels"}
 
 
-def test_mix_boxes_stay_on_the_grid_and_have_the_drawn_area():
+def test_mix_boxes_stay_on_the_grid_and_have_the_published_area():
+    """The mean over the published rule on 14 x 14 tokens, by summation over all draws of it, is 0.271."""
     torch.manual_seed(0)
     areas = []
-    for _ in range(500):
-        left, top, right, bottom = draw_mix_box((4, 9), alpha=1.0)
-        assert 0 <= left <= right <= 9
-        assert 0 <= top <= bottom <= 4
-        areas.append((right - left) * (bottom - top) / 36)
-    assert 0.2 < np.mean(areas) < 0.5  # half of the area, less what is cut off at the border and rounded down
+    for _ in range(2000):
+        left, top, right, bottom = draw_mix_box((14, 14), alpha=1.0)
+        assert 0 <= left <= right <= 14
+        assert 0 <= top <= bottom <= 14
+        areas.append((right - left) * (bottom - top) / 196)
+    assert np.mean(areas) == pytest.approx(0.271, abs=0.015)
+
+
+def test_mix_box_by_hand(monkeypatch):
+    """Kept share 0.75: half of 10 rows and of 6 columns, 5 and 3; from the centre (7, 1) two rows and one column each way."""
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: torch.tensor(0.75))
+    centre = iter((7, 1))
+    monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(next(centre)))
+    assert draw_mix_box((10, 6), alpha=1.0) == (0, 5, 2, 9)
 
 
 def break_image(row: int, content: bytes | None) -> datasets.Dataset:

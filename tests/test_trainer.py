@@ -284,7 +284,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(tiny_model, labelled_rows, t
 def test_plain_training_says_that_the_patch_head_is_left_out(tiny_model, labelled_rows, tmp_path, caplog):
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
-    package_logger = logging.getLogger("modeling_lvvit.token_labeling.trainer")
+    package_logger = logging.getLogger("modeling_lvvit.token_labeling.model_fit")
     package_logger.setLevel(logging.INFO)
     package_logger.addHandler(caplog.handler)
     trainer_for(tiny_model, labelled_rows, tmp_path, with_maps=False)

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 
 # Processes agree on stopping by a collective operation, which waits for the device: not at every step.
 STEPS_BETWEEN_AGREEMENTS = 8
+SECONDS_BETWEEN_INTERRUPTS = 1.0  # one Ctrl-C can arrive twice, from the terminal and from a launcher
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -56,53 +58,69 @@ class EpochCallback(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """On SIGTERM (pre-emption) or Ctrl-C: finishes the step, saves a checkpoint and ends training.
 
-    A second signal of the kind has its usual effect. With several processes all stop after the same step, within eight steps.
+    Further SIGTERMs change nothing: launchers pass on what schedulers have already sent. A second Ctrl-C interrupts at once.
+    With several processes all stop after the same step, within eight steps. A signal during an evaluation counts after it.
 
     Args:
         accelerator: For the agreement between processes.
 
     Attributes:
         received: Name of the signal that ended training, `None` if none did.
+        is_stopping: Whether training is being ended.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.received: str | None = None
+        self.is_stopping = False
         self._handlers: dict[int, Any] = {}
-        self._is_stopping = False
+        self._received_at = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.received, self._is_stopping = None, False
+        self.received, self.is_stopping = None, False
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def _note(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(number, self._handlers[number])
+        is_repeated = self.received is not None and time.monotonic() - self._received_at > SECONDS_BETWEEN_INTERRUPTS
+        if number == signal.SIGINT and is_repeated:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number).name, time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._should_stop(state.global_step):
-            self._is_stopping = True
-            self.received = self.received or "the signal of another process"
-            control.should_save = control.should_training_stop = True
+        is_due = self.accelerator.num_processes == 1 or state.global_step % STEPS_BETWEEN_AGREEMENTS == 0
+        if is_due and self._all_should_stop():
+            self._stop(control)
             control.should_evaluate = False
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._handlers and not self.is_stopping and self._all_should_stop():
+            self._stop(control)
+
+    def _stop(self, control) -> None:
+        self.is_stopping = True
+        self.received = self.received or "the signal of another process"
+        control.should_save = control.should_training_stop = True
+
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self._is_stopping:  # the checkpoint is written; the epoch is not over
+        if self.is_stopping:  # the checkpoint is written; the epoch is not over
             control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
-        if not self._is_stopping:  # it came after the last step: nothing was left undone
+        self.restore_handlers()
+        if not self.is_stopping:  # it came after the last step: nothing was left undone
             self.received = None
 
-    def _should_stop(self, step: int) -> bool:
+    def restore_handlers(self) -> None:
+        """Gives the signals their earlier meaning back; does nothing when that is done."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handlers = {}
+
+    def _all_should_stop(self) -> bool:
         if self.accelerator.num_processes == 1:
             return self.received is not None
-        if step % STEPS_BETWEEN_AGREEMENTS:
-            return False
         if self.received is not None:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()

@@ -14,7 +14,8 @@ MIX_METHODS = ("token", "cutmix", "mixup")
 
 def draw_mix_box(grid_size: tuple[int, int], alpha: float) -> tuple[int, int, int, int]:
     """Box to exchange: area share `1 - lambda` with `lambda ~ Beta(alpha, alpha)`, centre uniform over the grid, clipped at
-    its border (the box rule of CutMix, Yun et al. 2019; MixToken applies it to tokens).
+    its border (the box rule of CutMix, Yun et al. 2019, which MixToken applies to tokens). It reaches half its size, rounded
+    down, to both sides of the centre.
 
     Args:
         grid_size: Rows and columns of the grid of tokens, or of pixels.
@@ -30,8 +31,8 @@ def draw_mix_box(grid_size: tuple[int, int], alpha: float) -> tuple[int, int, in
     return (
         max(left, 0),
         max(top, 0),
-        min(left + box_columns, columns),
-        min(top + box_rows, rows),
+        min(column + box_columns // 2, columns),
+        min(row + box_rows // 2, rows),
     )
 
 

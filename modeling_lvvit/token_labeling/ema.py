@@ -33,6 +33,7 @@ class EMACallback(TrainerCallback):
     def __init__(self, decay: float, is_base: bool = False):
         self.decay, self.is_base = decay, is_base
         self.average: dict[str, torch.Tensor] | None = None
+        self.checkpoint: str | None = None  # where a resumed run goes on from
         self.count = 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -105,14 +106,11 @@ class EMACallback(TrainerCallback):
         return {name: tensor.detach() for name, tensor in self._model.state_dict().items()}
 
     def _restore(self, args, step: int) -> None:
-        folders = [Path(args.output_dir) / f"checkpoint-{step}"]
-        if isinstance(args.resume_from_checkpoint, str):
-            folders.insert(0, Path(args.resume_from_checkpoint))
-        found = next((folder / EMA_FILE for folder in folders if (folder / EMA_FILE).is_file()), None)
-        if found is None:
+        folder = Path(self.checkpoint or Path(args.output_dir) / f"checkpoint-{step}")
+        if not (folder / EMA_FILE).is_file():
             logger.warning("The checkpoint has no %s: the weight average starts anew from its weights.", EMA_FILE)
             return
-        self._load(found)
+        self._load(folder / EMA_FILE)
 
     def _load(self, path: Path) -> None:
         tensors = load_file(path)

@@ -161,15 +161,18 @@ def _pool_moved(
         palette_scores, 2 * points - 1, mode="bilinear", padding_mode="border", align_corners=False
     )  # (B, U, P, Q)
     low, high = geometry.image_box.float()[:, None, None].split(2, dim=-1)
-    counted = ((points >= low) & (points <= high)).all(dim=-1)  # (B, P, Q)
-    if known_only:
-        counted = counted & ((points >= 0) & (points <= 1)).all(dim=-1)
-    counted = counted.unsqueeze(1).float()
-    mean = nn.functional.avg_pool2d(sampled * counted, points_per_token)  # (B, U, token_rows, token_columns)
+    shown = ((points >= low) & (points <= high)).all(dim=-1).unsqueeze(1)  # (B, 1, P, Q)
     if not known_only:
-        return mean
-    share = nn.functional.avg_pool2d(counted, points_per_token)
-    return mean / share.clamp(min=1e-6)
+        return nn.functional.avg_pool2d(sampled * shown, points_per_token)  # (B, U, token_rows, token_columns)
+    known = shown & ((points >= 0) & (points <= 1)).all(dim=-1).unsqueeze(1)
+    (known_mean, known_share), (shown_mean, shown_share) = (
+        (nn.functional.avg_pool2d(part, points_per_token) for part in (sampled * counted, counted.float()))
+        for counted in (known, shown)
+    )
+    # a crop that shows nothing that the map covers has the scores of the nearest cells, one that shows nothing at all has none
+    return torch.where(
+        known_share > 0, known_mean / known_share.clamp(min=1e-6), shown_mean / shown_share.clamp(min=1e-6)
+    )
 
 
 def softmax_over_all_classes(pooled: torch.Tensor, palette: torch.Tensor, num_classes: int) -> SparseTargets:

@@ -11,7 +11,7 @@ from timm.data.auto_augment import rand_augment_transform
 
 # operations of timm that move pixels; all others change colours only
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
-POLICY = re.compile(r"rand(-(m\d+|n\d+|p(0?\.\d+|[01](\.0+)?)|mstd(\d*\.)?\d+|mmax\d+|inc[01]))*")
+POLICY = re.compile(r"rand(-(m\d+|n\d+|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax\d+|inc[01]))*")
 
 
 class _AffineRecorder:

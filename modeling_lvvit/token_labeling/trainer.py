@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
 
 from .arguments import TokenLabelTrainingArguments
 from .batch_norm import set_batch_norm
@@ -19,25 +18,17 @@ from .collator import TokenLabelCollator
 from .dataset import TokenLabelDataset
 from .ema import EMACallback
 from .metrics import compute_accuracy, rank_classes
+from .model_fit import check_fit, set_patch_logits_weight, token_grid_of
 from .objective import LABEL_FIELDS, TokenLabelingObjective
+from .randomness import seeded
 from .schedule import published_schedule
 from .sharding import own_class, set_up_sharding, share_statistics
 from .stream import TokenLabelStream, stream_loader
 from .throughput import Throughput
 
 
-logger = logging.get_logger(__name__)
 # parameters of more than one dimension that the published recipe exempts from weight decay besides all vectors
 NO_DECAY_NAMES = ("cls_token", "position_embeddings", "pos_embed")
-
-
-def token_grid_of(model: nn.Module) -> tuple[int, int]:
-    """Token rows and columns that the configuration of a model describes."""
-    config = model.config
-    if hasattr(config, "grid_size"):
-        return tuple(config.grid_size)
-    size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
-    return size[0] // config.patch_size, size[1] // config.patch_size
 
 
 class TokenLabelTrainer(Trainer):
@@ -71,9 +62,9 @@ class TokenLabelTrainer(Trainer):
         self.grid_size = token_grid_of(model)
         self.num_classes = model.config.num_labels
         has_label_maps = getattr(train_dataset, "has_label_maps", None)
-        self._check_fit(args, train_dataset)
+        check_fit(args, train_dataset, self.num_classes)
         if has_label_maps is not None:
-            self._set_patch_logits_weight(model, trained=has_label_maps and args.dense_weight > 0)
+            set_patch_logits_weight(model.config, is_trained=has_label_maps and args.dense_weight > 0)
         if data_collator is None:
             data_collator = TokenLabelCollator(
                 self.grid_size, args.mix_probability, args.mix_alpha, tuple(args.mix_methods), args.mixup_alpha
@@ -107,31 +98,6 @@ class TokenLabelTrainer(Trainer):
         if isinstance(train_dataset, TokenLabelDataset):
             self._sampler = EpochSampler(len(train_dataset))
             self.add_callback(EpochCallback(train_dataset, self._sampler))
-
-    def _check_fit(self, args: TokenLabelTrainingArguments, train_dataset: Any) -> None:
-        if args.n_gpu > 1:
-            raise ValueError(
-                "DataParallel would tear apart the images that are mixed with each other. Start one process per GPU: "
-                f"accelerate launch --num_processes {args.n_gpu} ..., or set CUDA_VISIBLE_DEVICES."
-            )
-        if args.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns=True would drop the dense labels and crop boxes before they reach the loss; "
-                "leave it at False."
-            )
-        if isinstance(train_dataset, (TokenLabelDataset, TokenLabelStream)):
-            train_dataset.check_num_classes(self.num_classes)
-
-    def _set_patch_logits_weight(self, model: nn.Module, trained: bool) -> None:
-        """Lets the patch head enter the prediction exactly when it is trained."""
-        config = model.config
-        if not hasattr(config, "patch_logits_weight"):
-            return
-        if not trained and config.patch_logits_weight:
-            logger.info("No dense labels: the patch head is not trained and left out of `logits`.")
-            config.patch_logits_weight = 0.0
-        elif trained and not config.patch_logits_weight:
-            config.patch_logits_weight = type(config)().patch_logits_weight
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`, with FSDP2 on any device."""
@@ -227,25 +193,59 @@ class TokenLabelTrainer(Trainer):
             logs |= self.throughput.report()
         super().log(logs, *args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in `Trainer`. After SIGTERM or Ctrl-C it returns early, with a checkpoint: see `stop_on_signal.received`."""
         self.throughput.start()
-        return super().train(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.stop_on_signal.restore_handlers()
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """As in `Trainer`; during training with a weight average, that is evaluated, and the raw accuracy added."""
-        with self.throughput.paused():
-            share_statistics(self.accelerator, self.accelerator.unwrap_model(self.model))
+    def _finalize_training(self, *args: Any):
+        if self.stop_on_signal.is_stopping:
+            # the run is not over: its best checkpoint is not loaded, and the one just written not deleted beside it
+            self.state.best_model_checkpoint = None
+        return super()._finalize_training(*args)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, but a checkpoint is written before the evaluation, which takes long, unless it hangs on the result."""
+        control, args_ = self.control, self.args
+        if control.should_save and control.should_evaluate and args_.metric_for_best_model is None:
+            control.should_evaluate = False
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            self.control.should_evaluate = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: Any | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in `Trainer`; during training with a weight average, that is evaluated, and the raw accuracy added. Draws nothing
+        from the random generators of training."""
+        if isinstance(
+            self.eval_dataset if eval_dataset is None else eval_dataset, dict
+        ):  # calls this for each of them
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        model = self.accelerator.unwrap_model(self.model)
+        with self.throughput.paused(), seeded(self.args.seed):
+            share_statistics(self.accelerator, model)
             if self.ema is None or self.ema.average is None:
-                return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             raw = {}
-            eval_dataset = kwargs.get("eval_dataset", args[0] if args else None) or self.eval_dataset
-            if self.args.evaluate_raw_weights and not isinstance(eval_dataset, dict):
-                figures = self.predict(eval_dataset, metric_key_prefix=f"{metric_key_prefix}_raw").metrics
+            if self.args.evaluate_raw_weights:
+                loader = self.get_eval_dataloader(eval_dataset)
+                figures = self.evaluation_loop(
+                    loader, "Raw weights", ignore_keys=ignore_keys, metric_key_prefix=f"{metric_key_prefix}_raw"
+                ).metrics
                 raw = {name: value for name, value in figures.items() if name.endswith("accuracy")}
                 self.log(dict(raw))
             with self.ema.average_in_model():
-                return raw | super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+                share_statistics(self.accelerator, model)
+                return raw | super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; a checkpoint also gets the weight average, before any older one is deleted."""
