@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from test_data_path import samples_of
 from test_program import ROOT, options, run
 from test_trainer import StopAfter, arguments
-from transformers import TrainerCallback
 
 from modeling_lvvit.checkpoints import is_whole_checkpoint, last_whole_checkpoint
 from modeling_lvvit.token_labeling import TokenLabelStream, TokenLabelTrainer, TrainTransform
@@ -37,9 +36,10 @@ def random_model(tiny_model):
     return tiny_model
 
 
-def trainer_of(model, rows, folder: Path, **overrides) -> TokenLabelTrainer:
+def trainer_of(model, rows, folder: Path, evaluation=None, **overrides) -> TokenLabelTrainer:
     samples = samples_of(rows, TrainTransform((32, 48), [0.5] * 3, [0.5] * 3))
-    return TokenLabelTrainer(model, arguments(folder, **{**STATEFUL, **overrides}), train_dataset=samples)
+    settings = arguments(folder, **{**STATEFUL, **overrides})
+    return TokenLabelTrainer(model, settings, train_dataset=samples, eval_dataset=evaluation)
 
 
 def assert_same_weights(first, second) -> None:
@@ -83,53 +83,6 @@ def test_resumed_stream_equals_an_uninterrupted_one(workers, tiny_model, tmp_pat
     stopped.train()
     random.seed(99)
     trainer(second, "parts").train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
-    assert_same_weights(second, whole)
-
-
-class SignalAt(TrainerCallback):
-    """Sends the process a signal, as a scheduler would."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_sigterm_saves_and_ends_after_the_step(tiny_model, labelled_rows, tmp_path):
-    whole, first, second = (copy.deepcopy(random_model(tiny_model)) for _ in range(3))
-    before = signal.getsignal(signal.SIGTERM)
-    trainer_of(whole, labelled_rows, tmp_path / "whole", save_strategy="no").train()
-    stopped = trainer_of(first, labelled_rows, tmp_path / "parts", save_strategy="no")
-    stopped.add_callback(SignalAt(3))
-    stopped.train()
-    assert stopped.stop_on_signal.received == "SIGTERM"
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-4"]
-    resumed = trainer_of(second, labelled_rows, tmp_path / "parts")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
-    assert resumed.stop_on_signal.received is None
-    assert_same_weights(second, whole)
-
-
-def test_sigterm_in_the_middle_of_a_save_loses_nothing(tiny_model, labelled_rows, tmp_path, monkeypatch):
-    whole, first, second = (copy.deepcopy(random_model(tiny_model)) for _ in range(3))
-    trainer_of(whole, labelled_rows, tmp_path / "whole").train()
-    stopped = trainer_of(first, labelled_rows, tmp_path / "parts", save_total_limit=1)
-    save_weights = TokenLabelTrainer.save_model
-
-    def interrupted_save(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)  # before and after this line files are written
-        return save_weights(self, *args, **kwargs)
-
-    monkeypatch.setattr(TokenLabelTrainer, "save_model", interrupted_save)
-    stopped.train()
-    monkeypatch.undo()
-    last = last_whole_checkpoint(tmp_path / "parts", needs_average=True)
-    assert last.name == "checkpoint-4"  # the save went on, and the next step ended with its own
-    trainer_of(second, labelled_rows, tmp_path / "parts").train(resume_from_checkpoint=str(last))
     assert_same_weights(second, whole)
 
 
