@@ -37,7 +37,7 @@ class TokenLabelTrainingArguments(TrainingArguments):
         label_temperature (`float`, defaults to 1.0): Divides the scores of label maps before softmax.
         uncovered_tokens (`str`, defaults to `"nearest"`): What a patch token learns whose place the label map does not
             cover (maps of the centre square of an image): `"nearest"`, the labels of the nearest cell; `"ignore"`,
-            nothing.
+            nothing. Then each micro-batch takes the mean over its own counted tokens.
         mix_probability (`float`, defaults to 1.0): Probability that the images of a batch are mixed.
         mix_methods (`list[str]`, defaults to `["token"]`): How: `"token"` (MixToken), `"cutmix"`, `"mixup"`; one of several is
             drawn for each batch.

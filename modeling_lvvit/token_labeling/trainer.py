@@ -226,9 +226,7 @@ class TokenLabelTrainer(Trainer):
     ) -> dict[str, float]:
         """As in `Trainer`; during training with a weight average, that is evaluated, and the raw accuracy added. Draws nothing
         from the random generators of training."""
-        if isinstance(
-            self.eval_dataset if eval_dataset is None else eval_dataset, dict
-        ):  # calls this for each of them
+        if isinstance(eval_dataset or self.eval_dataset, dict):  # the library calls this for each of them
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         model = self.accelerator.unwrap_model(self.model)
         with self.throughput.paused(), seeded(self.args.seed):
