@@ -43,7 +43,12 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
     if looks_local(path) and not Path(path).expanduser().is_dir():
         raise FileNotFoundError(f"There is no model folder {path}.")
     source = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(path, **source)
+    try:
+        config = AutoConfig.from_pretrained(path, **source)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path} is neither a model folder (seen from {Path.cwd()}) nor a model that the Hub gives: {error}"
+        ) from error
     if config.model_type != LVViTConfig.model_type:
         raise ValueError(
             f"{path} is a {config.model_type!r} model; this program trains {LVViTConfig.model_type!r} models."

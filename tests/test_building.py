@@ -94,6 +94,14 @@ def test_other_names_for_the_same_number_of_classes_are_pointed_out(checkpoint, 
     assert "'class 0' is now 'animal 0'" in warnings.text
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("./nowhere", "no model folder"), ("runs/mine", "neither a model folder")]
+)
+def test_missing_models_are_named(name, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        build(name)
+
+
 def test_impossible_size_leaves_the_model_as_it_is(tiny_model):
     before = copy.deepcopy(tiny_model.state_dict())
     with pytest.raises(StrictDataclassError, match="multiples of `patch_size`"):
