@@ -173,13 +173,17 @@ def _without_replaced(options: dict[str, Any], later: dict[str, Any]) -> dict[st
     return {name: value for name, value in options.items() if name not in replaced}
 
 
-def _given_options(parser: argparse.ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+def _parser() -> HfArgumentParser:
+    types = (ModelArguments, DataArguments, TokenLabelTrainingArguments)
+    usage = "train_tl.py [RECIPE ...] [--option value ...]"
+    return HfArgumentParser(types, prog="train_tl.py", usage=usage, allow_abbrev=False)
+
+
+def _given_options(arguments: list[str]) -> dict[str, Any]:
     """Options that stand on the command line."""
-    defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
-    unset = object()
-    parser.set_defaults(**dict.fromkeys(defaults, unset))
+    parser, unset = _parser(), object()  # one of its own: several actions with other defaults share a name
+    parser.set_defaults(**{action.dest: unset for action in parser._actions if action.dest != "help"})
     given, _ = parser.parse_known_args(arguments)
-    parser.set_defaults(**defaults)
     return {name: value for name, value in vars(given).items() if value is not unset}
 
 
@@ -193,12 +197,10 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenLab
         ValueError: If an option or recipe key is unknown or has a bad value.
         FileNotFoundError: If the recipe does not exist.
     """
-    types = (ModelArguments, DataArguments, TokenLabelTrainingArguments)
-    usage = "train_tl.py [RECIPE ...] [--option value ...]"
-    parser = HfArgumentParser(types, prog="train_tl.py", usage=usage, allow_abbrev=False)
+    parser = _parser()
     recipes = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     arguments = arguments[len(recipes) :]
-    given = _given_options(parser, arguments)
+    given = _given_options(arguments)
     options: dict[str, Any] = {}
     for recipe in recipes:
         options = _merged(options, read_recipe(find_recipe(recipe), parser))

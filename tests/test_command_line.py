@@ -1,10 +1,14 @@
 """Recipes and options."""
 
+import dataclasses
+
 import pytest
 import yaml
 
 from modeling_lvvit.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
-from modeling_lvvit.command_line import find_recipe, parse, recipe_names
+from modeling_lvvit.command_line import ModelArguments, find_recipe, parse, recipe_names
+from modeling_lvvit.token_labeling import TokenLabelTrainingArguments
+from modeling_lvvit.token_labeling.data import DataArguments
 
 
 def write_recipe(folder, **options) -> str:
@@ -25,6 +29,19 @@ def test_options_override_the_embedded_recipe():
     assert training_args.max_steps == 7
     assert training_args.bf16 is True
     assert model_args.config_overrides is not None
+
+
+def test_options_that_are_not_given_have_the_defaults_of_their_classes():
+    given = ["--dataset_name", "pets", "--output_dir", "runs/a"]
+    defaults = (
+        ModelArguments(),
+        DataArguments(dataset_name="pets"),
+        TokenLabelTrainingArguments(output_dir="runs/a"),
+    )
+    for parsed, default in zip(parse(given), defaults):
+        for entry in dataclasses.fields(default):
+            assert getattr(parsed, entry.name) == getattr(default, entry.name), entry.name
+    assert parse([*given, "--no_use_token_labels"])[1].use_token_labels is False
 
 
 def test_own_data_start_from_the_defaults():
