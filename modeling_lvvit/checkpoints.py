@@ -1,16 +1,16 @@
 """Which checkpoints of a run can be continued, and where a run may write."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .command_line import ModelArguments
 from .token_labeling import TokenLabelTrainingArguments
 from .token_labeling.ema import EMA_FILE
+from .token_labeling.sharding import is_sharding_asked_for
 
 
 logger = logging.get_logger(__name__)
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 def is_whole_checkpoint(folder: Path, needs_average: bool) -> bool:
     """Whether a checkpoint was written to its end: `TokenLabelTrainer` writes `trainer_state.json` last."""
     try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     has_weights = (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
@@ -54,7 +54,7 @@ def prepare_output_dir(model_args: ModelArguments, training_args: TokenLabelTrai
             raise ValueError(f"There is no complete checkpoint in {output_dir} to resume from.")
         training_args.resume_from_checkpoint = str(resume)
     elif resume is not None and not is_whole_checkpoint(Path(resume), needs_average):
-        wanted = f"trainer_state.json, {SCHEDULER_NAME}, {SAFE_WEIGHTS_NAME}" + (
+        wanted = f"{TRAINER_STATE_NAME}, {SCHEDULER_NAME}, {SAFE_WEIGHTS_NAME}" + (
             f" and {EMA_FILE}" if needs_average else ""
         )
         raise ValueError(f"{resume} is no complete checkpoint folder; it must hold {wanted}.")
@@ -82,7 +82,7 @@ def discard_overwritten_checkpoints(model_args: ModelArguments, training_args: T
 def _check_sharding(checkpoint: Path) -> None:
     """Raises a `ValueError` if the optimiser state of a checkpoint has another form than this run needs."""
     was_sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
-    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    is_sharded = is_sharding_asked_for()
     if was_sharded != is_sharded:
         written, needed = ("with" if value else "without" for value in (was_sharded, is_sharded))
         raise ValueError(

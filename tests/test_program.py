@@ -20,12 +20,16 @@ TINY = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermed
 pytestmark = pytest.mark.slow
 
 
+def environment_of(folder: Path) -> dict[str, str]:
+    """Offline, one thread, and caches beside the data, not in it."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder} hf_home", "OMP_NUM_THREADS": "1"}
+
+
 def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder} hf_home", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env={**settings, **environment},
+        env={**environment_of(folder), **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import random
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from conftest import labelled_table
 from pyarrow import parquet
 from safetensors.torch import load_file
 from test_data_path import samples_of
-from test_program import ROOT, options, run
+from test_program import ROOT, environment_of, options, run
 from test_trainer import StopAfter, arguments
 
 from modeling_lvvit.checkpoints import is_whole_checkpoint, last_whole_checkpoint
@@ -134,11 +133,10 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
 
 
 def start(arguments_: list[str], folder: Path) -> subprocess.Popen:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder} hf_home", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *arguments_],
         cwd=ROOT,
-        env=environment,
+        env=environment_of(folder),
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

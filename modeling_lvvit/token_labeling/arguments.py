@@ -12,6 +12,10 @@ from .collator import MIX_METHODS
 from .label_crops import LabelCrop
 
 
+# images of an optimiser step for which learning rates and decays of the published recipe hold
+REFERENCE_IMAGES_PER_STEP = 1024
+
+
 @dataclass
 class TokenLabelTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the defaults of the published recipe and the options of token labeling.
@@ -119,7 +123,7 @@ class TokenLabelTrainingArguments(TrainingArguments):
         if self.fsdp_plugin_args is not None:
             self.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
         if self.is_learning_rate_scaled:
-            self.learning_rate = self.base_learning_rate * self.images_per_step / 1024
+            self.learning_rate = self.base_learning_rate * self.images_per_step / REFERENCE_IMAGES_PER_STEP
 
     @property
     def has_ema(self) -> bool:

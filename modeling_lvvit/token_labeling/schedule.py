@@ -5,13 +5,12 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .arguments import TokenLabelTrainingArguments
+from .arguments import REFERENCE_IMAGES_PER_STEP, TokenLabelTrainingArguments
 
 
 # The average looks back over `1 / (1 - decay)` steps. In the published run this is a thirtieth of the run; when it is more
 # than a tenth, the average still holds weights of the first, poor part of training.
 LONGEST_MEMORY = 0.1
-REFERENCE_IMAGES_PER_STEP = 1024
 
 
 def published_factor(

@@ -14,6 +14,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .arguments import TokenLabelTrainingArguments
 
 
+def is_sharding_asked_for() -> bool:
+    """Whether FSDP was chosen, in the configuration of accelerate or with `--fsdp`."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def set_up_sharding(accelerator: Accelerator, args: TokenLabelTrainingArguments, model: nn.Module) -> bool:
     """Prepares accelerate for FSDP2 if that was asked for, and says whether weights will be sharded.
 
@@ -25,8 +30,7 @@ def set_up_sharding(accelerator: Accelerator, args: TokenLabelTrainingArguments,
         ValueError: If FSDP1 is asked for.
     """
     state = accelerator.state
-    is_wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if is_wanted and state.distributed_type is DistributedType.MULTI_CPU:
+    if is_sharding_asked_for() and state.distributed_type is DistributedType.MULTI_CPU:
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     if state.distributed_type is not DistributedType.FSDP:

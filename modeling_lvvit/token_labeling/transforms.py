@@ -1,7 +1,8 @@
 """Joint augmentation of an image and its label map.
 
 Geometric operations act on both: a flip mirrors image and map, a crop cuts the image and is handed on as `crop_box`, so
-that the map is cropped once, on the device, in the resolution of the tokens. Photometric operations touch the image only.
+that the map is cropped once, on the device, in the resolution of the tokens. Shear, shift and rotation of RandAugment are one
+affine map, by which the picture is resampled once and the label map read once (`label_affine`). Photometric operations touch the image only.
 """
 
 from dataclasses import dataclass
