@@ -49,6 +49,8 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
         patch_logits_weight (`float`, defaults to 0.5): Weight w in
             `logits = cls_logits + w * max over patch tokens of patch_logits`. Set it to 0 when the patch head was not
             trained, so that random patch logits cannot enter the prediction.
+        fused (`bool`, defaults to `False`): Whether batch norms are folded into the convolutions of the stem and
+            `residual_divisor` into the weights, as `LVViTModel.fuse()` does. For inference.
         apply_layernorm (`bool`, defaults to `True`): Whether the backbone normalises every feature map.
         out_features (`list[str]`, *optional*): Stages that the backbone returns, out of `"stem"`, `"stage1"` ...
             `"stage{num_hidden_layers}"`; defaults to the last.
@@ -81,6 +83,7 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
     num_channels: int = 3
     qkv_bias: bool = False
     patch_logits_weight: float | int = 0.5
+    fused: bool = False
     apply_layernorm: bool = True
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None

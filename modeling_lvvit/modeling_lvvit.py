@@ -1,11 +1,13 @@
 """PyTorch LV-ViT: a vision transformer with a convolutional stem and an auxiliary classifier on every patch token."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -74,13 +76,15 @@ class LVViTPatchEmbeddings(nn.Module):
         width, kernel = config.num_channels, config.patch_size
         if config.conv_stem:
             width, kernel = config.stem_hidden_size, config.patch_size // 2  # the stem halves the resolution
-            self.conv1 = nn.Conv2d(config.num_channels, width, kernel_size=7, stride=2, padding=3, bias=False)
-            self.norm1 = nn.BatchNorm2d(width)
-            self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
-            self.norm2 = nn.BatchNorm2d(width)
-            self.conv3 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
-            self.norm3 = nn.BatchNorm2d(width)
-            self.activation = nn.ReLU()
+            norm, bias = (nn.Identity, True) if config.fused else (nn.BatchNorm2d, False)
+            self.conv1 = nn.Conv2d(config.num_channels, width, kernel_size=7, stride=2, padding=3, bias=bias)
+            self.norm1 = norm(width)
+            self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=bias)
+            self.norm2 = norm(width)
+            self.conv3 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=bias)
+            self.norm3 = norm(width)
+            # in place: neither batch norm nor convolution needs its output again
+            self.activation = nn.ReLU(inplace=True)
         self.projection = nn.Conv2d(width, config.hidden_size, kernel_size=kernel, stride=kernel)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -98,6 +102,19 @@ class LVViTPatchEmbeddings(nn.Module):
             hidden_states = self.activation(self.norm2(self.conv2(hidden_states)))
             hidden_states = self.activation(self.norm3(self.conv3(hidden_states)))
         return self.projection(hidden_states).flatten(2).transpose(1, 2)  # (B, rows * columns, hidden_size)
+
+
+def _folded_stem(stem: LVViTPatchEmbeddings, name: str) -> dict[str, torch.Tensor]:
+    """Weights and biases of the stem's convolutions with their batch norms folded in, float32."""
+    folded = {}
+    for index in (1, 2, 3):
+        convolution, norm = getattr(stem, f"conv{index}"), getattr(stem, f"norm{index}")
+        statistics = (norm.running_mean.float(), norm.running_var.float(), norm.eps)
+        weight, bias = fuse_conv_bn_weights(
+            convolution.weight.float(), None, *statistics, norm.weight.float(), norm.bias.float()
+        )
+        folded |= {f"{name}.conv{index}.weight": weight, f"{name}.conv{index}.bias": bias}
+    return folded
 
 
 class LVViTEmbeddings(nn.Module):
@@ -171,10 +188,10 @@ def eager_attention_forward(
     Returns:
         Output `(batch_size, tokens, num_heads, head_dim)` and weights `(batch_size, num_heads, tokens, tokens)`.
     """
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    weights = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.softmax(weights, dim=-1)  # sums in float32 whatever the type
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -262,7 +279,7 @@ class LVViTLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LVViTConfig, drop_path_rate: float):
         super().__init__()
-        self.branch_scale = 1.0 / config.residual_divisor
+        self.branch_scale = 1.0 if config.fused else 1.0 / config.residual_divisor
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = LVViTAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -335,6 +352,30 @@ class LVViTPreTrainedModel(PreTrainedModel):
             embeddings.position_embeddings = nn.Parameter(table.clone())
         embeddings.grid_size, embeddings.image_size = changed.grid_size, changed.image_height_width
         self.config.image_size = image_size
+
+    @torch.no_grad()
+    def fuse(self) -> "LVViTPreTrainedModel":
+        """A copy for inference with the same outputs but for rounding: batch norms folded into the stem's convolutions,
+        `residual_divisor` into the last layer of each branch.
+
+        The copy is saved and loaded like any model (`config.fused`). This model stays as it is. Weights are folded in
+        float32: fuse before casting to a lower precision.
+        """
+        config = copy.deepcopy(self.config)
+        config.fused = True
+        with torch.device("meta"):
+            fused = type(self)(config)
+        weights = copy.deepcopy(self.state_dict())
+        for name, module in self.named_modules() if not self.config.fused else ():
+            if isinstance(module, LVViTPatchEmbeddings) and module.conv_stem:
+                weights |= _folded_stem(module, name)
+            elif isinstance(module, LVViTLayer):
+                for last in ("attention.projection", "mlp.fc2"):
+                    for kind in ("weight", "bias"):
+                        key = f"{name}.{last}.{kind}"
+                        weights[key] = weights[key].float() * module.branch_scale
+        fused.load_state_dict({key: weights[key].to(self.dtype) for key in fused.state_dict()}, assign=True)
+        return fused.requires_grad_(False).eval()
 
     def get_position_embeddings(self) -> nn.Parameter:
         """The position table, `(1, 1 + rows * columns, hidden_size)`, class token first."""
@@ -418,11 +459,12 @@ class LVViTForImageClassification(LVViTPreTrainedModel):
         outputs: BaseModelOutputWithPooling = self.lvvit(
             pixel_values, mix_mask=mix_mask, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
         )
-        tokens = outputs.last_hidden_state
-        cls_logits = self.classifier(tokens[:, 0])
-        patch_logits = self.patch_classifier(tokens[:, 1:])
+        cls_logits = self.classifier(outputs.pooler_output)
+        patch_tokens = outputs.last_hidden_state[:, 1:]
         if mix_mask is not None:
-            patch_logits = exchange_with_flipped_batch(patch_logits, mix_mask)
+            # the same as to exchange their logits, which are wider
+            patch_tokens = exchange_with_flipped_batch(patch_tokens, mix_mask)
+        patch_logits = self.patch_classifier(patch_tokens)
         logits = cls_logits
         if self.config.patch_logits_weight:
             logits = cls_logits + self.config.patch_logits_weight * patch_logits.amax(dim=1)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_lvvit"
-LIGHT = {"torch", "transformers", "huggingface_hub", "math", "dataclasses", "collections", "typing"}
+LIGHT = {"torch", "transformers", "huggingface_hub", "copy", "math", "dataclasses", "collections", "typing"}
 # file -> the modules of the package that it may import
 HUB_FILES = {
     "configuration_lvvit.py": set(),

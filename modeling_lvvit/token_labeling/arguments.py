@@ -73,6 +73,8 @@ class TokenLabelTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036  the library's own spelling, which its parser knows
         default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, ..., or none."}
     )
+    # the filter reads every loss as soon as it is computed, so that the device waits for the processor; it also hides NaN
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and infinite losses out of logs."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off with dense labels."})
     # every parameter takes part in every loss, so that there is nothing to search for
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Search for unused parameters."})
@@ -112,6 +114,8 @@ class TokenLabelTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             # said openly, the library allows bfloat16 on a CPU; and there is nothing to pin memory for
             self.use_cpu, self.dataloader_pin_memory = True, False
+        if self.accelerator_config is None:  # pinned batches are copied while the device computes
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of images must not hang on what each process drew before
         self.is_learning_rate_scaled = self.learning_rate is None

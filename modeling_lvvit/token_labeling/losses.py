@@ -5,15 +5,65 @@ import torch
 from .label_maps import SparseTargets
 
 
+# elements of the logits that are taken to float32 at a time
+CHUNK_ELEMENTS = 2**24
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of rows of logits, whose only tensor of their size is the gradient, in the type of the logits.
+
+    Written with differentiable operations, the cast, the sum, the gathered logits and the log-sum-exp would each have a gradient
+    of that size, in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, logits: torch.Tensor, class_ids: torch.Tensor, excess: torch.Tensor, other: torch.Tensor
+    ) -> torch.Tensor:
+        """`(R, C)`, `(R, U)`, `(R, U)`, `(R,)` -> `(R,)` float32."""
+        log_sums, losses = [], []
+        for part, ids, extra, rest in zip(*_chunks(logits, class_ids, excess, other)):
+            part = part.float()
+            log_sums.append(part.logsumexp(dim=-1))
+            named = (extra * part.gather(-1, ids)).sum(dim=-1)
+            losses.append(log_sums[-1] - rest * part.sum(dim=-1) - named)
+        ctx.save_for_backward(logits, class_ids, excess, other, torch.cat(log_sums))
+        return torch.cat(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Softmax minus target, times the gradient of each row."""
+        logits = ctx.saved_tensors[0]
+        grad_logits = torch.empty_like(logits)
+        for grad, part, ids, extra, rest, log_sum, weight in zip(
+            *_chunks(grad_logits, *ctx.saved_tensors, grad_losses)
+        ):
+            weight = weight.unsqueeze(-1)
+            out = grad if grad.dtype == torch.float32 else None
+            difference = torch.sub(part, log_sum.unsqueeze(-1), out=out).exp_().sub_(rest.unsqueeze(-1)).mul_(weight)
+            difference.scatter_add_(-1, ids, -extra * weight)
+            if out is None:
+                grad.copy_(difference)
+        return grad_logits, None, None, None
+
+
+def _chunks(logits: torch.Tensor, *others: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Rows in equal parts of at most `CHUNK_ELEMENTS` logits, of every tensor."""
+    rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    return [tensor.split(rows) for tensor in (logits, *others)]
+
+
 def soft_cross_entropy(logits: torch.Tensor, targets: SparseTargets) -> torch.Tensor:
     """Cross-entropy with sparse soft targets, for each sample or token.
 
         H = logsumexp(z) - other * sum_c z_c - sum_u excess_u * z[class_ids_u]
 
-    which equals `-sum_c p(c) log softmax(z)_c` because the targets sum to 1. Only the logits have the size of all classes.
+    which equals `-sum_c p(c) log softmax(z)_c` because the targets sum to 1. Only the logits and their gradient have the size
+    of all classes.
 
     Args:
-        logits: `(batch_size, C)` or `(batch_size, N, C)`; computed in float32.
+        logits: `(batch_size, C)` or `(batch_size, N, C)`; computed in float32. Only they get a gradient.
         targets: With `other` of the shape of `logits` without its last axis.
 
     Returns:
@@ -21,12 +71,11 @@ def soft_cross_entropy(logits: torch.Tensor, targets: SparseTargets) -> torch.Te
 
     Worked number: logits (0, log 2), target (0.25, 0.75): logsumexp = log 3, so H = log 3 - 0.75 log 2 = 0.5788.
     """
-    logits = logits.float()
     class_ids = targets.class_ids
     if logits.ndim == 3:
         class_ids = class_ids.unsqueeze(1).expand(-1, logits.shape[1], -1)  # (B, N, U)
-    named = (targets.excess * logits.gather(-1, class_ids)).sum(dim=-1)
-    return logits.logsumexp(dim=-1) - targets.other * logits.sum(dim=-1) - named
+    rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (logits, class_ids, targets.excess))
+    return _SoftCrossEntropy.apply(*rows, targets.other.flatten()).view(logits.shape[:-1])
 
 
 def mixed_cross_entropy(

@@ -141,6 +141,13 @@ class TokenLabelTrainer(Trainer):
         leave_signals_to_main_process(loader)
         return loader
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        # Accelerate's wrapper around `forward` would copy the patch logits, the largest output, to float32; the losses do not
+        # need that, and `compute_loss` enters autocast itself.
+        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        return model, loader
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], int]:
@@ -161,10 +168,7 @@ class TokenLabelTrainer(Trainer):
         """Token-labeling loss in training; cross-entropy of `logits` with the labels in evaluation."""
         labels = {name: inputs[name] for name in LABEL_FIELDS if name in inputs}
         fields = {name: value for name, value in inputs.items() if name not in labels}
-        if self.is_fsdp_enabled:  # otherwise accelerate has wrapped `forward` so
-            with self.accelerator.autocast():
-                outputs = convert_to_fp32(model(**fields))
-        else:
+        with self.accelerator.autocast():
             outputs = model(**fields)
         if model.training:
             losses = self.objective(outputs, labels, inputs.get("mix_mask"))
@@ -175,7 +179,8 @@ class TokenLabelTrainer(Trainer):
             self._count_components(losses)
             loss = losses["loss"]
         else:
-            loss = nn.functional.cross_entropy(outputs["logits"].float(), labels["labels"])
+            outputs = convert_to_fp32(outputs)
+            loss = nn.functional.cross_entropy(outputs["logits"], labels["labels"])
         return (loss, outputs) if return_outputs else loss
 
     def _count_components(self, losses: dict[str, torch.Tensor]) -> None:
