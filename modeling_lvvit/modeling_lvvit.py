@@ -220,9 +220,11 @@ class LVViTAttention(nn.Module):
         batch_size, num_tokens, hidden_size = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch_size, num_tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, num_heads, tokens, head_dim) each
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+            # PyTorch's fused attention for CPUs takes twice as long there as plain products (forward and backward, 197 tokens)
+            implementation = "eager"
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         context, weights = attention_interface(
             self,
             query,

@@ -102,7 +102,7 @@ WITHOUT_TRANSFORMERS = {
     "collator.py",
     "losses.py",
 }
-WITH_TIMM = {"annotators.py", "class_matching.py", "rand_augment.py"}
+WITH_TIMM = {"annotators.py", "class_matching.py", "rand_augment.py", "transforms.py"}
 
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:

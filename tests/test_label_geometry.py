@@ -26,6 +26,7 @@ from modeling_lvvit.token_labeling.label_crops import CropGeometry, crop_label_m
 from modeling_lvvit.token_labeling.label_maps import build_palette
 from modeling_lvvit.token_labeling.objective import TokenLabelingObjective
 from modeling_lvvit.token_labeling.rand_augment import GEOMETRIC, RandAugment, _AffineRecorder
+from modeling_lvvit.token_labeling.randomness import start_generators
 from modeling_lvvit.token_labeling.transforms import AugmentationConfig, TrainTransform
 
 
@@ -117,8 +118,7 @@ def test_tokens_learn_the_class_of_the_colour_they_show(name, is_moved):
     ids = classes[None, top:bottom, left:right].astype(np.int16)
     counts = np.zeros(2, int)
     for seed in range(8 if cell > 50 else 16):
-        torch.manual_seed(seed)
-        random.seed(seed)
+        start_generators(seed)
         transform = geometric_transform(is_moved, horizontal_flip=seed % 2, crop_scale=(0.2, 1.0))
         sample = transform(bordered, ids, np.full(ids.shape, 10, np.float16), box)
         shown, (_, targets) = shown_classes(sample["pixel_values"]), targets_of(sample)
@@ -157,10 +157,10 @@ def random_map(rows=12, columns=17, seed=0) -> tuple[np.ndarray, np.ndarray]:
 def test_affine_path_without_moves_equals_the_plain_path():
     """Same pixels; labels apart by the number of points a token is sampled at. The map covers a part of the image."""
     picture, distances = coloured_field(10, 16, 20)[0], []
-    for seed in range(12):
+    for seed in range(60):
         samples = []
         for policy in ("none", "rand-m9-p0"):
-            torch.manual_seed(seed)
+            start_generators(seed)
             config = AugmentationConfig(rand_augment=policy, random_erasing=0.0)
             transform = TrainTransform(IMAGE, [0.5] * 3, [0.5] * 3, config)
             samples.append(transform(picture, *random_map(), (0.1, 0.0, 0.8, 0.9)))
@@ -168,7 +168,7 @@ def test_affine_path_without_moves_equals_the_plain_path():
         assert ("label_affine" in samples[0], "label_affine" in samples[1]) == (False, True)
         pairs = zip(*(targets_of(sample) for sample in samples))
         distances.append([0.5 * (a - b).abs().sum(-1).mean().item() for a, b in pairs])
-    assert (np.mean(distances, axis=0) < [0.03, 0.02]).all()  # class token, patch tokens; measured 0.020 and 0.012
+    assert (np.mean(distances, axis=0) < [0.03, 0.02]).all()  # class token, patch tokens; measured 0.012 and 0.013
 
 
 def test_what_lies_outside_has_uniform_targets_and_no_part_in_the_class_token():
@@ -279,7 +279,7 @@ def test_every_operation_of_colour_changes_the_picture():
 def test_colours_are_changed_in_the_sample():
     picture, samples = coloured_field(10, 16, 20)[0], []
     for policy in ("none", "rand-m9-n1-p1-inc1"):
-        torch.manual_seed(0)
+        start_generators(0)
         config = AugmentationConfig(rand_augment=policy, random_erasing=0.0)
         transform = TrainTransform(IMAGE, [0.5] * 3, [0.5] * 3, config)
         if policy != "none":

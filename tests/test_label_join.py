@@ -22,7 +22,6 @@ from modeling_lvvit.token_labeling.label_maps import SparseTargets, build_palett
 from modeling_lvvit.token_labeling.label_sets import LabelMaps, LabelSetLayout
 from modeling_lvvit.token_labeling.losses import soft_cross_entropy, token_labeling_loss
 from modeling_lvvit.token_labeling.pictures import content_hash
-from modeling_lvvit.token_labeling.transforms import region_affine
 
 
 CLASSES = ("cat", "dog", "eel")
@@ -449,7 +448,9 @@ def train_crop(monkeypatch, pixels, mirrored: bool, map_box=MAP_BOX, size=PICTUR
     """A training sample of a given crop."""
     left, top, right, bottom = pixels
     params = (top, left, bottom - top, right - left)
-    monkeypatch.setattr("torchvision.transforms.RandomResizedCrop.get_params", lambda *_: params)
+    monkeypatch.setattr(
+        "modeling_lvvit.token_labeling.transforms.RandomResizedCropAndInterpolation.get_params", lambda *_: params
+    )
     plain = AugmentationConfig(horizontal_flip=float(mirrored), rand_augment="none", random_erasing=0.0)
     ids = CELLS.numpy()[None].astype(np.int16)
     picture = Image.new("RGB", size)
@@ -486,10 +487,9 @@ def test_maps_that_reach_beyond_the_image_are_cut(mirrored, monkeypatch):
     assert torch.equal(token_classes(sample, (4, 4)), CELLS[:, 2:].flip(flip))
 
 
-def test_places_within_a_region_by_hand():
-    affine = region_affine((0.1, 0.2, 0.7, 1.2))
-    corners = affine @ np.array([[0.1, 0.4], [0.2, 0.8], [1.0, 1.0]])
-    assert np.allclose(corners, [[0.0, 0.5], [0.0, 0.6], [1.0, 1.0]])
+def test_places_within_a_region_by_hand(monkeypatch):
+    sample = train_crop(monkeypatch, (10, 20, 20, 40), False, (0.1, 0.2, 0.7, 1.2), size=(100, 50))
+    assert sample["crop_box"].tolist() == pytest.approx([0.0, 0.2, 1 / 6, 0.6])
 
 
 def test_centre_square_of_a_wide_picture_is_where_the_map_lies(monkeypatch):
@@ -502,7 +502,10 @@ def test_centre_square_of_a_wide_picture_is_where_the_map_lies(monkeypatch):
     joined = join_label_set(labels, images)
     plain = AugmentationConfig(horizontal_flip=0.0, rand_augment="none", random_erasing=0.0)
     transform = TrainTransform((16, 16), [0.5] * 3, [0.5] * 3, plain)
-    monkeypatch.setattr("torchvision.transforms.RandomResizedCrop.get_params", lambda *_: (0, 60, 40, 20))
+    monkeypatch.setattr(
+        "modeling_lvvit.token_labeling.transforms.RandomResizedCropAndInterpolation.get_params",
+        lambda *_: (0, 60, 40, 20),
+    )
     sample = TokenLabelDataset(images, transform, label_maps=joined.label_maps)[0]
     assert sample["crop_box"].tolist() == [0, 0, 0.5, 1]
     assert torch.equal(token_classes(sample, (4, 3)), CELLS[:, :3])

@@ -74,7 +74,9 @@ class TokenLabelTrainingArguments(TrainingArguments):
         default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, ..., or none."}
     )
     # the filter reads every loss as soon as it is computed, so that the device waits for the processor; it also hides NaN
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and infinite losses out of logs."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave NaN and infinite losses out of logs."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off with dense labels."})
     # every parameter takes part in every loss, so that there is nothing to search for
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Search for unused parameters."})

@@ -1,6 +1,7 @@
 """A view of a `datasets.Dataset` whose rows become training or evaluation samples."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import datasets
@@ -15,7 +16,7 @@ from .label_columns import LabelMapError
 from .label_sets import LabelMaps
 from .label_source import LabelMapSource, covered_region
 from .pictures import IMAGE_ERRORS, SampleError, decode_picture, picture_problem
-from .randomness import derived_seed, seeded
+from .randomness import derived_seed, kept_generators, start_generators
 
 
 MAX_REPORTED_PROBLEMS = 10
@@ -118,21 +119,20 @@ class TokenLabelDataset(torch.utils.data.Dataset):
         table = self.rows[indices]
         maps = self._fetch_maps(indices) if self.has_label_maps else None
         images, labels = table[self.image_column], table[self.label_column].to_pylist()
+        run_seed, epoch = self._seed_and_epoch.tolist()
         samples = []
-        for offset, index in enumerate(indices):
-            image = self._decode(images[offset].as_py(), index)
-            label_map = ()
-            if maps is not None:
-                box = None if maps.boxes is None else maps.boxes[offset]
-                label_map = (maps.ids[offset], maps.scores[offset], covered_region(box, *image.size))
-            with seeded(seed := self._sample_seed(index)):
-                sample = {**self.transform(image, *label_map), "labels": labels[offset]}
-            samples.append(sample if seed is None else {**sample, "seed": seed})
+        with kept_generators() if epoch >= 0 else nullcontext():
+            for offset, index in enumerate(indices):
+                image = self._decode(images[offset].as_py(), index)
+                label_map, seed = (), {}
+                if maps is not None:
+                    box = None if maps.boxes is None else maps.boxes[offset]
+                    label_map = (maps.ids[offset], maps.scores[offset], covered_region(box, *image.size))
+                if epoch >= 0:
+                    seed = {"seed": derived_seed(run_seed, epoch, index)}
+                    start_generators(seed["seed"])
+                samples.append({**self.transform(image, *label_map), "labels": labels[offset], **seed})
         return samples
-
-    def _sample_seed(self, index: int) -> int | None:
-        seed, epoch = self._seed_and_epoch.tolist()
-        return None if epoch < 0 else derived_seed(seed, epoch, index)
 
     def picture(self, index: int) -> Image.Image:
         """The undecorated RGB picture of a row."""

@@ -55,7 +55,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.uint8(np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257))
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; save the pictures with 8 or 16 bits")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def picture_note(content: bytes) -> str:

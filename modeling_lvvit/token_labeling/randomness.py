@@ -1,16 +1,18 @@
 """Randomness that belongs to a sample, not to the process that happens to draw it."""
 
+import hashlib
 import random
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 
 def derived_seed(*parts: int) -> int:
-    """A seed of 63 bits from several non-negative integers, for example seed, epoch and row (`numpy.random.SeedSequence`)."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    """A seed of 63 bits from several integers of 64 bits, for example seed, epoch and row: their BLAKE2b digest."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 @contextmanager
@@ -23,11 +25,23 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    with kept_generators():
+        start_generators(seed)
+        yield
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Python's and PyTorch's generators are after the `with` block as they were before."""
     torch_state, python_state = torch.get_rng_state(), random.getstate()
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
     try:
         yield
     finally:
         torch.set_rng_state(torch_state)
         random.setstate(python_state)
+
+
+def start_generators(seed: int) -> None:
+    """Starts Python's and PyTorch's generators for the CPU from `seed`."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)

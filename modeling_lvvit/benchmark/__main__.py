@@ -1,0 +1,125 @@
+"""Measures models, training steps and loaders side by side.
+
+    python -m modeling_lvvit.benchmark                                          # about a minute: T and the data path
+    python -m modeling_lvvit.benchmark inference original/lvvit_s_224 lvvit_s_224+deployed --batch_sizes 16 1
+    python -m modeling_lvvit.benchmark training original/lvvit_t_224 lvvit_t_224 lvvit_t_224+bfloat16 --memory
+    python -m modeling_lvvit.benchmark run lvvit_t_224 lvvit_t_224+plain        # steps that wait for their data
+    python -m modeling_lvvit.benchmark data token_labels plain_labels timm torchvision --threads 1
+
+Models are written NAME+OPTION+OPTION. All of a comparison are warmed up and then taken in turn, round after round. Figures are
+medians; `ratio` is images a second against the first of the list, the median over the rounds.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from .comparison import compare_loaders, compare_models
+from .contestants import OPTIONS, Contestant, Setting
+from .data_path import LOADERS
+from .report import table
+
+
+QUICK = (
+    ("inference", ["original/lvvit_t_224", "lvvit_t_224", "lvvit_t_224+fused", "lvvit_t_224+fused+bfloat16"]),
+    ("training", ["original/lvvit_t_224", "lvvit_t_224", "lvvit_t_224+plain", "lvvit_t_224+bfloat16"]),
+    ("data", list(LOADERS)),
+)
+MODES = ("inference", "training", "run", "data")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the program."""
+    options = "\n".join(f"  {name:20}{text}" for name, text in OPTIONS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_lvvit.benchmark",
+        description=__doc__,
+        epilog=f"options of a model:\n{options}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("mode", nargs="?", choices=MODES, help="what to measure; default: a quick look at all")
+    parser.add_argument("contestants", nargs="*", help=f"models; in mode data some of {', '.join(LOADERS)}")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16])
+    parser.add_argument("--num_classes", type=int, help="outputs of all models; default: their own")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7, help="times that each is taken")
+    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
+    parser.add_argument("--images", help="image folder or Parquet for data and run; default: synthetic photographs")
+    parser.add_argument(
+        "--memory", action="store_true", help="peak memory of a step; on a CPU in processes of its own"
+    )
+    parser.add_argument("--ceiling", action="store_true", help="share of the fastest matrix product of the device")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` before anything is measured."""
+    for name in ("rounds", "threads", "num_classes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if min(args.batch_sizes) < 1:
+        raise ValueError(f"--batch_sizes must be at least 1, got {args.batch_sizes}.")
+    device = torch.device(args.device)
+    if device.type != "cpu" and not torch.accelerator.is_available():
+        raise ValueError(f"--device {args.device}: PyTorch sees no accelerator here.")
+    if args.mode == "data":
+        unknown = [name for name in args.contestants if name not in LOADERS]
+        if unknown:
+            raise ValueError(f"Unknown loader {unknown[0]!r}; expected some of {', '.join(LOADERS)}.")
+    elif args.mode is not None:
+        for text in args.contestants:
+            Contestant.parse(text)
+
+
+def environment(args: argparse.Namespace) -> dict[str, object]:
+    """Hardware and versions, for the record."""
+    device = torch.device(args.device)
+    names = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
+    names |= {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    names["device"] = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return names
+
+
+def run(args: argparse.Namespace) -> list[dict[str, object]]:
+    """Measures what was asked for and prints a table for each comparison."""
+    plan = [(args.mode, args.contestants)] if args.mode else QUICK
+    rows = []
+    for mode, contestants in plan:
+        for batch_size in args.batch_sizes:
+            setting = Setting(torch.device(args.device), batch_size, args.num_classes)
+            if mode == "data":
+                found = compare_loaders(contestants or list(LOADERS), setting, args.rounds, args.images)
+            else:
+                models = contestants or ["original/lvvit_s_224", "lvvit_s_224", "timm/deit_small_patch16_224"]
+                found = compare_models(
+                    mode, models, setting, args.rounds, args.images, with_memory=args.memory, with_ceiling=args.ceiling
+                )
+            print(f"\n{mode}, batch size {batch_size}, {args.device}\n{table(found)}", flush=True)
+            rows += found
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    try:
+        check(args)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        print(json.dumps(environment(args)))
+        rows = run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    if args.json:
+        args.json.write_text(json.dumps({"environment": environment(args), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

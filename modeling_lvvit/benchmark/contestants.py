@@ -1,0 +1,246 @@
+"""Who takes part in a benchmark: a model with its options, and what it does in a step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from ..deployment import prepare_for_inference
+from ..modeling_lvvit import LVViTForImageClassification
+from ..original_model import OriginalLVViT, original_loss
+from ..token_labeling import TokenLabelTrainingArguments
+from ..token_labeling.label_crops import CropGeometry, crop_label_maps
+from ..token_labeling.objective import LABEL_FIELDS, TokenLabelingObjective
+from ..variants import VARIANTS, variant_config
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+OPTIONS = {
+    **dict.fromkeys(PRECISIONS, "weights in inference, autocast in training (and where the model is original/)"),
+    **dict.fromkeys(ATTENTIONS, "attention implementation, ours only"),
+    "compiled": "torch.compile",
+    "fused": "batch norms and residual divisor folded in; ours, inference",
+    "deployed": "prepare_for_inference: fused, compiled, packed; ours, inference",
+    "plain": "trained with plain labels; ours",
+    "checkpointing": "activation checkpointing; ours, training",
+    "channels_last": "weights and pictures in channels-last layout",
+}
+OURS_ONLY = {"fused", "deployed", "plain", "checkpointing", *ATTENTIONS}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contestants of a comparison share.
+
+    Args:
+        device: Where they run.
+        batch_size: Images of a step.
+        num_classes: Outputs of every model; `None` for their own (1000, or those of a folder).
+    """
+
+    device: torch.device
+    batch_size: int
+    num_classes: int | None = None
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model and how it runs, written `NAME+option+option`.
+
+    Args:
+        source: `"ours"`, `"timm"` or `"original"` (the authors' model and step, rendered plainly).
+        name: A published size, a folder with a saved model (ours), or a model of timm.
+        options: Of `OPTIONS`.
+    """
+
+    source: str
+    name: str
+    options: frozenset[str]
+
+    @classmethod
+    def parse(cls, text: str) -> "Contestant":
+        """Reads `lvvit_s_224+fused+bfloat16`, `timm/deit_small_patch16_224`, `original/lvvit_s_224`, `path/to/folder`.
+
+        Raises:
+            ValueError: If the model or an option is unknown, or they do not fit.
+        """
+        name, *options = text.split("+")
+        source, _, rest = name.partition("/")
+        if source in ("timm", "original"):
+            name = rest
+        else:
+            source = "ours"
+        known = timm.is_model(name) if source == "timm" else name in VARIANTS
+        if not known and not (source == "ours" and (Path(name) / "config.json").is_file()):
+            raise ValueError(
+                f"{text!r} names no model: expected one of {', '.join(VARIANTS)}, a folder with a saved model, "
+                "original/ and a size, or timm/ and a model of timm."
+            )
+        unknown = [option for option in options if option not in OPTIONS]
+        unfit = [option for option in options if source != "ours" and option in OURS_ONLY]
+        if unknown or unfit:
+            reason = f"unknown option {unknown[0]}" if unknown else f"{unfit[0]} is for our models only"
+            raise ValueError(f"{text!r}: {reason}; options are {', '.join(OPTIONS)}.")
+        if len(PRECISIONS.keys() & set(options)) > 1:
+            raise ValueError(f"{text!r} has more than one precision.")
+        return cls(source, name, frozenset(options))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision; float32 where none is named."""
+        return next((PRECISIONS[option] for option in self.options if option in PRECISIONS), torch.float32)
+
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of its pictures."""
+        if self.source == "timm":
+            return timm.get_pretrained_cfg(self.name).input_size[1:]
+        return self._config(None).image_height_width
+
+    def build(self, num_classes: int | None = None) -> nn.Module:
+        """The model with random weights (a folder: its own) in float32."""
+        if self.source == "timm":
+            return timm.create_model(self.name, num_classes=num_classes or 1000)
+        config = self._config(num_classes)
+        if self.source == "original":
+            return OriginalLVViT(config)
+        if self.name in VARIANTS or num_classes is not None:
+            return LVViTForImageClassification(config)
+        return LVViTForImageClassification.from_pretrained(self.name, dtype=torch.float32)
+
+    def _config(self, num_classes: int | None):
+        overrides = {} if num_classes is None else {"num_labels": num_classes}
+        if self.name in VARIANTS:
+            config = variant_config(self.name, **overrides)
+        else:
+            config = LVViTForImageClassification.config_class.from_pretrained(self.name, **overrides)
+        attention = next((option for option in self.options if option in ATTENTIONS), "sdpa")
+        config._attn_implementation = attention
+        return config
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """Mixed precision, where asked for."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, self.dtype)
+
+
+def inference_call(contestant: Contestant, setting: Setting) -> Callable[[], torch.Tensor]:
+    """Logits of a fixed batch, without gradients."""
+    torch.manual_seed(0)
+    model = contestant.build(setting.num_classes).eval().to(setting.device)
+    options, context = contestant.options, nullcontext
+    pixels = torch.randn(setting.batch_size, 3, *contestant.image_size(), device=setting.device)
+    if contestant.source == "original":
+        context = lambda: contestant.autocast(setting.device)  # noqa: E731  their evaluation runs under AMP
+    elif "deployed" in options:
+        model = prepare_for_inference(model, contestant.dtype)
+    else:
+        model = (model.fuse() if "fused" in options else model).to(contestant.dtype)
+    if contestant.source != "original":
+        pixels = pixels.to(contestant.dtype)
+    if "channels_last" in options:
+        model, pixels = (part.to(memory_format=torch.channels_last) for part in (model, pixels))
+    if "compiled" in options:
+        model = torch.compile(model)
+
+    @torch.no_grad()
+    def call() -> torch.Tensor:
+        with context():
+            output = model(pixels)
+        return output if isinstance(output, torch.Tensor) else output.logits
+
+    return call
+
+
+def training_call(
+    contestant: Contestant, setting: Setting, batches: Iterator[dict[str, torch.Tensor]]
+) -> Callable[[], None]:
+    """A training step: forward, loss, backward, AdamW.
+
+    Ours takes the loss of `TokenLabelTrainer` and the fused optimiser that is its default. The original one gets its dense
+    targets ready made (its loader makes them) and the optimiser of its time. Models of timm learn plain labels.
+
+    Args:
+        batches: Of `TokenLabelCollator`; one is taken for each step.
+    """
+    torch.manual_seed(0)
+    model = contestant.build(setting.num_classes).train().to(setting.device)
+    if "channels_last" in contestant.options:
+        model = model.to(memory_format=torch.channels_last)
+    is_original = contestant.source == "original"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=None if is_original else True)
+    if "checkpointing" in contestant.options:
+        model.gradient_checkpointing_enable()
+    losses = {"ours": _our_loss, "timm": _plain_loss, "original": _original_loss}
+    loss_of = losses[contestant.source](model, contestant)
+    forward = torch.compile(model) if "compiled" in contestant.options else model
+
+    def call() -> None:
+        batch = {name: value.to(setting.device, non_blocking=True) for name, value in next(batches).items()}
+        optimizer.zero_grad()
+        loss_of(forward, batch).backward()
+        optimizer.step()
+
+    return call
+
+
+LossOf = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
+
+
+def _our_loss(model: LVViTForImageClassification, contestant: Contestant) -> LossOf:
+    objective = TokenLabelingObjective(
+        TokenLabelTrainingArguments("unused", report_to="none"), model.config.grid_size, model.config.num_labels
+    )
+
+    def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        mix_mask = batch.get("mix_mask")
+        with contestant.autocast(mix_mask.device):
+            outputs = forward(pixel_values=batch["pixel_values"], mix_mask=mix_mask)
+        labels = {name: batch[name] for name in LABEL_FIELDS if name in batch}
+        if "plain" in contestant.options:
+            labels = {"labels": labels["labels"]}
+        return objective(outputs, labels, mix_mask)["loss"]
+
+    return loss_of
+
+
+def _plain_loss(model: nn.Module, contestant: Contestant) -> LossOf:
+    def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with contestant.autocast(batch["labels"].device):
+            return nn.functional.cross_entropy(forward(batch["pixel_values"]), batch["labels"], label_smoothing=0.1)
+
+    return loss_of
+
+
+def _original_loss(model: OriginalLVViT, contestant: Contestant) -> LossOf:
+    num_classes = model.head.out_features
+    targets = None
+
+    def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        nonlocal targets
+        targets = dense_targets(batch, model.grid_size, num_classes) if targets is None else targets
+        with contestant.autocast(targets.device):
+            return original_loss(forward(batch["pixel_values"]), targets, model.grid_size)
+
+    return loss_of
+
+
+def dense_targets(batch: dict[str, torch.Tensor], grid_size: tuple[int, int], num_classes: int) -> torch.Tensor:
+    """Smoothed probabilities of every class for human label, crop and every patch token, `(B, C, 2 + N)` float32."""
+    geometry = CropGeometry(batch["crop_box"], batch.get("label_affine"), batch.get("image_box"))
+    cls_target, token_targets = crop_label_maps(
+        batch["token_label_palette"],
+        batch["token_label_index"],
+        batch["token_label_scores"],
+        geometry,
+        grid_size,
+        num_classes,
+    )
+    human = nn.functional.one_hot(batch["labels"], num_classes).float()
+    columns = [human.unsqueeze(1), cls_target.to_dense().unsqueeze(1), token_targets.to_dense()]
+    return torch.cat(columns, dim=1).mul_(0.9).add_(0.1 / num_classes).transpose(1, 2).contiguous()
