@@ -15,11 +15,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-import torch.nn.functional as F
 from torchvision.models import ResNet50_Weights
 
 from .configuration_lvvit import LVViTConfig
 from .modeling_lvvit import LVViTForImageClassification
+from .original_model import OriginalLVViT
 from .variants import VARIANTS, evaluation_image_processor, find_variant
 
 
@@ -136,50 +136,6 @@ def convert_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
     return {rename(key): value for key, value in state_dict.items()}
 
 
-@torch.no_grad()
-def original_logits(
-    state_dict: dict[str, torch.Tensor], pixel_values: torch.Tensor, num_attention_heads: int, residual_divisor: float
-) -> torch.Tensor:
-    """Evaluation logits of the published model from its own tensors, written with plain operations.
-
-    Args:
-        state_dict: Tensors under the authors' names.
-        pixel_values: `(batch_size, num_channels, height, width)` of the size that the position table was made for.
-
-    Returns:
-        `(batch_size, num_labels)`: class-token logits plus half the maximum of the auxiliary logits over patches.
-    """
-    w = {key: value.float() for key, value in state_dict.items()}
-    x = pixel_values
-    for index, stride, padding in ((1, 2, 3), (2, 1, 1), (3, 1, 1)):
-        bn = f"patch_embed.bn{index}"
-        x = F.conv2d(x, w[f"patch_embed.conv{index}.weight"], stride=stride, padding=padding)
-        x = F.batch_norm(x, w[f"{bn}.running_mean"], w[f"{bn}.running_var"], w[f"{bn}.weight"], w[f"{bn}.bias"])
-        x = x.relu()
-    kernel = w["patch_embed.proj.weight"].shape[-1]
-    x = F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=kernel)
-    x = (
-        torch.cat((w["cls_token"].expand(x.shape[0], -1, -1), x.flatten(2).mT), dim=1) + w["pos_embed"]
-    )  # (B, 1 + N, C)
-
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
-
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
-
-    for index in range(1 + max(int(key.split(".")[1]) for key in w if key.startswith("blocks."))):
-        block = f"blocks.{index}"
-        q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (num_attention_heads, -1)).transpose(1, 2) for part in (q, k, v))
-        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
-        x = x + linear((weights @ v).transpose(1, 2).flatten(2), f"{block}.attn.proj") / residual_divisor
-        hidden = F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
-        x = x + linear(hidden, f"{block}.mlp.fc2") / residual_divisor
-    x = norm(x, "norm")
-    return linear(x[:, 0], "head") + 0.5 * linear(x[:, 1:], "aux_head").amax(dim=1)
-
-
 def convert_checkpoint(
     checkpoint: Path,
     output_dir: Path,
@@ -218,9 +174,10 @@ def convert_checkpoint(
         reloaded = LVViTForImageClassification.from_pretrained(partial, dtype=torch.float32).eval()
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(2, config.num_channels, *config.image_height_width, generator=generator)
-        expected = original_logits(state_dict, images, config.num_attention_heads, config.residual_divisor)
+        reference = OriginalLVViT(config).eval()
+        reference.load_state_dict(state_dict)
         with torch.no_grad():
-            difference = (reloaded(images).logits - expected).abs().max().item()
+            difference = (reloaded(images).logits - reference(images)).abs().max().item()
         if not difference <= MAX_LOGITS_DIFFERENCE:
             raise ValueError(f"The converted model's logits differ from the original by {difference:.2e}; not saved.")
         partial.chmod(0o755)

@@ -2,6 +2,8 @@
 
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
+from torch.fx.experimental import _config as shape_config
 
 from .modeling_lvvit import LVViTPreTrainedModel
 
@@ -15,9 +17,9 @@ def prepare_for_inference(
     """A copy of a model for inference: fused (see `fuse`), cast, compiled.
 
     The copy is called like the model and gives the same output class; its weights must not be changed. It compiles at the first
-    call (about half a minute for S) and again for a first batch of one image or another image size; batches of any other size share
-    one graph. On a CPU weights are packed for the matrix units, which `torch.compile` alone does not do: in float32 this is most
-    of the gain.
+    call (about half a minute for S), again for a first batch of one image and for another image size; batches of all other sizes
+    share a graph. On a CPU weights are packed for oneDNN, which `torch.compile` alone does not do: in float32 this is most of
+    the gain.
 
     Args:
         model: Stays as it is.
@@ -35,14 +37,18 @@ def prepare_for_inference(
     for module in prepared.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
-    forward = prepared.forward
+    forward, is_cpu = prepared.forward, prepared.device.type == "cpu"
     if compile_model:
-        forward = torch.compile(forward, fullgraph=True, dynamic=True, mode=compile_mode)
+        forward = torch.compile(forward, fullgraph=True, mode=compile_mode)
 
-    def without_gradients(*args, **kwargs):
-        # freezing must be on whenever the compiler may run, and matters only then
-        with torch.no_grad(), torch._inductor.config.patch(freezing=prepared.device.type == "cpu"):
-            return forward(*args, **kwargs)
+    def without_gradients(pixel_values: torch.Tensor, *args, **kwargs):
+        pixel_values = pixel_values.detach()  # another object, whose size can be marked
+        if compile_model:
+            torch._dynamo.mark_dynamic(pixel_values, 0)
+        # these matter only when the compiler runs: weights are constants; a batch of one is a batch like any other (and with a
+        # fixed size, products in float32 would go to MKL, which is slower here)
+        with torch.no_grad(), inductor_config.patch(freezing=is_cpu), shape_config.patch(backed_size_oblivious=True):
+            return forward(pixel_values, *args, **kwargs)
 
     prepared.forward = without_gradients
     return prepared

@@ -43,7 +43,8 @@ class LVViTImageClassifierOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): Cross-entropy of `logits`; given when `labels` are.
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
-            Prediction: `cls_logits + patch_logits_weight * max over patch tokens of patch_logits`.
+            Prediction: `cls_logits + patch_logits_weight * max over patch tokens of patch_logits`; float32 also where
+            the model computes in half precision.
         cls_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): Scores of the class token.
         patch_logits (`torch.FloatTensor` of shape `(batch_size, num_patches, num_labels)`):
             Scores of each patch token, row-major over the grid, in the image that the token belongs to.
@@ -467,9 +468,11 @@ class LVViTForImageClassification(LVViTPreTrainedModel):
             # the same as to exchange their logits, which are wider
             patch_tokens = exchange_with_flipped_batch(patch_tokens, mix_mask)
         patch_logits = self.patch_classifier(patch_tokens)
-        logits = cls_logits
+        # in float32 at least: rounded to half precision, the best two of 1000 classes are often equal
+        wide = torch.promote_types(cls_logits.dtype, torch.float32)
+        logits = cls_logits.to(wide)
         if self.config.patch_logits_weight:
-            logits = cls_logits + self.config.patch_logits_weight * patch_logits.amax(dim=1)
+            logits = logits + self.config.patch_logits_weight * patch_logits.amax(dim=1).to(wide)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config, **kwargs)

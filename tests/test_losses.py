@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_lvvit.token_labeling.label_crops import CropGeometry, crop_label_maps
 from modeling_lvvit.token_labeling.label_maps import SparseTargets, build_palette
@@ -74,3 +75,44 @@ def test_without_token_targets_the_loss_is_zero_but_depends_on_patch_logits():
 def test_bfloat16_logits_are_summed_in_float32():
     _, tokens = random_targets()
     assert soft_cross_entropy(torch.randn(4, 6, 9, dtype=torch.bfloat16), tokens).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_in_parts_equals_loss_at_once(dtype, monkeypatch):
+    _, tokens = random_targets()
+    logits, weight = torch.randn(4, 6, 9, dtype=dtype, requires_grad=True), torch.rand(4, 6)
+    results = []
+    for elements in (2**24, 9 * 5):  # all 24 rows; five at a time
+        monkeypatch.setattr("modeling_lvvit.token_labeling.losses.CHUNK_ELEMENTS", elements)
+        loss = soft_cross_entropy(logits, tokens)
+        results.append((loss, torch.autograd.grad((weight * loss).sum(), logits)[0]))
+    torch.testing.assert_close(*results)
+    assert results[0][1].dtype == dtype
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts the tensors of at least `size` elements that operations make anew."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.pointers = size, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        if (
+            isinstance(result, torch.Tensor)
+            and result.untyped_storage().nbytes() // result.element_size() >= self.size
+        ):
+            self.pointers |= {result.untyped_storage().data_ptr()} - known
+        return result
+
+
+def test_the_gradient_is_the_only_tensor_of_the_size_of_the_logits(monkeypatch):
+    """Whatever the number of classes, beside the logits."""
+    monkeypatch.setattr("modeling_lvvit.token_labeling.losses.CHUNK_ELEMENTS", 900)
+    targets = SparseTargets(torch.zeros(4, 2, dtype=torch.long), torch.rand(4, 300, 2), torch.rand(4, 300), 9)
+    logits = torch.randn(4, 300, 9, dtype=torch.bfloat16, requires_grad=True)
+    with LargeTensors(logits.numel()) as large:
+        gradient = torch.autograd.grad(soft_cross_entropy(logits, targets).mean(), logits)[0]
+    assert large.pointers - {logits.data_ptr()} == {gradient.data_ptr()}

@@ -10,6 +10,7 @@ import torch
 from conftest import NUM_CLASSES
 from safetensors.torch import load_file, save_file
 from test_data_path import plain_transform, samples_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitImageProcessor, TrainerCallback
 
 from modeling_lvvit.token_labeling import (
@@ -376,3 +377,56 @@ def test_published_schedule_goes_through_a_shortened_run(tiny_model, labelled_ro
     assert rates[1::2] == rates[::2]
     with pytest.raises(ValueError, match="shorten these"):
         arguments(tmp_path, lr_schedule="published", num_train_epochs=15)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for, for which a processor would wait for its device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        names = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal")
+        self.count += function.name().split(".")[0] in names
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True, "ema_decay": 0.9, "gradient_accumulation_steps": 2}])
+def test_no_step_waits_for_the_device(tiny_model, labelled_rows, tmp_path, options):
+    """Longer runs read no more values than short ones. The loader works in a process of its own, as in real runs."""
+    counts = []
+    for steps in (2, 6):
+        trainer = trainer_for(
+            copy.deepcopy(tiny_model),
+            labelled_rows,
+            tmp_path,
+            max_steps=steps,
+            logging_strategy="no",
+            dataloader_num_workers=1,
+            per_device_train_batch_size=1,  # all steps within one epoch
+            **options,
+        )
+        with HostReads() as reads:
+            trainer.train()
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
+def test_patch_logits_stay_in_half_precision(tiny_model, labelled_rows, tmp_path):
+    seen = []
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, bf16=True, eval_strategy="no")
+    objective = trainer.objective
+    trainer.objective = lambda outputs, *rest: seen.append(outputs["patch_logits"].dtype) or objective(outputs, *rest)
+    trainer.train()
+    assert seen == [torch.bfloat16]
+    outputs = trainer.predict(samples_of(labelled_rows)).predictions
+    assert outputs is not None
+
+
+def test_infinite_losses_are_logged(tiny_model, labelled_rows, tmp_path):
+    """They are not replaced by the mean of earlier ones."""
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, learning_rate=1e30, max_steps=4, logging_steps=1)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert not math.isfinite(losses[-1])

@@ -78,6 +78,8 @@ def compare_loaders(
 ) -> list[dict[str, object]]:
     """Times loaders in turn, an epoch of 224 x 224 at a time, in this process and on one thread."""
     rows = _image_rows(images, 1000)
+    if len(rows) < setting.batch_size:
+        raise ValueError(f"{images} has {len(rows)} pictures, fewer than a batch of {setting.batch_size}.")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -102,15 +102,13 @@ class Contestant:
         return self._config(None).image_height_width
 
     def build(self, num_classes: int | None = None) -> nn.Module:
-        """The model with random weights (a folder: its own) in float32."""
+        """The model with random weights in float32."""
         if self.source == "timm":
             return timm.create_model(self.name, num_classes=num_classes or 1000)
         config = self._config(num_classes)
         if self.source == "original":
             return OriginalLVViT(config)
-        if self.name in VARIANTS or num_classes is not None:
-            return LVViTForImageClassification(config)
-        return LVViTForImageClassification.from_pretrained(self.name, dtype=torch.float32)
+        return LVViTForImageClassification(config)
 
     def _config(self, num_classes: int | None):
         overrides = {} if num_classes is None else {"num_labels": num_classes}

@@ -1,0 +1,167 @@
+"""The benchmark: what it accepts, counts and prints."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+from modeling_lvvit import LVViTForImageClassification, variants
+from modeling_lvvit.benchmark import measure
+from modeling_lvvit.benchmark.__main__ import main
+from modeling_lvvit.benchmark.contestants import Contestant
+from modeling_lvvit.benchmark.data_path import synthetic_label_map, synthetic_rows
+from modeling_lvvit.benchmark.report import table
+
+
+TINY = {
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "residual_divisor": 2.0,
+    "stem_hidden_size": 4,
+}
+
+
+@pytest.fixture
+def tiny_variant(monkeypatch) -> str:
+    """A size of which `original/` has a rendering too."""
+    variant = variants.LVViTVariant(TINY, 32, 0.9, 0, None, None, None)
+    monkeypatch.setitem(variants.VARIANTS, "tiny", variant)
+    return "tiny"
+
+
+def figures(capsys, tmp_path, *arguments: str) -> tuple[list[dict], str]:
+    file = tmp_path / "figures.json"
+    main([*arguments, "--rounds", "2", "--json", str(file), "--device", "cpu"])
+    return json.loads(file.read_text())["rows"], capsys.readouterr().out
+
+
+def test_inference_rows_have_speed_size_and_ratio(tiny_variant, capsys, tmp_path):
+    models = ["original/tiny", "tiny", "tiny+fused+bfloat16", "tiny+eager", "original/tiny+bfloat16"]
+    rows, printed = figures(capsys, tmp_path, "inference", *models, "--batch_sizes", "2", "3", "--ceiling")
+    assert [row["contestant"] for row in rows] == 2 * models
+    assert rows[0]["ratio"] == rows[5]["ratio"] == 1
+    for row in rows:
+        assert len(row["seconds"]) == 2
+        assert row["images_per_second"] == pytest.approx(row["batch_size"] / (row["milliseconds"] / 1000))
+        assert 0 < row["ceiling_share"] < 1.5
+    parameters = sum(p.numel() for p in LVViTForImageClassification(variants.variant_config("tiny")).parameters())
+    assert rows[0]["parameters"] == rows[1]["parameters"] == parameters
+    assert all(model in printed for model in models)
+
+
+def test_training_steps_run_with_every_option(tiny_variant, capsys, tmp_path):
+    models = ["original/tiny+bfloat16", "tiny+bfloat16", "tiny+plain", "tiny+checkpointing", "tiny+channels_last"]
+    rows, _ = figures(capsys, tmp_path, "training", *models, "--batch_sizes", "2", "--num_classes", "11")
+    assert all(row["ratio"] > 0 for row in rows)
+    assert rows[1]["parameters"] < 20_000  # 11 classes, not 1000
+
+
+def test_run_takes_new_batches(tiny_variant, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_lvvit.benchmark.comparison.SYNTHETIC_IMAGES", 6)
+    rows, _ = figures(capsys, tmp_path, "run", "tiny", "tiny+plain", "--batch_sizes", "2")
+    assert {row["mode"] for row in rows} == {"run"}
+
+
+def test_loaders_side_by_side(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_lvvit.benchmark.comparison.SYNTHETIC_IMAGES", 6)
+    rows, printed = figures(capsys, tmp_path, "data", "--batch_sizes", "3")
+    assert [row["contestant"] for row in rows] == ["token_labels", "plain_labels", "timm", "torchvision"]
+    assert "data, batch size 3" in printed
+
+
+def test_pictures_of_the_user(labelled_rows, tmp_path, capsys):
+    labelled_rows.to_parquet(tmp_path / "rows.parquet")
+    source = ["data", "token_labels", "--images", str(tmp_path / "rows.parquet")]
+    rows, _ = figures(capsys, tmp_path, *source, "--batch_sizes", "4")
+    assert rows[0]["images_per_second"] > 0
+    with pytest.raises(SystemExit, match="has 12 pictures, fewer than a batch of 16"):
+        figures(capsys, tmp_path, *source)
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_processes_of_their_own(capsys, tmp_path):
+    """A batch of 64 takes more than one of 8, by about its larger activations."""
+    model = LVViTForImageClassification(tiny_config())
+    model.save_pretrained(tmp_path / "model")
+    folder = str(tmp_path / "model")
+    rows, _ = figures(capsys, tmp_path, "inference", folder, "--batch_sizes", "64", "1024", "--memory")
+    assert rows[1]["peak_megabytes"] > rows[0]["peak_megabytes"] + 20
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lvvit_x_224", "names no model"),
+        ("timm/no_such_model", "names no model"),
+        ("original/resnet50", "names no model"),
+        ("lvvit_t_224+fast", "unknown option fast"),
+        ("timm/resnet18+fused", "fused is for our models only"),
+        ("lvvit_t_224+bfloat16+float16", "more than one precision"),
+    ],
+)
+def test_unknown_contestants_are_named_before_anything_runs(text, message):
+    with pytest.raises(ValueError, match=message):
+        Contestant.parse(text)
+    with pytest.raises(SystemExit, match=message.replace("+", r"\+")):
+        main(["inference", "lvvit_t_224", text])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data", "nothing"],
+        ["inference", "--rounds", "0"],
+        ["inference", "--batch_sizes", "0"],
+        ["data", "--images", "./none"],
+    ],
+)
+def test_wrong_arguments_end_with_a_message(arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert isinstance(stop.value.code, str)
+
+
+def test_flops_of_a_layer_by_hand():
+    """Stem 7x7, 3x3, 3x3 at half resolution, patches, 25 tokens, both heads; two FLOPs a product."""
+    config = tiny_config(num_hidden_layers=1)
+    stem = (16 * 24) * 8 * (3 * 49 + 2 * 8 * 9) + 24 * 32 * (8 * 16)
+    layer = 25 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 48) + 2 * 25 * 25 * 32
+    heads = 25 * 32 * 7
+    counted = measure.count_flops(lambda: LVViTForImageClassification(config), (32, 48))
+    assert counted == 2 * (stem + layer + heads)
+
+
+def test_published_flops_of_small():
+    """The paper counts 6.6 G multiply-adds for S."""
+    counted = measure.count_flops(lambda: Contestant.parse("lvvit_s_224").build(), (224, 224))
+    assert counted / 2e9 == pytest.approx(6.6, abs=0.1)
+
+
+def test_contestants_are_taken_in_turn():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = measure.time_alternating(calls, torch.device("cpu"), rounds=3, warmup=1)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert {len(times) for times in seconds.values()} == {3}
+
+
+def test_ratio_is_the_median_over_rounds():
+    assert measure.median_ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
+
+
+def test_synthetic_maps_name_a_few_classes_and_repeat():
+    rows, again = synthetic_rows(2, 50, seed=3), synthetic_rows(2, 50, seed=3)
+    assert rows[1] == again[1]
+    ids, scores = synthetic_label_map(1000, np.random.default_rng(0))
+    assert ids.shape == scores.shape == (5, 18, 18)
+    assert (np.diff(scores.astype(np.float32), axis=0) <= 0).all()
+    assert len(np.unique(ids)) <= 40
+
+
+def test_table_has_the_columns_that_rows_have():
+    lines = table([{"contestant": "a", "ratio": 1.0}, {"contestant": "longer", "ratio": 12.351}]).splitlines()
+    assert lines == ["contestant  ratio", "a            1.00", "longer      12.35"]

@@ -1,0 +1,106 @@
+"""Models made ready for inference answer as before."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AutoModelForImageClassification
+
+from modeling_lvvit import LVViTBackbone, LVViTForImageClassification, LVViTModel
+from modeling_lvvit.deployment import prepare_for_inference
+
+
+@pytest.fixture
+def trained(tiny_model) -> LVViTForImageClassification:
+    """Batch norms with statistics, scales and shifts of their own, residual branches divided by 2."""
+    generator = torch.Generator().manual_seed(1)
+    for module in tiny_model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    return tiny_model.eval()
+
+
+def images(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 48, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("settings", [{}, {"residual_divisor": 3.0}, {"conv_stem": False}, {"qkv_bias": True}])
+def test_fused_model_gives_the_same_outputs(settings):
+    torch.manual_seed(0)
+    model = LVViTForImageClassification(tiny_config(**settings))
+    model.train()(images(8))  # running statistics
+    model.eval()
+    before = copy.deepcopy(model.state_dict())
+    fused = model.fuse()
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fused.modules())
+    assert all(layer.branch_scale == 1 for layer in fused.lvvit.layers)
+    with torch.no_grad():
+        ours, theirs = model(images()), fused(images())
+    for name in ("logits", "cls_logits", "patch_logits"):
+        torch.testing.assert_close(theirs[name], ours[name], rtol=1e-4, atol=1e-6)
+    assert not model.config.fused
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model_class", [LVViTModel, LVViTBackbone])
+def test_trunk_and_backbone_fuse_too(model_class):
+    torch.manual_seed(0)
+    model = model_class(tiny_config()).eval()
+    with torch.no_grad():
+        ours, theirs = model(images())[0], model.fuse()(images())[0]
+    ours, theirs = (value[0] if isinstance(value, tuple) else value for value in (ours, theirs))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_model_is_saved_and_loaded(trained, tmp_path):
+    fused = trained.fuse()
+    fused.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(images()).logits, fused(images()).logits)
+        assert torch.equal(loaded.fuse()(images()).logits, fused(images()).logits)  # once is enough
+
+
+def test_weights_are_folded_in_float32(trained):
+    exact = trained.fuse().bfloat16().state_dict()
+    coarse = copy.deepcopy(trained).bfloat16().fuse().state_dict()
+    assert {value.dtype for value in coarse.values()} == {torch.bfloat16}
+    for name, value in exact.items():
+        torch.testing.assert_close(coarse[name], value, rtol=0.03, atol=0.03)
+
+
+def test_prepared_model_needs_no_compiler(trained):
+    prepared = prepare_for_inference(trained, compile_model=False)
+    outputs = prepared(images())
+    assert not outputs.logits.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(outputs.logits, trained(images()).logits, rtol=1e-4, atol=1e-6)
+    outputs = prepare_for_inference(trained, torch.bfloat16, compile_model=False)(images())
+    assert (outputs.cls_logits.dtype, outputs.logits.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.slow
+def test_compiled_model_answers_batches_of_any_size_with_one_graph(trained, monkeypatch):
+    counter = CompileCounterWithBackend("inductor")
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_function(*args, **kwargs, backend=counter))
+    torch._dynamo.reset()
+    prepared = prepare_for_inference(trained)
+    with torch.no_grad():
+        for count, graphs in ((3, 1), (5, 1), (8, 1), (2, 1), (1, 2), (7, 2)):
+            torch.testing.assert_close(
+                prepared(images(count)).logits, trained(images(count)).logits, rtol=1e-4, atol=1e-6
+            )
+            assert counter.frame_count == graphs
+    assert isinstance(prepared, LVViTForImageClassification)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_bfloat16_attention_on_a_cpu_is_near_float32(trained, implementation):
+    trained.set_attn_implementation(implementation)
+    with torch.no_grad():
+        exact, coarse = trained(images()).logits, copy.deepcopy(trained).bfloat16()(images()).logits
+    torch.testing.assert_close(coarse.float(), exact, rtol=0.05, atol=0.02)
