@@ -8,11 +8,41 @@ from torch.fx.experimental import _config as shape_config
 from .modeling_lvvit import LVViTPreTrainedModel
 
 
+MIN_RANGE = 1e-12  # a row of zeros has a scale too
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights, one scale for each output; its inputs are rounded to 8 bits with a scale for each token.
+
+    `(..., in_features)` -> `(..., out_features)`. Compiled, rounding and scaling are part of the neighbouring operations.
+
+    Args:
+        linear: Layer to take the weights of, any floating-point type.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=MIN_RANGE) / 127
+        self.register_buffer("weight", (weight / scale.unsqueeze(1)).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        rows = tokens.reshape(-1, tokens.shape[-1]).float()
+        scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=MIN_RANGE) / 127
+        sums = torch._int_mm((rows / scale).round().to(torch.int8), self.weight.t())  # (R, out_features) int32
+        result = sums * (scale * self.scale.float())
+        result = result if self.bias is None else result + self.bias
+        return result.to(tokens.dtype).view(*tokens.shape[:-1], -1)
+
+
 def prepare_for_inference(
     model: LVViTPreTrainedModel,
     dtype: torch.dtype | None = None,
     compile_model: bool = True,
     compile_mode: str | None = None,
+    int8_weights: bool = False,
 ) -> LVViTPreTrainedModel:
     """A copy of a model for inference: fused (see `fuse`), cast, compiled.
 
@@ -27,16 +57,27 @@ def prepare_for_inference(
         compile_model: Whether to compile; without, a compiler need not be installed, and there is no waiting.
         compile_mode: `mode` of `torch.compile`, for example `"max-autotune"` or, for small batches on a GPU,
             `"reduce-overhead"`.
+        int8_weights: Whether linear layers compute with 8 bits (`Int8Linear`): a quarter of the memory for weights, and speed on
+            CPUs that multiply bytes in vectors (VNNI) but not bfloat16. Such a model cannot be saved.
 
     Returns:
         A model in evaluation mode that computes no gradients.
+
+    Raises:
+        ValueError: If `int8_weights` is asked for on another device than a CPU.
     """
+    if int8_weights and model.device.type != "cpu":
+        raise ValueError(f"`int8_weights` is for models on a CPU; this one is on {model.device}.")
     prepared = model.fuse()
-    if dtype is not None:
-        prepared = prepared.to(dtype)
     for module in prepared.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
+    if int8_weights:
+        for name, module in list(prepared.named_modules()):
+            if isinstance(module, nn.Linear):
+                prepared.set_submodule(name, Int8Linear(module))
+    if dtype is not None:
+        prepared = prepared.to(dtype)
     forward, is_cpu = prepared.forward, prepared.device.type == "cpu"
     if compile_model:
         forward = torch.compile(forward, fullgraph=True, mode=compile_mode)

@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForImageClassification
 
 from modeling_lvvit import LVViTBackbone, LVViTForImageClassification, LVViTModel
-from modeling_lvvit.deployment import prepare_for_inference
+from modeling_lvvit.deployment import Int8Linear, prepare_for_inference
+from modeling_lvvit.modeling_lvvit import LVViTLinear
 
 
 @pytest.fixture
@@ -104,3 +105,40 @@ def test_bfloat16_attention_on_a_cpu_is_near_float32(trained, implementation):
     with torch.no_grad():
         exact, coarse = trained(images()).logits, copy.deepcopy(trained).bfloat16()(images()).logits
     torch.testing.assert_close(coarse.float(), exact, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_weights_are_near_and_small(trained, dtype):
+    prepared = prepare_for_inference(trained, dtype, int8_weights=True, compile_model=False)
+    assert prepared.lvvit.layers[0].mlp.fc1.weight.dtype == torch.int8
+    assert not any(isinstance(module, torch.nn.Linear) for module in prepared.modules())
+    with torch.no_grad():
+        exact = trained(images()).logits
+    difference = (prepared(images()).logits - exact).abs().max()
+    assert 0 < difference < 0.05 * exact.abs().max()
+
+
+def test_int8_layer_by_hand():
+    """Weights are whole multiples of their largest / 127, inputs of theirs: nothing is lost."""
+    linear = torch.nn.Linear(3, 2)
+    linear.weight.data = torch.tensor([[127.0, -3.0, 0.0], [0.5, 0.25, 63.5]])
+    linear.bias.data = torch.tensor([1.0, 2.0])
+    tokens = torch.tensor([[[127.0, 1.0, -2.0], [0.0, 0.0, 0.0]]])
+    torch.testing.assert_close(
+        Int8Linear(linear)(tokens), torch.tensor([[[16127.0, -61.5], [1.0, 2.0]]]), rtol=1e-6, atol=0.3
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_tokens_give_the_same_products_and_gradients(bias, monkeypatch):
+    torch.manual_seed(0)
+    layer, tokens, weight = LVViTLinear(24, 40, bias), torch.randn(3, 7, 48)[..., ::2], torch.randn(3, 7, 40)
+    results = []
+    for least in (22, 21):  # product, convolution
+        monkeypatch.setattr("modeling_lvvit.modeling_lvvit.MIN_ROWS_FOR_CONVOLUTION", least)
+        inputs = tokens.clone().requires_grad_()
+        layer.zero_grad()
+        output = layer(inputs)
+        (output * weight).sum().backward()
+        results.append([output, inputs.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+    torch.testing.assert_close(*results)

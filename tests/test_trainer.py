@@ -430,3 +430,13 @@ def test_infinite_losses_are_logged(tiny_model, labelled_rows, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert not math.isfinite(losses[-1])
+
+
+def test_the_compiled_model_has_no_graph_breaks(tiny_model, labelled_rows, tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"torch_compile": True, "torch_compile_backend": "eager", "bf16": True, "mix_probability": 0.5}
+    trainer_for(tiny_model, labelled_rows, tmp_path, max_steps=6, per_device_train_batch_size=2, **options).train()
+    counters = torch._dynamo.utils.counters
+    assert sum(counters["graph_break"].values()) == 0, counters["graph_break"]
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2  # with and without mixed tokens

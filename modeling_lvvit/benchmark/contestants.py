@@ -26,11 +26,12 @@ OPTIONS = {
     "compiled": "torch.compile",
     "fused": "batch norms and residual divisor folded in; ours, inference",
     "deployed": "prepare_for_inference: fused, compiled, packed; ours, inference",
+    "int8": "deployed, with 8-bit weights; ours, on a CPU",
     "plain": "trained with plain labels; ours",
     "checkpointing": "activation checkpointing; ours, training",
     "channels_last": "weights and pictures in channels-last layout",
 }
-OURS_ONLY = {"fused", "deployed", "plain", "checkpointing", *ATTENTIONS}
+OURS_ONLY = {"fused", "deployed", "int8", "plain", "checkpointing", *ATTENTIONS}
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ def inference_call(contestant: Contestant, setting: Setting) -> Callable[[], tor
     pixels = torch.randn(setting.batch_size, 3, *contestant.image_size(), device=setting.device)
     if contestant.source == "original":
         context = lambda: contestant.autocast(setting.device)  # noqa: E731  their evaluation runs under AMP
-    elif "deployed" in options:
-        model = prepare_for_inference(model, contestant.dtype)
+    elif options & {"deployed", "int8"}:
+        model = prepare_for_inference(model, contestant.dtype, int8_weights="int8" in options)
     else:
         model = (model.fuse() if "fused" in options else model).to(contestant.dtype)
     if contestant.source != "original":
