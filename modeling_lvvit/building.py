@@ -53,6 +53,10 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
         raise ValueError(
             f"{path} is a {config.model_type!r} model; this program trains {LVViTConfig.model_type!r} models."
         )
+    if getattr(config, "fused", False):
+        raise ValueError(
+            f"{path} was fused for inference and has no batch norms left; train the model that it was made of."
+        )
     if config.num_labels != len(class_names) and not args.ignore_mismatched_sizes:
         raise ValueError(
             f"{path} has {config.num_labels} classes, the data has {len(class_names)}. "

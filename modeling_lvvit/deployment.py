@@ -46,7 +46,8 @@ def prepare_for_inference(
 ) -> LVViTPreTrainedModel:
     """A copy of a model for inference: fused (see `fuse`), cast, compiled.
 
-    The copy is called like the model and gives the same output class; its weights must not be changed. It compiles at the first
+    The copy is called like the model and gives the same output class; its weights must not be changed. Calls with pictures alone
+    are compiled, others (hidden states, labels) run as usual. It compiles at the first
     call (about half a minute for S), again for a first batch of one image and for another image size; batches of all other sizes
     share a graph. On a CPU weights are packed for oneDNN, which `torch.compile` alone does not do: in float32 this is most of
     the gain.
@@ -78,18 +79,36 @@ def prepare_for_inference(
                 prepared.set_submodule(name, Int8Linear(module))
     if dtype is not None:
         prepared = prepared.to(dtype)
+    if int8_weights:
+        prepared.save_pretrained = _refuse_to_save
+    if not compile_model:
+        prepared.forward = torch.no_grad()(prepared.forward)
+        return prepared
     forward, is_cpu = prepared.forward, prepared.device.type == "cpu"
-    if compile_model:
-        forward = torch.compile(forward, fullgraph=True, mode=compile_mode)
 
-    def without_gradients(pixel_values: torch.Tensor, *args, **kwargs):
+    def traced(pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None):
+        return forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+
+    # a code object of its own, by which the compiler counts: preparing many models does not reach its limit of recompilations
+    traced.__code__ = traced.__code__.replace()
+    compiled = torch.compile(traced, fullgraph=True, mode=compile_mode)
+
+    @torch.no_grad()
+    def call(pixel_values: torch.Tensor | None = None, interpolate_pos_encoding: bool | None = None, **kwargs):
+        expected = prepared.config.image_height_width
+        has_other_size = pixel_values is None or (pixel_values.shape[2:] != expected and not interpolate_pos_encoding)
+        if kwargs or has_other_size:  # labels, hidden states, ...: not compiled; or an error, which is the model's own
+            return forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         pixel_values = pixel_values.detach()  # another object, whose size can be marked
-        if compile_model:
-            torch._dynamo.mark_dynamic(pixel_values, 0)
+        torch._dynamo.mark_dynamic(pixel_values, 0)
         # these matter only when the compiler runs: weights are constants; a batch of one is a batch like any other (and with a
         # fixed size, products in float32 would go to MKL, which is slower here)
-        with torch.no_grad(), inductor_config.patch(freezing=is_cpu), shape_config.patch(backed_size_oblivious=True):
-            return forward(pixel_values, *args, **kwargs)
+        with inductor_config.patch(freezing=is_cpu), shape_config.patch(backed_size_oblivious=True):
+            return compiled(pixel_values, interpolate_pos_encoding)
 
-    prepared.forward = without_gradients
+    prepared.forward = call
     return prepared
+
+
+def _refuse_to_save(*args, **kwargs) -> None:
+    raise ValueError("A model with 8-bit weights cannot be saved. Save the model that it was made of.")

@@ -60,6 +60,12 @@ def test_training_steps_run_with_every_option(tiny_variant, capsys, tmp_path):
     assert rows[1]["parameters"] < 20_000  # 11 classes, not 1000
 
 
+def test_folders_of_any_patch_size_train(capsys, tmp_path):
+    LVViTForImageClassification(tiny_config()).save_pretrained(tmp_path / "model")
+    rows, _ = figures(capsys, tmp_path, "training", str(tmp_path / "model"), "--batch_sizes", "2")
+    assert rows[0]["parameters"] > 0
+
+
 def test_run_takes_new_batches(tiny_variant, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("modeling_lvvit.benchmark.comparison.SYNTHETIC_IMAGES", 6)
     rows, _ = figures(capsys, tmp_path, "run", "tiny", "tiny+plain", "--batch_sizes", "2")
@@ -98,8 +104,9 @@ def test_memory_is_measured_in_processes_of_their_own(capsys, tmp_path):
         ("lvvit_x_224", "names no model"),
         ("timm/no_such_model", "names no model"),
         ("original/resnet50", "names no model"),
-        ("lvvit_t_224+fast", "unknown option fast"),
-        ("timm/resnet18+fused", "fused is for our models only"),
+        ("lvvit_t_224+fast", "option fast is unknown"),
+        ("timm/resnet18+fused", "option fused is for our models only"),
+        ("lvvit_t_224+eager+sdpa", "more than one attention"),
         ("lvvit_t_224+bfloat16+float16", "more than one precision"),
     ],
 )

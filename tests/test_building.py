@@ -129,3 +129,9 @@ def test_patches_without_stem_are_linear_in_the_pixels():
     assert embed(first).shape == (1, 8 * 12, 32)
     assert not [name for name in model.state_dict() if "norm1.running_mean" in name]
     LVViTForImageClassification(tiny_config(conv_stem=False, patch_size=1, image_size=8))  # odd patches need no stem
+
+
+def test_fused_models_are_not_trained(checkpoint, tmp_path):
+    LVViTForImageClassification.from_pretrained(checkpoint).fuse().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="was fused for inference and has no batch norms left"):
+        build(str(tmp_path))

@@ -102,6 +102,15 @@ def test_crop_box_tells_where_the_pixels_come_from():
         assert pixels[1, -1, 24].item() == pytest.approx(bottom, abs=0.03)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 2)])
+def test_crops_of_tiny_pictures_are_not_empty(size):
+    for seed in range(40):
+        start_generators(seed)
+        left, top, right, bottom = plain_transform()(Image.new("RGB", size))["crop_box"].tolist()
+        assert 0 <= left < right <= 1
+        assert 0 <= top < bottom <= 1
+
+
 def equal_samples(first: dict, second: dict) -> bool:
     return all(torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name])) for name in first)
 

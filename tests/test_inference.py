@@ -83,12 +83,16 @@ def test_prepared_model_needs_no_compiler(trained):
     assert (outputs.cls_logits.dtype, outputs.logits.dtype) == (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.slow
-def test_compiled_model_answers_batches_of_any_size_with_one_graph(trained, monkeypatch):
-    counter = CompileCounterWithBackend("inductor")
-    compile_function = torch.compile
+@pytest.fixture
+def counter(monkeypatch) -> CompileCounterWithBackend:
+    """Counts graphs, and does not spend time on machine code."""
+    counter, compile_function = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_function(*args, **kwargs, backend=counter))
     torch._dynamo.reset()
+    return counter
+
+
+def test_batches_of_any_size_share_a_graph(trained, counter):
     prepared = prepare_for_inference(trained)
     with torch.no_grad():
         for count, graphs in ((3, 1), (5, 1), (8, 1), (2, 1), (1, 2), (7, 2)):
@@ -97,6 +101,47 @@ def test_compiled_model_answers_batches_of_any_size_with_one_graph(trained, monk
             )
             assert counter.frame_count == graphs
     assert isinstance(prepared, LVViTForImageClassification)
+
+
+def test_many_models_can_be_prepared(trained, counter):
+    for index in range(10):
+        prepare_for_inference(trained)(images())
+        assert counter.frame_count == index + 1
+
+
+def test_prepared_model_takes_what_the_model_takes(trained, counter):
+    prepared = prepare_for_inference(trained)
+    other = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        for arguments in (
+            {"labels": torch.tensor([1, 2, 3])},
+            {"output_hidden_states": True},
+            {"output_attentions": True},
+            {"mix_mask": torch.ones(3, 4, 6, dtype=torch.bool)},
+            {"return_dict": False},
+            {"pixel_values": other, "interpolate_pos_encoding": True},
+        ):
+            arguments = {"pixel_values": images(), **arguments}
+            ours, theirs = trained(**arguments), prepared(**arguments)
+            logits = [outputs[0] if isinstance(outputs, tuple) else outputs.logits for outputs in (ours, theirs)]
+            torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="doesn't match model"):
+        prepared(other)
+    with pytest.raises(ValueError, match="You have to specify pixel_values"):
+        prepared()
+
+
+@pytest.mark.slow
+def test_packed_and_compiled_weights_give_the_same_logits(trained):
+    torch._dynamo.reset()
+    for dtype, options, tolerance in (
+        (torch.float32, {}, 1e-5),
+        (torch.bfloat16, {}, 0.02),
+        (torch.float32, {"int8_weights": True}, 0.02),
+    ):
+        prepared = prepare_for_inference(trained, dtype, **options)
+        with torch.no_grad():
+            torch.testing.assert_close(prepared(images()).logits, trained(images()).logits, rtol=0.05, atol=tolerance)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -116,6 +161,8 @@ def test_int8_weights_are_near_and_small(trained, dtype):
         exact = trained(images()).logits
     difference = (prepared(images()).logits - exact).abs().max()
     assert 0 < difference < 0.05 * exact.abs().max()
+    with pytest.raises(ValueError, match="cannot be saved"):
+        prepared.save_pretrained("nowhere")
 
 
 def test_int8_layer_by_hand():

@@ -77,7 +77,7 @@ def test_bfloat16_logits_are_summed_in_float32():
     assert soft_cross_entropy(torch.randn(4, 6, 9, dtype=torch.bfloat16), tokens).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_loss_in_parts_equals_loss_at_once(dtype, monkeypatch):
     _, tokens = random_targets()
     logits, weight = torch.randn(4, 6, 9, dtype=dtype, requires_grad=True), torch.rand(4, 6)

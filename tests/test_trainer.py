@@ -420,8 +420,13 @@ def test_patch_logits_stay_in_half_precision(tiny_model, labelled_rows, tmp_path
     trainer.objective = lambda outputs, *rest: seen.append(outputs["patch_logits"].dtype) or objective(outputs, *rest)
     trainer.train()
     assert seen == [torch.bfloat16]
-    outputs = trainer.predict(samples_of(labelled_rows)).predictions
-    assert outputs is not None
+    assert type(tiny_model).forward.__get__(tiny_model) == tiny_model.forward  # no wrapper is left
+    projected = []
+    tiny_model.lvvit.layers[0].attention.qkv.register_forward_hook(lambda *call: projected.append(call[-1].dtype))
+    samples = [samples_of(labelled_rows)[index] for index in range(2)]
+    for names in (("pixel_values", "labels"), ("pixel_values",)):  # evaluation, prediction
+        trainer.predict([{name: sample[name] for name in names} for sample in samples])
+    assert projected == [torch.bfloat16] * 2
 
 
 def test_infinite_losses_are_logged(tiny_model, labelled_rows, tmp_path):

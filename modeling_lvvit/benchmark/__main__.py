@@ -36,7 +36,10 @@ MODES = ("inference", "training", "run", "data")
 
 def parser() -> argparse.ArgumentParser:
     """Options of the program."""
-    options = "\n".join(f"  {name:20}{text}" for name, text in OPTIONS.items())
+    options = "\n".join(
+        f"  {name:20}{text}; {'all' if len(sources) > 1 else 'ours'}, {', '.join(sorted(modes))}"
+        for name, (sources, modes, text) in OPTIONS.items()
+    )
     parser = argparse.ArgumentParser(
         prog="python -m modeling_lvvit.benchmark",
         description=__doc__,
@@ -66,7 +69,10 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if min(args.batch_sizes) < 1:
         raise ValueError(f"--batch_sizes must be at least 1, got {args.batch_sizes}.")
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {args.device}: {error}") from error
     if device.type != "cpu" and not torch.accelerator.is_available():
         raise ValueError(f"--device {args.device}: PyTorch sees no accelerator here.")
     if args.mode == "data":
@@ -75,7 +81,7 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"Unknown loader {unknown[0]!r}; expected some of {', '.join(LOADERS)}.")
     elif args.mode is not None:
         for text in args.contestants:
-            Contestant.parse(text)
+            Contestant.parse(text).check_mode(args.mode)
 
 
 def environment(args: argparse.Namespace) -> dict[str, object]:
@@ -115,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
             torch.set_num_threads(args.threads)
         print(json.dumps(environment(args)))
         rows = run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(str(error))
     if args.json:
         args.json.write_text(json.dumps({"environment": environment(args), "rows": rows}, indent=1) + "\n")

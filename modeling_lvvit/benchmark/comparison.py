@@ -4,6 +4,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import repeat
 
 import datasets
@@ -94,6 +95,14 @@ def compare_loaders(
     ]
 
 
+def _size(contestant: Contestant, num_classes: int | None) -> tuple[int, float]:
+    """Parameters, and FLOPs of one image forward, before any option."""
+    plain = replace(contestant, options=frozenset())
+    with torch.device("meta"):
+        parameters = sum(weight.numel() for weight in plain.build(num_classes).parameters())
+    return parameters, count_flops(lambda: plain.build(num_classes), plain.image_size())
+
+
 def _speed(seconds: list[float], reference: list[float], images: int) -> dict[str, object]:
     median = statistics.median(seconds)
     return {
@@ -113,11 +122,12 @@ def _call(mode: str, contestant: Contestant, setting: Setting, images: str | Non
 def _batches(
     mode: str, contestant: Contestant, setting: Setting, images: str | None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    height, width = contestant.image_size()
-    rows = _image_rows(images, setting.num_classes or 1000, setting.batch_size if mode == "training" else None)
+    rows = _image_rows(
+        images, contestant.num_classes(setting.num_classes), setting.batch_size if mode == "training" else None
+    )
     torch.manual_seed(0)
     has_maps = "plain" not in contestant.options or mode == "training"
-    loader = token_label_loader(rows, setting.batch_size, (height, width), (height // 16, width // 16), has_maps)
+    loader = token_label_loader(rows, setting.batch_size, contestant.image_size(), contestant.grid_size(), has_maps)
     if mode == "run":
         return endless(loader)
     batch = next(iter(loader))

@@ -20,18 +20,27 @@ from ..variants import VARIANTS, variant_config
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+TRAINING, INFERENCE = {"training", "run"}, {"inference"}
+EVERYONE, OURS = {"ours", "timm", "original"}, {"ours"}
+# option -> whose it is, in which modes, and what it does
 OPTIONS = {
-    **dict.fromkeys(PRECISIONS, "weights in inference, autocast in training (and where the model is original/)"),
-    **dict.fromkeys(ATTENTIONS, "attention implementation, ours only"),
-    "compiled": "torch.compile",
-    "fused": "batch norms and residual divisor folded in; ours, inference",
-    "deployed": "prepare_for_inference: fused, compiled, packed; ours, inference",
-    "int8": "deployed, with 8-bit weights; ours, on a CPU",
-    "plain": "trained with plain labels; ours",
-    "checkpointing": "activation checkpointing; ours, training",
-    "channels_last": "weights and pictures in channels-last layout",
+    **dict.fromkeys(
+        PRECISIONS,
+        (
+            EVERYONE,
+            TRAINING | INFERENCE,
+            "weights in inference, autocast in training (and where the model is original/)",
+        ),
+    ),
+    **dict.fromkeys(ATTENTIONS, (OURS, TRAINING | INFERENCE, "attention implementation")),
+    "compiled": (EVERYONE, TRAINING | INFERENCE, "torch.compile"),
+    "channels_last": (EVERYONE, TRAINING | INFERENCE, "weights and pictures in channels-last layout"),
+    "fused": (OURS, INFERENCE, "batch norms and residual divisor folded in"),
+    "deployed": (OURS, INFERENCE, "prepare_for_inference: fused, compiled, packed"),
+    "int8": (OURS, INFERENCE, "deployed, with 8-bit weights; on a CPU"),
+    "plain": (OURS, TRAINING, "trained with plain labels"),
+    "checkpointing": (OURS, TRAINING, "activation checkpointing"),
 }
-OURS_ONLY = {"fused", "deployed", "int8", "plain", "checkpointing", *ATTENTIONS}
 
 
 @dataclass(frozen=True)
@@ -82,14 +91,21 @@ class Contestant:
                 f"{text!r} names no model: expected one of {', '.join(VARIANTS)}, a folder with a saved model, "
                 "original/ and a size, or timm/ and a model of timm."
             )
-        unknown = [option for option in options if option not in OPTIONS]
-        unfit = [option for option in options if source != "ours" and option in OURS_ONLY]
-        if unknown or unfit:
-            reason = f"unknown option {unknown[0]}" if unknown else f"{unfit[0]} is for our models only"
-            raise ValueError(f"{text!r}: {reason}; options are {', '.join(OPTIONS)}.")
-        if len(PRECISIONS.keys() & set(options)) > 1:
-            raise ValueError(f"{text!r} has more than one precision.")
+        for option in options:
+            sources, _, _ = OPTIONS.get(option, (EVERYONE, None, None))
+            if option not in OPTIONS or source not in sources:
+                reason = "is for our models only" if option in OPTIONS else "is unknown"
+                raise ValueError(f"{text!r}: option {option} {reason}; options are {', '.join(OPTIONS)}.")
+        for kind, names in (("precision", PRECISIONS), ("attention", ATTENTIONS)):
+            if len(set(names) & set(options)) > 1:
+                raise ValueError(f"{text!r} has more than one {kind}.")
         return cls(source, name, frozenset(options))
+
+    def check_mode(self, mode: str) -> None:
+        """Raises a `ValueError` if an option does nothing in a mode."""
+        idle = sorted(option for option in self.options if mode not in OPTIONS[option][1])
+        if idle:
+            raise ValueError(f"{self.source} {self.name}: option {idle[0]} does nothing in mode {mode}.")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,6 +117,17 @@ class Contestant:
         if self.source == "timm":
             return timm.get_pretrained_cfg(self.name).input_size[1:]
         return self._config(None).image_height_width
+
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of its patch tokens; for models of timm those of patches of 16 pixels."""
+        if self.source == "timm":
+            height, width = self.image_size()
+            return height // 16, width // 16
+        return self._config(None).grid_size
+
+    def num_classes(self, asked: int | None) -> int:
+        """Outputs of its model."""
+        return asked or (1000 if self.source == "timm" else self._config(None).num_labels)
 
     def build(self, num_classes: int | None = None) -> nn.Module:
         """The model with random weights in float32."""

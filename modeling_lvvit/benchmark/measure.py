@@ -1,5 +1,6 @@
 """Clocks and gauges: alternating timing, peak memory, FLOPs, and what the device can do at best."""
 
+import functools
 import re
 import resource
 import statistics
@@ -65,6 +66,7 @@ def median_ratio(reference: list[float], seconds: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(reference, seconds, strict=True))
 
 
+@functools.cache
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest large matrix product found, plain or as a 1 x 1 convolution (on CPUs another library).
 

@@ -40,11 +40,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
             *_chunks(grad_logits, *ctx.saved_tensors, grad_losses)
         ):
             weight = weight.unsqueeze(-1)
-            out = grad if grad.dtype == torch.float32 else None
-            difference = torch.sub(part, log_sum.unsqueeze(-1), out=out).exp_().sub_(rest.unsqueeze(-1)).mul_(weight)
-            difference.scatter_add_(-1, ids, -extra * weight)
-            if out is None:
-                grad.copy_(difference)
+            wide = grad if grad.dtype == torch.float32 else torch.empty_like(grad, dtype=torch.float32)
+            torch.sub(part.float(), log_sum.unsqueeze(-1), out=wide).exp_().sub_(rest.unsqueeze(-1)).mul_(weight)
+            wide.scatter_add_(-1, ids, -extra * weight)
+            if wide is not grad:
+                grad.copy_(wide)
         return grad_logits, None, None, None
 
 

@@ -143,10 +143,19 @@ class TokenLabelTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
         model, loader = super()._prepare_for_training(*args, **kwargs)
-        # Accelerate's wrapper around `forward` would copy the patch logits, the largest output, to float32; the losses do not
-        # need that, and `compute_loss` enters autocast itself.
-        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        # Accelerate's wrapper around `forward` would copy the patch logits, the largest output, to float32, which the losses do
+        # not need. What it also does, autocast, is entered here where the model is called.
+        own = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if own.__dict__.pop("_original_forward", None) is not None:
+            del own.forward  # the one that hides that of the class
         return model, loader
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any):
+        """As in `Trainer`, in the precision of training for batches without labels too."""
+        if "labels" in inputs:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        with self.accelerator.autocast():
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
