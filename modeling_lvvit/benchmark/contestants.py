@@ -13,7 +13,6 @@ from ..deployment import prepare_for_inference
 from ..modeling_lvvit import LVViTForImageClassification
 from ..original_model import OriginalLVViT, original_loss
 from ..token_labeling import TokenLabelTrainingArguments
-from ..token_labeling.label_crops import CropGeometry, crop_label_maps
 from ..token_labeling.objective import LABEL_FIELDS, TokenLabelingObjective
 from ..variants import VARIANTS, variant_config
 
@@ -218,10 +217,13 @@ def training_call(
 LossOf = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 
 
+def _objective(grid_size: tuple[int, int], num_classes: int) -> TokenLabelingObjective:
+    """The losses of `TokenLabelTrainer` with its defaults."""
+    return TokenLabelingObjective(TokenLabelTrainingArguments("unused", report_to="none"), grid_size, num_classes)
+
+
 def _our_loss(model: LVViTForImageClassification, contestant: Contestant) -> LossOf:
-    objective = TokenLabelingObjective(
-        TokenLabelTrainingArguments("unused", report_to="none"), model.config.grid_size, model.config.num_labels
-    )
+    objective = _objective(model.config.grid_size, model.config.num_labels)
 
     def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mix_mask = batch.get("mix_mask")
@@ -258,15 +260,7 @@ def _original_loss(model: OriginalLVViT, contestant: Contestant) -> LossOf:
 
 def dense_targets(batch: dict[str, torch.Tensor], grid_size: tuple[int, int], num_classes: int) -> torch.Tensor:
     """Smoothed probabilities of every class for human label, crop and every patch token, `(B, C, 2 + N)` float32."""
-    geometry = CropGeometry(batch["crop_box"], batch.get("label_affine"), batch.get("image_box"))
-    cls_target, token_targets = crop_label_maps(
-        batch["token_label_palette"],
-        batch["token_label_index"],
-        batch["token_label_scores"],
-        geometry,
-        grid_size,
-        num_classes,
-    )
+    _, cls_target, token_targets = _objective(grid_size, num_classes).crop_targets(batch)
     human = nn.functional.one_hot(batch["labels"], num_classes).float()
     columns = [human.unsqueeze(1), cls_target.to_dense().unsqueeze(1), token_targets.to_dense()]
     return torch.cat(columns, dim=1).mul_(0.9).add_(0.1 / num_classes).transpose(1, 2).contiguous()

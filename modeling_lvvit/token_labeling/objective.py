@@ -42,17 +42,7 @@ class TokenLabelingObjective:
         args, smoothing = self.args, self.args.label_smoothing_factor
         cls_dense = token_targets = counted = None
         if "token_label_palette" in labels and args.dense_weight > 0:
-            geometry = CropGeometry(labels["crop_box"], labels.get("label_affine"), labels.get("image_box"))
-            cls_dense, token_targets = crop_label_maps(
-                labels["token_label_palette"],
-                labels["token_label_index"],
-                labels["token_label_scores"],
-                geometry,
-                self.grid_size,
-                self.num_classes,
-                args.label_crop,
-                args.label_temperature,
-            )
+            geometry, cls_dense, token_targets = self.crop_targets(labels)
             token_targets = token_targets.smooth(smoothing)
             if args.uncovered_tokens == "ignore":
                 counted = geometry.covered_tokens(self.grid_size)
@@ -71,6 +61,20 @@ class TokenLabelingObjective:
             args.dense_weight,
             counted,
             partner_share,
+        )
+
+    def crop_targets(self, labels: dict[str, torch.Tensor]) -> tuple[CropGeometry, SparseTargets, SparseTargets]:
+        """Where the crops lie in the label maps, and the targets of class token and patch tokens, not smoothed."""
+        geometry = CropGeometry(labels["crop_box"], labels.get("label_affine"), labels.get("image_box"))
+        return geometry, *crop_label_maps(
+            labels["token_label_palette"],
+            labels["token_label_index"],
+            labels["token_label_scores"],
+            geometry,
+            self.grid_size,
+            self.num_classes,
+            self.args.label_crop,
+            self.args.label_temperature,
         )
 
     def _cls_targets(
