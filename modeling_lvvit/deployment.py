@@ -77,10 +77,9 @@ def prepare_for_inference(
         for name, module in list(prepared.named_modules()):
             if isinstance(module, nn.Linear):
                 prepared.set_submodule(name, Int8Linear(module))
+        prepared.save_pretrained = _refuse_to_save
     if dtype is not None:
         prepared = prepared.to(dtype)
-    if int8_weights:
-        prepared.save_pretrained = _refuse_to_save
     if not compile_model:
         prepared.forward = torch.no_grad()(prepared.forward)
         return prepared

@@ -57,11 +57,7 @@ def compare_models(
     first = next(iter(seconds))
     rows = []
     for text, contestant in contestants.items():
-        with torch.device("meta"):
-            parameters = sum(weight.numel() for weight in contestant.build(setting.num_classes).parameters())
-        flops = count_flops(
-            lambda contestant=contestant: contestant.build(setting.num_classes), contestant.image_size()
-        )
+        parameters, flops = _size(contestant, setting.num_classes)
         row = {"mode": mode, "contestant": text, "batch_size": setting.batch_size, "parameters": parameters}
         row |= {"gflops": flops / 1e9, **_speed(seconds[text], seconds[first], setting.batch_size)}
         row["ratio_per_flop"] = row["ratio"] * row["gflops"] / (rows[0]["gflops"] if rows else row["gflops"])

@@ -77,7 +77,6 @@ def token_label_loader(
     image_size: tuple[int, int],
     grid_size: tuple[int, int],
     with_maps: bool = True,
-    **options: Any,
 ) -> torch.utils.data.DataLoader:
     """Our loader with the published augmentation, shuffled."""
     columns = {"ids_column": "token_label_ids", "scores_column": "token_label_scores"} if with_maps else {}
@@ -86,9 +85,7 @@ def token_label_loader(
     )
     samples.start_epoch(0, 0)
     collator = TokenLabelCollator(grid_size)
-    return torch.utils.data.DataLoader(
-        samples, batch_size, shuffle=True, collate_fn=collator, drop_last=True, **options
-    )
+    return torch.utils.data.DataLoader(samples, batch_size, shuffle=True, collate_fn=collator, drop_last=True)
 
 
 class _Files(torch.utils.data.Dataset):
