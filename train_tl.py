@@ -24,8 +24,8 @@ from modeling_lvvit.command_line import EMBEDDED_RECIPE, ModelArguments, parse
 from modeling_lvvit.launching import (
     end_with_launcher,
     is_main_process,
+    set_up_cpu,
     start_missing_processes,
-    use_all_cpu_cores,
 )
 from modeling_lvvit.model_card import write_model_card
 from modeling_lvvit.token_labeling import (
@@ -135,7 +135,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     if data_args.streaming and training_args.max_steps < 1:
         raise ValueError("A stream has no end: give --streaming together with --max_steps.")
     prepare_output_dir(model_args, training_args)
-    use_all_cpu_cores(training_args.device)
+    set_up_cpu(training_args.device)
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="opening the data"):
         if data_args.dataset_name in (None, EMBEDDED_RECIPE):

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from modeling_lvvit.launching import is_main_process, num_cpu_cores, start_missing_processes, use_all_cpu_cores
+from modeling_lvvit.launching import is_main_process, num_cpu_cores, set_up_cpu, start_missing_processes
 from modeling_lvvit.token_labeling.annotation import Scorer, ShardBuilder, prepared_ahead
 from modeling_lvvit.token_labeling.annotators import Annotator, load_annotator
 from modeling_lvvit.token_labeling.class_labels import names_in_data
@@ -289,7 +289,7 @@ def main(arguments: list[str]) -> None:
             mixed_precision="bf16" if args.bf16 else "no",
             kwargs_handlers=[waiting],
         )
-        use_all_cpu_cores(accelerator.device)
+        set_up_cpu(accelerator.device)
         annotate(args, accelerator)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         name = "annotate.py" if is_main_process() else "annotate.py (another process)"

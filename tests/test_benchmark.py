@@ -1,36 +1,38 @@
 """The benchmark: what it accepts, counts and prints."""
 
 import json
+import os
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
 
-from modeling_lvvit import LVViTForImageClassification, variants
-from modeling_lvvit.benchmark import measure
+from modeling_lvvit import LVViTForImageClassification
+from modeling_lvvit.benchmark import measure, turns
 from modeling_lvvit.benchmark.__main__ import main
 from modeling_lvvit.benchmark.contestants import Contestant
 from modeling_lvvit.benchmark.data_path import synthetic_label_map, synthetic_rows
 from modeling_lvvit.benchmark.report import table
 
 
-TINY = {
-    "num_hidden_layers": 1,
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "residual_divisor": 2.0,
-    "stem_hidden_size": 4,
-}
+@pytest.fixture
+def tiny(tmp_path) -> str:
+    """A saved model, of which `original/` has a rendering too."""
+    config = tiny_config(
+        image_size=32, patch_size=16, num_hidden_layers=1, hidden_size=16, num_attention_heads=2, residual_divisor=2.0
+    )
+    LVViTForImageClassification(config).save_pretrained(tmp_path / "tiny")
+    return str(tmp_path / "tiny")
 
 
 @pytest.fixture
-def tiny_variant(monkeypatch) -> str:
-    """A size of which `original/` has a rendering too."""
-    variant = variants.LVViTVariant(TINY, 32, 0.9, 0, None, None, None)
-    monkeypatch.setitem(variants.VARIANTS, "tiny", variant)
-    return "tiny"
+def few_pictures(labelled_rows, tmp_path) -> str:
+    """A Parquet file with 12 pictures."""
+    labelled_rows.to_parquet(tmp_path / "rows.parquet")
+    return str(tmp_path / "rows.parquet")
 
 
 def figures(capsys, tmp_path, *arguments: str) -> tuple[list[dict], str]:
@@ -39,25 +41,27 @@ def figures(capsys, tmp_path, *arguments: str) -> tuple[list[dict], str]:
     return json.loads(file.read_text())["rows"], capsys.readouterr().out
 
 
-def test_inference_rows_have_speed_size_and_ratio(tiny_variant, capsys, tmp_path):
-    models = ["original/tiny", "tiny", "tiny+fused+bfloat16", "tiny+eager", "original/tiny+bfloat16"]
+def test_inference_rows_have_speed_size_and_ratio(tiny, capsys, tmp_path):
+    options = ["+fused+bfloat16", "+eager", "+kept_memory"]
+    models = [f"original/{tiny}", tiny, *(tiny + option for option in options), f"original/{tiny}+bfloat16"]
     rows, printed = figures(capsys, tmp_path, "inference", *models, "--batch_sizes", "2", "3", "--ceiling")
     assert [row["contestant"] for row in rows] == 2 * models
-    assert rows[0]["ratio"] == rows[5]["ratio"] == 1
+    assert rows[0]["ratio"] == rows[6]["ratio"] == 1
     for row in rows:
         assert len(row["seconds"]) == 2
         assert row["images_per_second"] == pytest.approx(row["batch_size"] / (row["milliseconds"] / 1000))
         assert 0 < row["ceiling_share"] < 1.5
-    parameters = sum(p.numel() for p in LVViTForImageClassification(variants.variant_config("tiny")).parameters())
+    parameters = sum(p.numel() for p in LVViTForImageClassification.from_pretrained(tiny).parameters())
     assert rows[0]["parameters"] == rows[1]["parameters"] == parameters
     assert all(model in printed for model in models)
 
 
-def test_training_steps_run_with_every_option(tiny_variant, capsys, tmp_path):
-    models = ["original/tiny+bfloat16", "tiny+bfloat16", "tiny+plain", "tiny+checkpointing", "tiny+channels_last"]
+def test_training_steps_run_with_every_option(tiny, capsys, tmp_path):
+    options = ["+bfloat16", "+plain", "+checkpointing", "+channels_last"]
+    models = [f"original/{tiny}+bfloat16", *(tiny + option for option in options)]
     rows, _ = figures(capsys, tmp_path, "training", *models, "--batch_sizes", "2", "--num_classes", "11")
     assert all(row["ratio"] > 0 for row in rows)
-    assert rows[1]["parameters"] < 20_000  # 11 classes, not 1000
+    assert rows[0]["parameters"] == rows[1]["parameters"] < 20_000  # 11 classes
 
 
 def test_folders_of_any_patch_size_train(capsys, tmp_path):
@@ -66,35 +70,28 @@ def test_folders_of_any_patch_size_train(capsys, tmp_path):
     assert rows[0]["parameters"] > 0
 
 
-def test_run_takes_new_batches(tiny_variant, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_lvvit.benchmark.comparison.SYNTHETIC_IMAGES", 6)
-    rows, _ = figures(capsys, tmp_path, "run", "tiny", "tiny+plain", "--batch_sizes", "2")
+def test_run_takes_new_batches(tiny, few_pictures, capsys, tmp_path):
+    models = [tiny, tiny + "+plain"]
+    rows, _ = figures(capsys, tmp_path, "run", *models, "--batch_sizes", "2", "--images", few_pictures)
     assert {row["mode"] for row in rows} == {"run"}
 
 
-def test_loaders_side_by_side(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_lvvit.benchmark.comparison.SYNTHETIC_IMAGES", 6)
-    rows, printed = figures(capsys, tmp_path, "data", "--batch_sizes", "3")
+def test_loaders_side_by_side(few_pictures, capsys, tmp_path):
+    rows, printed = figures(capsys, tmp_path, "data", "--batch_sizes", "3", "--images", few_pictures)
     assert [row["contestant"] for row in rows] == ["token_labels", "plain_labels", "timm", "torchvision"]
     assert "data, batch size 3" in printed
 
 
-def test_pictures_of_the_user(labelled_rows, tmp_path, capsys):
-    labelled_rows.to_parquet(tmp_path / "rows.parquet")
-    source = ["data", "token_labels", "--images", str(tmp_path / "rows.parquet")]
-    rows, _ = figures(capsys, tmp_path, *source, "--batch_sizes", "4")
-    assert rows[0]["images_per_second"] > 0
+def test_too_few_pictures(few_pictures, tmp_path, capsys):
     with pytest.raises(SystemExit, match="has 12 pictures, fewer than a batch of 16"):
-        figures(capsys, tmp_path, *source)
+        figures(capsys, tmp_path, "data", "token_labels", "--images", few_pictures)
 
 
 @pytest.mark.slow
-def test_memory_is_measured_in_processes_of_their_own(capsys, tmp_path):
-    """A batch of 64 takes more than one of 8, by about its larger activations."""
-    model = LVViTForImageClassification(tiny_config())
-    model.save_pretrained(tmp_path / "model")
-    folder = str(tmp_path / "model")
-    rows, _ = figures(capsys, tmp_path, "inference", folder, "--batch_sizes", "64", "1024", "--memory")
+def test_larger_batches_take_more_memory(capsys, tmp_path):
+    """A batch of 1024 takes more than one of 64, by about its larger activations."""
+    LVViTForImageClassification(tiny_config()).save_pretrained(tmp_path / "model")
+    rows, _ = figures(capsys, tmp_path, "inference", str(tmp_path / "model"), "--batch_sizes", "64", "1024")
     assert rows[1]["peak_megabytes"] > rows[0]["peak_megabytes"] + 20
 
 
@@ -148,16 +145,28 @@ def test_published_flops_of_small():
     assert counted / 2e9 == pytest.approx(6.6, abs=0.1)
 
 
-def test_contestants_are_taken_in_turn():
-    order = []
-    calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = measure.time_alternating(calls, torch.device("cpu"), rounds=3, warmup=1)
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
-    assert {len(times) for times in seconds.values()} == {3}
+def note_turns(file: Path, name: str):
+    """Prepares a call that writes its name and process to a file."""
+
+    def call() -> None:
+        with file.open("a") as lines:
+            lines.write(f"{name} {os.getpid()}\n")
+
+    return call
+
+
+def test_contestants_are_taken_in_turn_in_processes_of_their_own(tmp_path):
+    file = tmp_path / "turns"
+    entries = {name: turns.Entry(partial(note_turns, file, name), threads=1) for name in "abc"}
+    times = turns.take_turns(entries, torch.device("cpu"), rounds=3, warmup=1)
+    lines = file.read_text().splitlines()
+    assert "".join(line[0] for line in lines) == "abc" + "abc" + "bca" + "cab"
+    assert len(set(lines)) == 3 and str(os.getpid()) not in " ".join(lines).split()
+    assert {len(found.seconds) for found in times.values()} == {3}
 
 
 def test_ratio_is_the_median_over_rounds():
-    assert measure.median_ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
+    assert turns.median_ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
 
 
 def test_synthetic_maps_name_a_few_classes_and_repeat():

@@ -2,12 +2,13 @@
 
     python -m modeling_lvvit.benchmark                                          # about a minute: T and the data path
     python -m modeling_lvvit.benchmark inference original/lvvit_s_224 lvvit_s_224+deployed --batch_sizes 16 1
-    python -m modeling_lvvit.benchmark training original/lvvit_t_224 lvvit_t_224 lvvit_t_224+bfloat16 --memory
+    python -m modeling_lvvit.benchmark training original/lvvit_t_224 lvvit_t_224 lvvit_t_224+bfloat16
     python -m modeling_lvvit.benchmark run lvvit_t_224 lvvit_t_224+plain        # steps that wait for their data
     python -m modeling_lvvit.benchmark data token_labels plain_labels timm torchvision --threads 1
 
-Models are written NAME+OPTION+OPTION. All of a comparison are warmed up and then taken in turn, round after round. Figures are
-medians; `ratio` is images a second against the first of the list, the median over the rounds.
+Models are written NAME+OPTION+OPTION. Each of a comparison has a process of its own; they are warmed up and then taken in turn, round
+after round. Figures are medians; `ratio` is images a second against the first of the list, the median over the rounds; the peak of
+memory is that of the process (or device) above what it had before the model was built.
 """
 
 import argparse
@@ -54,9 +55,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="times that each is taken; default: 7, in the quick look 3")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
     parser.add_argument("--images", help="image folder or Parquet for data and run; default: synthetic photographs")
-    parser.add_argument(
-        "--memory", action="store_true", help="peak memory of a step; on a CPU in processes of its own"
-    )
     parser.add_argument("--ceiling", action="store_true", help="share of the fastest matrix product of the device")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     return parser
@@ -105,9 +103,7 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
                 found = compare_loaders(contestants or list(LOADERS), setting, rounds, args.images)
             else:
                 models = contestants or ["original/lvvit_s_224", "lvvit_s_224", "timm/deit_small_patch16_224"]
-                found = compare_models(
-                    mode, models, setting, rounds, args.images, with_memory=args.memory, with_ceiling=args.ceiling
-                )
+                found = compare_models(mode, models, setting, rounds, args.images, with_ceiling=args.ceiling)
             print(f"\n{mode}, batch size {batch_size}, {args.device}\n{table(found)}", flush=True)
             rows += found
     return rows

@@ -1,10 +1,9 @@
 """Comparisons: what is measured of each contestant."""
 
-import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 
 import datasets
@@ -12,15 +11,9 @@ import torch
 
 from ..token_labeling.data_sources import open_splits
 from .contestants import Contestant, Setting, inference_call, training_call
-from .data_path import endless, loader_calls, synthetic_rows, token_label_loader, with_label_maps
-from .measure import (
-    count_flops,
-    matmul_ceiling,
-    median_ratio,
-    memory_now,
-    peak_memory,
-    time_alternating,
-)
+from .data_path import endless, loader_call, synthetic_rows, token_label_loader, with_label_maps
+from .measure import count_flops, matmul_ceiling
+from .turns import Entry, Times, median_ratio, take_turns
 
 
 SYNTHETIC_IMAGES = 256
@@ -34,7 +27,6 @@ def compare_models(
     setting: Setting,
     rounds: int,
     images: str | None = None,
-    with_memory: bool = False,
     with_ceiling: bool = False,
 ) -> list[dict[str, object]]:
     """Times models in turn.
@@ -48,24 +40,26 @@ def compare_models(
 
     Returns:
         A row for each, with `parameters`, `gflops` (of one image forward), `milliseconds` (median) and `seconds` (all),
-        `images_per_second`, `ratio`; asked for `peak_megabytes` and `ceiling_share`.
+        `images_per_second`, `ratio`, `peak_megabytes` and asked for `ceiling_share`.
     """
     contestants = {text: Contestant.parse(text) for text in specifications}
-    calls = {text: _call(mode, contestant, setting, images) for text, contestant in contestants.items()}
-    seconds = time_alternating(calls, setting.device, rounds)
-    calls.clear()
-    first = next(iter(seconds))
+    entries = {
+        text: Entry(
+            partial(_call, mode, contestant, setting, images), torch.get_num_threads(), contestant.keeps_memory
+        )
+        for text, contestant in contestants.items()
+    }
+    times = take_turns(entries, setting.device, rounds)
+    first = times[specifications[0]]
     rows = []
     for text, contestant in contestants.items():
         parameters, flops = _size(contestant, setting.num_classes)
         row = {"mode": mode, "contestant": text, "batch_size": setting.batch_size, "parameters": parameters}
-        row |= {"gflops": flops / 1e9, **_speed(seconds[text], seconds[first], setting.batch_size)}
+        row |= {"gflops": flops / 1e9, **_speed(times[text], first, setting.batch_size)}
         row["ratio_per_flop"] = row["ratio"] * row["gflops"] / (rows[0]["gflops"] if rows else row["gflops"])
         if with_ceiling:
             speed = flops * row["images_per_second"] * (1 if mode == "inference" else TRAINING_FLOPS)
             row["ceiling_share"] = speed / matmul_ceiling(setting.device, contestant.dtype)
-        if with_memory:
-            row["peak_megabytes"] = _peak_memory(mode, text, setting, images) / 1e6
         rows.append(row)
     return rows
 
@@ -73,20 +67,19 @@ def compare_models(
 def compare_loaders(
     names: list[str], setting: Setting, rounds: int, images: str | None = None
 ) -> list[dict[str, object]]:
-    """Times loaders in turn, an epoch of 224 x 224 at a time, in this process and on one thread."""
+    """Times loaders in turn, an epoch of 224 x 224 at a time, on one thread each."""
     rows = _image_rows(images, 1000)
     if len(rows) < setting.batch_size:
         raise ValueError(f"{images} has {len(rows)} pictures, fewer than a batch of {setting.batch_size}.")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        calls = loader_calls(names, rows, setting.batch_size, (224, 224), (14, 14))
-        seconds = time_alternating(calls, torch.device("cpu"), rounds)
-    finally:
-        torch.set_num_threads(threads)
+    entries = {
+        name: Entry(partial(loader_call, name, rows, setting.batch_size, (224, 224), (14, 14)), threads=1)
+        for name in names
+    }
+    times = take_turns(entries, torch.device("cpu"), rounds)
+    images_an_epoch = len(rows) // setting.batch_size * setting.batch_size
     return [
         {"mode": "data", "contestant": name, "batch_size": setting.batch_size}
-        | _speed(seconds[name], seconds[names[0]], len(rows) // setting.batch_size * setting.batch_size)
+        | _speed(times[name], times[names[0]], images_an_epoch)
         for name in names
     ]
 
@@ -99,13 +92,14 @@ def _size(contestant: Contestant, num_classes: int | None) -> tuple[int, float]:
     return parameters, count_flops(lambda: plain.build(num_classes), plain.image_size())
 
 
-def _speed(seconds: list[float], reference: list[float], images: int) -> dict[str, object]:
-    median = statistics.median(seconds)
+def _speed(times: Times, reference: Times, images: int) -> dict[str, object]:
+    median = statistics.median(times.seconds)
     return {
         "milliseconds": 1000 * median,
         "images_per_second": images / median,
-        "ratio": median_ratio(reference, seconds),
-        "seconds": seconds,
+        "ratio": median_ratio(reference.seconds, times.seconds),
+        "peak_megabytes": times.peak_bytes / 1e6,
+        "seconds": times.seconds,
     }
 
 
@@ -136,18 +130,3 @@ def _image_rows(images: str | None, num_classes: int, count: int | None = None) 
     found = open_splits(images)
     rows = found["train"] if "train" in found else next(iter(found.values()))
     return with_label_maps(rows, num_classes)
-
-
-def _peak_memory(mode: str, specification: str, setting: Setting, images: str | None) -> int:
-    """Bytes that a model and its steps take at most, above those that the process had before; in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure_memory, mode, specification, setting, images).result()
-
-
-def _measure_memory(mode: str, specification: str, setting: Setting, images: str | None) -> int:
-    contestant = Contestant.parse(specification)
-    before = memory_now(setting.device)
-    call = _call(mode, contestant, setting, images)
-    for _ in range(2):
-        call()
-    return peak_memory(setting.device, before)

@@ -33,6 +33,11 @@ OPTIONS = {
     ),
     **dict.fromkeys(ATTENTIONS, (OURS, TRAINING | INFERENCE, "attention implementation")),
     "compiled": (EVERYONE, TRAINING | INFERENCE, "torch.compile"),
+    "kept_memory": (
+        EVERYONE,
+        TRAINING | INFERENCE,
+        "freed memory stays in the process, as with train_tl.py; on a CPU",
+    ),
     "channels_last": (EVERYONE, TRAINING | INFERENCE, "weights and pictures in channels-last layout"),
     "fused": (OURS, INFERENCE, "batch norms and residual divisor folded in"),
     "deployed": (OURS, INFERENCE, "prepare_for_inference: fused, compiled, packed"),
@@ -63,7 +68,7 @@ class Contestant:
 
     Args:
         source: `"ours"`, `"timm"` or `"original"` (the authors' model and step, rendered plainly).
-        name: A published size, a folder with a saved model (ours), or a model of timm.
+        name: A published size, a folder with a saved model of ours, or a model of timm.
         options: Of `OPTIONS`.
     """
 
@@ -84,11 +89,11 @@ class Contestant:
             name = rest
         else:
             source = "ours"
-        known = timm.is_model(name) if source == "timm" else name in VARIANTS
-        if not known and not (source == "ours" and (Path(name) / "config.json").is_file()):
+        is_ours = name in VARIANTS or (Path(name) / "config.json").is_file()
+        if not (timm.is_model(name) if source == "timm" else is_ours):
             raise ValueError(
-                f"{text!r} names no model: expected one of {', '.join(VARIANTS)}, a folder with a saved model, "
-                "original/ and a size, or timm/ and a model of timm."
+                f"{text!r} names no model: expected one of {', '.join(VARIANTS)} or a folder with a saved model, "
+                "original/ and one of these, or timm/ and a model of timm."
             )
         for option in options:
             sources, _, _ = OPTIONS.get(option, (EVERYONE, None, None))
@@ -110,6 +115,11 @@ class Contestant:
     def dtype(self) -> torch.dtype:
         """Precision; float32 where none is named."""
         return next((PRECISIONS[option] for option in self.options if option in PRECISIONS), torch.float32)
+
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether freed memory stays in its process."""
+        return "kept_memory" in self.options
 
     def image_size(self) -> tuple[int, int]:
         """Height and width of its pictures."""

@@ -141,18 +141,17 @@ def torchvision_loader(
     return torch.utils.data.DataLoader(_Files(rows, transform), batch_size, shuffle=True, drop_last=True)
 
 
-def loader_calls(
-    names: list[str], rows: datasets.Dataset, batch_size: int, image_size: tuple[int, int], grid_size: tuple[int, int]
-) -> dict[str, Callable[[], object]]:
-    """For each loader of `LOADERS` a call that takes all batches of an epoch, drawn anew."""
-    make = {
-        "token_labels": lambda: token_label_loader(rows, batch_size, image_size, grid_size),
-        "plain_labels": lambda: token_label_loader(rows, batch_size, image_size, grid_size, with_maps=False),
-        "timm": lambda: timm_loader(rows, batch_size, image_size),
-        "torchvision": lambda: torchvision_loader(rows, batch_size, image_size),
-    }
-    loaders = {name: make[name]() for name in names}
-    return {name: lambda name=name: deque(loaders[name], maxlen=0) for name in names}
+def loader_call(
+    name: str, rows: datasets.Dataset, batch_size: int, image_size: tuple[int, int], grid_size: tuple[int, int]
+) -> Callable[[], object]:
+    """A call that takes all batches of an epoch of a loader of `LOADERS`, drawn anew."""
+    if name == "timm":
+        loader = timm_loader(rows, batch_size, image_size)
+    elif name == "torchvision":
+        loader = torchvision_loader(rows, batch_size, image_size)
+    else:
+        loader = token_label_loader(rows, batch_size, image_size, grid_size, with_maps=name == "token_labels")
+    return lambda: deque(loader, maxlen=0)
 
 
 def endless(loader: torch.utils.data.DataLoader) -> Iterator[Any]:

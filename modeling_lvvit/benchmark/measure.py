@@ -3,7 +3,6 @@
 import functools
 import re
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -15,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
-# on a GPU calls are queued: enough of them between two looks at the clock that these do not count
-MIN_SECONDS_BETWEEN_SYNCHRONISATIONS = 0.05
+# the first round warms up; a GPU is given enough work that waiting for it does not count
+CEILING_ROUNDS, CEILING_REPEATS = 6, 3
 
 
 def synchronize(device: torch.device) -> None:
@@ -25,45 +24,14 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def time_alternating(
-    calls: dict[str, Callable[[], object]], device: torch.device, rounds: int, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turn, so that whatever slows the machine down slows all of them.
-
-    Args:
-        calls: What to time, by name.
-        device: Where it runs.
-        rounds: Times that each is taken; every round begins with another of them.
-        warmup: Untimed calls of each before.
-    """
-    repeats = {}
-    for name, call in calls.items():
-        for _ in range(warmup):
-            call()
-        repeats[name] = 1
-        if device.type != "cpu":
-            seconds = _seconds(call, device, 3)
-            repeats[name] = max(1, round(MIN_SECONDS_BETWEEN_SYNCHRONISATIONS / seconds))
-    names = list(calls)
-    seconds = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(_seconds(calls[name], device, repeats[name]))
-    return seconds
-
-
-def _seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Mean duration of a call."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     synchronize(device)
     return (time.perf_counter() - start) / repeats
-
-
-def median_ratio(reference: list[float], seconds: list[float]) -> float:
-    """How many times as fast as the reference: the median over the rounds of both times' quotient."""
-    return statistics.median(a / b for a, b in zip(reference, seconds, strict=True))
 
 
 @functools.cache
@@ -76,13 +44,13 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         picture = left.view(1, 1, size, size).permute(0, 3, 1, 2)  # (1, size, 1, size), channels last
-        calls = {
-            "product": lambda left=left, right=right: left @ right,
-            "convolution": lambda picture=picture, right=right: nn.functional.conv2d(picture, right[:, :, None, None]),
-        }
+        calls = (
+            lambda left=left, right=right: left @ right,
+            lambda picture=picture, right=right: nn.functional.conv2d(picture, right[:, :, None, None]),
+        )
         with torch.no_grad():
-            for seconds in time_alternating(calls, device, rounds=5).values():
-                best = max(best, 2 * size**3 / min(seconds))
+            seconds = min(seconds_of(call, device, CEILING_REPEATS) for call in calls for _ in range(CEILING_ROUNDS))
+        best = max(best, 2 * size**3 / seconds)
     return best
 
 
