@@ -3,6 +3,7 @@
 accelerate launch train_tl.py                                  embedded data, a few minutes on two CPU cores
 accelerate launch train_tl.py RECIPE.yaml --output_dir runs/a  a recipe; any option overrides its value
 accelerate launch train_tl.py --dataset_name path/to/images --variant lvvit_s_224 --output_dir runs/b
+accelerate launch train_tl.py --dataset_name path/to/images --architecture timm/resnet50 --annotator MODEL --output_dir runs/c
 """
 
 import dataclasses
@@ -17,8 +18,7 @@ from PIL import Image
 from transformers import set_seed
 
 from dataset_scripts import digit_scenes
-from modeling_lvvit import LVViTConfig
-from modeling_lvvit.building import build_model
+from modeling_lvvit.building import build_model, picture_size_of
 from modeling_lvvit.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from modeling_lvvit.command_line import EMBEDDED_RECIPE, ModelArguments, parse
 from modeling_lvvit.launching import (
@@ -43,6 +43,7 @@ from modeling_lvvit.token_labeling.data import (
     open_datasets,
 )
 from modeling_lvvit.token_labeling.data_sources import looks_local
+from modeling_lvvit.token_labeling.live_labels import open_annotator
 from modeling_lvvit.token_labeling.pictures import SampleError
 from modeling_lvvit.visualization import save_prediction_figure
 
@@ -55,13 +56,13 @@ NUM_PICTURES = 10
 def build_samples(
     args: DataArguments,
     training_args: TokenLabelTrainingArguments,
-    config: LVViTConfig,
+    image_size: tuple[int, int],
     image_processor,
     opened: OpenedData,
 ) -> tuple[TokenLabelDataset | TokenLabelStream, TokenLabelDataset]:
     """Training samples, jointly augmented, and evaluation samples, preprocessed by the image processor."""
     mean, std = image_processor.image_mean, image_processor.image_std
-    transform = TrainTransform(config.image_height_width, mean, std, args.augmentation())
+    transform = TrainTransform(image_size, mean, std, args.augmentation())
     columns = (args.image_column, args.label_column)
     evaluation = TokenLabelDataset(
         opened.evaluation, ImageProcessorTransform(image_processor), *columns, name="evaluation"
@@ -142,9 +143,19 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
             data_args = dataclasses.replace(data_args, dataset_name=str(digit_scenes.build_or_reuse()))
         opened = open_datasets(data_args, training_args.seed)
         model, image_processor = build_model(model_args, opened.train.features[data_args.label_column].names)
-        samples = build_samples(data_args, training_args, model.config, image_processor, opened)
+        samples = build_samples(data_args, training_args, picture_size_of(model), image_processor, opened)
+        annotator = None
+        if data_args.annotator is not None:
+            names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+            statistics = (image_processor.image_mean, image_processor.image_std)
+            annotator = open_annotator(data_args, names, *statistics, training_args.device)
         trainer = TokenLabelTrainer(
-            model, training_args, train_dataset=samples[0], eval_dataset=samples[1], processing_class=image_processor
+            model,
+            training_args,
+            train_dataset=samples[0],
+            eval_dataset=samples[1],
+            processing_class=image_processor,
+            annotator=annotator,
         )
         if "patch_logits_weight" in (model_args.config_overrides or {}):  # the user's word over the Trainer's rule
             model.config.patch_logits_weight = model_args.config_overrides["patch_logits_weight"]
@@ -157,7 +168,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
 def introduce(trainer: TokenLabelTrainer) -> None:
     """Says in one line what will be trained."""
     args, samples = trainer.args, trainer.train_dataset
-    kind = "token" if samples.has_label_maps and args.dense_weight else "plain"
+    kind = "token" if trainer.trains_patches else "plain"
     images = "streamed" if isinstance(samples, TokenLabelStream) else f"{len(samples):,}"
     print(
         f"{type(trainer.model).__name__} with {trainer.model.num_parameters():,} parameters, {kind} labels, "
@@ -165,6 +176,11 @@ def introduce(trainer: TokenLabelTrainer) -> None:
         + (f" ({args.base_learning_rate:g} for 1,024 images, scaled)" if args.is_learning_rate_scaled else ""),
         flush=True,
     )
+    if trainer.annotator is not None and trainer.trains_patches:
+        rate = trainer.annotator.images_per_second(args.train_batch_size)
+        print(
+            f"labels by {trainer.annotator.annotator.name}, which takes {1000 / rate:.3g} ms an image here", flush=True
+        )
 
 
 def stop(trainer: TokenLabelTrainer) -> None:
@@ -197,12 +213,13 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"train_tl.py: {error}")
     if trainer.stop_on_signal.received:
         stop(trainer)
+    trainer.model.saves_patch_head = model_args.save_patch_head
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    has_picture = model_args.save_picture and trainer.model.config.patch_logits_weight
+    has_picture = model_args.save_picture and trainer.trains_patches
     picture = draw_predictions(trainer, data_args, opened.evaluation) if has_picture else None
     if is_main:
         name = data_args.dataset_name or EMBEDDED_RECIPE

@@ -28,8 +28,8 @@ from transformers.utils import logging
 from modeling_lvvit.launching import is_main_process, num_cpu_cores, set_up_cpu, start_missing_processes
 from modeling_lvvit.token_labeling.annotation import Scorer, ShardBuilder, prepared_ahead
 from modeling_lvvit.token_labeling.annotators import Annotator, load_annotator
-from modeling_lvvit.token_labeling.class_labels import names_in_data
-from modeling_lvvit.token_labeling.class_matching import ClassMap, match_classes, read_class_map, wordnet_names
+from modeling_lvvit.token_labeling.class_labels import names_in_data, pair_classes
+from modeling_lvvit.token_labeling.class_matching import ClassMap
 from modeling_lvvit.token_labeling.data_sources import open_splits, state_of
 from modeling_lvvit.token_labeling.image_keys import ImageKeys
 from modeling_lvvit.token_labeling.image_rows import StoredRows, StreamedRows
@@ -148,21 +148,10 @@ def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...
             "%s has no column 'label': the labels get the annotator's %d classes.", args.dataset, len(names)
         )
         known = names
-    elif args.class_map == "identity":
-        if len(names) < len(known) or (are_named and len(names) != len(known)):
-            raise ValueError(f"The annotator has {len(names)} classes, the data {len(known)}: not identical.")
-        known = known if are_named else names
-    elif args.class_map is not None:
-        annotator.class_map = read_class_map(Path(args.class_map).expanduser(), names, known)
-    elif not are_named:
-        raise ValueError(
-            f"Column {column!r} of {args.dataset} holds numbers that are not named, so nobody can tell whether they count "
-            f"the annotator's classes ({names[0]!r}, {names[1] if len(names) > 1 else ''!r}, ...). Say so with --class_map "
-            "identity, or which is which with --class_map FILE."
-        )
     else:
-        wordnet = wordnet_names([*names, *known])
-        annotator.class_map = match_classes(names, known, wordnet, args.ignore_extra_classes)
+        annotator.class_map, known = pair_classes(
+            names, known, are_named, args.class_map, args.ignore_extra_classes, f"Column {column!r} of {args.dataset}"
+        )
     if args.top_k > len(known):
         raise ValueError(f"--top_k {args.top_k} is more than the {len(known)} classes.")
     groups = annotator.class_map or ClassMap(tuple((index,) for index in range(len(names))), len(names))

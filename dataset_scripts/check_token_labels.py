@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from modeling_lvvit.token_labeling.class_labels import check_columns, with_class_ids
-from modeling_lvvit.token_labeling.data import DataArguments, open_label_set
+from modeling_lvvit.token_labeling.data import open_label_set
+from modeling_lvvit.token_labeling.data_arguments import DataArguments
 from modeling_lvvit.token_labeling.data_sources import open_splits
 from modeling_lvvit.token_labeling.dataset import TokenLabelDataset
 from modeling_lvvit.token_labeling.label_crops import top_classes

@@ -1,16 +1,24 @@
 """The model of a training run: from random weights, or from a checkpoint of another resolution or class count."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
-from .command_line import ModelArguments
+from .command_line import ModelArguments, check_config_fields
 from .configuration_lvvit import LVViTConfig
 from .modeling_lvvit import LVViTForImageClassification
+from .other_models import finish_pretrained, random_classifier
 from .token_labeling.data_sources import looks_local
 from .variants import VARIANTS, evaluation_image_processor, variant_config
 
@@ -19,16 +27,19 @@ logger = logging.get_logger(__name__)
 DEFAULT_CROP_FRACTION = 0.9
 
 
-def build_model(args: ModelArguments, class_names: list[str]) -> tuple[LVViTForImageClassification, Any]:
-    """Model and image processor; class names of the data become those of the model.
+def build_model(args: ModelArguments, class_names: list[str]) -> tuple[PreTrainedModel, Any]:
+    """Model and image processor; class names of the data become those of the model. Other models than LV-ViT get a patch head.
 
     Raises:
         FileNotFoundError: If a local model folder does not exist.
-        ValueError: If it is no LV-ViT, is damaged, or has other classes and may not be changed.
+        ValueError: If it is no image classifier, is damaged, has other classes and may not be changed, or cannot learn from token
+            labels.
     """
     names = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if args.model_name_or_path is not None:
         return _load_pretrained(args, class_names, names)
+    if args.architecture is not None:
+        return random_classifier(args, names)
     settings = {**(args.config_overrides or {}), **names}
     if args.image_size is not None:
         settings["image_size"] = args.image_height_width
@@ -36,6 +47,12 @@ def build_model(args: ModelArguments, class_names: list[str]) -> tuple[LVViTForI
     fraction = VARIANTS[args.variant].crop_fraction if args.variant else DEFAULT_CROP_FRACTION
     processor = evaluation_image_processor(config.image_height_width, args.crop_fraction or fraction)
     return LVViTForImageClassification(config), processor
+
+
+def picture_size_of(model: PreTrainedModel) -> tuple[int, int]:
+    """Height and width in pixels of the pictures that a model of `build_model` takes."""
+    tap = getattr(model, "feature_tap", None)
+    return model.config.image_height_width if tap is None else tap.image_size
 
 
 def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[str, Any]):
@@ -49,10 +66,9 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
         raise FileNotFoundError(
             f"{path} is neither a model folder (seen from {Path.cwd()}) nor a model that the Hub gives: {error}"
         ) from error
-    if config.model_type != LVViTConfig.model_type:
-        raise ValueError(
-            f"{path} is a {config.model_type!r} model; this program trains {LVViTConfig.model_type!r} models."
-        )
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and not hasattr(config, "auto_map"):
+        raise ValueError(f"{path} is a {config.model_type!r} model, which is no image classifier.")
+    check_config_fields(type(config), args.config_overrides or {})
     if getattr(config, "fused", False):
         raise ValueError(
             f"{path} was fused for inference and has no batch norms left; train the model that it was made of."
@@ -70,6 +86,10 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
     changes = _changes(config, loading, class_names)
+    if config.model_type != LVViTConfig.model_type:
+        if changes:
+            logger.warning("Loaded %s; %s.", path, "; ".join(changes))
+        return finish_pretrained(model, args, source)
     processor = AutoImageProcessor.from_pretrained(path, **source)
     size = args.image_height_width or tuple(config.image_height_width)
     if size != tuple(config.image_height_width):
@@ -90,7 +110,7 @@ def _changes(config: LVViTConfig, loading: dict[str, Any], class_names: list[str
     for title, keys in (
         ("new because of another shape", mismatched),
         ("new because the checkpoint lacks them", sorted(loading["missing_keys"])),
-        ("left out because the model has no such weights", sorted(loading["unexpected_keys"])),
+        ("left out because the model has no such weights", _without_patch_head(loading["unexpected_keys"])),
     ):
         if keys:
             changes.append(f"{title}: {', '.join(keys)}")
@@ -101,6 +121,11 @@ def _changes(config: LVViTConfig, loading: dict[str, Any], class_names: list[str
             "other classes, start from a checkpoint without them"
         )
     return changes
+
+
+def _without_patch_head(keys: Iterable[str]) -> list[str]:
+    """Keys besides those of an added patch head, which is loaded apart."""
+    return sorted(key for key in keys if "patch_head." not in key)
 
 
 def _crop_fraction_of(processor: Any) -> float:

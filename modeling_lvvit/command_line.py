@@ -12,13 +12,18 @@ from transformers import HfArgumentParser
 
 from .configuration_lvvit import LVViTConfig
 from .token_labeling import TokenLabelTrainingArguments
-from .token_labeling.data import DataArguments
+from .token_labeling.data_arguments import DataArguments
 
 
 RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED_RECIPE = "digit_scenes"
 # pairs of options of which one replaces the other
-ALTERNATIVES = (("variant", "model_name_or_path"), ("ema_decay", "base_ema_decay"))
+ALTERNATIVES = (
+    ("variant", "model_name_or_path"),
+    ("variant", "architecture"),
+    ("architecture", "model_name_or_path"),
+    ("ema_decay", "base_ema_decay"),
+)
 # options of the embedded recipe that describe its model, which another choice of model replaces
 MODEL_SHAPE_OPTIONS = ("config_overrides", "image_size", "crop_fraction")
 # fields of LVViTConfig that follow from the data or have an option of their own
@@ -31,30 +36,40 @@ class ModelArguments:
 
     Args:
         variant: A published size (`modeling_lvvit.variants.VARIANTS`), trained from random weights.
-        model_name_or_path: Instead, a folder or Hub name to start from.
+        architecture: Instead, any other image classifier from random weights: `timm/NAME`, or a model type of transformers (`vit`,
+            `swin`, `resnet`, ...).
+        model_name_or_path: Instead, a folder or Hub name to start from, of LV-ViT or of any other image classifier.
         model_revision, trust_remote_code: See `from_pretrained`.
         ignore_mismatched_sizes: Whether a pretrained model may get new heads for another class count.
         image_size: Side of the model input in pixels, or height and width; default: that of the model.
-        config_overrides: Fields of `LVViTConfig` (a mapping; on the command line JSON).
+        config_overrides: Fields of the model's configuration, for `timm/NAME` arguments of `timm.create_model` (a mapping; on the
+            command line JSON).
         crop_fraction: Share of the resized image that the evaluation crop keeps; default: that of the variant, else 0.9.
         overwrite_output_dir: Whether `output_dir` may hold another run, which is then written over.
         save_picture: Whether to write a picture of predictions.
+        save_patch_head: Whether a model other than LV-ViT is saved with its patch head, which plain loading leaves out. Checkpoints
+            always have it.
     """
 
     variant: str | None = field(default=None, metadata={"help": "Published size, e.g. lvvit_s_224."})
+    architecture: str | None = field(default=None, metadata={"help": "timm/NAME or a model type, random weights."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub name to start from."})
     model_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
     ignore_mismatched_sizes: bool = field(default=False, metadata={"help": "Make new heads for other classes."})
     image_size: list[int] | None = field(default=None, metadata={"help": "Input side in pixels, or height and width."})
-    config_overrides: dict | str | None = field(default=None, metadata={"help": "LVViTConfig fields as JSON."})
+    config_overrides: dict | str | None = field(default=None, metadata={"help": "Configuration fields as JSON."})
     crop_fraction: float | None = field(default=None, metadata={"help": "Share kept by the evaluation crop."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over another run."})
     save_picture: bool = field(default=True, metadata={"help": "Write a picture of predictions."})
+    save_patch_head: bool = field(default=True, metadata={"help": "Save the patch head added to other models."})
 
     def __post_init__(self):
-        if self.variant and self.model_name_or_path:
-            raise ValueError("Give --variant (random weights) or --model_name_or_path (pretrained), not both.")
+        if sum(bool(given) for given in (self.variant, self.architecture, self.model_name_or_path)) > 1:
+            raise ValueError(
+                "Give one of --variant (LV-ViT, random weights), --architecture (others, random weights) and --model_name_or_path "
+                "(pretrained)."
+            )
         self._check_config_overrides()
         if self.image_size is not None and len(self.image_size) not in (1, 2):
             raise ValueError(f"`image_size` is one side or height and width, got {self.image_size}.")
@@ -71,10 +86,8 @@ class ModelArguments:
             return
         if not isinstance(self.config_overrides, dict):
             raise ValueError(f"`config_overrides` must be a mapping of fields, got {self.config_overrides!r}.")
-        known = {entry.name for entry in fields(LVViTConfig) if not entry.name.startswith("_")}
-        unknown = [_with_nearest(key, known) for key in self.config_overrides if key not in known]
-        if unknown:
-            raise ValueError(f"`config_overrides` names no field of LVViTConfig: {'; '.join(unknown)}.")
+        if self.architecture is None and self.model_name_or_path is None:
+            check_config_fields(LVViTConfig, self.config_overrides)
         if reserved := RESERVED_CONFIG_FIELDS & self.config_overrides.keys():
             raise ValueError(
                 f"`config_overrides` may not set {', '.join(sorted(reserved))}: classes come from the data, pictures are "
@@ -85,6 +98,15 @@ class ModelArguments:
     def image_height_width(self) -> tuple[int, int] | None:
         """Input height and width in pixels, `None` for the model's own."""
         return None if self.image_size is None else (self.image_size[0], self.image_size[-1])
+
+
+def check_config_fields(config_class: type, overrides: dict[str, Any]) -> None:
+    """Raises a `ValueError` with the nearest names if overrides name no fields of a configuration class."""
+    known = {entry.name for entry in fields(config_class) if not entry.name.startswith("_")}
+    known |= set(config_class.attribute_map)
+    unknown = [_with_nearest(key, known) for key in overrides if key not in known]
+    if unknown:
+        raise ValueError(f"`config_overrides` names no field of {config_class.__name__}: {'; '.join(unknown)}.")
 
 
 def recipe_names() -> list[str]:
@@ -137,7 +159,10 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, above: tuple[Path, 
 
 
 def _merged(options: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Options of two recipes; the later ones hold, and configuration fields are merged one by one."""
+    """Options of two recipes; the later ones hold, and configuration fields are merged one by one, unless they are of another
+    architecture."""
+    if later.get("architecture", options.get("architecture")) != options.get("architecture"):
+        options = {name: value for name, value in options.items() if name != "config_overrides"}
     both = (options.get("config_overrides"), later.get("config_overrides"))
     merged = {**_without_replaced(options, later), **later}
     if all(isinstance(fields, dict) for fields in both):
@@ -206,7 +231,7 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenLab
         options = _merged(options, read_recipe(find_recipe(recipe), parser))
     if not recipes and "dataset_name" not in given:
         options = read_recipe(find_recipe(EMBEDDED_RECIPE), parser)
-        if given.keys() & {"variant", "model_name_or_path"}:
+        if given.keys() & {"variant", "architecture", "model_name_or_path"}:
             options = {key: value for key, value in options.items() if key not in MODEL_SHAPE_OPTIONS}
     parser.set_defaults(**_without_replaced(options, given))
     *parsed, rest = parser.parse_args_into_dataclasses(

@@ -23,7 +23,9 @@ def accuracies_of(metrics: dict[str, float]) -> dict[str, float]:
     return {key.removeprefix("eval_"): value for key, value in metrics.items() if key.endswith("accuracy")}
 
 
-def card_data(name: str, dataset_name: str, eval_name: str, metrics: dict[str, float]) -> ModelCardData:
+def card_data(
+    name: str, dataset_name: str, eval_name: str, metrics: dict[str, float], tags: list[str]
+) -> ModelCardData:
     """Metadata of the card: what the model is, and what it reached on which data."""
     results = [
         EvalResult("image-classification", dataset_name, dataset_name, key, round(value, 4), dataset_split=eval_name)
@@ -33,27 +35,33 @@ def card_data(name: str, dataset_name: str, eval_name: str, metrics: dict[str, f
         library_name="transformers",
         license="apache-2.0",
         pipeline_tag="image-classification",
-        tags=["lvvit", "token-labeling", "vision"],
+        tags=[*tags, "token-labeling", "vision"],
         metrics=["accuracy"],
         model_name=name,
         eval_results=results or None,
     )
 
 
-def config_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
+def model_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
     """What the card says of the architecture."""
     config = trainer.model.config
-    height, width = config.image_height_width
-    return {
-        "patch_logits_weight": config.patch_logits_weight,
-        "num_classes": config.num_labels,
-        "num_parameters": f"{trainer.model.num_parameters():,}",
+    facts = {"num_classes": config.num_labels, "num_parameters": f"{trainer.model.num_parameters():,}"}
+    if hasattr(trainer.model, "feature_tap"):
+        tap = trainer.model.feature_tap
+        kind = getattr(config, "architecture", config.model_type)
+        shape = f"{tap.grid_size[0]} x {tap.grid_size[1]} cells"
+        height, width = tap.image_size
+    else:
+        kind, shape = "LV-ViT", f"patches of {config.patch_size} x {config.patch_size}"
+        shape += f"; {config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
+        height, width = config.image_height_width
+        facts["patch_logits_weight"] = config.patch_logits_weight
+    return facts | {
+        "kind": kind,
+        "is_lvvit": kind == "LV-ViT",
         "image_height": height,
         "image_width": width,
-        "patch_size": config.patch_size,
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "num_heads": config.num_attention_heads,
+        "shape": shape,
     }
 
 
@@ -77,12 +85,14 @@ def write_model_card(
     """
     args = trainer.args
     name = Path(args.output_dir).resolve().name
+    facts = model_facts(trainer)
     card = ModelCard.from_template(
-        card_data(name, dataset_name, eval_name, metrics),
+        card_data(name, dataset_name, eval_name, metrics, ["lvvit"] if facts["is_lvvit"] else []),
         template_path=str(template),
         model_name=name,
         model_id=args.hub_model_id or name,
-        token_labels=bool(trainer.train_dataset.has_label_maps and args.dense_weight),
+        token_labels=trainer.trains_patches,
+        annotator=trainer.annotator.annotator.name if trainer.annotator is not None else None,
         picture=picture,
         eval_split=eval_name,
         metrics={key: f"{100 * value:.2f} %" for key, value in accuracies_of(metrics).items()},
@@ -91,6 +101,6 @@ def write_model_card(
         num_eval=len(trainer.eval_dataset),
         hyperparameters={option: getattr(args, option) for option in REPORTED_OPTIONS},
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}",
-        **config_facts(trainer),
+        **facts,
     )
     card.save(Path(args.output_dir) / "README.md")

@@ -1,5 +1,6 @@
 """The published LV-ViT family: architecture, preprocessing and published figures of every size and resolution."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,14 +86,19 @@ def find_variant(config: LVViTConfig) -> str | None:
     return min(names, key=lambda name: abs(VARIANTS[name].image_size - side), default=None)
 
 
-def evaluation_image_processor(image_size: tuple[int, int], crop_fraction: float) -> BitImageProcessor:
-    """Preprocessing of the published evaluation: shorter side to `side / crop_fraction`, bicubic, centre crop,
-    ImageNet mean and deviation.
+def evaluation_image_processor(
+    image_size: tuple[int, int],
+    crop_fraction: float,
+    image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> BitImageProcessor:
+    """Preprocessing of the published evaluation: shorter side to `side / crop_fraction`, bicubic, centre crop.
 
     Args:
         image_size: Height and width of the model input in pixels. For a rectangle the image is resized so that its
             shorter side covers the longer side of the crop.
         crop_fraction: In (0, 1].
+        image_mean, image_std: Normalisation for images in [0, 1]; default: that of ImageNet.
     """
     height, width = image_size
     return BitImageProcessor(
@@ -103,7 +109,7 @@ def evaluation_image_processor(image_size: tuple[int, int], crop_fraction: float
         crop_size={"height": height, "width": width},
         do_rescale=True,
         do_normalize=True,
-        image_mean=list(IMAGENET_DEFAULT_MEAN),
-        image_std=list(IMAGENET_DEFAULT_STD),
+        image_mean=list(image_mean),
+        image_std=list(image_std),
         do_convert_rgb=True,
     )

@@ -8,7 +8,7 @@ import yaml
 from modeling_lvvit.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from modeling_lvvit.command_line import ModelArguments, find_recipe, parse, recipe_names
 from modeling_lvvit.token_labeling import TokenLabelTrainingArguments
-from modeling_lvvit.token_labeling.data import DataArguments
+from modeling_lvvit.token_labeling.data_arguments import DataArguments
 
 
 def write_recipe(folder, **options) -> str:
@@ -88,7 +88,7 @@ def test_missing_and_malformed_recipes_are_refused(tmp_path):
 
 
 def test_two_sources_of_the_model_are_refused():
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="Give one of"):
         parse(["--variant", "lvvit_t_224", "--model_name_or_path", "x"])
 
 

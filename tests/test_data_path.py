@@ -14,7 +14,8 @@ from PIL import Image
 
 from modeling_lvvit.token_labeling import AugmentationConfig, TokenLabelCollator, TokenLabelDataset, TrainTransform
 from modeling_lvvit.token_labeling.collator import draw_mix_box
-from modeling_lvvit.token_labeling.data import DataArguments, has_dense_columns, open_datasets
+from modeling_lvvit.token_labeling.data import has_dense_columns, open_datasets
+from modeling_lvvit.token_labeling.data_arguments import DataArguments
 from modeling_lvvit.token_labeling.label_columns import IDS_COLUMN, SCORES_COLUMN, to_numpy
 from modeling_lvvit.token_labeling.randomness import start_generators
 

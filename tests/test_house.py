@@ -26,7 +26,7 @@ TOKEN_LABELING = {
     "transforms.py": {"rand_augment"},
     "dense_classifier.py": set(),
     "class_matching.py": set(),
-    "class_labels.py": set(),
+    "class_labels.py": {"class_matching"},
     "label_sets.py": {"label_columns", "label_maps"},
     "label_source.py": {"label_columns", "label_sets"},
     "image_keys.py": set(),
@@ -45,6 +45,9 @@ TOKEN_LABELING = {
     "image_rows.py": {"image_keys"},
     "annotation.py": {"label_maps", "label_sets", "pictures"},
     "annotators.py": {"class_matching", "dense_classifier"},
+    "feature_tap.py": {"dense_classifier"},
+    "patch_head.py": {"dense_classifier", "feature_tap"},
+    "live_labels.py": {"annotators", "class_labels", "label_crops", "label_maps"},
     "collator.py": {"label_maps", "randomness"},
     "losses.py": {"label_maps"},
     "objective.py": {"arguments", "label_crops", "label_maps", "losses"},
@@ -53,21 +56,22 @@ TOKEN_LABELING = {
     "schedule.py": {"arguments"},
     "throughput.py": set(),
     "sharding.py": {"arguments"},
-    "model_fit.py": {"arguments", "dataset", "stream"},
+    "model_fit.py": {"arguments", "dataset", "live_labels", "patch_head", "stream"},
     "arguments.py": {"batch_norm", "collator", "label_crops"},
     "callbacks.py": set(),
     "ema.py": {"schedule"},
     "dataset.py": {"label_columns", "label_sets", "label_source", "pictures", "randomness"},
     "data_sources.py": set(),
+    "data_arguments.py": {"label_columns", "live_labels", "transforms"},
     "data.py": {
         "class_labels",
+        "data_arguments",
         "data_sources",
         "label_columns",
         "label_crops",
         "label_join",
         "label_set_writer",
         "label_source",
-        "transforms",
     },
     "stream.py": {"image_keys", "image_rows", "label_columns", "label_join", "label_source", "pictures", "randomness"},
     "trainer.py": {
@@ -77,6 +81,7 @@ TOKEN_LABELING = {
         "collator",
         "dataset",
         "ema",
+        "live_labels",
         "metrics",
         "model_fit",
         "objective",
@@ -86,7 +91,16 @@ TOKEN_LABELING = {
         "stream",
         "throughput",
     },
-    "__init__.py": {"arguments", "collator", "dataset", "stream", "trainer", "transforms"},
+    "__init__.py": {
+        "arguments",
+        "collator",
+        "dataset",
+        "live_labels",
+        "patch_head",
+        "stream",
+        "trainer",
+        "transforms",
+    },
 }
 WITHOUT_TRANSFORMERS = {
     "label_maps.py",
@@ -102,7 +116,7 @@ WITHOUT_TRANSFORMERS = {
     "collator.py",
     "losses.py",
 }
-WITH_TIMM = {"annotators.py", "class_matching.py", "rand_augment.py", "transforms.py"}
+WITH_TIMM = {"annotators.py", "class_matching.py", "live_labels.py", "rand_augment.py", "transforms.py"}
 
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:

@@ -14,7 +14,8 @@ from test_label_sets import layout_of, random_maps, table_of, write_label_set
 from torchvision.ops import roi_align
 
 from modeling_lvvit.token_labeling import AugmentationConfig, TokenLabelDataset, TrainTransform
-from modeling_lvvit.token_labeling.data import DataArguments, OpenedData, open_datasets, open_label_set
+from modeling_lvvit.token_labeling.data import OpenedData, open_datasets, open_label_set
+from modeling_lvvit.token_labeling.data_arguments import DataArguments
 from modeling_lvvit.token_labeling.image_keys import ImageKeys, key_of_path
 from modeling_lvvit.token_labeling.label_crops import CropGeometry, crop_label_maps
 from modeling_lvvit.token_labeling.label_join import JoinedLabels, check_class_names, join_label_set

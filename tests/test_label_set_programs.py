@@ -20,7 +20,8 @@ from test_label_sets import assert_same_cells, load, random_maps, table_of, writ
 
 from dataset_scripts import check_token_labels, import_original_labels
 from modeling_lvvit.token_labeling.class_matching import imagenet_class_names
-from modeling_lvvit.token_labeling.data import DataArguments, open_datasets
+from modeling_lvvit.token_labeling.data import open_datasets
+from modeling_lvvit.token_labeling.data_arguments import DataArguments
 from modeling_lvvit.token_labeling.label_set_check import check_label_set
 from modeling_lvvit.token_labeling.label_set_check import top_classes as top_classes_of
 from modeling_lvvit.token_labeling.label_sets import LabelMaps, LabelSetLayout, write_shard

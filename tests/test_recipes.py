@@ -19,7 +19,7 @@ from modeling_lvvit.variants import VARIANTS, variant_config
 
 
 PARITY = Path(__file__).parent / "parity"
-PARTS = ("imagenet_base", "try_out", "small_ablation/cifar10")  # to be combined with others
+PARTS = ("imagenet_base", "try_out", "small_ablation/cifar10", "architectures/cifar10")  # to be combined with others
 PUBLISHED = [name for name in recipe_names() if name.startswith(("lvvit", "ablation"))]
 FINE_TUNED = {
     name: name.removesuffix("_plain")

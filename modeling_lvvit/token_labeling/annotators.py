@@ -1,7 +1,6 @@
 """Annotators: image classifiers of transformers or timm, with their own preprocessing, that score every cell of a picture."""
 
 import hashlib
-import inspect
 import json
 import pickle
 from contextlib import suppress
@@ -21,7 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.utils import logging
 
 from .class_matching import ClassMap
-from .dense_classifier import DenseClassifier
+from .dense_classifier import DenseClassifier, must_interpolate
 
 
 logger = logging.get_logger(__name__)
@@ -68,7 +67,7 @@ class Preprocessing:
         return F.pil_to_tensor(canvas), box
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels uint8 `(B, 3, height, width)` to float32 input."""
+        """Pixels `(B, 3, height, width)`, uint8 or floating values 0 to 255, to float32 input."""
         scale, offset = (pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.scale, self.offset))
         return pixels.float() * scale + offset
 
@@ -96,9 +95,14 @@ class Annotator:
     provenance: dict[str, Any] = field(default_factory=dict)
     class_map: ClassMap | None = None
 
-    def score_map(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels uint8 `(B, 3, height, width)` to logits `(B, classes, rows, columns)`."""
-        scores = self.dense(self.preprocessing.normalize(pixels))
+    def score_map(self, pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Pixels `(B, 3, height, width)`, uint8 or floating values 0 to 255, to logits `(B, classes, rows, columns)`.
+
+        Args:
+            pixels: Pictures.
+            dtype: That of the network's weights.
+        """
+        scores = self.dense(self.preprocessing.normalize(pixels).to(dtype))
         return scores if self.class_map is None else self.class_map.apply(scores)
 
 
@@ -179,7 +183,7 @@ def _make_dense(name: str, model: nn.Module, image_size: tuple[int, int], grid_o
         image_size: Height and width in pixels.
         grid_of: Gives the grid of its patch head for an image size; `None` without one.
     """
-    options = {"interpolate_pos_encoding": True} if _must_interpolate(model, image_size) else {}
+    options = {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
     try:
         if grid_of is None:
             return DenseClassifier(model, image_size, options)
@@ -213,7 +217,7 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
         )
         if info["missing_keys"]:
             raise ValueError(f"it is no trained image classifier, its weights lack {sorted(info['missing_keys'])}.")
-    preprocessing = _probe_processor(AutoImageProcessor.from_pretrained(name, **source))
+    preprocessing = probe_processor(AutoImageProcessor.from_pretrained(name, **source))
     if image_size is not None:
         preprocessing = replace(preprocessing, image_size=image_size)
     class_names = [str(config.id2label[index]) for index in range(config.num_labels)]
@@ -223,7 +227,7 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
     return model, class_names, preprocessing, None
 
 
-def _probe_processor(processor: Any) -> Preprocessing:
+def probe_processor(processor: Any) -> Preprocessing:
     """What an image processor does, found by giving it a black and a white picture: one reading for all processors."""
     values = [
         processor(images=Image.new("RGB", (256, 256), (level,) * 3), return_tensors="pt")["pixel_values"][0].float()
@@ -281,14 +285,6 @@ def _is_timm_folder(path: Path) -> bool:
     except ValueError as error:
         raise ValueError(f"{config} is not valid JSON: {error}") from error
     return "architecture" in content and "model_type" not in content
-
-
-def _must_interpolate(model: nn.Module, image_size: tuple[int, int]) -> bool:
-    """Whether a position table must be resized: at its own size that is no use, and wrong for tables that are not square,
-    which transformers takes for square ones."""
-    own = getattr(getattr(model, "config", None), "image_size", None)
-    own = tuple(own) if isinstance(own, (list, tuple)) else (own, own)
-    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters and own != tuple(image_size)
 
 
 def _revision_of(model: nn.Module, revision: str | None) -> str | None:

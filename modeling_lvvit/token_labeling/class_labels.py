@@ -1,8 +1,14 @@
-"""The label column of image data: class names, class ids or `ClassLabel`, in the end always `ClassLabel`."""
+"""The label column of image data: class names, class ids or `ClassLabel`, in the end always `ClassLabel`; and which of an
+annotator's classes are those of the data."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from .class_matching import ClassMap, match_classes, read_class_map, wordnet_names
 
 
 MAX_CLASSES = 1_000_000  # ids beyond are no class ids
@@ -57,6 +63,50 @@ def names_in_data(
     if highest is None or not 0 <= highest < MAX_CLASSES:
         raise ValueError(f"Column {column!r} of {name} has the id {highest}; class ids count from 0.")
     return [str(index) for index in range(highest + 1)], False
+
+
+def pair_classes(
+    annotator_names: Sequence[str],
+    known: Sequence[str],
+    are_named: bool,
+    class_map: str | None,
+    ignore_extra: bool,
+    data: str,
+    option: str = "--class_map",
+) -> tuple[ClassMap | None, list[str]]:
+    """From the classes of an annotator to those of a data set, as the user wants it.
+
+    Args:
+        annotator_names: Class names of the annotator, by id.
+        known: Class names of the data, by id.
+        are_named: Whether these are more than numbers.
+        class_map: `None` pairs by name; `"identity"`; or a file, see `read_class_map`.
+        ignore_extra: Whether the annotator may have classes that the data lacks.
+        data: What messages call the data.
+        option: What they call `class_map`.
+
+    Returns:
+        The map, `None` if both number their classes alike, and the class names of the labels.
+
+    Raises:
+        ValueError: If the classes do not match or cannot be compared.
+    """
+    if class_map == "identity":
+        if len(annotator_names) < len(known) or (are_named and len(annotator_names) != len(known)):
+            raise ValueError(
+                f"The annotator has {len(annotator_names)} classes, the data {len(known)}: not identical."
+            )
+        return None, list(known if are_named else annotator_names)
+    if class_map is not None:
+        return read_class_map(Path(class_map).expanduser(), annotator_names, known), list(known)
+    if not are_named:
+        examples = ", ".join(repr(name) for name in annotator_names[:2])
+        raise ValueError(
+            f"{data} holds numbers that are not named, so nobody can tell whether they count the annotator's classes "
+            f"({examples}, ...). Say so with {option} identity, or which is which with {option} FILE."
+        )
+    wordnet = wordnet_names([*annotator_names, *known])
+    return match_classes(annotator_names, known, wordnet, ignore_extra), list(known)
 
 
 def with_class_ids(

@@ -1,7 +1,7 @@
 """What a training run reads: training and evaluation rows, and the label maps of the former."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -9,89 +9,18 @@ import numpy as np
 from transformers.utils import logging
 
 from .class_labels import check_columns, with_class_ids
+from .data_arguments import DataArguments
 from .data_sources import looks_local, open_parquet, open_splits, state_of, streamed_rows
 from .label_columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
 from .label_crops import top_classes
 from .label_join import check_class_names, join_label_set
 from .label_set_writer import CARD, DATA, RECORD
 from .label_source import LabelMapSource, class_names_of
-from .transforms import AugmentationConfig
 
 
 logger = logging.get_logger(__name__)
 COMPARED_ROWS = 256  # label maps compared with human labels when a label set is joined
 EVALUATION_SPLITS = ("validation", "val", "valid", "dev", "test")
-
-
-@dataclass
-class DataArguments:
-    """What to train and evaluate on.
-
-    Args:
-        dataset_name: Hub name, a folder (image folder, or Parquet files), or one Parquet file. Without it the embedded
-            digit scenes are used.
-        dataset_config_name, dataset_revision: Configuration and revision on the Hub.
-        train_split, eval_split: Split names; without `eval_split` the first of validation, val, valid, dev, test, else
-            a share of the training data.
-        eval_fraction: That share, in (0, 1).
-        image_column, label_column: Column names.
-        token_labels: Label set to join to the training images: Hub name or folder. Without it dense labels are taken
-            from two columns of the data itself, where it has them.
-        token_labels_revision: Revision on the Hub.
-        key_column: Column of the images that holds the keys of the label set; default: see `image_keys`.
-        key_pattern: Regular expression that cuts the key out of both; see `label_join.join_label_set`.
-        token_label_ids_column, token_label_scores_column: Dense-label columns.
-        use_token_labels: Whether to train with dense labels where the data has them.
-        streaming: Whether to read training images one after another, from the Hub or from files, without preparing all of
-            them first. Needs `--max_steps`, a `ClassLabel` column and an evaluation split, which is prepared as usual.
-        shuffle_buffer: Images among which a stream draws the next one.
-        max_train_samples, max_eval_samples: Keep the first rows only; for trying things out.
-        check_data: Whether to look at every row before training.
-        crop_scale_min, horizontal_flip, rand_augment, color_jitter, random_erasing: See `AugmentationConfig`.
-    """
-
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub name, folder or Parquet file."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
-    train_split: str = field(default="train", metadata={"help": "Training split."})
-    eval_split: str | None = field(default=None, metadata={"help": "Evaluation split; default: found by name."})
-    eval_fraction: float = field(default=0.1, metadata={"help": "Share of training rows where no such split is."})
-    image_column: str = field(default="image", metadata={"help": "Column of pictures."})
-    label_column: str = field(default="label", metadata={"help": "Column of class ids or names."})
-    token_labels: str | None = field(default=None, metadata={"help": "Label set to join: Hub name or folder."})
-    token_labels_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
-    key_column: str | None = field(default=None, metadata={"help": "Column of keys; default: paths or row numbers."})
-    key_pattern: str | None = field(default=None, metadata={"help": "Expression that cuts the key out of both sides."})
-    token_label_ids_column: str = field(default=IDS_COLUMN, metadata={"help": "Dense-label ids."})
-    token_label_scores_column: str = field(default=SCORES_COLUMN, metadata={"help": "Dense-label scores."})
-    use_token_labels: bool = field(default=True, metadata={"help": "Train with dense labels where there are any."})
-    streaming: bool = field(default=False, metadata={"help": "Read training images one after another."})
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Images among which a stream draws the next one."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only."})
-    check_data: bool = field(default=True, metadata={"help": "Look at every row before training."})
-    crop_scale_min: float = field(default=0.08, metadata={"help": "Smallest area share of a training crop."})
-    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a mirror image."})
-    rand_augment: str = field(
-        default="rand-m9-mstd0.5-inc1", metadata={"help": "RandAugment in timm's notation, or none."}
-    )
-    color_jitter: float = field(default=0.0, metadata={"help": "Strength of colour changes."})
-    random_erasing: float = field(default=0.25, metadata={"help": "Probability of an erased rectangle."})
-
-    def __post_init__(self):
-        if not 0 < self.eval_fraction < 1:
-            raise ValueError(f"`eval_fraction` must lie in (0, 1), got {self.eval_fraction}.")
-        self.augmentation()  # raises on bad strengths
-
-    def augmentation(self) -> AugmentationConfig:
-        """Strengths of the training augmentation."""
-        return AugmentationConfig(
-            crop_scale=(self.crop_scale_min, 1.0),
-            horizontal_flip=self.horizontal_flip,
-            rand_augment=self.rand_augment,
-            color_jitter=self.color_jitter,
-            random_erasing=self.random_erasing,
-        )
 
 
 @dataclass

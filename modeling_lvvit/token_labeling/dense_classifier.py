@@ -6,6 +6,7 @@ runs on one cell at a time. Pooling one cell gives the cell itself, hence the re
 computed: the classifier at each cell. A reading of the output is accepted only after it passed the checks of `_Tap`.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,7 +86,7 @@ class DenseClassifier(nn.Module):
         super().__init__()
         self.model = model
         self.forward_options = forward_options or {}
-        self.tap = self._find_tap(_two_pictures(image_size).to(next(model.parameters()).device))
+        self.tap = self._find_tap(two_pictures(image_size).to(next(model.parameters()).device))
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -117,17 +118,15 @@ class DenseClassifier(nn.Module):
         outputs, logits = self._record(example)
         spread = (logits[0] - logits[1]).abs().max().item()
         if not spread > 1e-4 * logits.abs().max().item():
-            raise ValueError(
-                "The annotator gives every picture the same scores: it is not trained, or its head is empty."
-            )
+            raise ValueError("It gives every picture the same scores: it is not trained, or its head is empty.")
         grids = [tuple(shape[2:]) for module, _, shape in outputs if isinstance(module, nn.Conv2d)]
         for module, call, shape in outputs[: -MAX_CANDIDATES - 1 : -1]:
             for tap in _readings(module, call, shape, grids, example.shape[-2:]):
                 if self._fits(tap, example, logits):
                     return tap
         raise ValueError(
-            f"{type(self.model).__name__} has no feature map from which its head reads by pooling or a class token, so it "
-            "cannot label cells. Choose a convolutional network or a vision transformer."
+            f"{type(self.model).__name__} has no feature map from which its head reads by pooling or a class token, so its "
+            "cells cannot be labelled. Choose a convolutional network or a vision transformer."
         )
 
     def _record(self, example: torch.Tensor) -> tuple[list[tuple[nn.Module, int, torch.Size]], torch.Tensor]:
@@ -169,11 +168,19 @@ class DenseClassifier(nn.Module):
             return False
 
 
-def _two_pictures(image_size: tuple[int, int]) -> torch.Tensor:
+def two_pictures(image_size: tuple[int, int]) -> torch.Tensor:
     """Two pictures that even an untrained network tells apart, noise and a slope of brightness, `(2, 3, H, W)`."""
     noise = torch.randn(3, *image_size, generator=torch.Generator().manual_seed(0))
     slope = torch.linspace(-2, 2, image_size[1]).expand(3, *image_size)
     return torch.stack([noise, slope])
+
+
+def must_interpolate(model: nn.Module, image_size: tuple[int, int]) -> bool:
+    """Whether a position table must be resized: at its own size that is no use, and wrong for tables that are not square,
+    which transformers takes for square ones."""
+    own = getattr(getattr(model, "config", None), "image_size", None)
+    own = tuple(own) if isinstance(own, (list, tuple)) else (own, own)
+    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters and own != tuple(image_size)
 
 
 def _readings(

@@ -219,6 +219,20 @@ def crop_label_maps(
     batch_size, _, rows, columns = palette_index.shape
     palette_scores = scores.new_zeros(batch_size, palette.shape[1], rows, columns, dtype=torch.float32)
     palette_scores.scatter_(1, palette_index.long(), scores.float())
+    return targets_of_scores(palette_scores, palette, geometry, grid_size, num_classes, label_crop, temperature)
+
+
+@torch.no_grad()
+def targets_of_scores(
+    palette_scores: torch.Tensor,
+    palette: torch.Tensor,
+    geometry: CropGeometry,
+    grid_size: tuple[int, int],
+    num_classes: int,
+    label_crop: LabelCrop = "correct",
+    temperature: float = 1.0,
+) -> tuple[SparseTargets, SparseTargets]:
+    """`crop_label_maps` for maps whose classes stand in the order of a palette, `(batch_size, U, rows, columns)` float32."""
     pooled_tokens = pool_label_maps(palette_scores, geometry, grid_size, label_crop).flatten(2).mT  # (B, N, U)
     # the class token is told what the map knows of the crop: the part that both cover
     pooled_crop = pool_label_maps(palette_scores, geometry, (1, 1), label_crop, known_only=True).flatten(1)  # (B, U)

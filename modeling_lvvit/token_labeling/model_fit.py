@@ -8,14 +8,40 @@ from transformers.utils import logging
 
 from .arguments import TokenLabelTrainingArguments
 from .dataset import TokenLabelDataset
+from .live_labels import LiveAnnotator
+from .patch_head import add_patch_head, has_patch_head
 from .stream import TokenLabelStream
 
 
 logger = logging.get_logger(__name__)
 
 
+def with_patch_head(model: nn.Module, train_dataset: Any | None) -> nn.Module:
+    """A model that takes `mix_mask` and has patch logits: itself, or any other classifier with a patch head added.
+
+    Args:
+        model: Model.
+        train_dataset: Training samples, whose transform tells the size of the pictures; without it the configuration does.
+
+    Raises:
+        ValueError: If the size is unknown, or the model has no spatial features.
+    """
+    if has_patch_head(model):
+        return model
+    size = getattr(getattr(train_dataset, "transform", None), "image_size", None)
+    size = size or getattr(getattr(model, "config", None), "image_size", None)
+    if size is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say what pictures it takes. Add the patch head before: "
+            "add_patch_head(model, (height, width))."
+        )
+    return add_patch_head(model, tuple(size) if isinstance(size, (list, tuple)) else (size, size))
+
+
 def token_grid_of(model: nn.Module) -> tuple[int, int]:
-    """Token rows and columns that the configuration of a model describes."""
+    """Rows and columns of the patch logits of a model."""
+    if hasattr(model, "patch_grid_size"):
+        return model.patch_grid_size
     config = model.config
     if hasattr(config, "grid_size"):
         return tuple(config.grid_size)
@@ -23,17 +49,36 @@ def token_grid_of(model: nn.Module) -> tuple[int, int]:
     return size[0] // config.patch_size, size[1] // config.patch_size
 
 
-def check_fit(args: TokenLabelTrainingArguments, train_dataset: Any, num_classes: int) -> None:
+def check_fit(
+    args: TokenLabelTrainingArguments,
+    train_dataset: Any,
+    num_classes: int,
+    grid_size: tuple[int, int],
+    annotator: LiveAnnotator | None,
+) -> None:
     """Checks what would otherwise go wrong in training, or silently.
 
     Args:
         args: Training arguments.
         train_dataset: Training samples.
         num_classes: Classes of the model.
+        grid_size: Rows and columns of its patch logits.
+        annotator: Of training crops, if any.
 
     Raises:
-        ValueError: If several GPUs would share one process, dense columns would be dropped, or the data has other classes.
+        ValueError: If several GPUs would share one process, dense columns would be dropped, the data or the annotator has other
+            classes, there are both stored labels and an annotator, or the model has fewer than 2 x 2 tokens to label.
     """
+    has_maps = getattr(train_dataset, "has_label_maps", False)
+    if annotator is not None and has_maps:
+        raise ValueError("The training data has label maps; train with them or with an annotator, not with both.")
+    if annotator is not None:
+        annotator.check_num_classes(num_classes)
+    if (has_maps or annotator is not None) and args.dense_weight > 0 and min(grid_size) < 2:
+        raise ValueError(
+            f"The model has {grid_size[0]} x {grid_size[1]} tokens; token labels need at least 2 x 2. Give it larger pictures or "
+            "smaller patches, or train with plain labels (dense_weight 0)."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             "DataParallel would tear apart the images that are mixed with each other. Start one process per GPU: "

@@ -30,7 +30,11 @@ class TokenLabelingObjective:
         self.args, self.grid_size, self.num_classes = args, grid_size, num_classes
 
     def __call__(
-        self, outputs: Any, labels: dict[str, torch.Tensor], mix_mask: torch.Tensor | None = None
+        self,
+        outputs: Any,
+        labels: dict[str, torch.Tensor],
+        mix_mask: torch.Tensor | None = None,
+        live_targets: tuple[SparseTargets, SparseTargets] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Named components of the loss (see `losses.token_labeling_loss`).
 
@@ -38,25 +42,35 @@ class TokenLabelingObjective:
             outputs: Output of the model, with `cls_logits` and `patch_logits`.
             labels: The fields of `LABEL_FIELDS` that the batch has.
             mix_mask: Bool `(B, rows, columns)`, or `None` where no tokens were mixed.
+            live_targets: Instead of label maps, targets of class token and patch tokens from an annotator that saw the pictures of
+                the batch (`LiveAnnotator`), also as CutMix and Mixup left them.
         """
         args, smoothing = self.args, self.args.label_smoothing_factor
-        cls_dense = token_targets = counted = None
-        if "token_label_palette" in labels and args.dense_weight > 0:
-            geometry, cls_dense, token_targets = self.crop_targets(labels)
-            token_targets = token_targets.smooth(smoothing)
-            if args.uncovered_tokens == "ignore":
-                counted = geometry.covered_tokens(self.grid_size)
         partner_share = labels["mix_share"].flatten(1) if "mix_share" in labels else None  # (B, N)
         exchanged = mix_mask.flatten(1).float() if mix_mask is not None else partner_share
         kept = 1.0 - exchanged.mean(dim=1) if exchanged is not None else None  # (B,)
+        cls_dense = token_targets = counted = None
+        dense_kept = kept
+        if live_targets is not None:
+            cls_dense, token_targets = live_targets
+            if (
+                mix_mask is None
+            ):  # what was mixed in pixels the annotator has seen: its targets are those of the mixture
+                partner_share = dense_kept = None
+        elif "token_label_palette" in labels and args.dense_weight > 0:
+            geometry, cls_dense, token_targets = self.crop_targets(labels)
+            if args.uncovered_tokens == "ignore":
+                counted = geometry.covered_tokens(self.grid_size)
         cls_losses = sum(
-            mixed_cross_entropy(outputs["cls_logits"], target.smooth(smoothing), weight, kept)
+            mixed_cross_entropy(
+                outputs["cls_logits"], target.smooth(smoothing), weight, dense_kept if target is cls_dense else kept
+            )
             for target, weight in self._cls_targets(cls_dense, labels.get("labels"))
         )
         return token_labeling_loss(
             outputs["patch_logits"],
             cls_losses,
-            token_targets,
+            None if token_targets is None else token_targets.smooth(smoothing),
             args.cls_weight,
             args.dense_weight,
             counted,

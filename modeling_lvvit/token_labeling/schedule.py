@@ -1,7 +1,8 @@
-"""The published learning-rate schedule, and how the weight average follows batch size and length of a run."""
+"""The published learning-rate schedule and weight decay, and how the weight average follows batch size and length of a run."""
 
 import math
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -11,6 +12,9 @@ from .arguments import REFERENCE_IMAGES_PER_STEP, TokenLabelTrainingArguments
 # The average looks back over `1 / (1 - decay)` steps. In the published run this is a thirtieth of the run; when it is more
 # than a tenth, the average still holds weights of the first, poor part of training.
 LONGEST_MEMORY = 0.1
+# parameters of more than one dimension that the published recipe exempts from weight decay besides all vectors; the last name is
+# that of the position table in timm
+NO_DECAY_NAMES = ("cls_token", "position_embeddings", "pos_embed")
 
 
 def published_factor(
@@ -71,3 +75,13 @@ def scaled_ema_decay(base_decay: float, images_per_step: int, num_steps: int) ->
     rate = (1 - base_decay) * images_per_step / REFERENCE_IMAGES_PER_STEP
     shortest_rate = 1 / max(1.0, LONGEST_MEMORY * num_steps)
     return 1 - min(1.0, max(rate, shortest_rate))
+
+
+def decayed_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters with weight decay: matrices and convolutions; vectors, class token and position table are exempt
+    (published recipe)."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and name.rpartition(".")[2] not in NO_DECAY_NAMES
+    ]

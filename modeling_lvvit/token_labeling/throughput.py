@@ -1,8 +1,30 @@
-"""How fast training runs, and how much of the time it waits for data."""
+"""What is logged of training besides its loss: the parts of the loss, the speed, and how much of the time it waits for data."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+
+
+class LossComponents:
+    """Means of the parts of the loss since the last log."""
+
+    def __init__(self):
+        self.count, self._sums = 0, {}
+
+    def add(self, losses: dict[str, torch.Tensor]) -> None:
+        """Adds the parts of a step; nothing is read from the device."""
+        for name in ("cls_loss", "token_loss"):
+            value = losses[name].detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self.count += 1
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """The means; begins anew."""
+        means = {name: total / self.count for name, total in self._sums.items()}
+        self.count, self._sums = 0, {}
+        return means
 
 
 class Throughput:
@@ -37,12 +59,18 @@ class Throughput:
         yield
         self._paused += time.perf_counter() - begin
 
-    def report(self) -> dict[str, float]:
-        """`images_per_second` and `data_wait`, the share of the time in [0, 1], since the interval began; begins a new one."""
+    def report(self, annotation_seconds: float | None = None) -> dict[str, float]:
+        """`images_per_second` and `data_wait`, the share of the time in [0, 1], since the interval began; begins a new one.
+
+        Args:
+            annotation_seconds: Time that an annotator took, for its share `annotation`.
+        """
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         figures = {
             "images_per_second": round(self._images / seconds, 1),
             "data_wait": round(min(1.0, self._waited / seconds), 4),
         }
+        if annotation_seconds is not None:
+            figures["annotation"] = round(annotation_seconds / seconds, 4)
         self.start()
         return figures

@@ -1,6 +1,7 @@
 """A `Trainer` that learns from dense labels."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,29 @@ from .callbacks import EpochCallback, EpochSampler, StopOnSignal, leave_signals_
 from .collator import TokenLabelCollator
 from .dataset import TokenLabelDataset
 from .ema import EMACallback
+from .live_labels import LiveAnnotator
 from .metrics import compute_accuracy, rank_classes
-from .model_fit import check_fit, set_patch_logits_weight, token_grid_of
+from .model_fit import check_fit, set_patch_logits_weight, token_grid_of, with_patch_head
 from .objective import LABEL_FIELDS, TokenLabelingObjective
 from .randomness import seeded
-from .schedule import published_schedule
+from .schedule import decayed_parameters, published_schedule
 from .sharding import own_class, set_up_sharding, share_statistics
 from .stream import TokenLabelStream, stream_loader
-from .throughput import Throughput
-
-
-# parameters of more than one dimension that the published recipe exempts from weight decay besides all vectors
-NO_DECAY_NAMES = ("cls_token", "position_embeddings", "pos_embed")
+from .throughput import LossComponents, Throughput
 
 
 class TokenLabelTrainer(Trainer):
     """Trains a model on its class token and on every patch token.
 
-    The model must return `cls_logits` `(B, C)`, `patch_logits` `(B, N, C)` and `logits` `(B, C)`, and take `mix_mask`.
-    Batches are those of `TokenLabelCollator`. A training set without label maps, or `dense_weight=0`, trains the class
+    The model is LV-ViT, or any image classifier of transformers or timm, which gets a patch head (`add_patch_head`); or one that
+    returns `cls_logits` `(B, C)`, `patch_logits` `(B, N, C)` and `logits` `(B, C)`, and takes `mix_mask`. Batches are those of `TokenLabelCollator`. A training set without label maps, or `dense_weight=0`, trains the class
     token with the plain labels; then `config.patch_logits_weight` is set to 0, because the patch head stays untrained.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, ...: As in `transformers.Trainer`. Without
             `data_collator` a `TokenLabelCollator` is made from the arguments; without `compute_metrics` top-1 and
             top-5 accuracy are reported.
+        annotator: Labels the crops of every batch on the device, instead of stored label maps.
 
     Raises:
         ValueError: If arguments, model and data do not fit each other; always before training.
@@ -57,14 +56,18 @@ class TokenLabelTrainer(Trainer):
         data_collator: Any | None = None,
         train_dataset: Any | None = None,
         compute_metrics: Any | None = None,
+        annotator: LiveAnnotator | None = None,
         **kwargs: Any,
     ):
+        model = with_patch_head(model, train_dataset)
         self.grid_size = token_grid_of(model)
         self.num_classes = model.config.num_labels
+        self.annotator = annotator
         has_label_maps = getattr(train_dataset, "has_label_maps", None)
-        check_fit(args, train_dataset, self.num_classes)
+        check_fit(args, train_dataset, self.num_classes, self.grid_size, annotator)
         if has_label_maps is not None:
-            set_patch_logits_weight(model.config, is_trained=has_label_maps and args.dense_weight > 0)
+            is_trained = (has_label_maps or annotator is not None) and args.dense_weight > 0
+            set_patch_logits_weight(model.config, is_trained)
         if data_collator is None:
             data_collator = TokenLabelCollator(
                 self.grid_size, args.mix_probability, args.mix_alpha, tuple(args.mix_methods), args.mixup_alpha
@@ -92,12 +95,17 @@ class TokenLabelTrainer(Trainer):
             self.add_callback(self.ema)
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
-        self._component_sums: dict[str, torch.Tensor] = {}
-        self._component_count = 0
+        self.components = LossComponents()
         set_batch_norm(model, args.batch_norm, args.device, args.world_size)
         if isinstance(train_dataset, TokenLabelDataset):
             self._sampler = EpochSampler(len(train_dataset))
             self.add_callback(EpochCallback(train_dataset, self._sampler))
+
+    @property
+    def trains_patches(self) -> bool:
+        """Whether patch tokens learn from dense labels."""
+        has_maps = getattr(self.train_dataset, "has_label_maps", False)
+        return bool(has_maps or self.annotator is not None) and self.args.dense_weight > 0
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`, with FSDP2 on any device."""
@@ -105,12 +113,8 @@ class TokenLabelTrainer(Trainer):
         self.is_fsdp_enabled = set_up_sharding(self.accelerator, self.args, self.model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices and convolutions; vectors, class token and position table are exempt (published recipe)."""
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.ndim > 1 and name.rpartition(".")[2] not in NO_DECAY_NAMES
-        ]
+        """See `schedule.decayed_parameters`."""
+        return decayed_parameters(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As in `Trainer`, or with `lr_schedule="published"` the authors' schedule (`schedule.published_factor`)."""
@@ -150,12 +154,19 @@ class TokenLabelTrainer(Trainer):
             del own.forward  # the one that hides that of the class
         return model, loader
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any):
-        """As in `Trainer`, in the precision of training for batches without labels too."""
-        if "labels" in inputs:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        with self.accelerator.autocast():
-            return super().prediction_step(model, inputs, *args, **kwargs)
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ):
+        """As in `Trainer`, in the precision of training for batches without labels too, and without patch logits."""
+        if ignore_keys is None:
+            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", [])
+        ignore_keys = [*ignore_keys, "cls_logits", "patch_logits"]
+        with nullcontext() if "labels" in inputs else self.accelerator.autocast():
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -177,34 +188,32 @@ class TokenLabelTrainer(Trainer):
         """Token-labeling loss in training; cross-entropy of `logits` with the labels in evaluation."""
         labels = {name: inputs[name] for name in LABEL_FIELDS if name in inputs}
         fields = {name: value for name, value in inputs.items() if name not in labels}
+        live_targets = None
+        if model.training and self.annotator is not None and self.trains_patches:
+            pixel_values = fields["pixel_values"]
+            live_targets = self.annotator.label(pixel_values, self.grid_size, self.args.label_temperature)
+            fields["pixel_values"] = self.annotator.erase(pixel_values)
         with self.accelerator.autocast():
             outputs = model(**fields)
         if model.training:
-            losses = self.objective(outputs, labels, inputs.get("mix_mask"))
+            losses = self.objective(outputs, labels, inputs.get("mix_mask"), live_targets)
             # every image of a step counts alike, also in a last micro-batch that is smaller than the others; 1 if there is none
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch else 1
             share = len(outputs["cls_logits"]) * micro_batches / (num_items_in_batch or len(outputs["cls_logits"]))
             losses = {name: share * loss for name, loss in losses.items()}
-            self._count_components(losses)
+            self.components.add(losses)
             loss = losses["loss"]
         else:
             outputs = convert_to_fp32(outputs)
             loss = nn.functional.cross_entropy(outputs["logits"], labels["labels"])
         return (loss, outputs) if return_outputs else loss
 
-    def _count_components(self, losses: dict[str, torch.Tensor]) -> None:
-        for name in ("cls_loss", "token_loss"):
-            value = losses[name].detach()
-            self._component_sums[name] = self._component_sums[name] + value if name in self._component_sums else value
-        self._component_count += 1
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean loss components since the last log, over all processes, and the speed."""
-        if "loss" in logs and self._component_count:
-            for name, total in self._component_sums.items():
-                logs[name] = self.accelerator.reduce(total / self._component_count, reduction="mean").item()
-            self._component_sums, self._component_count = {}, 0
-            logs |= self.throughput.report()
+        if "loss" in logs and self.components.count:
+            for name, mean in self.components.take().items():
+                logs[name] = self.accelerator.reduce(mean, reduction="mean").item()
+            logs |= self.throughput.report(self.annotator.clock.seconds() if self.annotator is not None else None)
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):

@@ -1,0 +1,149 @@
+"""Where an image classifier has the features that its head reads, and taking them out of a forward pass."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .dense_classifier import DenseClassifier, logits_of, two_pictures
+
+
+logger = logging.get_logger(__name__)
+# weights all below this let nothing through yet: zero-initialised heads and branches, layer scale of 1e-6 (CaiT, ConvNeXt)
+ALL_BUT_ZERO = 1e-2
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+# what models raise for pictures that do not fit them
+SHAPE_ERRORS = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
+
+
+@dataclass
+class FeatureTap:
+    """Where the features of the patch head come from.
+
+    Args:
+        module_name: Layer whose output they are.
+        call: Which of its calls within a forward pass, from 0.
+        layout: See `dense_classifier`.
+        prefix: Tokens before the patch tokens.
+        grid_size: Rows and columns.
+        image_size: Height and width of the pictures in pixels.
+        forward_options: Keyword arguments of every forward pass.
+    """
+
+    module_name: str
+    call: int
+    layout: Literal["channels_first", "channels_last", "tokens"]
+    prefix: int
+    grid_size: tuple[int, int]
+    image_size: tuple[int, int]
+    forward_options: dict[str, Any]
+    calls: int = 0
+    features: torch.Tensor | None = None
+
+    def keep(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        """Forward hook of the layer."""
+        if self.calls == self.call:
+            self.features = output
+        self.calls += 1
+
+    def take(self) -> torch.Tensor:
+        """The features of the forward pass, once, `(B, rows * columns, channels)`."""
+        features, self.features = self.features, None
+        if self.layout == "channels_first":
+            features = features.flatten(2).mT
+        elif self.layout == "channels_last":
+            features = features.flatten(1, 2)
+        else:
+            features = features[:, self.prefix :]
+        if features.shape[1] != self.grid_size[0] * self.grid_size[1]:
+            raise ValueError(
+                f"The patch head was made for pictures of {self.image_size[0]} x {self.image_size[1]} pixels, on which the model "
+                f"has {self.grid_size[0]} x {self.grid_size[1]} cells; these give {features.shape[1]} cells."
+            )
+        return features
+
+
+def find_features(
+    model: PreTrainedModel, image_size: tuple[int, int], options: dict[str, Any]
+) -> tuple[FeatureTap, int, bool]:
+    """Where the features are, how wide, and whether they were normalised."""
+    name = getattr(model.config, "architecture", None) or type(model).__name__
+    try:
+        probe = DenseClassifier(_awake_copy(model, image_size, options), image_size, options)
+    except SHAPE_ERRORS as error:
+        reason = _too_few_cells(model, image_size, options) or str(error).splitlines()[0]
+        raise ValueError(
+            f"{name} cannot learn from token labels on pictures of {image_size[0]} x {image_size[1]} pixels: {reason}"
+        ) from error
+    found = probe.tap
+    if min(found.grid_size) < 2:
+        raise ValueError(
+            f"{name} has {found.grid_size[0]} x {found.grid_size[1]} cells on pictures of {image_size[0]} x {image_size[1]} pixels; "
+            "token labels need at least 2 x 2. Take larger pictures."
+        )
+    names = {module: name for name, module in probe.model.named_modules()}
+    tap = FeatureTap(
+        names[found.module], found.call, found.layout, found.prefix, found.grid_size, image_size, dict(options)
+    )
+    tap_of_copy = copy.copy(tap)
+    handle = found.module.register_forward_hook(tap_of_copy.keep)
+    with torch.no_grad():
+        probe.model(two_pictures(image_size).to(next(model.parameters()).device), **options)
+    handle.remove()
+    return tap, tap_of_copy.take().shape[-1], isinstance(found.module, NORMS)
+
+
+@torch.no_grad()
+def _awake_copy(model: PreTrainedModel, image_size: tuple[int, int], options: dict[str, Any]) -> PreTrainedModel:
+    """A copy for evaluation that tells two pictures apart: what an untrained model has at zero is given noise, and batch norms
+    take their statistics from the pictures."""
+    twin = copy.deepcopy(model).float()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in twin.named_parameters():
+        if parameter.numel() and not name.endswith("bias") and parameter.abs().max() < ALL_BUT_ZERO:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.add_(noise.to(parameter.device))
+    norms = [module for module in twin.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        twin.eval()
+        for norm in norms:
+            norm.momentum = 1.0
+            norm.train()
+        twin(two_pictures(image_size).to(next(twin.parameters()).device), **options)
+    return twin.eval()
+
+
+def _too_few_cells(model: PreTrainedModel, image_size: tuple[int, int], options: dict[str, Any]) -> str | None:
+    """The reason for a failure, if it is that pictures are too small: the same model works on larger ones."""
+    for factor in (2, 4):
+        larger = (factor * image_size[0], factor * image_size[1])
+        try:
+            grid = DenseClassifier(_awake_copy(model, larger, options), larger, options).grid_size
+        except SHAPE_ERRORS:
+            continue
+        return (
+            f"on pictures of {larger[0]} x {larger[1]} it has {grid[0]} x {grid[1]} cells, on these fewer than the 2 x 2 that token "
+            "labels need."
+        )
+    return None
+
+
+def idle_parameters(model: PreTrainedModel, tap: FeatureTap) -> list[str]:
+    """Parameters without influence on logits and features."""
+    twin = copy.deepcopy(model).float().eval()
+    tap = copy.copy(tap)
+    twin.get_submodule(tap.module_name).register_forward_hook(tap.keep)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    pictures = two_pictures(tap.image_size).to(next(twin.parameters()).device)
+    logits = logits_of(twin(pictures, **tap.forward_options))
+    (logits.float().sum() + tap.take().float().sum()).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    idle = [name for name, parameter in twin.named_parameters() if parameter.grad is None and name in trained]
+    if idle:
+        logger.info("No part in the logits, and not trained: %s.", ", ".join(idle))
+    return idle

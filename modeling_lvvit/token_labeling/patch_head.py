@@ -1,0 +1,212 @@
+"""Gives any image classifier of transformers or timm a patch head, so that it can learn from dense labels.
+
+The features are those that `DenseClassifier` finds: the last layer output with a spatial layout from which the classifier reads. A
+linear layer on each of their cells gives `patch_logits`; the classifier itself stays as it is and gives `cls_logits`. Nothing is
+wrapped: the model keeps its weights' names, is saved by its own `save_pretrained`, and is loaded by `AutoModelForImageClassification`
+as the plain model that it was, with the patch head as weights that this leaves out.
+"""
+
+import functools
+import inspect
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
+
+from .dense_classifier import logits_of, must_interpolate
+from .feature_tap import FeatureTap, find_features, idle_parameters
+
+
+INITIALIZER_RANGE = 0.02  # of linear layers in LV-ViT and ViT
+
+
+@dataclass
+class PatchHeadOutput(ModelOutput):
+    """
+    Output of a classifier with a patch head.
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): Cross-entropy of `logits`; given when `labels` are.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): Prediction of the classifier.
+        cls_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): The same.
+        patch_logits (`torch.FloatTensor` of shape `(batch_size, rows * columns, num_labels)`):
+            Scores of each cell, row-major, in the image that the cell belongs to.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    cls_logits: torch.FloatTensor | None = None
+    patch_logits: torch.FloatTensor | None = None
+
+
+class PatchHeadMixin:
+    """What `add_patch_head` puts in front of a classifier's class."""
+
+    feature_tap: FeatureTap
+    saves_patch_head = True
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mix_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> PatchHeadOutput:
+        """
+        Args:
+            pixel_values: Normalised images, `(batch_size, num_channels, height, width)`.
+            labels: Class ids `(batch_size,)`; when given, `loss` is the cross-entropy of `logits`.
+            mix_mask: Boolean `(batch_size, rows, columns)`, equal for both partners of a pair. The pixels of masked cells are
+                exchanged between sample b and sample B-1-b, and `patch_logits` put back. For a patch embedding without overlap
+                this is MixToken exactly: what is exchanged before it and after it are the same patches.
+        """
+        tap = self.feature_tap
+        if mix_mask is not None:
+            pixel_values = exchange_pixels(pixel_values, mix_mask)
+        tap.calls = 0
+        logits = logits_of(super().forward(pixel_values=pixel_values, **{**tap.forward_options, **kwargs}))
+        features = tap.take()
+        if mix_mask is not None:
+            features = torch.where(mix_mask.flatten(1).unsqueeze(-1), features.flip(0), features)
+        loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
+        return PatchHeadOutput(loss, logits, logits, patch_head_of(self)(features))
+
+    @property
+    def patch_grid_size(self) -> tuple[int, int]:
+        """Rows and columns of `patch_logits`."""
+        return self.feature_tap.grid_size
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `PreTrainedModel`; without the patch head if `saves_patch_head` was set to `False`."""
+        if not self.saves_patch_head:
+            weights = kwargs.get("state_dict") or self.state_dict()
+            kwargs["state_dict"] = {name: value for name, value in weights.items() if "patch_head." not in name}
+        return super().save_pretrained(*args, **kwargs)
+
+
+def exchange_pixels(pixel_values: torch.Tensor, mix_mask: torch.Tensor) -> torch.Tensor:
+    """Exchanges the pixels of masked cells of sample b with those of sample B-1-b.
+
+    Args:
+        pixel_values: `(batch_size, channels, height, width)`.
+        mix_mask: Boolean `(batch_size, rows, columns)`; where the picture cannot be divided evenly, pixels follow the nearest cell.
+    """
+    mask = nn.functional.interpolate(mix_mask.unsqueeze(1).float(), size=pixel_values.shape[-2:], mode="nearest-exact")
+    return torch.where(mask.bool(), pixel_values.flip(0), pixel_values)
+
+
+def has_patch_head(model: nn.Module) -> bool:
+    """Whether a model takes `mix_mask`, as LV-ViT and models with an added patch head do."""
+    return "mix_mask" in inspect.signature(model.forward).parameters
+
+
+def patch_head_of(model: nn.Module) -> nn.Module:
+    """The added patch head."""
+    return _owner(model).patch_head
+
+
+def add_patch_head(model: nn.Module, image_size: tuple[int, int]) -> PreTrainedModel:
+    """Gives a classifier a patch head with random weights.
+
+    The features are found by running a copy of the model on two pictures. Parameters that take no part in the logits (mask tokens,
+    auxiliary heads) are frozen, so that distributed training does not wait for their gradients.
+
+    Args:
+        model: Image classifier of transformers, which is changed and returned; or of timm, which is returned within a
+            `TimmWrapperForImageClassification`.
+        image_size: Height and width of the pictures in pixels.
+
+    Raises:
+        ValueError: If the model has no spatial features from which its head reads, takes no pictures of this size, or has fewer than
+            2 x 2 cells on them.
+    """
+    if not isinstance(model, PreTrainedModel):
+        model = _in_transformers(model, tuple(image_size))
+    options = {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
+    tap, width, is_normed = find_features(model, tuple(image_size), options)
+    for name in idle_parameters(model, tap):
+        model.get_parameter(name).requires_grad_(False)
+    head = nn.Linear(width, model.config.num_labels)
+    nn.init.trunc_normal_(head.weight, std=INITIALIZER_RANGE)
+    nn.init.zeros_(head.bias)
+    # features that the classifier itself normalises only after pooling are normalised for the patch head too
+    parameter = next(model.parameters())
+    head = nn.Sequential(nn.Identity() if is_normed else nn.LayerNorm(width), head).to(parameter.device)
+    _owner(model).patch_head = head
+    model.feature_tap = tap
+    model.get_submodule(tap.module_name).register_forward_hook(tap.keep)
+    model.__class__ = _class_with_patch_head(type(model))
+    return model
+
+
+def load_patch_head(model: PreTrainedModel, path: str, revision: str | None = None) -> bool:
+    """Takes the weights of the patch head over from a saved model that had one of the same shape.
+
+    Args:
+        model: With a patch head.
+        path: Folder or Hub name of the saved model.
+        revision: On the Hub.
+
+    Returns:
+        Whether there were any.
+    """
+    head = patch_head_of(model)
+    expected, found = head.state_dict(), {}
+    for file in _weight_files(path, revision):
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118  the file is no mapping
+                _, is_head, name = key.rpartition("patch_head.")
+                if is_head and name in expected:
+                    found[name] = weights.get_tensor(key)
+    if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in expected):
+        return False
+    head.load_state_dict(found)
+    return True
+
+
+def _weight_files(path: str, revision: str | None) -> list[str | Path]:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return sorted(folder.glob("*.safetensors"))
+    file = cached_file(path, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return [file] if file else []
+
+
+def _owner(model: nn.Module) -> nn.Module:
+    """The module that holds the patch head. The wrapper of timm models takes every weight for one of timm's when it loads."""
+    return model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
+
+
+@functools.cache
+def _class_with_patch_head(base: type) -> type:
+    # the name stays, so that a saved configuration names the plain class
+    return type(base.__name__, (PatchHeadMixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def _in_transformers(model: nn.Module, image_size: tuple[int, int]) -> PreTrainedModel:
+    """A model of timm as one of transformers, with its weights.
+
+    Raises:
+        ValueError: If it is none, or could not be built again from its name: then it could be saved, but not loaded.
+    """
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if name is None:
+        raise ValueError(f"{type(model).__name__} is neither a model of transformers nor one of timm.")
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    for model_args in (None, {"img_size": list(image_size)}):
+        config = TimmWrapperConfig(architecture=name, num_labels=model.num_classes, model_args=model_args)
+        with suppress(TypeError), torch.random.fork_rng(devices=[]):  # a network without a fixed input size
+            twin = TimmWrapperForImageClassification(config)
+            if {key: value.shape for key, value in twin.timm_model.state_dict().items()} == shapes:
+                twin.timm_model = model
+                return twin
+    raise ValueError(
+        f"{name} was made with other arguments than its own, with which it could not be loaded again. Make it with "
+        "TimmWrapperForImageClassification(TimmWrapperConfig(architecture, model_args={...}, num_labels=...))."
+    )
