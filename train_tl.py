@@ -168,7 +168,9 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
 def introduce(trainer: TokenLabelTrainer) -> None:
     """Says in one line what will be trained."""
     args, samples = trainer.args, trainer.train_dataset
-    kind = "token" if trainer.trains_patches else "plain"
+    kind = "plain"
+    if trainer.trains_patches:
+        kind = "token" if args.patch_target == "dense" else "self-emerging token"
     images = "streamed" if isinstance(samples, TokenLabelStream) else f"{len(samples):,}"
     print(
         f"{type(trainer.model).__name__} with {trainer.model.num_parameters():,} parameters, {kind} labels, "
@@ -213,7 +215,8 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"train_tl.py: {error}")
     if trainer.stop_on_signal.received:
         stop(trainer)
-    trainer.model.saves_patch_head = model_args.save_patch_head
+    if not model_args.save_patch_head:
+        trainer.model.saves_patch_head = False
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()

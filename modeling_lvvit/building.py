@@ -12,6 +12,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedModel,
+    TimmWrapperConfig,
 )
 from transformers.utils import logging
 
@@ -79,6 +80,8 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
             "--ignore_mismatched_sizes makes new heads for the classes of the data."
         )
     options = {**source, **names, **(args.config_overrides or {}), "dtype": torch.float32}
+    if config.model_type == TimmWrapperConfig.model_type:
+        options["num_labels"] = len(class_names)  # it would take that of the checkpoint, whatever names it is given
     try:
         model, loading = AutoModelForImageClassification.from_pretrained(
             path, ignore_mismatched_sizes=args.ignore_mismatched_sizes, output_loading_info=True, **options

@@ -13,7 +13,7 @@ from .token_labeling import TokenLabelTrainer
 
 REPORTED_OPTIONS = (
     "learning_rate", "num_train_epochs", "images_per_step", "weight_decay", "label_smoothing_factor", "seed",
-    "lr_schedule", "cls_weight", "dense_weight", "cls_target", "mix_methods", "mix_probability", "ema_decay",
+    "lr_schedule", "cls_weight", "dense_weight", "cls_target", "patch_target", "mix_methods", "mix_probability", "ema_decay",
     "base_ema_decay", "batch_norm", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
 
@@ -92,7 +92,8 @@ def write_model_card(
         model_name=name,
         model_id=args.hub_model_id or name,
         token_labels=trainer.trains_patches,
-        annotator=trainer.annotator.annotator.name if trainer.annotator is not None else None,
+        is_labeler=args.patch_target == "image",
+        annotator=trainer.annotator.annotator.provenance["annotator"] if trainer.annotator is not None else None,
         picture=picture,
         eval_split=eval_name,
         metrics={key: f"{100 * value:.2f} %" for key, value in accuracies_of(metrics).items()},

@@ -44,7 +44,7 @@ TOKEN_LABELING = {
     },
     "image_rows.py": {"image_keys"},
     "annotation.py": {"label_maps", "label_sets", "pictures"},
-    "annotators.py": {"class_matching", "dense_classifier"},
+    "annotators.py": {"class_matching", "dense_classifier", "patch_head"},
     "feature_tap.py": {"dense_classifier"},
     "patch_head.py": {"dense_classifier", "feature_tap"},
     "live_labels.py": {"annotators", "class_labels", "label_crops", "label_maps"},

@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import NUM_CLASSES, tiny_config
 from test_patch_head import samples_of as samples_at
+from test_patch_head import transformers_model
 from test_trainer import arguments, trainer_for
 from torch import nn
 
 from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.token_labeling import LiveAnnotator, TokenLabelTrainer
-from modeling_lvvit.token_labeling.annotators import Annotator, Preprocessing
+from modeling_lvvit.token_labeling.annotators import Annotator, PatchClassifier, Preprocessing, load_annotator
 from modeling_lvvit.token_labeling.class_matching import ClassMap
 from modeling_lvvit.token_labeling.data_arguments import DataArguments
 from modeling_lvvit.token_labeling.label_crops import CropGeometry, crop_label_maps
@@ -21,6 +22,7 @@ from modeling_lvvit.token_labeling.label_maps import SparseTargets, build_palett
 from modeling_lvvit.token_labeling.live_labels import open_annotator
 from modeling_lvvit.token_labeling.losses import soft_cross_entropy
 from modeling_lvvit.token_labeling.objective import TokenLabelingObjective
+from modeling_lvvit.variants import evaluation_image_processor
 
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -231,8 +233,6 @@ def test_students_with_too_few_tokens_are_refused(labelled_rows, tmp_path):
 @pytest.fixture
 def saved_annotator(tmp_path) -> str:
     """A model whose patch head is trained, and its preprocessing."""
-    from modeling_lvvit.variants import evaluation_image_processor
-
     names = {index: f"thing {index}" for index in range(NUM_CLASSES)}
     config = tiny_config(id2label=names, label2id={name: index for index, name in names.items()})
     LVViTForImageClassification(config).save_pretrained(tmp_path / "annotator")
@@ -280,3 +280,77 @@ def test_class_map_file(saved_annotator, tmp_path):
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         DataArguments(annotator="timm/resnet18", **options)
+
+
+def test_drawn_classes_follow_the_probabilities():
+    """The mean of many draws is the target that they are drawn from; each draw names one class."""
+    soft = live().label(normalised(pictures()), CELLS)[1].to_dense()
+    sampler = live(draws_classes=True)
+    torch.manual_seed(0)
+    draws = [sampler.label(normalised(pictures()), CELLS)[1].to_dense() for _ in range(400)]
+    assert all(((draw == 0) | (draw == 1)).all() and (draw.sum(-1) == 1).all() for draw in draws)
+    torch.testing.assert_close(torch.stack(draws).mean(0), soft, atol=0.12, rtol=0)
+
+
+def test_patch_tokens_learn_the_image_label_by_their_mean(tmp_path):
+    outputs, labels = outputs_like(), {"labels": torch.tensor([0, 1, 2, 3])}
+    losses = objective(tmp_path, patch_target="image")(outputs, labels)
+    expected = nn.functional.cross_entropy(outputs["patch_logits"].mean(1), labels["labels"])
+    torch.testing.assert_close(losses["token_loss"], expected)
+
+
+def test_the_mean_of_exchanged_tokens_belongs_to_one_image_and_that_of_mixed_pixels_to_two(tmp_path):
+    outputs, labels = outputs_like(), {"labels": torch.tensor([0, 1, 2, 3])}
+    mix_mask = torch.zeros(4, *CELLS, dtype=torch.bool)
+    mix_mask[:, :2, :3] = True
+    entropies = -outputs["patch_logits"].mean(1).log_softmax(-1)
+    own, partner = entropies[range(4), [0, 1, 2, 3]], entropies[range(4), [3, 2, 1, 0]]
+    learner = objective(tmp_path, patch_target="image")
+    torch.testing.assert_close(learner(outputs, labels, mix_mask)["token_loss"], own.mean())
+    mixed = learner(outputs, labels | {"mix_share": torch.full((4, *CELLS), 0.25)})
+    torch.testing.assert_close(mixed["token_loss"], (0.75 * own + 0.25 * partner).mean())
+
+
+def test_label_maps_are_not_used_for_self_emerging_labels(tiny_model, labelled_rows, tmp_path):
+    """With and without maps the same is learned, and the patch head enters the prediction."""
+    weights = []
+    for with_maps in (True, False):
+        model = copy.deepcopy(tiny_model)
+        options = {"with_maps": with_maps, "patch_target": "image", "cls_target": "label", "max_steps": 2}
+        trainer = trainer_for(model, labelled_rows, tmp_path, **options)
+        assert trainer.trains_patches and model.config.patch_logits_weight == 0.5
+        trainer.train()
+        weights.append(model.patch_classifier.weight)
+    assert torch.equal(*weights) and not torch.equal(weights[0], tiny_model.patch_classifier.weight)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_trained_patch_head_labels_for_others(kind, labelled_rows, tmp_path):
+    """A labeler of any architecture is asked through its patch head; one trained with plain labels saves none."""
+    columns = {"name": "without maps"}
+    for target, has_head in (("image", True), ("dense", False)):
+        folder = tmp_path / target
+        trainer = TokenLabelTrainer(
+            transformers_model(kind),
+            arguments(folder, patch_target=target, cls_target="label"),
+            train_dataset=samples_at(labelled_rows, **columns),
+            processing_class=evaluation_image_processor((64, 64), 1.0),
+        )
+        trainer.train()
+        trainer.save_model()
+        annotator = load_annotator(str(folder))
+        assert isinstance(annotator.dense, PatchClassifier) == has_head
+        if has_head:
+            pixel_values = torch.randn(1, 3, 64, 64)
+            with torch.no_grad():
+                expected = trainer.model.eval()(pixel_values).patch_logits
+                scores = annotator.dense(pixel_values).flatten(2).mT
+            torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_image_labels_and_an_annotator_exclude_each_other(tiny_model, labelled_rows, tmp_path):
+    samples = trainer_for(tiny_model, labelled_rows, tmp_path, with_maps=False).train_dataset
+    with pytest.raises(ValueError, match="not from both"):
+        TokenLabelTrainer(
+            tiny_model, arguments(tmp_path, patch_target="image"), train_dataset=samples, annotator=live()
+        )

@@ -19,7 +19,14 @@ from modeling_lvvit.variants import VARIANTS, variant_config
 
 
 PARITY = Path(__file__).parent / "parity"
-PARTS = ("imagenet_base", "try_out", "small_ablation/cifar10", "architectures/cifar10")  # to be combined with others
+SELF_EMERGING = ("self_emerging/labeler", "self_emerging/student")
+PARTS = (
+    "imagenet_base",
+    "try_out",
+    "small_ablation/cifar10",
+    "architectures/cifar10",
+    *SELF_EMERGING,
+)  # to be combined with others
 PUBLISHED = [name for name in recipe_names() if name.startswith(("lvvit", "ablation"))]
 FINE_TUNED = {
     name: name.removesuffix("_plain")

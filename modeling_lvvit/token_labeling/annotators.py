@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from .class_matching import ClassMap
 from .dense_classifier import DenseClassifier, must_interpolate
+from .patch_head import add_patch_head, load_patch_head
 
 
 logger = logging.get_logger(__name__)
@@ -221,6 +222,10 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
     if image_size is not None:
         preprocessing = replace(preprocessing, image_size=image_size)
     class_names = [str(config.id2label[index]) for index in range(config.num_labels)]
+    if not random_weights and any("patch_head." in key for key in info["unexpected_keys"]):
+        model = add_patch_head(model, preprocessing.image_size)
+        load_patch_head(model, name, source["revision"])
+        return model, class_names, preprocessing, lambda size: model.patch_grid_size
     # a patch head that was not trained has weight 0 in the prediction and is not asked
     if getattr(config, "patch_logits_weight", 0):
         return model, class_names, preprocessing, lambda size: tuple(side // config.patch_size for side in size)

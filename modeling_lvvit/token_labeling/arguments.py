@@ -36,6 +36,9 @@ class TokenLabelTrainingArguments(TrainingArguments):
         cls_target (`str`, defaults to `"dense"`): Target of the class token: `"dense"`, the label map pooled over the
             crop; `"label"`, the human label; `"blend"`, their mean where both agree on the class, else 0.9 dense and
             0.1 human (the authors' `ground_truth` option).
+        patch_target (`str`, defaults to `"dense"`): What the patch tokens learn: `"dense"`, the label map, each token its place;
+            `"image"`, the human label by the mean of their scores, so that labels of places emerge by themselves. A model
+            trained so is an annotator for others (Zhao et al. 2023, arXiv:2401.03844). Needs no dense labels.
         label_crop (`str`, defaults to `"correct"`): `"authors"` reproduces the exchange of rows and columns in the
             authors' crops, for comparison runs.
         label_temperature (`float`, defaults to 1.0): Divides the scores of label maps before softmax.
@@ -84,6 +87,9 @@ class TokenLabelTrainingArguments(TrainingArguments):
     dense_weight: float = field(default=1.0, metadata={"help": "Weight of the patch-token loss (beta)."})
     cls_target: Literal["dense", "label", "blend"] = field(
         default="dense", metadata={"help": "Target of the class token: pooled map, human label, or both."}
+    )
+    patch_target: Literal["dense", "image"] = field(
+        default="dense", metadata={"help": "Target of patch tokens: label map, or image label by their mean."}
     )
     label_crop: LabelCrop = field(
         default="correct", metadata={"help": "'authors' reproduces their exchange of rows and columns."}
@@ -158,7 +164,7 @@ class TokenLabelTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` must be {wanted}, got {value}.")
         choices = {"cls_target": ("dense", "label", "blend"), "label_crop": ("correct", "authors")}
         choices |= {"uncovered_tokens": ("nearest", "ignore"), "lr_schedule": ("library", "published")}
-        choices["batch_norm"] = ("local", "synchronized", "frozen")
+        choices |= {"batch_norm": ("local", "synchronized", "frozen"), "patch_target": ("dense", "image")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")

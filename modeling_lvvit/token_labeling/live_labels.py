@@ -30,6 +30,8 @@ class AnnotatorArguments:
         annotator_class_map: File that pairs its classes with those of the data, or `"identity"`; default: by name.
         annotator_ignore_extra_classes: Whether it may have classes that the data lacks.
         annotator_dtype: In which type it computes.
+        annotator_sampling: `"soft"`: a token learns the annotator's probabilities. `"hard"`: one class, drawn from them (Gumbel
+            softmax; self-emerging labels, arXiv:2401.03844).
         annotator_trust_remote_code: Whether code of its Hub repository may run.
     """
 
@@ -41,12 +43,17 @@ class AnnotatorArguments:
     annotator_dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Type in which it computes."}
     )
+    annotator_sampling: Literal["soft", "hard"] = field(
+        default="soft", metadata={"help": "Learn its probabilities, or a class drawn from them."}
+    )
     annotator_trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of its Hub repository."})
 
     def check_annotator(self) -> None:
         """Raises a `ValueError` for values that cannot be used."""
         if self.annotator_dtype not in DTYPES:
             raise ValueError(f"`annotator_dtype` must be one of {', '.join(DTYPES)}, got {self.annotator_dtype!r}.")
+        if self.annotator_sampling not in ("soft", "hard"):
+            raise ValueError(f"`annotator_sampling` must be soft or hard, got {self.annotator_sampling!r}.")
         size = self.annotator_image_size
         if size is not None and (len(size) > 2 or min(size) < 1):
             raise ValueError(f"`annotator_image_size` is one side or height and width, got {size}.")
@@ -95,6 +102,7 @@ class LiveAnnotator:
         device, dtype: Where and how it computes.
         random_erasing: Probability that a rectangle of a crop is replaced by noise after labelling, in [0, 1]. Leave erasing out
             of the training transform then.
+        draws_classes: Whether the target of a patch token is one class, drawn from the annotator's probabilities.
 
     Raises:
         ValueError: If its map has fewer than 2 x 2 cells.
@@ -108,6 +116,7 @@ class LiveAnnotator:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         random_erasing: float = 0.0,
+        draws_classes: bool = False,
     ):
         rows, columns = annotator.dense.grid_size
         if min(rows, columns) < 2:
@@ -116,6 +125,7 @@ class LiveAnnotator:
                 "pictures (annotator_image_size)."
             )
         self.annotator, self.dtype, self.device = annotator, dtype, torch.device(device)
+        self.draws_classes = draws_classes
         annotator.dense.to(self.device, dtype)
         self.image_mean, self.image_std = (
             torch.tensor(values, device=self.device).view(3, 1, 1) for values in (image_mean, image_std)
@@ -154,9 +164,14 @@ class LiveAnnotator:
             batch_size, num_classes = scores.shape[:2]
             palette = torch.arange(num_classes, device=scores.device).expand(batch_size, -1)
             whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=scores.device).expand(batch_size, -1)
-            return targets_of_scores(
+            cls_targets, token_targets = targets_of_scores(
                 scores, palette, CropGeometry(whole), grid_size, num_classes, temperature=temperature
             )
+            if self.draws_classes:
+                drawn = torch.distributions.Categorical(token_targets.to_dense()).sample()  # (B, N)
+                excess = nn.functional.one_hot(drawn, num_classes).float()
+                token_targets = SparseTargets(palette, excess, torch.zeros_like(excess[..., 0]), num_classes)
+            return cls_targets, token_targets
 
     def score_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Logits `(B, classes, rows, columns)`, float32."""
@@ -221,4 +236,5 @@ def open_annotator(
             f"The annotator {args.annotator} has {len(names)} classes, the data {len(class_names)}. Pair them in a file "
             "(--annotator_class_map)."
         )
-    return LiveAnnotator(annotator, image_mean, image_std, device, DTYPES[args.annotator_dtype], args.random_erasing)
+    options = (DTYPES[args.annotator_dtype], args.random_erasing, args.annotator_sampling == "hard")
+    return LiveAnnotator(annotator, image_mean, image_std, device, *options)

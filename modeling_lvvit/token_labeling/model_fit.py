@@ -3,7 +3,6 @@
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .arguments import TokenLabelTrainingArguments
@@ -69,12 +68,15 @@ def check_fit(
         ValueError: If several GPUs would share one process, dense columns would be dropped, the data or the annotator has other
             classes, there are both stored labels and an annotator, or the model has fewer than 2 x 2 tokens to label.
     """
-    has_maps = getattr(train_dataset, "has_label_maps", False)
-    if annotator is not None and has_maps:
+    if annotator is not None and getattr(train_dataset, "has_label_maps", False):
         raise ValueError("The training data has label maps; train with them or with an annotator, not with both.")
     if annotator is not None:
         annotator.check_num_classes(num_classes)
-    if (has_maps or annotator is not None) and args.dense_weight > 0 and min(grid_size) < 2:
+    if annotator is not None and args.patch_target == "image":
+        raise ValueError(
+            "Patch tokens learn from an annotator or the image label (`patch_target` 'image'), not from both."
+        )
+    if trains_patches(args, train_dataset, annotator) and min(grid_size) < 2:
         raise ValueError(
             f"The model has {grid_size[0]} x {grid_size[1]} tokens; token labels need at least 2 x 2. Give it larger pictures or "
             "smaller patches, or train with plain labels (dense_weight 0)."
@@ -93,8 +95,17 @@ def check_fit(
         train_dataset.check_num_classes(num_classes)
 
 
-def set_patch_logits_weight(config: PreTrainedConfig, is_trained: bool) -> None:
-    """Lets the patch head enter the prediction exactly when it is trained."""
+def trains_patches(args: TokenLabelTrainingArguments, train_dataset: Any, annotator: LiveAnnotator | None) -> bool:
+    """Whether patch tokens learn anything: from label maps, an annotator, or the image label."""
+    has_labels = getattr(train_dataset, "has_label_maps", False) or annotator is not None
+    return bool(has_labels or args.patch_target == "image") and args.dense_weight > 0
+
+
+def use_patch_head(model: nn.Module, is_trained: bool) -> None:
+    """Lets the patch head enter the prediction of LV-ViT, or the saved weights of another model, exactly when it is trained."""
+    config = model.config
+    if hasattr(model, "saves_patch_head"):
+        model.saves_patch_head = is_trained
     if not hasattr(config, "patch_logits_weight"):
         return
     if not is_trained and config.patch_logits_weight:

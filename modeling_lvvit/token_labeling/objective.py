@@ -57,7 +57,7 @@ class TokenLabelingObjective:
                 mix_mask is None
             ):  # what was mixed in pixels the annotator has seen: its targets are those of the mixture
                 partner_share = dense_kept = None
-        elif "token_label_palette" in labels and args.dense_weight > 0:
+        elif "token_label_palette" in labels and args.dense_weight > 0 and args.patch_target == "dense":
             geometry, cls_dense, token_targets = self.crop_targets(labels)
             if args.uncovered_tokens == "ignore":
                 counted = geometry.covered_tokens(self.grid_size)
@@ -67,8 +67,14 @@ class TokenLabelingObjective:
             )
             for target, weight in self._cls_targets(cls_dense, labels.get("labels"))
         )
+        patch_logits = outputs["patch_logits"]
+        if args.patch_target == "image":
+            # exchanged tokens were put back, so that their mean belongs to one image; that of mixed pixels belongs to both
+            patch_logits = patch_logits.float().mean(dim=1, keepdim=True)
+            token_targets = SparseTargets.from_labels(labels["labels"], self.num_classes).of_single_token()
+            partner_share = None if partner_share is None else partner_share.mean(dim=1, keepdim=True)
         return token_labeling_loss(
-            outputs["patch_logits"],
+            patch_logits,
             cls_losses,
             None if token_targets is None else token_targets.smooth(smoothing),
             args.cls_weight,

@@ -20,7 +20,7 @@ from .dataset import TokenLabelDataset
 from .ema import EMACallback
 from .live_labels import LiveAnnotator
 from .metrics import compute_accuracy, rank_classes
-from .model_fit import check_fit, set_patch_logits_weight, token_grid_of, with_patch_head
+from .model_fit import check_fit, token_grid_of, trains_patches, use_patch_head, with_patch_head
 from .objective import LABEL_FIELDS, TokenLabelingObjective
 from .randomness import seeded
 from .schedule import decayed_parameters, published_schedule
@@ -63,11 +63,9 @@ class TokenLabelTrainer(Trainer):
         self.grid_size = token_grid_of(model)
         self.num_classes = model.config.num_labels
         self.annotator = annotator
-        has_label_maps = getattr(train_dataset, "has_label_maps", None)
         check_fit(args, train_dataset, self.num_classes, self.grid_size, annotator)
-        if has_label_maps is not None:
-            is_trained = (has_label_maps or annotator is not None) and args.dense_weight > 0
-            set_patch_logits_weight(model.config, is_trained)
+        if hasattr(train_dataset, "has_label_maps"):
+            use_patch_head(model, trains_patches(args, train_dataset, annotator))
         if data_collator is None:
             data_collator = TokenLabelCollator(
                 self.grid_size, args.mix_probability, args.mix_alpha, tuple(args.mix_methods), args.mixup_alpha
@@ -103,9 +101,8 @@ class TokenLabelTrainer(Trainer):
 
     @property
     def trains_patches(self) -> bool:
-        """Whether patch tokens learn from dense labels."""
-        has_maps = getattr(self.train_dataset, "has_label_maps", False)
-        return bool(has_maps or self.annotator is not None) and self.args.dense_weight > 0
+        """Whether patch tokens learn anything."""
+        return trains_patches(self.args, self.train_dataset, self.annotator)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`, with FSDP2 on any device."""
@@ -189,7 +186,7 @@ class TokenLabelTrainer(Trainer):
         labels = {name: inputs[name] for name in LABEL_FIELDS if name in inputs}
         fields = {name: value for name, value in inputs.items() if name not in labels}
         live_targets = None
-        if model.training and self.annotator is not None and self.trains_patches:
+        if model.training and self.annotator is not None and self.args.dense_weight > 0:
             pixel_values = fields["pixel_values"]
             live_targets = self.annotator.label(pixel_values, self.grid_size, self.args.label_temperature)
             fields["pixel_values"] = self.annotator.erase(pixel_values)

@@ -1,0 +1,134 @@
+"""Models other than LV-ViT in the training program: from random weights, from checkpoints, with an annotator."""
+
+import json
+
+import pytest
+import torch
+from conftest import NUM_CLASSES
+from test_patch_head import transformers_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BitImageProcessor
+
+import train_tl
+from modeling_lvvit.building import build_model, picture_size_of
+from modeling_lvvit.command_line import ModelArguments, parse
+from modeling_lvvit.token_labeling import add_patch_head
+from modeling_lvvit.token_labeling.patch_head import patch_head_of
+from modeling_lvvit.variants import evaluation_image_processor
+
+
+NAMES = [f"class {index}" for index in range(NUM_CLASSES)]
+MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+SMALL_RESNET = '{"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}'
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """A ViT of 64 x 64 pixels with a patch head and its own normalisation."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = add_patch_head(transformers_model("vit"), (64, 64))
+    model.config.id2label = dict(enumerate(NAMES))
+    model.save_pretrained(folder)
+    evaluation_image_processor((64, 64), 1.0, MEAN, STD).save_pretrained(folder)
+    return str(folder)
+
+
+def build(names: list[str] = NAMES, **options):
+    return build_model(ModelArguments(**options), names)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "kind"),
+    [
+        ("resnet", json.loads(SMALL_RESNET), "ResNetForImageClassification"),
+        ("timm/test_vit", None, "TimmWrapperForImageClassification"),
+        ("timm/test_convnext", {"drop_path_rate": 0.1}, "TimmWrapperForImageClassification"),
+        ("deit", {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}, "DeiTForImageClassification"),
+    ],
+)
+def test_architectures_from_random_weights(architecture, overrides, kind, tmp_path):
+    """They have the classes of the data and the asked-for size, and are built again from what is saved."""
+    model, processor = build(architecture=architecture, config_overrides=overrides, image_size=[96, 64])
+    assert type(model).__name__ == kind
+    assert picture_size_of(model) == (96, 64) == (processor.crop_size["height"], processor.crop_size["width"])
+    assert list(model.config.id2label.values()) == NAMES
+    model.save_pretrained(tmp_path)
+    pixel_values = torch.randn(1, 3, 96, 64)
+    options = model.feature_tap.forward_options
+    with torch.no_grad():
+        again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()(pixel_values, **options)
+        torch.testing.assert_close(again.logits, model.eval()(pixel_values).logits)
+    rows, columns = model.patch_grid_size
+    assert rows * 2 == columns * 3
+
+
+def test_checkpoint_keeps_weights_patch_head_and_normalisation(checkpoint):
+    model, processor = build(model_name_or_path=checkpoint)
+    assert processor.image_mean == pytest.approx(MEAN) and processor.image_std == pytest.approx(STD)
+    assert isinstance(processor, BitImageProcessor)
+    saved = AutoModelForImageClassification.from_pretrained(checkpoint)
+    assert torch.equal(model.vit.layernorm.weight, saved.vit.layernorm.weight)
+    again, _ = build(model_name_or_path=checkpoint)
+    assert torch.equal(patch_head_of(again)[1].weight, patch_head_of(model)[1].weight)
+
+
+def test_other_classes_are_refused_or_make_new_heads(checkpoint):
+    with pytest.raises(ValueError, match=f"has {NUM_CLASSES} classes, the data has 2.*--ignore_mismatched_sizes"):
+        build(["cat", "dog"], model_name_or_path=checkpoint)
+    model, _ = build(["cat", "dog"], model_name_or_path=checkpoint, ignore_mismatched_sizes=True)
+    with torch.no_grad():
+        output = model.eval()(torch.randn(1, 3, 64, 64))
+    assert output.logits.shape == (1, 2) and output.patch_logits.shape == (1, 16, 2)
+
+
+def test_timm_checkpoint_gets_other_classes(tmp_path):
+    model, processor = build(architecture="timm/test_vit", image_size=[64])
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model, _ = build(["cat", "dog"], model_name_or_path=str(tmp_path), ignore_mismatched_sizes=True)
+    with torch.no_grad():
+        assert model.eval()(torch.randn(1, 3, 64, 64)).patch_logits.shape == (1, 16, 2)
+
+
+def test_checkpoint_at_another_resolution(checkpoint):
+    """The position table is resized in every forward pass, as transformers does it."""
+    model, processor = build(model_name_or_path=checkpoint, image_size=[96, 64])
+    assert model.patch_grid_size == (6, 4) and processor.crop_size["height"] == 96
+    with torch.no_grad():
+        assert model.eval()(torch.randn(1, 3, 96, 64)).patch_logits.shape == (1, 24, NUM_CLASSES)
+
+
+def test_only_one_source_of_the_model():
+    with pytest.raises(ValueError, match="Give one of --variant"):
+        ModelArguments(variant="lvvit_s_224", architecture="resnet")
+
+
+def test_another_architecture_starts_its_fields_anew():
+    """A recipe for a ViT does not inherit the stem of the LV-ViT that it is based on."""
+    model_args, _, _ = parse(["architectures/vit"])
+    assert "stem_hidden_size" not in model_args.config_overrides and model_args.config_overrides["patch_size"] == 8
+    model_args, _, _ = parse(["--architecture", "resnet"])
+    assert model_args.config_overrides is None and model_args.image_size is None
+
+
+def train(folder, *arguments: str) -> None:
+    options = {"max_steps": 2, "max_train_samples": 64, "max_eval_samples": 32, "image_size": 64, "report_to": "none"}
+    options |= {"output_dir": folder, "disable_tqdm": "true", "eval_strategy": "no", "check_data": "false"}
+    train_tl.main([*arguments, *(word for name, value in options.items() for word in (f"--{name}", str(value)))])
+
+
+@pytest.mark.slow
+def test_program_trains_a_labeler_then_a_student_of_another_architecture(tmp_path, capsys):
+    """Commands as in the README; the student is saved without its patch head on request."""
+    train(tmp_path / "labeler", "--architecture", "timm/test_vit", "--patch_target", "image", "--cls_target", "label")
+    assert "self-emerging token labels" in capsys.readouterr().out
+    arguments = ["--architecture", "resnet", "--config_overrides", SMALL_RESNET, "--save_patch_head", "false"]
+    train(tmp_path / "student", *arguments, "--annotator", str(tmp_path / "labeler"), "--annotator_sampling", "hard")
+    printed = capsys.readouterr().out
+    assert "labels by" in printed and "ms an image here" in printed
+    assert AutoImageProcessor.from_pretrained(tmp_path / "student").crop_size["height"] == 64
+    _, loading = AutoModelForImageClassification.from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert not loading["unexpected_keys"] and not loading["missing_keys"]
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "resnet image classifier" in card and "Token labels by `" in card and "trust_remote_code" not in card
+    assert str(tmp_path) not in card
+    assert (tmp_path / "student" / "predictions.png").stat().st_size > 1000
