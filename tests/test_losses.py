@@ -1,6 +1,7 @@
 """Losses against their dense definition and numbers by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,3 +117,21 @@ def test_the_gradient_is_the_only_tensor_of_the_size_of_the_logits(monkeypatch):
     with LargeTensors(logits.numel()) as large:
         gradient = torch.autograd.grad(soft_cross_entropy(logits, targets).mean(), logits)[0]
     assert large.pointers - {logits.data_ptr()} == {gradient.data_ptr()}
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_targets_that_name_all_classes_are_not_looked_up(shape, dtype):
+    """Loss and gradient are those of the same targets with ids, in chunks too."""
+    torch.manual_seed(0)
+    probabilities = torch.randn(*shape, 7).softmax(-1)
+    ids = torch.arange(7).expand(3, -1)
+    looked_up = SparseTargets(ids, probabilities - 0.01, torch.full(shape, 0.01), 7).smooth(0.1)
+    results = []
+    for targets in (looked_up, replace(looked_up, names_all=True)):
+        logits = torch.randn(*shape, 7, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        losses = soft_cross_entropy(logits, targets)
+        (losses * torch.arange(losses.numel()).view(shape)).sum().backward()
+        results.append((losses.detach(), logits.grad))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other)

@@ -13,7 +13,7 @@ map names at all (a few dozen of 1000); pooling and softmax run over the palette
 probability. Cost and memory therefore do not depend on the number of classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -97,12 +97,14 @@ class SparseTargets:
         excess: `(batch_size, U)` or `(batch_size, N, U)` float32.
         other: `(batch_size,)` or `(batch_size, N)` float32.
         num_classes: Number of classes C.
+        names_all: Whether `class_ids` of every image are all classes in order, so that nobody need look them up.
     """
 
     class_ids: torch.Tensor
     excess: torch.Tensor
     other: torch.Tensor
     num_classes: int
+    names_all: bool = False
 
     @classmethod
     def from_labels(cls, labels: torch.Tensor, num_classes: int) -> "SparseTargets":
@@ -112,19 +114,17 @@ class SparseTargets:
 
     def of_single_token(self) -> "SparseTargets":
         """Targets of images as those of one token each, `excess` `(batch_size, 1, U)`."""
-        return SparseTargets(self.class_ids, self.excess.unsqueeze(1), self.other.unsqueeze(1), self.num_classes)
+        return replace(self, excess=self.excess.unsqueeze(1), other=self.other.unsqueeze(1))
 
     def smooth(self, smoothing: float) -> "SparseTargets":
         """Mixes with the uniform distribution, `(1 - s) p + s / C`. The sum stays 1; the authors' code adds `s / C` to
         a target scaled by `1 - s + s / C` and so reaches `1 + s / C`."""
         keep = 1.0 - smoothing
-        return SparseTargets(
-            self.class_ids, keep * self.excess, keep * self.other + smoothing / self.num_classes, self.num_classes
-        )
+        return replace(self, excess=keep * self.excess, other=keep * self.other + smoothing / self.num_classes)
 
     def flip(self) -> "SparseTargets":
         """Targets of the flipped batch: sample b gets those of sample B-1-b."""
-        return SparseTargets(self.class_ids.flip(0), self.excess.flip(0), self.other.flip(0), self.num_classes)
+        return replace(self, class_ids=self.class_ids.flip(0), excess=self.excess.flip(0), other=self.other.flip(0))
 
     def top_class(self) -> torch.Tensor:
         """Most probable class, of the shape of `other`, int64."""

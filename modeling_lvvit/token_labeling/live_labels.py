@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from .label_maps import SparseTargets
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AnnotatorArguments:
     """An annotator for training crops, instead of stored labels.
 
@@ -171,7 +171,7 @@ class LiveAnnotator:
                 drawn = torch.distributions.Categorical(token_targets.to_dense()).sample()  # (B, N)
                 excess = nn.functional.one_hot(drawn, num_classes).float()
                 token_targets = SparseTargets(palette, excess, torch.zeros_like(excess[..., 0]), num_classes)
-            return cls_targets, token_targets
+            return replace(cls_targets, names_all=True), replace(token_targets, names_all=True)
 
     def score_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Logits `(B, classes, rows, columns)`, float32."""

@@ -1,5 +1,8 @@
 """Token-labeling losses: pure functions of logits and targets."""
 
+from collections.abc import Iterable
+from itertools import repeat
+
 import torch
 
 from .label_maps import SparseTargets
@@ -18,14 +21,14 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits: torch.Tensor, class_ids: torch.Tensor, excess: torch.Tensor, other: torch.Tensor
+        ctx, logits: torch.Tensor, class_ids: torch.Tensor | None, excess: torch.Tensor, other: torch.Tensor
     ) -> torch.Tensor:
-        """`(R, C)`, `(R, U)`, `(R, U)`, `(R,)` -> `(R,)` float32."""
+        """`(R, C)`, `(R, U)` (`None`: all classes in order), `(R, U)`, `(R,)` -> `(R,)` float32."""
         log_sums, losses = [], []
         for part, ids, extra, rest in zip(*_chunks(logits, class_ids, excess, other)):
             part = part.float()
             log_sums.append(part.logsumexp(dim=-1))
-            named = (extra * part.gather(-1, ids)).sum(dim=-1)
+            named = (extra * (part if ids is None else part.gather(-1, ids))).sum(dim=-1)
             losses.append(log_sums[-1] - rest * part.sum(dim=-1) - named)
         ctx.save_for_backward(logits, class_ids, excess, other, torch.cat(log_sums))
         return torch.cat(losses)
@@ -42,16 +45,19 @@ class _SoftCrossEntropy(torch.autograd.Function):
             weight = weight.unsqueeze(-1)
             wide = grad if grad.dtype == torch.float32 else torch.empty_like(grad, dtype=torch.float32)
             torch.sub(part.float(), log_sum.unsqueeze(-1), out=wide).exp_().sub_(rest.unsqueeze(-1)).mul_(weight)
-            wide.scatter_add_(-1, ids, -extra * weight)
+            if ids is None:
+                wide.addcmul_(extra, weight, value=-1)
+            else:
+                wide.scatter_add_(-1, ids, -extra * weight)
             if wide is not grad:
                 grad.copy_(wide)
         return grad_logits, None, None, None
 
 
-def _chunks(logits: torch.Tensor, *others: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+def _chunks(logits: torch.Tensor, *others: torch.Tensor | None) -> list[Iterable[torch.Tensor | None]]:
     """Rows in equal parts of at most `CHUNK_ELEMENTS` logits, of every tensor."""
     rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    return [tensor.split(rows) for tensor in (logits, *others)]
+    return [repeat(None) if tensor is None else tensor.split(rows) for tensor in (logits, *others)]
 
 
 def soft_cross_entropy(logits: torch.Tensor, targets: SparseTargets) -> torch.Tensor:
@@ -71,11 +77,15 @@ def soft_cross_entropy(logits: torch.Tensor, targets: SparseTargets) -> torch.Te
 
     Worked number: logits (0, log 2), target (0.25, 0.75): logsumexp = log 3, so H = log 3 - 0.75 log 2 = 0.5788.
     """
-    class_ids = targets.class_ids
-    if logits.ndim == 3:
-        class_ids = class_ids.unsqueeze(1).expand(-1, logits.shape[1], -1)  # (B, N, U)
-    rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (logits, class_ids, targets.excess))
-    return _SoftCrossEntropy.apply(*rows, targets.other.flatten()).view(logits.shape[:-1])
+    class_ids = None
+    if not targets.names_all:
+        class_ids = targets.class_ids
+        if logits.ndim == 3:
+            class_ids = class_ids.unsqueeze(1).expand(-1, logits.shape[1], -1)  # (B, N, U)
+        class_ids = class_ids.reshape(-1, class_ids.shape[-1])
+    logits_rows, excess_rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (logits, targets.excess))
+    losses = _SoftCrossEntropy.apply(logits_rows, class_ids, excess_rows, targets.other.flatten())
+    return losses.view(logits.shape[:-1])
 
 
 def mixed_cross_entropy(
