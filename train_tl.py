@@ -227,7 +227,8 @@ def main(arguments: list[str]) -> None:
     if is_main:
         name = data_args.dataset_name or EMBEDDED_RECIPE
         name = Path(name).name if looks_local(name) else name
-        write_model_card(CARD_TEMPLATE, trainer, name, opened.eval_name, metrics, picture)
+        is_own = model_args.model_name_or_path is None
+        write_model_card(CARD_TEMPLATE, trainer, name, opened.eval_name, metrics, picture, is_own)
         if "eval_accuracy" in metrics:
             print(f"top-1 on {len(opened.evaluation):,} evaluation images: {100 * metrics['eval_accuracy']:.2f} %")
         print(f"saved to {training_args.output_dir}")

@@ -88,6 +88,8 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
         )
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
+    if hasattr(model.config, "label_names"):  # timm's own list, which would be saved beside the new names
+        model.config.label_names = list(class_names)
     changes = _changes(config, loading, class_names)
     if config.model_type != LVViTConfig.model_type:
         if changes:

@@ -26,8 +26,9 @@ ALTERNATIVES = (
 )
 # options of the embedded recipe that describe its model, which another choice of model replaces
 MODEL_SHAPE_OPTIONS = ("config_overrides", "image_size", "crop_fraction")
-# fields of LVViTConfig that follow from the data or have an option of their own
+# configuration fields that follow from the data or have an option of their own
 RESERVED_CONFIG_FIELDS = {"id2label", "label2id", "num_labels", "num_channels", "image_size"}
+RESERVED_CONFIG_FIELDS |= {"num_classes", "in_chans", "img_size"}  # as timm calls them
 
 
 @dataclass
@@ -71,7 +72,7 @@ class ModelArguments:
                 "(pretrained)."
             )
         self._check_config_overrides()
-        if self.image_size is not None and len(self.image_size) not in (1, 2):
+        if self.image_size is not None and (len(self.image_size) not in (1, 2) or min(self.image_size) < 1):
             raise ValueError(f"`image_size` is one side or height and width, got {self.image_size}.")
         if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
             raise ValueError(f"`crop_fraction` must lie in (0, 1], got {self.crop_fraction}.")
@@ -161,13 +162,20 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, above: tuple[Path, 
 def _merged(options: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     """Options of two recipes; the later ones hold, and configuration fields are merged one by one, unless they are of another
     architecture."""
-    if later.get("architecture", options.get("architecture")) != options.get("architecture"):
-        options = {name: value for name, value in options.items() if name != "config_overrides"}
+    options = _of_architecture(options, later)
     both = (options.get("config_overrides"), later.get("config_overrides"))
     merged = {**_without_replaced(options, later), **later}
     if all(isinstance(fields, dict) for fields in both):
         merged["config_overrides"] = {**both[0], **both[1]}
     return merged
+
+
+def _of_architecture(options: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Options without configuration fields, if later ones choose another architecture."""
+    own = options.get("architecture")
+    if later.get("architecture", own) == own and not (own and later.get("model_name_or_path")):
+        return options
+    return {name: value for name, value in options.items() if name != "config_overrides"}
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:
@@ -233,6 +241,7 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenLab
         options = read_recipe(find_recipe(EMBEDDED_RECIPE), parser)
         if given.keys() & {"variant", "architecture", "model_name_or_path"}:
             options = {key: value for key, value in options.items() if key not in MODEL_SHAPE_OPTIONS}
+    options = _of_architecture(options, given)
     parser.set_defaults(**_without_replaced(options, given))
     *parsed, rest = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False

@@ -24,7 +24,7 @@ def accuracies_of(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def card_data(
-    name: str, dataset_name: str, eval_name: str, metrics: dict[str, float], tags: list[str]
+    name: str, dataset_name: str, eval_name: str, metrics: dict[str, float], tags: list[str], is_own: bool
 ) -> ModelCardData:
     """Metadata of the card: what the model is, and what it reached on which data."""
     results = [
@@ -33,7 +33,7 @@ def card_data(
     ]
     return ModelCardData(
         library_name="transformers",
-        license="apache-2.0",
+        license="apache-2.0" if is_own else None,  # that of the model it started from is not known
         pipeline_tag="image-classification",
         tags=[*tags, "token-labeling", "vision"],
         metrics=["accuracy"],
@@ -72,6 +72,7 @@ def write_model_card(
     eval_name: str,
     metrics: dict[str, float],
     picture: str | None,
+    is_own: bool = True,
 ) -> None:
     """Fills the template from the finished run and saves it as README.md in the output folder.
 
@@ -82,12 +83,13 @@ def write_model_card(
         eval_name: What the evaluation rows are called.
         metrics: Result of `trainer.evaluate()`.
         picture: File name of the picture of predictions in the output folder, `None` if there is none.
+        is_own: Whether the weights were random before; else their licence is not stated.
     """
     args = trainer.args
     name = Path(args.output_dir).resolve().name
     facts = model_facts(trainer)
     card = ModelCard.from_template(
-        card_data(name, dataset_name, eval_name, metrics, ["lvvit"] if facts["is_lvvit"] else []),
+        card_data(name, dataset_name, eval_name, metrics, ["lvvit"] if facts["is_lvvit"] else [], is_own),
         template_path=str(template),
         model_name=name,
         model_id=args.hub_model_id or name,

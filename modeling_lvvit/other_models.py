@@ -15,6 +15,7 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils import logging
 
 from .command_line import ModelArguments, check_config_fields
 from .configuration_lvvit import LVViTConfig
@@ -24,10 +25,20 @@ from .token_labeling.patch_head import load_patch_head
 from .variants import evaluation_image_processor
 
 
+logger = logging.get_logger(__name__)
 DEFAULT_IMAGE_SIZE = (224, 224)
 DEFAULT_CROP_FRACTION = 0.9
-# what the libraries raise for shapes that do not fit each other
-SHAPE_ERRORS = (ValueError, TypeError, AssertionError, RuntimeError, ZeroDivisionError, IndexError, KeyError)
+# what the libraries raise for values that do not fit, or for packages that are not there
+BUILDING_ERRORS = (
+    ValueError,
+    TypeError,
+    AssertionError,
+    RuntimeError,
+    ZeroDivisionError,
+    IndexError,
+    KeyError,
+    ImportError,
+)
 
 
 def random_classifier(args: ModelArguments, names: dict[str, Any]) -> tuple[PreTrainedModel, BitImageProcessor]:
@@ -43,8 +54,10 @@ def random_classifier(args: ModelArguments, names: dict[str, Any]) -> tuple[PreT
     make = _random_timm if args.architecture.startswith(TIMM_PREFIX) else _random_transformers
     try:
         model, image_size = make(args, names)
-    except SHAPE_ERRORS as error:
-        raise ValueError(f"--architecture {args.architecture} cannot be built: {error}") from error
+    except BUILDING_ERRORS as error:
+        raise ValueError(
+            f"--architecture {args.architecture} cannot be built: {error or type(error).__name__}"
+        ) from error
     processor = evaluation_image_processor(image_size, args.crop_fraction or DEFAULT_CROP_FRACTION)
     return add_patch_head(model, image_size), processor
 
@@ -108,7 +121,15 @@ def finish_pretrained(
     mean = [-offset * deviation for offset, deviation in zip(preprocessing.offset, std)]
     processor = evaluation_image_processor(image_size, args.crop_fraction or DEFAULT_CROP_FRACTION, mean, std)
     model = add_patch_head(model, image_size)
-    load_patch_head(model, path, source["revision"])
+    if not load_patch_head(model, path, source["revision"]):
+        logger.info("%s has no patch head for these classes; it starts from random weights.", path)
+    if model.feature_tap.forward_options:
+        logger.warning(
+            "%s was made for other pictures than %d x %d: its position table is resized in every forward pass, and later users of "
+            "the trained model must ask for this (interpolate_pos_encoding=True).",
+            path,
+            *image_size,
+        )
     return model, processor
 
 

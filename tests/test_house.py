@@ -85,6 +85,7 @@ TOKEN_LABELING = {
         "metrics",
         "model_fit",
         "objective",
+        "patch_head",
         "randomness",
         "schedule",
         "sharding",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import NUM_CLASSES
 from test_patch_head import transformers_model
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BitImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, BitImageProcessor
 
 import train_tl
 from modeling_lvvit.building import build_model, picture_size_of
@@ -87,6 +87,8 @@ def test_timm_checkpoint_gets_other_classes(tmp_path):
     model, _ = build(["cat", "dog"], model_name_or_path=str(tmp_path), ignore_mismatched_sizes=True)
     with torch.no_grad():
         assert model.eval()(torch.randn(1, 3, 64, 64)).patch_logits.shape == (1, 16, 2)
+    model.save_pretrained(tmp_path / "again")
+    assert AutoConfig.from_pretrained(tmp_path / "again").id2label == {0: "cat", 1: "dog"}
 
 
 def test_checkpoint_at_another_resolution(checkpoint):
@@ -108,6 +110,8 @@ def test_another_architecture_starts_its_fields_anew():
     assert "stem_hidden_size" not in model_args.config_overrides and model_args.config_overrides["patch_size"] == 8
     model_args, _, _ = parse(["--architecture", "resnet"])
     assert model_args.config_overrides is None and model_args.image_size is None
+    model_args, _, _ = parse(["architectures/vit", "--architecture", "resnet"])
+    assert model_args.config_overrides is None
 
 
 def train(folder, *arguments: str) -> None:

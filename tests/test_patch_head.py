@@ -1,5 +1,6 @@
 """Any backbone: a patch head on classifiers of transformers and timm, their training, saving and loading."""
 
+import copy
 import functools
 import json
 import subprocess
@@ -216,22 +217,53 @@ def test_exchanged_pixels_give_what_tokens_exchanged_in_lvvit_give():
     torch.testing.assert_close(inside.cls_logits, outside.cls_logits)
 
 
-def test_resume_goes_on_with_the_patch_head(labelled_rows, tmp_path):
-    """Stopped after one of two steps and continued, a run ends where an uninterrupted one does."""
+@pytest.mark.parametrize(("library", "name"), [("timm", "test_convnext"), ("transformers", "vit")])
+def test_resume_takes_every_weight_from_the_checkpoint(library, name, labelled_rows, tmp_path):
+    """Stopped after one of two steps and continued from other weights, a run ends where an uninterrupted one does."""
 
-    def run(folder, **overrides):
-        model = timm_model("resnet18")
-        options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **overrides}
-        return TokenLabelTrainer(model, arguments(folder, **options), train_dataset=samples_of(labelled_rows))
+    def run(folder):
+        model = transformers_model(name) if library == "transformers" else timm_model(name)
+        options = arguments(folder, max_steps=2, save_strategy="steps", save_steps=1)
+        return TokenLabelTrainer(model, options, train_dataset=samples_of(labelled_rows))
 
     whole = run(tmp_path / "whole")
     whole.train()
     resumed = run(tmp_path / "whole")
     with torch.no_grad():
-        patch_head_of(resumed.model)[1].weight.zero_()
+        for value in resumed.model.parameters():
+            value.zero_()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
-    for (name, value), other in zip(whole.model.named_parameters(), resumed.model.parameters()):
-        torch.testing.assert_close(value, other, msg=name)
+    for (key, value), other in zip(whole.model.named_parameters(), resumed.model.parameters()):
+        torch.testing.assert_close(value, other, msg=key)
+
+
+def test_checkpoints_load_as_plain_models_too(labelled_rows, tmp_path):
+    options = arguments(tmp_path, save_strategy="steps", save_steps=1)
+    trainer = TokenLabelTrainer(transformers_model("vit"), options, train_dataset=samples_of(labelled_rows))
+    trainer.train()
+    plain, loading = AutoModelForImageClassification.from_pretrained(
+        tmp_path / "checkpoint-1", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert torch.equal(plain.vit.layernorm.weight, trainer.model.vit.layernorm.weight)
+
+
+def test_models_are_copied_and_pickled_with_their_patch_head(tmp_path):
+    model = add_patch_head(transformers_model("resnet"), SIZE).eval()
+    pixel_values = torch.randn(2, 3, *SIZE)
+    model.resnet(pixel_values)  # outside of a forward pass nothing is kept
+    assert model.feature_tap.features is None
+    torch.save(model, tmp_path / "model.pt")
+    with torch.no_grad():
+        expected = model(pixel_values).patch_logits
+        for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+            torch.testing.assert_close(twin(pixel_values).patch_logits, expected)
+
+
+def test_half_precision_weights_and_other_outputs():
+    model = add_patch_head(transformers_model("vit").bfloat16(), SIZE).eval()
+    output = model(torch.randn(2, 3, *SIZE).bfloat16(), output_hidden_states=True, return_dict=False)
+    assert output.patch_logits.dtype == torch.bfloat16 and len(output.hidden_states) == 3
 
 
 def test_patch_head_can_be_left_out(tmp_path):
@@ -245,9 +277,10 @@ def test_patch_head_can_be_left_out(tmp_path):
 
 def test_timm_models_that_cannot_be_built_again_are_refused():
     """Their arguments are not known any more, and the saved model could not be loaded."""
-    model = timm.create_model("test_vit", num_classes=NUM_CLASSES, img_size=64, depth=1)
-    with pytest.raises(ValueError, match=r"was made with other arguments .* model_args"):
-        add_patch_head(model, SIZE)
+    for name, options in (("test_vit", {"img_size": 64, "depth": 1}), ("resnet18", {"global_pool": "max"})):
+        model = timm.create_model(name, num_classes=NUM_CLASSES, **options)
+        with pytest.raises(ValueError, match=r"was made with other arguments .* model_args"):
+            add_patch_head(model, SIZE)
 
 
 def test_weights_without_influence_are_frozen():
@@ -291,6 +324,8 @@ def test_models_without_spatial_features_are_refused():
         add_patch_head(NoSpace(PreTrainedConfig(num_labels=NUM_CLASSES)), SIZE)
     with pytest.raises(ValueError, match="neither a model of transformers nor one of timm"):
         add_patch_head(nn.Linear(3, 2), SIZE)
+    with pytest.raises(ValueError, match="has a patch head already"):
+        add_patch_head(add_patch_head(transformers_model("vit"), SIZE), SIZE)
 
 
 def test_grids_smaller_than_two_by_two_are_refused(labelled_rows, tmp_path):

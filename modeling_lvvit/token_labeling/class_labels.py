@@ -72,7 +72,6 @@ def pair_classes(
     class_map: str | None,
     ignore_extra: bool,
     data: str,
-    option: str = "--class_map",
 ) -> tuple[ClassMap | None, list[str]]:
     """From the classes of an annotator to those of a data set, as the user wants it.
 
@@ -83,7 +82,6 @@ def pair_classes(
         class_map: `None` pairs by name; `"identity"`; or a file, see `read_class_map`.
         ignore_extra: Whether the annotator may have classes that the data lacks.
         data: What messages call the data.
-        option: What they call `class_map`.
 
     Returns:
         The map, `None` if both number their classes alike, and the class names of the labels.
@@ -103,7 +101,7 @@ def pair_classes(
         examples = ", ".join(repr(name) for name in annotator_names[:2])
         raise ValueError(
             f"{data} holds numbers that are not named, so nobody can tell whether they count the annotator's classes "
-            f"({examples}, ...). Say so with {option} identity, or which is which with {option} FILE."
+            f"({examples}, ...). Say so with --class_map identity, or which is which with --class_map FILE."
         )
     wordnet = wordnet_names([*annotator_names, *known])
     return match_classes(annotator_names, known, wordnet, ignore_extra), list(known)

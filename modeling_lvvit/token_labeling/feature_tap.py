@@ -42,17 +42,28 @@ class FeatureTap:
     image_size: tuple[int, int]
     forward_options: dict[str, Any]
     calls: int = 0
+    is_open: bool = False
     features: torch.Tensor | None = None
+
+    def open(self) -> None:
+        """Begins a forward pass; outside of one nothing is kept."""
+        self.calls, self.is_open = 0, True
+
+    def close(self) -> None:
+        """Ends it."""
+        self.is_open, self.features = False, None
 
     def keep(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         """Forward hook of the layer."""
+        if not self.is_open:
+            return
         if self.calls == self.call:
             self.features = output
         self.calls += 1
 
     def take(self) -> torch.Tensor:
-        """The features of the forward pass, once, `(B, rows * columns, channels)`."""
-        features, self.features = self.features, None
+        """The features of the forward pass, `(B, rows * columns, channels)`."""
+        features = self.features
         if self.layout == "channels_first":
             features = features.flatten(2).mT
         elif self.layout == "channels_last":
@@ -90,6 +101,7 @@ def find_features(
         names[found.module], found.call, found.layout, found.prefix, found.grid_size, image_size, dict(options)
     )
     tap_of_copy = copy.copy(tap)
+    tap_of_copy.open()
     handle = found.module.register_forward_hook(tap_of_copy.keep)
     with torch.no_grad():
         probe.model(two_pictures(image_size).to(next(model.parameters()).device), **options)
@@ -136,6 +148,7 @@ def idle_parameters(model: PreTrainedModel, tap: FeatureTap) -> list[str]:
     """Parameters without influence on logits and features."""
     twin = copy.deepcopy(model).float().eval()
     tap = copy.copy(tap)
+    tap.open()
     twin.get_submodule(tap.module_name).register_forward_hook(tap.keep)
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

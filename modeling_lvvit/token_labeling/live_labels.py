@@ -1,5 +1,6 @@
 """Dense labels without storage: an annotator scores every training crop on the device, as the student sees it."""
 
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -191,6 +192,10 @@ class LiveAnnotator:
                 self.label(pixel_values, (2, 2))
         return batch_size * repeats / self.clock.seconds()
 
+    def seed(self, seed: int) -> None:
+        """Starts what places the erased rectangles, Python's generator; another seed in each process."""
+        random.seed(seed)
+
     def erase(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pictures with rectangles of noise."""
         return self.random_erasing(pixel_values.clone()) if self.random_erasing.probability else pixel_values
@@ -222,15 +227,14 @@ def open_annotator(
         trust_remote_code=args.annotator_trust_remote_code,
     )
     are_named = not all(name.isdigit() for name in class_names)
-    annotator.class_map, names = pair_classes(
-        annotator.class_names,
-        class_names,
-        are_named,
-        args.annotator_class_map,
-        args.annotator_ignore_extra_classes,
-        "The label column",
-        "--annotator_class_map",
-    )
+    choice = (args.annotator_class_map, args.annotator_ignore_extra_classes)
+    try:
+        annotator.class_map, names = pair_classes(
+            annotator.class_names, class_names, are_named, *choice, "The label column"
+        )
+    except ValueError as error:  # with the options of this program, not of annotate.py
+        message = str(error).replace("--class_map", "--annotator_class_map")
+        raise ValueError(message.replace("--ignore_extra", "--annotator_ignore_extra")) from error
     if len(names) != len(class_names):
         raise ValueError(
             f"The annotator {args.annotator} has {len(names)} classes, the data {len(class_names)}. Pair them in a file "

@@ -8,7 +8,8 @@ as the plain model that it was, with the patch head as weights that this leaves 
 
 import functools
 import inspect
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
-from .dense_classifier import logits_of, must_interpolate
+from .dense_classifier import must_interpolate, two_pictures
 from .feature_tap import FeatureTap, find_features, idle_parameters
 
 
@@ -37,12 +38,15 @@ class PatchHeadOutput(ModelOutput):
         cls_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): The same.
         patch_logits (`torch.FloatTensor` of shape `(batch_size, rows * columns, num_labels)`):
             Scores of each cell, row-major, in the image that the cell belongs to.
+        hidden_states, attentions: Those of the classifier, if it was asked for them.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     cls_logits: torch.FloatTensor | None = None
     patch_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class PatchHeadMixin:
@@ -50,6 +54,8 @@ class PatchHeadMixin:
 
     feature_tap: FeatureTap
     saves_patch_head = True
+    # by the names that the modules have now, not those of older versions, which only `from_pretrained` can read
+    saves_own_names = False
 
     def forward(
         self,
@@ -69,25 +75,55 @@ class PatchHeadMixin:
         tap = self.feature_tap
         if mix_mask is not None:
             pixel_values = exchange_pixels(pixel_values, mix_mask)
-        tap.calls = 0
-        logits = logits_of(super().forward(pixel_values=pixel_values, **{**tap.forward_options, **kwargs}))
-        features = tap.take()
+        kwargs.pop("return_dict", None)
+        tap.open()
+        try:
+            outputs = super().forward(pixel_values=pixel_values, **{**tap.forward_options, **kwargs})
+            features = tap.take()
+        finally:
+            tap.close()
         if mix_mask is not None:
             features = torch.where(mix_mask.flatten(1).unsqueeze(-1), features.flip(0), features)
-        loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
-        return PatchHeadOutput(loss, logits, logits, patch_head_of(self)(features))
+        loss = nn.functional.cross_entropy(outputs.logits, labels) if labels is not None else None
+        others = (getattr(outputs, name, None) for name in ("hidden_states", "attentions"))
+        return PatchHeadOutput(loss, outputs.logits, outputs.logits, patch_head_of(self)(features), *others)
 
     @property
     def patch_grid_size(self) -> tuple[int, int]:
         """Rows and columns of `patch_logits`."""
         return self.feature_tap.grid_size
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As in `PreTrainedModel`; without the patch head if `saves_patch_head` was set to `False`."""
         if not self.saves_patch_head:
-            weights = kwargs.get("state_dict") or self.state_dict()
-            kwargs["state_dict"] = {name: value for name, value in weights.items() if "patch_head." not in name}
-        return super().save_pretrained(*args, **kwargs)
+            weights = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name: value for name, value in weights.items() if "patch_head." not in name}
+        if self.saves_own_names:
+            kwargs["save_original_format"] = False
+        return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        if type(self).__bases__[0] is not PatchHeadMixin:  # a class that a library has put in front of ours
+            return super().__reduce_ex__(protocol)
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
+
+@contextmanager
+def weights_by_own_names(model: nn.Module) -> Iterator[None]:
+    """Lets a model with an added patch head save its weights so that `load_state_dict` can read them, as the Trainer does."""
+    if isinstance(model, PatchHeadMixin):
+        model.saves_own_names = True
+    try:
+        yield
+    finally:
+        if isinstance(model, PatchHeadMixin):
+            model.saves_own_names = False
 
 
 def exchange_pixels(pixel_values: torch.Tensor, mix_mask: torch.Tensor) -> torch.Tensor:
@@ -123,9 +159,11 @@ def add_patch_head(model: nn.Module, image_size: tuple[int, int]) -> PreTrainedM
         image_size: Height and width of the pictures in pixels.
 
     Raises:
-        ValueError: If the model has no spatial features from which its head reads, takes no pictures of this size, or has fewer than
+        ValueError: If the model has a patch head already, no spatial features from which its head reads, takes no pictures of this size, or has fewer than
             2 x 2 cells on them.
     """
+    if has_patch_head(model):
+        raise ValueError(f"{type(model).__name__} has a patch head already.")
     if not isinstance(model, PreTrainedModel):
         model = _in_transformers(model, tuple(image_size))
     options = {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
@@ -137,7 +175,7 @@ def add_patch_head(model: nn.Module, image_size: tuple[int, int]) -> PreTrainedM
     nn.init.zeros_(head.bias)
     # features that the classifier itself normalises only after pooling are normalised for the patch head too
     parameter = next(model.parameters())
-    head = nn.Sequential(nn.Identity() if is_normed else nn.LayerNorm(width), head).to(parameter.device)
+    head = nn.Sequential(nn.Identity() if is_normed else nn.LayerNorm(width), head).to(parameter)
     _owner(model).patch_head = head
     model.feature_tap = tap
     model.get_submodule(tap.module_name).register_forward_hook(tap.keep)
@@ -183,6 +221,12 @@ def _owner(model: nn.Module) -> nn.Module:
     return model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
 
 
+def _blank(base: type) -> PreTrainedModel:
+    """An empty model of a class with a patch head, for copies."""
+    extended = _class_with_patch_head(base)
+    return extended.__new__(extended)
+
+
 @functools.cache
 def _class_with_patch_head(base: type) -> type:
     # the name stays, so that a saved configuration names the plain class
@@ -204,9 +248,23 @@ def _in_transformers(model: nn.Module, image_size: tuple[int, int]) -> PreTraine
         with suppress(TypeError), torch.random.fork_rng(devices=[]):  # a network without a fixed input size
             twin = TimmWrapperForImageClassification(config)
             if {key: value.shape for key, value in twin.timm_model.state_dict().items()} == shapes:
-                twin.timm_model = model
-                return twin
+                twin.timm_model.load_state_dict(model.state_dict())
+                if _agree(twin.timm_model.to(next(model.parameters())), model, image_size):
+                    twin.timm_model = model
+                    return twin
     raise ValueError(
         f"{name} was made with other arguments than its own, with which it could not be loaded again. Make it with "
         "TimmWrapperForImageClassification(TimmWrapperConfig(architecture, model_args={...}, num_labels=...))."
     )
+
+
+@torch.no_grad()
+def _agree(one: nn.Module, other: nn.Module, image_size: tuple[int, int]) -> bool:
+    """Whether two models give the same logits; pooling, for example, has no weights that would tell."""
+    pictures = two_pictures(image_size).to(next(one.parameters()))
+    logits = []
+    for model in (one, other):
+        was_training = model.training
+        logits.append(model.eval()(pictures))
+        model.train(was_training)
+    return torch.allclose(*logits, atol=1e-5, rtol=1e-3)

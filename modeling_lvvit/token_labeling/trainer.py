@@ -22,6 +22,7 @@ from .live_labels import LiveAnnotator
 from .metrics import compute_accuracy, rank_classes
 from .model_fit import check_fit, token_grid_of, trains_patches, use_patch_head, with_patch_head
 from .objective import LABEL_FIELDS, TokenLabelingObjective
+from .patch_head import weights_by_own_names
 from .randomness import seeded
 from .schedule import decayed_parameters, published_schedule
 from .sharding import own_class, set_up_sharding, share_statistics
@@ -83,6 +84,8 @@ class TokenLabelTrainer(Trainer):
         )
         # the Trainer seeds every process alike; drop path should differ between them
         torch.manual_seed(args.seed + args.process_index)
+        if annotator is not None:
+            annotator.seed(args.seed + args.process_index)
         # the loss is ours: the Trainer need not count labels over all processes at every step
         self.model_accepts_loss_kwargs = False
         self.objective = TokenLabelingObjective(args, self.grid_size, self.num_classes)
@@ -161,7 +164,7 @@ class TokenLabelTrainer(Trainer):
         """As in `Trainer`, in the precision of training for batches without labels too, and without patch logits."""
         if ignore_keys is None:
             ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", [])
-        ignore_keys = [*ignore_keys, "cls_logits", "patch_logits"]
+        ignore_keys = [*ignore_keys, "cls_logits", "patch_logits", "hidden_states", "attentions"]
         with nullcontext() if "labels" in inputs else self.accelerator.autocast():
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
@@ -186,9 +189,10 @@ class TokenLabelTrainer(Trainer):
         labels = {name: inputs[name] for name in LABEL_FIELDS if name in inputs}
         fields = {name: value for name, value in inputs.items() if name not in labels}
         live_targets = None
-        if model.training and self.annotator is not None and self.args.dense_weight > 0:
+        if model.training and self.annotator is not None:
             pixel_values = fields["pixel_values"]
-            live_targets = self.annotator.label(pixel_values, self.grid_size, self.args.label_temperature)
+            if self.trains_patches:
+                live_targets = self.annotator.label(pixel_values, self.grid_size, self.args.label_temperature)
             fields["pixel_values"] = self.annotator.erase(pixel_values)
         with self.accelerator.autocast():
             outputs = model(**fields)
@@ -286,7 +290,8 @@ class TokenLabelTrainer(Trainer):
         state = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE_NAME
         if self.args.should_save:
             state.unlink(missing_ok=True)  # of an earlier run that is written over
-        with self.throughput.paused():
+        own = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with self.throughput.paused(), weights_by_own_names(own):
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
