@@ -19,13 +19,12 @@ from transformers.utils import logging
 from .command_line import ModelArguments, check_config_fields
 from .configuration_lvvit import LVViTConfig
 from .modeling_lvvit import LVViTForImageClassification
-from .other_models import finish_pretrained, random_classifier
+from .other_models import DEFAULT_CROP_FRACTION, finish_pretrained, random_classifier
 from .token_labeling.data_sources import looks_local
 from .variants import VARIANTS, evaluation_image_processor, variant_config
 
 
 logger = logging.get_logger(__name__)
-DEFAULT_CROP_FRACTION = 0.9
 
 
 def build_model(args: ModelArguments, class_names: list[str]) -> tuple[PreTrainedModel, Any]:
@@ -91,21 +90,26 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
     if hasattr(model.config, "label_names"):  # timm's own list, which would be saved beside the new names
         model.config.label_names = list(class_names)
     changes = _changes(config, loading, class_names)
-    if config.model_type != LVViTConfig.model_type:
-        if changes:
-            logger.warning("Loaded %s; %s.", path, "; ".join(changes))
-        return finish_pretrained(model, args, source)
-    processor = AutoImageProcessor.from_pretrained(path, **source)
-    size = args.image_height_width or tuple(config.image_height_width)
-    if size != tuple(config.image_height_width):
-        model.resize_position_embeddings(size)
-        changes.append(f"position table resized from {config.grid_size} to {model.config.grid_size} tokens")
-    if size != tuple(config.image_height_width) or args.crop_fraction is not None:
-        fraction = args.crop_fraction or _crop_fraction_of(processor)
-        processor = evaluation_image_processor(size, fraction)
+    is_lvvit = config.model_type == LVViTConfig.model_type
+    processor = _fit_resolution(model, args, config, source, changes) if is_lvvit else None
     if changes:
         logger.warning("Loaded %s; %s.", path, "; ".join(changes))
-    return model, processor
+    return (model, processor) if is_lvvit else finish_pretrained(model, args, source)
+
+
+def _fit_resolution(
+    model: PreTrainedModel, args: ModelArguments, config: LVViTConfig, source: dict[str, Any], changes: list[str]
+) -> Any:
+    """Makes an LV-ViT take pictures of the asked-for size; returns their image processor and adds to `changes`."""
+    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **source)
+    size = args.image_height_width or tuple(config.image_height_width)
+    is_resized = size != tuple(config.image_height_width)
+    if is_resized:
+        model.resize_position_embeddings(size)
+        changes.append(f"position table resized from {config.grid_size} to {model.config.grid_size} tokens")
+    if is_resized or args.crop_fraction is not None:
+        processor = evaluation_image_processor(size, args.crop_fraction or _crop_fraction_of(processor))
+    return processor
 
 
 def _changes(config: LVViTConfig, loading: dict[str, Any], class_names: list[str]) -> list[str]:

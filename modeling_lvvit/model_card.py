@@ -8,6 +8,7 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .building import picture_size_of
 from .token_labeling import TokenLabelTrainer
 
 
@@ -50,12 +51,11 @@ def model_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
         tap = trainer.model.feature_tap
         kind = getattr(config, "architecture", config.model_type)
         shape = f"{tap.grid_size[0]} x {tap.grid_size[1]} cells"
-        height, width = tap.image_size
     else:
         kind, shape = "LV-ViT", f"patches of {config.patch_size} x {config.patch_size}"
         shape += f"; {config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
-        height, width = config.image_height_width
         facts["patch_logits_weight"] = config.patch_logits_weight
+    height, width = picture_size_of(trainer.model)
     return facts | {
         "kind": kind,
         "is_lvvit": kind == "LV-ViT",

@@ -18,7 +18,7 @@ MAX_PREFIX_TOKENS = 16  # class, distillation and register tokens in front of th
 MAX_CANDIDATES = (
     16  # layer outputs looked at, from the last one backwards: a reading further back would skip real layers
 )
-# what a head raises when it is given features in a layout that it was not made for
+# what models raise for pictures, or heads for features, in a layout that they were not made for
 LAYOUT_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 

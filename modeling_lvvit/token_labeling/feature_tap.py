@@ -9,15 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .dense_classifier import DenseClassifier, logits_of, two_pictures
+from .dense_classifier import LAYOUT_ERRORS, DenseClassifier, logits_of, two_pictures
 
 
 logger = logging.get_logger(__name__)
 # weights all below this let nothing through yet: zero-initialised heads and branches, layer scale of 1e-6 (CaiT, ConvNeXt)
 ALL_BUT_ZERO = 1e-2
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
-# what models raise for pictures that do not fit them
-SHAPE_ERRORS = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
 
 
 @dataclass
@@ -85,7 +83,7 @@ def find_features(
     name = getattr(model.config, "architecture", None) or type(model).__name__
     try:
         probe = DenseClassifier(_awake_copy(model, image_size, options), image_size, options)
-    except SHAPE_ERRORS as error:
+    except LAYOUT_ERRORS as error:
         reason = _too_few_cells(model, image_size, options) or str(error).splitlines()[0]
         raise ValueError(
             f"{name} cannot learn from token labels on pictures of {image_size[0]} x {image_size[1]} pixels: {reason}"
@@ -135,7 +133,7 @@ def _too_few_cells(model: PreTrainedModel, image_size: tuple[int, int], options:
         larger = (factor * image_size[0], factor * image_size[1])
         try:
             grid = DenseClassifier(_awake_copy(model, larger, options), larger, options).grid_size
-        except SHAPE_ERRORS:
+        except LAYOUT_ERRORS:
             continue
         return (
             f"on pictures of {larger[0]} x {larger[1]} it has {grid[0]} x {grid[1]} cells, on these fewer than the 2 x 2 that token "

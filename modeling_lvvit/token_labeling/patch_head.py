@@ -117,13 +117,14 @@ class PatchHeadMixin:
 @contextmanager
 def weights_by_own_names(model: nn.Module) -> Iterator[None]:
     """Lets a model with an added patch head save its weights so that `load_state_dict` can read them, as the Trainer does."""
-    if isinstance(model, PatchHeadMixin):
-        model.saves_own_names = True
+    if not isinstance(model, PatchHeadMixin):
+        yield
+        return
+    model.saves_own_names = True
     try:
         yield
     finally:
-        if isinstance(model, PatchHeadMixin):
-            model.saves_own_names = False
+        model.saves_own_names = False
 
 
 def exchange_pixels(pixel_values: torch.Tensor, mix_mask: torch.Tensor) -> torch.Tensor:
