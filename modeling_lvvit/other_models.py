@@ -4,7 +4,9 @@ import difflib
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import timm
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -13,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging
@@ -20,8 +23,10 @@ from transformers.utils import logging
 from .command_line import ModelArguments, check_config_fields
 from .configuration_lvvit import LVViTConfig
 from .token_labeling import add_patch_head
-from .token_labeling.annotators import TIMM_PREFIX, probe_processor
+from .token_labeling.annotators import TIMM_PREFIX
+from .token_labeling.input_size import resize_classifier
 from .token_labeling.patch_head import load_patch_head
+from .token_labeling.preprocessing import probe_processor
 from .variants import evaluation_image_processor
 
 
@@ -106,8 +111,8 @@ def _random_transformers(args: ModelArguments, names: dict[str, Any]) -> tuple[P
 
 def finish_pretrained(
     model: PreTrainedModel, args: ModelArguments, source: dict[str, Any]
-) -> tuple[PreTrainedModel, BitImageProcessor]:
-    """Patch head and image processor of a loaded classifier.
+) -> tuple[PreTrainedModel, Any]:
+    """A loaded classifier made ready for the asked-for size, with a patch head; and its image processor.
 
     Args:
         model: Classifier.
@@ -115,22 +120,60 @@ def finish_pretrained(
         source: Revision, and whether remote code may run.
     """
     path = args.model_name_or_path
-    preprocessing = probe_processor(AutoImageProcessor.from_pretrained(path, **source))
-    image_size = args.image_height_width or preprocessing.image_size
-    std = [1 / (255 * scale) for scale in preprocessing.scale]
-    mean = [-offset * deviation for offset, deviation in zip(preprocessing.offset, std)]
-    processor = evaluation_image_processor(image_size, args.crop_fraction or DEFAULT_CROP_FRACTION, mean, std)
-    model = add_patch_head(model, image_size)
+    processor = _pretrained_processor(path, args, source)
+    image_size = probe_processor(processor).image_size
+    model = add_patch_head(resize_classifier(model, image_size), image_size)
     if not load_patch_head(model, path, source["revision"]):
         logger.info("%s has no patch head for these classes; it starts from random weights.", path)
-    if model.feature_tap.forward_options:
-        logger.warning(
-            "%s was made for other pictures than %d x %d: its position table is resized in every forward pass, and later users of "
-            "the trained model must ask for this (interpolate_pos_encoding=True).",
-            path,
-            *image_size,
-        )
     return model, processor
+
+
+def _pretrained_processor(path: str, args: ModelArguments, source: dict[str, Any]) -> Any:
+    """The image processor of a checkpoint, if nothing else was asked for and training can use it; or one of the asked-for size
+    with its normalisation, filter and crop."""
+    processor = AutoImageProcessor.from_pretrained(path, **source)
+    own = probe_processor(processor)
+    image_size = args.image_height_width or own.image_size
+    if not crops_centre(processor) and args.crop_fraction is None and image_size != own.image_size:
+        # it gives the whole picture, squashed; so does the new one
+        height, width = image_size
+        processor = AutoImageProcessor.from_pretrained(path, size={"height": height, "width": width}, **source)
+    std = [1 / (255 * scale) for scale in own.scale]
+    mean = [-offset * deviation for offset, deviation in zip(own.offset, std)]
+    if args.crop_fraction is None and _is_usable(processor, image_size, mean, std):
+        return processor
+    fraction = args.crop_fraction or crop_fraction_of(processor)
+    return evaluation_image_processor(image_size, fraction, mean, std, own.resample)
+
+
+def crops_centre(processor: Any) -> bool:
+    """Whether an image processor cuts off what is longer, instead of squashing the picture."""
+    if isinstance(processor, TimmWrapperImageProcessor):
+        return processor.data_config["crop_mode"] != "squash"
+    return bool(getattr(processor, "do_center_crop", False) or getattr(processor, "crop_pct", None))
+
+
+def crop_fraction_of(processor: Any) -> float:
+    """Share of the resized picture that the evaluation crop of an image processor keeps, in (0, 1]."""
+    if isinstance(processor, TimmWrapperImageProcessor):
+        return processor.data_config["crop_pct"]
+    if getattr(processor, "crop_pct", None):
+        return processor.crop_pct
+    resized, crop = processor.size, getattr(processor, "crop_size", None)
+    shortest = resized.get("shortest_edge") or min(resized.get("height") or 0, resized.get("width") or 0)
+    if not shortest or not crop:
+        return DEFAULT_CROP_FRACTION
+    return min(1.0, max(crop["height"], crop["width"]) / shortest)
+
+
+def _is_usable(processor: Any, image_size: tuple[int, int], mean: list[float], std: list[float]) -> bool:
+    """Whether an image processor says how it normalises, which training repeats, and makes all pictures the same size."""
+    stated = [getattr(processor, name, None) for name in ("image_mean", "image_std")]
+    if None in stated or not np.allclose(stated, [mean, std], atol=1e-3):
+        return False
+    pictures = [Image.new("RGB", size) for size in ((320, 200), (200, 320))]
+    values = [processor(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures]
+    return all(tuple(value.shape[-2:]) == tuple(image_size) for value in values)
 
 
 def _side_lengths(size: Any) -> tuple[int, int] | None:

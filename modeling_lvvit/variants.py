@@ -91,6 +91,7 @@ def evaluation_image_processor(
     crop_fraction: float,
     image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    resample: int = PILImageResampling.BICUBIC,
 ) -> BitImageProcessor:
     """Preprocessing of the published evaluation: shorter side to `side / crop_fraction`, bicubic, centre crop.
 
@@ -99,12 +100,13 @@ def evaluation_image_processor(
             shorter side covers the longer side of the crop.
         crop_fraction: In (0, 1].
         image_mean, image_std: Normalisation for images in [0, 1]; default: that of ImageNet.
+        resample: Filter of Pillow.
     """
     height, width = image_size
     return BitImageProcessor(
         do_resize=True,
         size={"shortest_edge": int(max(height, width) / crop_fraction)},
-        resample=PILImageResampling.BICUBIC,
+        resample=PILImageResampling(resample),
         do_center_crop=True,
         crop_size={"height": height, "width": width},
         do_rescale=True,

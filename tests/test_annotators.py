@@ -24,7 +24,8 @@ from modeling_lvvit.token_labeling.annotators import (
     load_annotator,
 )
 from modeling_lvvit.token_labeling.class_matching import ClassMap
-from modeling_lvvit.token_labeling.dense_classifier import DenseClassifier, token_grid
+from modeling_lvvit.token_labeling.dense_classifier import DenseClassifier
+from modeling_lvvit.token_labeling.feature_layout import token_grid
 
 
 NUM_CLASSES = 7

@@ -5,8 +5,17 @@ import json
 import pytest
 import torch
 from conftest import NUM_CLASSES
-from test_patch_head import transformers_model
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, BitImageProcessor
+from test_patch_head import VIT, transformers_model
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BitImageProcessor,
+    MobileViTImageProcessor,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTImageProcessor,
+)
 
 import train_tl
 from modeling_lvvit.building import build_model, picture_size_of
@@ -91,12 +100,66 @@ def test_timm_checkpoint_gets_other_classes(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "again").id2label == {0: "cat", 1: "dog"}
 
 
-def test_checkpoint_at_another_resolution(checkpoint):
-    """The position table is resized in every forward pass, as transformers does it."""
+def test_checkpoint_at_another_resolution(checkpoint, tmp_path):
+    """The position table is resized once; the saved model takes pictures of the new size without options."""
     model, processor = build(model_name_or_path=checkpoint, image_size=[96, 64])
     assert model.patch_grid_size == (6, 4) and processor.crop_size["height"] == 96
+    model.save_pretrained(tmp_path)
     with torch.no_grad():
-        assert model.eval()(torch.randn(1, 3, 96, 64)).patch_logits.shape == (1, 24, NUM_CLASSES)
+        output = model.eval()(torch.ones(1, 3, 96, 64))
+        again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()(torch.ones(1, 3, 96, 64))
+    assert output.patch_logits.shape == (1, 24, NUM_CLASSES)
+    torch.testing.assert_close(again.logits, output.logits)
+    assert processor.size["shortest_edge"] == 96  # the crop fraction of the checkpoint
+
+
+def saved_with(processor, tmp_path, size: int = 64) -> str:
+    config = AutoConfig.for_model("vit", architectures=[], num_labels=NUM_CLASSES, **{**VIT, "image_size": size})
+    config.id2label = dict(enumerate(NAMES))
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_the_image_processor_of_a_checkpoint_stays(tmp_path):
+    """This one squashes pictures with another filter, also at another size; a crop replaces it."""
+    own = ViTImageProcessor(size={"height": 64, "width": 64}, image_mean=MEAN, image_std=STD, resample=2)
+    path = saved_with(own, tmp_path)
+    _, processor = build(model_name_or_path=path)
+    assert isinstance(processor, ViTImageProcessor) and processor.to_dict() == own.to_dict()
+    model, processor = build(model_name_or_path=path, image_size=[96, 64])
+    assert isinstance(processor, ViTImageProcessor) and processor.resample == 2
+    assert (processor.size["height"], processor.size["width"]) == (96, 64) == picture_size_of(model)
+    _, processor = build(model_name_or_path=path, crop_fraction=0.8)
+    assert isinstance(processor, BitImageProcessor) and processor.size["shortest_edge"] == 80
+    assert processor.image_mean == pytest.approx(MEAN) and processor.resample == 2
+
+
+def test_processors_that_make_pictures_of_several_sizes_are_replaced(tmp_path):
+    own = BitImageProcessor(size={"shortest_edge": 64}, do_center_crop=False, image_mean=MEAN, image_std=STD)
+    _, processor = build(model_name_or_path=saved_with(own, tmp_path), image_size=[64])
+    assert processor.do_center_crop and processor.crop_size["height"] == 64
+    assert processor.image_std == pytest.approx(STD)
+
+
+def test_processors_that_exchange_colours_are_refused(tmp_path):
+    own = MobileViTImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    with pytest.raises(ValueError, match="MobileViTImageProcessor exchanges red and blue"):
+        build(model_name_or_path=saved_with(own, tmp_path))
+
+
+def test_crop_and_filter_of_a_timm_checkpoint(tmp_path):
+    config = TimmWrapperConfig(
+        architecture="test_vit",
+        num_labels=NUM_CLASSES,
+        id2label=dict(enumerate(NAMES)),
+        pretrained_cfg={"input_size": [3, 160, 160], "crop_pct": 0.8, "interpolation": "bilinear", "mean": MEAN, "std": STD},
+    )  # fmt: skip
+    TimmWrapperForImageClassification(config).save_pretrained(tmp_path)
+    model, processor = build(model_name_or_path=str(tmp_path), image_size=[80])
+    assert processor.size["shortest_edge"] == 100 and processor.resample == 2
+    assert processor.image_mean == pytest.approx(MEAN, abs=1e-3)
+    assert model.patch_grid_size == (5, 5)
 
 
 def test_only_one_source_of_the_model():

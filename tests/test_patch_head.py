@@ -36,6 +36,7 @@ WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 VIT = {"image_size": 64, "patch_size": 16, **WIDTH}
 REGISTERED = {name: value for name, value in VIT.items() if name != "intermediate_size"}
 STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+PYRAMID = {**STAGES, "num_attention_heads": [1, 1, 1, 1]}
 WINDOWS = {"image_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 TRANSFORMERS = {
     "vit": (VIT, (4, 4)),
@@ -49,9 +50,17 @@ TRANSFORMERS = {
     "convnextv2": (STAGES, (2, 2)),
     "resnet": ({**STAGES, "embedding_size": 8}, (2, 2)),
     "regnet": ({**STAGES, "embedding_size": 8, "groups_width": 8}, (2, 2)),
-    "segformer": ({**STAGES, "num_attention_heads": [1, 1, 1, 1]}, (2, 2)),
+    "segformer": (PYRAMID, (2, 2)),
     "focalnet": ({"image_size": 64, "embed_dim": 8, "depths": [1, 1, 1, 1]}, (2, 2)),
     "poolformer": (STAGES, (2, 2)),
+    "pvt": ({**PYRAMID, "image_size": 64}, (2, 2)),
+    "clip": ({"vision_config": VIT, "text_config": WIDTH}, (4, 4)),
+    "mobilenet_v2": ({"image_size": 64, "depth_multiplier": 0.35}, (2, 2)),
+    # whose maps are parts of tuples, or whose heads do not work on single cells
+    "cvt": ({"embed_dim": [8, 16, 32], "num_heads": [1, 1, 1], "depth": [1, 2, 3]}, (4, 4)),
+    "donut-swin": (WINDOWS, (8, 8)),
+    "hiera": ({"image_size": [64, 64], "embed_dim": 16, "depths": [1] * 4, "num_heads": [1, 1, 2, 2]}, (2, 2)),
+    "pvt_v2": ({**PYRAMID, "image_size": 64}, (2, 2)),
 }
 # of timm those that are small at 64 pixels, and what makes the others small
 TIMM = {
@@ -180,6 +189,54 @@ def test_rows_come_before_columns():
     assert change.argmax() == 4
 
 
+@pytest.mark.parametrize("kind", ["cvt", "donut-swin", "hiera", "pvt_v2"])
+def test_maps_that_the_head_was_not_run_on_lie_over_the_picture(kind):
+    """As above, in the quarters of the picture; the window of a Swin and the units of a Hiera keep tokens in another order inside."""
+    model = add_patch_head(transformers_model(kind), SIZE).eval()
+    rows, columns = model.patch_grid_size
+    pixel_values = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(2))
+    changed = pixel_values.clone()
+    changed[:, :, 32:, :32] = 0.0  # lower left
+    with torch.no_grad():
+        change = (model(changed).patch_logits - model(pixel_values).patch_logits).abs().sum(-1).view(rows, columns)
+    quarters = change.unflatten(1, (2, -1)).unflatten(0, (2, -1)).sum(dim=(1, 3))
+    assert quarters.argmax() == 2
+
+
+class Shuffled(nn.Module):
+    """Puts the cells of a map into another order, or exchanges rows and columns."""
+
+    def __init__(self, transposes: bool):
+        super().__init__()
+        self.transposes = transposes
+
+    def forward(self, features):
+        tokens = features.mT.flatten(2) if self.transposes else features.flatten(2)[..., [3, 1, 0, 2]]
+        return tokens.mT, None
+
+
+class Flattening(PreTrainedModel):
+    """Four cells, which its head reads all at once."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config: PreTrainedConfig, last: nn.Module):
+        super().__init__(config)
+        self.stem, self.last = nn.Conv2d(3, 8, kernel_size=32, stride=32), last
+        self.head = nn.Linear(32, NUM_CLASSES)
+
+    def forward(self, pixel_values):
+        tokens, _ = self.last(self.stem(pixel_values))
+        return ImageClassifierOutput(logits=self.head(tokens.flatten(1)))
+
+
+@pytest.mark.parametrize("transposes", [False, True])
+def test_cells_out_of_place_are_not_taken_for_a_map(transposes):
+    """Labels would go to the wrong tokens; the map in front of the shuffling is found instead."""
+    model = Flattening(PreTrainedConfig(num_labels=NUM_CLASSES), Shuffled(transposes))
+    assert add_patch_head(model, SIZE).feature_tap.module_name == "stem"
+
+
 def test_exchanging_pixels_is_mixtoken_for_a_plain_patch_embedding():
     """The same tokens enter the first layer as if they had been exchanged after the embedding; rows 3 x 4 of a picture 48 x 64."""
     torch.manual_seed(0)
@@ -252,7 +309,7 @@ def test_models_are_copied_and_pickled_with_their_patch_head(tmp_path):
     model = add_patch_head(transformers_model("resnet"), SIZE).eval()
     pixel_values = torch.randn(2, 3, *SIZE)
     model.resnet(pixel_values)  # outside of a forward pass nothing is kept
-    assert model.feature_tap.features is None
+    assert model.feature_tap.kept is None
     torch.save(model, tmp_path / "model.pt")
     with torch.no_grad():
         expected = model(pixel_values).patch_logits

@@ -3,6 +3,7 @@
 from .arguments import TokenLabelTrainingArguments
 from .collator import TokenLabelCollator
 from .dataset import ImageProcessorTransform, TokenLabelDataset
+from .input_size import resize_classifier
 from .live_labels import LiveAnnotator
 from .patch_head import add_patch_head
 from .stream import TokenLabelStream
@@ -21,4 +22,5 @@ __all__ = [
     "TokenLabelTrainingArguments",
     "TrainTransform",
     "add_patch_head",
+    "resize_classifier",
 ]

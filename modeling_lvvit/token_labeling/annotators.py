@@ -6,74 +6,26 @@ import pickle
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import timm
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
-from torchvision.transforms.v2 import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
 from .class_matching import ClassMap
-from .dense_classifier import DenseClassifier, must_interpolate
+from .dense_classifier import DenseClassifier
+from .input_size import must_interpolate
 from .patch_head import add_patch_head, load_patch_head
+from .preprocessing import Fit, Preprocessing, probe_processor
 
 
 logger = logging.get_logger(__name__)
-Fit = Literal["squash", "pad", "center_crop"]
 TIMM_PREFIX = "timm/"
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """From a picture of any size to the input of an annotator.
-
-    Args:
-        image_size: Input height and width in pixels.
-        scale, offset: Per channel: input = scale * value + offset, values 0 to 255.
-        resample: Filter of Pillow.
-        fit: How a picture of another shape is brought to the input: `"squash"` resizes it without keeping its aspect
-            ratio; `"pad"` keeps the ratio and fills the borders with the mean colour; `"center_crop"` keeps the ratio and
-            cuts off what is longer (what the authors of the paper did).
-    """
-
-    image_size: tuple[int, int]
-    scale: tuple[float, float, float]
-    offset: tuple[float, float, float]
-    resample: int = Image.Resampling.BICUBIC
-    fit: Fit = "squash"
-
-    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, tuple[float, float, float, float]]:
-        """An RGB picture to pixels uint8 `[3, height, width]`, and the region of the picture that they show: (left, top,
-        right, bottom) as fractions of the picture, below 0 or above 1 where they show a border."""
-        (width, height), (rows, columns) = image.size, self.image_size
-        if self.fit == "squash":
-            return F.pil_to_tensor(image.resize((columns, rows), self.resample)), (0.0, 0.0, 1.0, 1.0)
-        scales = (columns / width, rows / height)
-        ratio = min(scales) if self.fit == "pad" else max(scales)
-        shown = (columns / ratio, rows / ratio)  # size of the region, in pixels of the picture
-        left, top = (width - shown[0]) / 2, (height - shown[1]) / 2
-        box = (left / width, top / height, (left + shown[0]) / width, (top + shown[1]) / height)
-        if self.fit == "center_crop":
-            region = (max(left, 0.0), max(top, 0.0), min(left + shown[0], width), min(top + shown[1], height))
-            return F.pil_to_tensor(image.resize((columns, rows), self.resample, box=region)), box
-        inner = image.resize((max(1, round(width * ratio)), max(1, round(height * ratio))), self.resample)
-        canvas = Image.new("RGB", (columns, rows), self._mean_color())
-        canvas.paste(inner, ((columns - inner.width) // 2, (rows - inner.height) // 2))
-        return F.pil_to_tensor(canvas), box
-
-    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `(B, 3, height, width)`, uint8 or floating values 0 to 255, to float32 input."""
-        scale, offset = (pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.scale, self.offset))
-        return pixels.float() * scale + offset
-
-    def _mean_color(self) -> tuple[int, int, int]:
-        return tuple(int(np.clip(round(-b / a), 0, 255)) for a, b in zip(self.scale, self.offset))
 
 
 @dataclass
@@ -230,22 +182,6 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
     if getattr(config, "patch_logits_weight", 0):
         return model, class_names, preprocessing, lambda size: tuple(side // config.patch_size for side in size)
     return model, class_names, preprocessing, None
-
-
-def probe_processor(processor: Any) -> Preprocessing:
-    """What an image processor does, found by giving it a black and a white picture: one reading for all processors."""
-    values = [
-        processor(images=Image.new("RGB", (256, 256), (level,) * 3), return_tensors="pt")["pixel_values"][0].float()
-        for level in (0, 255)
-    ]
-    height, width = values[0].shape[-2:]
-    black, white = (value[:, height // 2, width // 2] for value in values)
-    scale = (white - black) / 255.0
-    if not (scale > 0).all():
-        raise ValueError(f"{type(processor).__name__} does not map brightness to input values; it is not supported.")
-    resample = getattr(processor, "resample", None)
-    resample = Image.Resampling.BICUBIC if resample is None else Image.Resampling(int(resample))
-    return Preprocessing((height, width), tuple(scale.tolist()), tuple(black.tolist()), resample)
 
 
 def _load_timm(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):

@@ -1,15 +1,16 @@
 """Where an image classifier has the features that its head reads, and taking them out of a forward pass."""
 
 import copy
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .dense_classifier import LAYOUT_ERRORS, DenseClassifier, logits_of, two_pictures
+from .feature_layout import FeatureLayout, FeatureMap
+from .feature_search import LAYOUT_ERRORS, FeatureSearch, logits_of, two_pictures
 
 
 logger = logging.get_logger(__name__)
@@ -18,30 +19,24 @@ ALL_BUT_ZERO = 1e-2
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
 
-@dataclass
-class FeatureTap:
+@dataclass(kw_only=True)
+class FeatureTap(FeatureLayout):
     """Where the features of the patch head come from.
 
     Args:
         module_name: Layer whose output they are.
         call: Which of its calls within a forward pass, from 0.
-        layout: See `dense_classifier`.
-        prefix: Tokens before the patch tokens.
-        grid_size: Rows and columns.
         image_size: Height and width of the pictures in pixels.
         forward_options: Keyword arguments of every forward pass.
     """
 
     module_name: str
     call: int
-    layout: Literal["channels_first", "channels_last", "tokens"]
-    prefix: int
-    grid_size: tuple[int, int]
     image_size: tuple[int, int]
     forward_options: dict[str, Any]
     calls: int = 0
     is_open: bool = False
-    features: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
     def open(self) -> None:
         """Begins a forward pass; outside of one nothing is kept."""
@@ -49,31 +44,25 @@ class FeatureTap:
 
     def close(self) -> None:
         """Ends it."""
-        self.is_open, self.features = False, None
+        self.is_open, self.kept = False, None
 
-    def keep(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    def keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Forward hook of the layer."""
         if not self.is_open:
             return
         if self.calls == self.call:
-            self.features = output
+            self.kept = self.tensor_of(output)
         self.calls += 1
 
     def take(self) -> torch.Tensor:
         """The features of the forward pass, `(B, rows * columns, channels)`."""
-        features = self.features
-        if self.layout == "channels_first":
-            features = features.flatten(2).mT
-        elif self.layout == "channels_last":
-            features = features.flatten(1, 2)
-        else:
-            features = features[:, self.prefix :]
-        if features.shape[1] != self.grid_size[0] * self.grid_size[1]:
+        cells = self.cells_of(self.kept)
+        if cells.shape[1] != self.grid_size[0] * self.grid_size[1]:
             raise ValueError(
                 f"The patch head was made for pictures of {self.image_size[0]} x {self.image_size[1]} pixels, on which the model "
-                f"has {self.grid_size[0]} x {self.grid_size[1]} cells; these give {features.shape[1]} cells."
+                f"has {self.grid_size[0]} x {self.grid_size[1]} cells; these give {cells.shape[1]} cells."
             )
-        return features
+        return cells
 
 
 def find_features(
@@ -82,29 +71,37 @@ def find_features(
     """Where the features are, how wide, and whether they were normalised."""
     name = getattr(model.config, "architecture", None) or type(model).__name__
     try:
-        probe = DenseClassifier(_awake_copy(model, image_size, options), image_size, options)
+        search, found = _search(model, image_size, options)
     except LAYOUT_ERRORS as error:
         reason = _too_few_cells(model, image_size, options) or str(error).splitlines()[0]
         raise ValueError(
             f"{name} cannot learn from token labels on pictures of {image_size[0]} x {image_size[1]} pixels: {reason}"
         ) from error
-    found = probe.tap
     if min(found.grid_size) < 2:
         raise ValueError(
             f"{name} has {found.grid_size[0]} x {found.grid_size[1]} cells on pictures of {image_size[0]} x {image_size[1]} pixels; "
             "token labels need at least 2 x 2. Take larger pictures."
         )
-    names = {module: name for name, module in probe.model.named_modules()}
+    names = {module: name for name, module in search.model.named_modules()}
+    layout = {entry.name: getattr(found, entry.name) for entry in fields(FeatureLayout)}
     tap = FeatureTap(
-        names[found.module], found.call, found.layout, found.prefix, found.grid_size, image_size, dict(options)
+        module_name=names[found.module],
+        call=found.call,
+        image_size=image_size,
+        forward_options=dict(options),
+        **layout,
     )
-    tap_of_copy = copy.copy(tap)
-    tap_of_copy.open()
-    handle = found.module.register_forward_hook(tap_of_copy.keep)
     with torch.no_grad():
-        probe.model(two_pictures(image_size).to(next(model.parameters()).device), **options)
-    handle.remove()
-    return tap, tap_of_copy.take().shape[-1], isinstance(found.module, NORMS)
+        features = search.features(two_pictures(image_size).to(next(model.parameters()).device), found)
+    return tap, features.shape[-1], isinstance(found.module, NORMS)
+
+
+def _search(
+    model: PreTrainedModel, image_size: tuple[int, int], options: dict[str, Any]
+) -> tuple[FeatureSearch, FeatureMap]:
+    """The search in a copy of a model, and what it found."""
+    search = FeatureSearch(_awake_copy(model, image_size, options), image_size, options)
+    return search, search.find(is_run_on_cells=False)
 
 
 @torch.no_grad()
@@ -132,7 +129,7 @@ def _too_few_cells(model: PreTrainedModel, image_size: tuple[int, int], options:
     for factor in (2, 4):
         larger = (factor * image_size[0], factor * image_size[1])
         try:
-            grid = DenseClassifier(_awake_copy(model, larger, options), larger, options).grid_size
+            grid = _search(model, larger, options)[1].grid_size
         except LAYOUT_ERRORS:
             continue
         return (

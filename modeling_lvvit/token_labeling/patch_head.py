@@ -8,6 +8,7 @@ as the plain model that it was, with the patch head as weights that this leaves 
 
 import functools
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
-from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 
-from .dense_classifier import must_interpolate, two_pictures
+from .feature_search import two_pictures
 from .feature_tap import FeatureTap, find_features, idle_parameters
+from .input_size import must_interpolate
 
 
+logger = logging.get_logger(__name__)
+HEAD = "patch_head."  # in the names of its weights
 INITIALIZER_RANGE = 0.02  # of linear layers in LV-ViT and ViT
 
 
@@ -103,7 +107,7 @@ class PatchHeadMixin:
         """As in `PreTrainedModel`; without the patch head if `saves_patch_head` was set to `False`."""
         if not self.saves_patch_head:
             weights = self.state_dict() if state_dict is None else state_dict
-            state_dict = {name: value for name, value in weights.items() if "patch_head." not in name}
+            state_dict = {name: value for name, value in weights.items() if HEAD not in name}
         if self.saves_own_names:
             kwargs["save_original_format"] = False
         return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
@@ -168,6 +172,13 @@ def add_patch_head(model: nn.Module, image_size: tuple[int, int]) -> PreTrainedM
     if not isinstance(model, PreTrainedModel):
         model = _in_transformers(model, tuple(image_size))
     options = {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
+    if options:
+        logger.warning(
+            "%s was made for other pictures than %d x %d: its position table is resized in every forward pass, and later users of "
+            "the trained model must ask for this (interpolate_pos_encoding=True), unless `resize_classifier` makes it fit.",
+            type(model).__name__,
+            *image_size,
+        )
     tap, width, is_normed = find_features(model, tuple(image_size), options)
     for name in idle_parameters(model, tap):
         model.get_parameter(name).requires_grad_(False)
@@ -200,7 +211,7 @@ def load_patch_head(model: PreTrainedModel, path: str, revision: str | None = No
     for file in _weight_files(path, revision):
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118  the file is no mapping
-                _, is_head, name = key.rpartition("patch_head.")
+                _, is_head, name = key.rpartition(HEAD)
                 if is_head and name in expected:
                     found[name] = weights.get_tensor(key)
     if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in expected):
@@ -210,11 +221,17 @@ def load_patch_head(model: PreTrainedModel, path: str, revision: str | None = No
 
 
 def _weight_files(path: str, revision: str | None) -> list[str | Path]:
+    """Weight files that may hold a patch head: all of a folder; on the Hub the one file, or the shards that the index names."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return sorted(folder.glob("*.safetensors"))
-    file = cached_file(path, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return [file] if file else []
+    find = functools.partial(cached_file, path, revision=revision, _raise_exceptions_for_missing_entries=False)
+    index = find(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        file = find(SAFE_WEIGHTS_NAME)
+        return [file] if file else []
+    shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    return [find(shard) for shard in sorted({shards[key] for key in shards if HEAD in key})]
 
 
 def _owner(model: nn.Module) -> nn.Module:

@@ -74,14 +74,7 @@ class TokenLabelTrainer(Trainer):
         if compute_metrics is None:
             kwargs.setdefault("preprocess_logits_for_metrics", rank_classes)
             compute_metrics = compute_accuracy
-        super().__init__(
-            model,
-            args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            compute_metrics=compute_metrics,
-            **kwargs,
-        )
+        super().__init__(model, args, data_collator, train_dataset, compute_metrics=compute_metrics, **kwargs)
         # the Trainer seeds every process alike; drop path should differ between them
         torch.manual_seed(args.seed + args.process_index)
         if annotator is not None:

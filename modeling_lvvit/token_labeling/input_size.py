@@ -1,0 +1,154 @@
+"""Classifiers on pictures of another size than they were made for."""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TimmWrapperForImageClassification
+
+from .feature_layout import token_grid
+from .feature_search import LAYOUT_ERRORS, logits_of, two_pictures
+
+
+RELATIVE_TABLE = (
+    "relative_position_bias_table"  # of BEiT: all offsets of two cells, then three rows for the class token
+)
+CLASS_TOKEN_ROWS = 3
+
+
+def own_image_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width in pixels for which a model was made; `None` if it does not say or takes any size."""
+    if isinstance(model, TimmWrapperForImageClassification):
+        size = getattr(getattr(model.timm_model, "patch_embed", None), "img_size", None)
+    else:
+        size = getattr(_vision_config(getattr(model, "config", None)), "image_size", None)
+    if size is None:
+        return None
+    return tuple(size[-2:]) if isinstance(size, (list, tuple)) else (size, size)
+
+
+def must_interpolate(model: nn.Module, image_size: tuple[int, int]) -> bool:
+    """Whether position tables are to be resized in every forward pass: at their own size that is no use, and wrong for tables that
+    are not square, which transformers takes for square ones."""
+    return _can_interpolate(model) and own_image_size(model) != tuple(image_size)
+
+
+def resize_classifier(model: PreTrainedModel, image_size: tuple[int, int]) -> PreTrainedModel:
+    """A classifier made for pictures of another size: its position tables are resized once, as it would itself do in every forward
+    pass, and whoever loads it later gives it pictures of the new size without further ado.
+
+    Args:
+        model: Image classifier of transformers, or `TimmWrapperForImageClassification`.
+        image_size: New height and width in pixels.
+
+    Returns:
+        A new model with the weights of the old one; or the old one, if it has no fixed size or cannot be changed.
+    """
+    image_size, old_size = tuple(image_size), own_image_size(model)
+    if old_size in (None, image_size):
+        return model
+    try:
+        resized = _rebuilt(model, old_size, image_size)
+        return resized if _is_right(model, resized, old_size, image_size) else model
+    except LAYOUT_ERRORS:
+        return model
+
+
+def _rebuilt(model: PreTrainedModel, old_size: tuple[int, int], image_size: tuple[int, int]) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    height, width = image_size
+    if isinstance(model, TimmWrapperForImageClassification):
+        config.model_args = {**(config.model_args or {}), "img_size": [height, width]}
+    else:
+        _vision_config(config).image_size = height if height == width else [height, width]
+    with torch.random.fork_rng(devices=[]):
+        twin = type(model)(config)
+    state, new = model.state_dict(), twin.state_dict()
+    for name, value in new.items():
+        if state[name].shape == value.shape:
+            continue
+        if not value.is_floating_point():  # an index of cells
+            state[name] = value
+        elif name.endswith(RELATIVE_TABLE):
+            state[name] = _resize_offsets(state[name], len(value), old_size, image_size)
+        elif "pos" in name:
+            # the two libraries differ in how they make a table smaller
+            is_timm = isinstance(model, TimmWrapperForImageClassification)
+            state[name] = _resize_positions(state[name], value.shape, old_size, image_size, is_timm)
+    twin.load_state_dict(state)
+    return twin.to(next(model.parameters())).train(model.training)
+
+
+def _resize_positions(
+    table: torch.Tensor, shape: torch.Size, old_size: tuple[int, int], image_size: tuple[int, int], antialias: bool
+) -> torch.Tensor:
+    """A position table `(..., prefix + rows * columns, channels)` for another grid, bicubic as in ViT; prefix tokens stay.
+
+    Raises:
+        ValueError: If it is no such table.
+    """
+    old_grid, grid = token_grid(table.shape[-2], old_size), token_grid(shape[-2], image_size)
+    if old_grid is None or grid is None:
+        raise ValueError(f"A table of shape {tuple(table.shape)} is no position table.")
+    prefix = table.shape[-2] - old_grid[0] * old_grid[1]
+    if shape[-2] - grid[0] * grid[1] != prefix:
+        raise ValueError(f"Tables of {table.shape[-2]} and {shape[-2]} tokens have other numbers of prefix tokens.")
+    rows = table.reshape(table.shape[-2:])
+    cells = rows[prefix:].unflatten(0, old_grid).permute(2, 0, 1).unsqueeze(0)  # (1, C, rows, columns)
+    cells = nn.functional.interpolate(cells.float(), size=grid, mode="bicubic", antialias=antialias)
+    return torch.cat([rows[:prefix], cells[0].flatten(1).mT.to(rows)]).view(shape)
+
+
+def _resize_offsets(
+    table: torch.Tensor, length: int, old_size: tuple[int, int], image_size: tuple[int, int]
+) -> torch.Tensor:
+    """A table of relative positions `((2 rows - 1) * (2 columns - 1) + 3, heads)` for another grid, bilinear as in BEiT.
+
+    Raises:
+        ValueError: If it is no such table.
+    """
+    old, new = _offset_grid(len(table), old_size), _offset_grid(length, image_size)
+    offsets = table[:-CLASS_TOKEN_ROWS].unflatten(0, old).permute(2, 0, 1).unsqueeze(0)  # (1, heads, 2 rows - 1, ...)
+    offsets = nn.functional.interpolate(offsets.float(), size=new, mode="bilinear")
+    return torch.cat([offsets[0].flatten(1).mT.to(table), table[-CLASS_TOKEN_ROWS:]])
+
+
+def _offset_grid(length: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Numbers of vertical and horizontal offsets between the cells of a picture."""
+    for patch_size in range(1, min(image_size) + 1):
+        rows, columns = (2 * (side // patch_size) - 1 for side in image_size)
+        if rows * columns + CLASS_TOKEN_ROWS == length:
+            return rows, columns
+    raise ValueError(f"A table of {length} rows does not hold the offsets of cells of {image_size} pixels.")
+
+
+@torch.no_grad()
+def _is_right(
+    model: PreTrainedModel, resized: PreTrainedModel, old_size: tuple[int, int], image_size: tuple[int, int]
+) -> bool:
+    """Whether a resized model runs, and gives the logits of the old one where that resizes its tables itself."""
+    pictures = two_pictures(image_size).to(next(model.parameters()))
+    was_training = model.training
+    found = logits_of(resized.eval()(pictures))
+    resized.train(was_training)
+    is_square = old_size[0] == old_size[1]  # transformers takes other tables for square ones
+    options = {"interpolate_pos_encoding": True} if _can_interpolate(model) else {}
+    try:
+        expected = logits_of(model.eval()(pictures, **options)) if is_square else found
+    except LAYOUT_ERRORS:  # it takes no other size
+        return True
+    finally:
+        model.train(was_training)
+    spread = (expected[0] - expected[1]).abs().max().item()
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * spread)
+
+
+def _can_interpolate(model: nn.Module) -> bool:
+    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+
+
+def _vision_config(config: Any) -> Any:
+    """The part of a configuration that describes the image model."""
+    return getattr(config, "vision_config", config)
