@@ -1,6 +1,7 @@
 """Fully sharded training (FSDP2): what accelerate leaves to its users."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,9 +41,19 @@ def set_up_sharding(accelerator: Accelerator, args: TokenLabelTrainingArguments,
         raise ValueError(f"Only FSDP2 is supported: set fsdp_version to 2, not to {plugin.fsdp_version}.")
     plugin.mixed_precision_policy = None
     if not plugin.transformer_cls_names_to_wrap:
-        layers = {type(part).__name__ for part in model.modules() if isinstance(part, GradientCheckpointingLayer)}
-        plugin.transformer_cls_names_to_wrap = sorted(layers)
+        plugin.transformer_cls_names_to_wrap = sorted(layer_class_names(model))
     return True
+
+
+def layer_class_names(model: nn.Module) -> set[str]:
+    """Names of the classes of which a network is made up: transformer layers; in networks without such, those that stand several
+    times in its lists of modules."""
+    layers = {type(part).__name__ for part in model.modules() if isinstance(part, GradientCheckpointingLayer)}
+    if layers:
+        return layers
+    lists = [part for part in model.modules() if isinstance(part, (nn.ModuleList, nn.Sequential))]
+    counts = Counter(type(part) for parts in lists for part in parts if any(part.children()))
+    return {kind.__name__ for kind, count in counts.items() if count > 1 and not kind.__module__.startswith("torch.")}
 
 
 def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
