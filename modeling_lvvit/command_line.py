@@ -133,7 +133,7 @@ def find_recipe(name: str) -> Path:
 def read_recipe(path: Path, parser: argparse.ArgumentParser, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Options of a recipe file, checked and converted as if they stood on the command line.
 
-    The key `base` names another recipe whose options hold where this one has none.
+    The key `base` names another recipe, or several, whose options hold where this one has none; of several the later ones first.
 
     Raises:
         ValueError: If the file is not a YAML mapping, has a key that is no option (the message names the nearest one) or
@@ -147,8 +147,10 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, above: tuple[Path, 
         raise ValueError(f"Recipe {path} must be a mapping of options to values, got {type(recipe).__name__}.")
     if path in above:
         raise ValueError(f"Recipe {path} is its own base.")
-    base = recipe.pop("base", None)
-    options = read_recipe(find_recipe(str(base)), parser, (*above, path)) if base is not None else {}
+    bases = recipe.pop("base", None) or []
+    options: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        options = _merged(options, read_recipe(find_recipe(str(base)), parser, (*above, path)))
     actions = {action.dest: action for action in parser._actions}
     if unknown := [_with_nearest(str(key), set(actions)) for key in recipe if key not in actions]:
         raise ValueError(f"Recipe {path} has unknown options: {'; '.join(unknown)}.")

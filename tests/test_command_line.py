@@ -163,6 +163,16 @@ def test_later_recipes_override_earlier_ones_and_merge_configurations(tmp_path):
     assert model_args.config_overrides == {"hidden_size": 64, "patch_size": 4, "num_hidden_layers": 3}
 
 
+def test_of_several_bases_the_later_ones_hold(tmp_path):
+    first, second, recipe = (tmp_path / name for name in ("first.yaml", "second.yaml", "recipe.yaml"))
+    first.write_text("seed: 1\nlearning_rate: 0.1\nweight_decay: 0.1\nconfig_overrides:\n  patch_size: 4\n")
+    second.write_text("seed: 2\nlearning_rate: 0.2\nconfig_overrides:\n  hidden_size: 8\n")
+    recipe.write_text(f"base: [{first}, {second}]\nseed: 3\n")
+    model_args, _, training_args = parse([str(recipe)])
+    assert (training_args.seed, training_args.learning_rate, training_args.weight_decay) == (3, 0.2, 0.1)
+    assert model_args.config_overrides == {"patch_size": 4, "hidden_size": 8}
+
+
 def test_recipe_that_is_its_own_base_is_refused(tmp_path):
     loop = tmp_path / "loop.yaml"
     loop.write_text(f"base: {loop}\n")

@@ -14,6 +14,7 @@ from modeling_lvvit.building import build_model
 from modeling_lvvit.command_line import RECIPES, parse, recipe_names
 from modeling_lvvit.convert_original_checkpoint import convert_state_dict
 from modeling_lvvit.token_labeling import TokenLabelTrainer
+from modeling_lvvit.token_labeling.patch_head import patch_head_of
 from modeling_lvvit.token_labeling.schedule import published_factor, scaled_ema_decay
 from modeling_lvvit.variants import VARIANTS, variant_config
 
@@ -23,8 +24,8 @@ SELF_EMERGING = ("self_emerging/labeler", "self_emerging/student")
 PARTS = (
     "imagenet_base",
     "try_out",
+    "cifar10",
     "small_ablation/cifar10",
-    "architectures/cifar10",
     *SELF_EMERGING,
 )  # to be combined with others
 PUBLISHED = [name for name in recipe_names() if name.startswith(("lvvit", "ablation"))]
@@ -33,6 +34,12 @@ FINE_TUNED = {
     for name in PUBLISHED
     if name.startswith("lvvit") and "224" not in name and "288" not in name
 }
+STUDIES = [
+    name
+    for name in recipe_names()
+    if name.startswith(("architectures/", "architectures_cifar10/", "annotator_study/"))
+]
+SMALL_STUDIES = [name for name in STUDIES if "net_" not in name]  # the others label ImageNet
 THOUSAND = [f"class {index}" for index in range(1000)]
 
 
@@ -104,6 +111,43 @@ def test_plain_recipes_differ_in_the_labels_only():
             assert changed <= {"use_token_labels", "output_dir", "model_name_or_path"}
 
 
+@pytest.mark.parametrize("folder", ["architectures", "architectures_cifar10"])
+def test_architectures_differ_in_the_model_only(folder):
+    """Equal budget: data, augmentation and schedule are those of the LV-ViT."""
+    of_model = {"architecture", "config_overrides", "image_size"}
+    for name in [name for name in STUDIES if name.startswith(f"{folder}/")]:
+        changed = {
+            entry.name
+            for ours, others in zip(parse([f"{folder}/lvvit"]), parse([name]))
+            for entry in dataclasses.fields(ours)
+            if getattr(ours, entry.name) != getattr(others, entry.name)
+        }
+        assert changed - of_model <= {"output_dir"}, name
+
+
+def test_annotators_of_the_study_differ_in_what_they_have_seen():
+    """Each student names the annotator of its number."""
+    budgets = []
+    for number in range(1, 5):
+        _, data, training = parse([f"annotator_study/annotator_{number}"])
+        assert not data.use_token_labels
+        budgets.append((data.max_train_samples, data.max_train_samples * training.num_train_epochs))
+        assert parse([f"annotator_study/student_{number}"])[1].annotator == training.output_dir
+    assert budgets == sorted(budgets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "millions"), [("deit_s", 22.05), ("swin_t", 28.29), ("resnet50", 25.56), ("mixer_b16", 59.88)]
+)
+def test_architectures_at_full_size(name, millions):
+    """The published numbers of parameters, without the patch head: DeiT 22.1, Swin 28.3, ResNet 25.6, Mixer 59.9 million."""
+    model, processor = build_model(parse([f"architectures_imagenet/{name}"])[0], THOUSAND)
+    head = sum(value.numel() for value in patch_head_of(model).parameters())
+    assert model.num_parameters() - head == pytest.approx(1e6 * millions, rel=1e-3)
+    assert processor.crop_size == {"height": 224, "width": 224} and model.feature_tap.image_size == (224, 224)
+
+
 def test_published_schedule_has_the_published_values():
     """Learning rates of the authors' run at 1.6e-3 (timm 0.4.5), epoch by epoch."""
     expected = {0: 1e-6, 1: 3.208e-4, 2: 6.406e-4, 3: 9.604e-4, 4: 1.2802e-3, 5: 1.598910e-3, 50: 1.493490e-3}
@@ -158,3 +202,16 @@ def test_every_recipe_runs_three_steps(name, start_folder, tmp_path):
     side = 96 if name in FINE_TUNED else 64
     assert model.config.image_height_width == (side, side)
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL_STUDIES)
+def test_studies_run_three_steps(name, start_folder, tmp_path):
+    """On the embedded data, also those that are meant for CIFAR-10; an annotator with the right classes is at hand."""
+    options = ["--dataset_name", "digit_scenes", "--output_dir", str(tmp_path / "run"), "--report_to", "none"]
+    options += ["--max_steps", "3", "--max_train_samples", "64", "--max_eval_samples", "32", "--save_picture", "False"]
+    if "student" in name:
+        options += ["--annotator", str(start_folder)]
+    train_tl.main([name, *options])
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3
+    assert "eval_accuracy" in json.loads((tmp_path / "run" / "eval_results.json").read_text())
