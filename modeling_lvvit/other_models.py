@@ -24,7 +24,7 @@ from .command_line import ModelArguments, check_config_fields
 from .configuration_lvvit import LVViTConfig
 from .token_labeling import add_patch_head
 from .token_labeling.annotators import TIMM_PREFIX
-from .token_labeling.input_size import resize_classifier
+from .token_labeling.input_size import resize_classifier, vision_config
 from .token_labeling.patch_head import load_patch_head
 from .token_labeling.preprocessing import probe_processor
 from .variants import evaluation_image_processor
@@ -100,10 +100,13 @@ def _random_transformers(args: ModelArguments, names: dict[str, Any]) -> tuple[P
     own = AutoConfig.for_model(args.architecture)
     overrides = dict(args.config_overrides or {})
     check_config_fields(type(own), overrides)
-    image_size = args.image_height_width or _side_lengths(getattr(own, "image_size", None)) or DEFAULT_IMAGE_SIZE
-    if hasattr(own, "image_size"):
-        square = image_size[0] == image_size[1]
-        overrides["image_size"] = image_size[0] if square else list(image_size)
+    part = vision_config(own)
+    image_size = args.image_height_width or _side_lengths(getattr(part, "image_size", None)) or DEFAULT_IMAGE_SIZE
+    if hasattr(part, "image_size"):
+        is_number = image_size[0] == image_size[1] and not isinstance(part.image_size, (list, tuple))
+        size = {"image_size": image_size[0] if is_number else list(image_size)}
+        nested = {"vision_config": {**overrides.get("vision_config", {}), **size}}
+        overrides |= size if part is own else nested
     # some models are loaded by the class that `architectures` names
     config = AutoConfig.for_model(args.architecture, architectures=[], **overrides, **names)
     return AutoModelForImageClassification.from_config(config), image_size

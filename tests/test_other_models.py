@@ -52,6 +52,11 @@ def build(names: list[str] = NAMES, **options):
         ("timm/test_vit", None, "TimmWrapperForImageClassification"),
         ("timm/test_convnext", {"drop_path_rate": 0.1}, "TimmWrapperForImageClassification"),
         ("deit", {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}, "DeiTForImageClassification"),
+        (
+            "pvt_v2",
+            {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4},
+            "PvtV2ForImageClassification",
+        ),
     ],
 )
 def test_architectures_from_random_weights(architecture, overrides, kind, tmp_path):
@@ -68,6 +73,16 @@ def test_architectures_from_random_weights(architecture, overrides, kind, tmp_pa
         torch.testing.assert_close(again.logits, model.eval()(pixel_values).logits)
     rows, columns = model.patch_grid_size
     assert rows * 2 == columns * 3
+
+
+def test_sizes_are_given_in_the_form_that_an_architecture_takes():
+    """A list for Hiera; in the part of a CLIP that describes its image model."""
+    small = {"embed_dim": 16, "depths": [1] * 4, "num_heads": [1, 1, 2, 2]}
+    model, _ = build(architecture="hiera", config_overrides=small, image_size=[64])
+    assert model.config.image_size == [64, 64] and model.patch_grid_size == (2, 2)
+    fields = {"vision_config": {**VIT, "image_size": 224}, "text_config": {"hidden_size": 16, "num_hidden_layers": 1}}
+    model, _ = build(architecture="clip", config_overrides=fields, image_size=[96])
+    assert model.config.vision_config.image_size == 96 and model.patch_grid_size == (6, 6)
 
 
 def test_checkpoint_keeps_weights_patch_head_and_normalisation(checkpoint):
@@ -189,7 +204,8 @@ def test_program_trains_a_labeler_then_a_student_of_another_architecture(tmp_pat
     train(tmp_path / "labeler", "--architecture", "timm/test_vit", "--patch_target", "image", "--cls_target", "label")
     assert "self-emerging token labels" in capsys.readouterr().out
     arguments = ["--architecture", "resnet", "--config_overrides", SMALL_RESNET, "--save_patch_head", "false"]
-    train(tmp_path / "student", *arguments, "--annotator", str(tmp_path / "labeler"), "--annotator_sampling", "hard")
+    arguments += ["--annotator", str(tmp_path / "labeler"), "--annotator_sampling", "hard"]
+    train(tmp_path / "student", *arguments, "--annotator_dtype", "float16", "--bf16", "true", "--streaming", "true")
     printed = capsys.readouterr().out
     assert "labels by" in printed and "ms an image here" in printed
     assert AutoImageProcessor.from_pretrained(tmp_path / "student").crop_size["height"] == 64

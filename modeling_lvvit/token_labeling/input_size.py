@@ -23,7 +23,7 @@ def own_image_size(model: nn.Module) -> tuple[int, int] | None:
     if isinstance(model, TimmWrapperForImageClassification):
         size = getattr(getattr(model.timm_model, "patch_embed", None), "img_size", None)
     else:
-        size = getattr(_vision_config(getattr(model, "config", None)), "image_size", None)
+        size = getattr(vision_config(getattr(model, "config", None)), "image_size", None)
     if size is None:
         return None
     return tuple(size[-2:]) if isinstance(size, (list, tuple)) else (size, size)
@@ -62,7 +62,9 @@ def _rebuilt(model: PreTrainedModel, old_size: tuple[int, int], image_size: tupl
     if isinstance(model, TimmWrapperForImageClassification):
         config.model_args = {**(config.model_args or {}), "img_size": [height, width]}
     else:
-        _vision_config(config).image_size = height if height == width else [height, width]
+        part = vision_config(config)
+        is_number = height == width and not isinstance(part.image_size, (list, tuple))
+        part.image_size = height if is_number else [height, width]
     with torch.random.fork_rng(devices=[]):
         twin = type(model)(config)
     state, new = model.state_dict(), twin.state_dict()
@@ -149,6 +151,6 @@ def _can_interpolate(model: nn.Module) -> bool:
     return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
 
 
-def _vision_config(config: Any) -> Any:
+def vision_config(config: Any) -> Any:
     """The part of a configuration that describes the image model."""
     return getattr(config, "vision_config", config)
