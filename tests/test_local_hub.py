@@ -4,11 +4,13 @@ import http.client
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from local_hub import byte_range, local_hub
+from test_patch_head import transformers_model
 
 
 CARD = """---
@@ -66,6 +68,45 @@ def test_real_clients_get_back_what_they_uploaded(tmp_path):
         assert hub.unknown == []
         assert set(hub.files("user/numbers", "dataset")) == {"README.md", "data/train-00000.parquet"}
         assert hub.files("user/net", "model") == {"config.json": b'{"hidden_size": 4}'}
+
+
+PATCH_HEAD_CLIENT = """
+import sys
+import torch
+from huggingface_hub import HfApi
+from test_patch_head import SIZE, transformers_model
+from transformers import AutoModelForImageClassification
+from modeling_lvvit.token_labeling import add_patch_head
+from modeling_lvvit.token_labeling.patch_head import load_patch_head
+
+model, api = add_patch_head(transformers_model("vit"), SIZE), HfApi()
+other = AutoModelForImageClassification.from_pretrained(sys.argv[1])  # without a patch head
+for name, shard_size in (("user/whole", "1GB"), ("user/shards", "20KB")):
+    folder = f"{sys.argv[1]} {shard_size}"
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    api.create_repo(name)
+    api.upload_folder(repo_id=name, folder_path=folder)
+    again = add_patch_head(AutoModelForImageClassification.from_pretrained(name), SIZE)
+    assert load_patch_head(again, name)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+api.create_repo("user/plain")
+api.upload_folder(repo_id="user/plain", folder_path=sys.argv[1])
+assert not load_patch_head(add_patch_head(other, SIZE), "user/plain")
+"""
+
+
+@pytest.mark.slow
+def test_patch_heads_come_from_the_hub(tmp_path):
+    """From one file of weights or from the shard that has it."""
+    transformers_model("vit").save_pretrained(tmp_path / "plain")
+    with local_hub() as hub:
+        command = [sys.executable, "-c", PATCH_HEAD_CLIENT, str(tmp_path / "plain")]
+        variables = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(Path(__file__).parent)}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{done.stderr}\nunknown routes: {hub.unknown}"
+        names = hub.files("user/shards", "model")
+        assert sum(name.endswith(".safetensors") for name in names) > 2
 
 
 def test_unknown_routes_are_refused_and_remembered():
