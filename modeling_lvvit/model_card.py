@@ -51,6 +51,7 @@ def model_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
         tap = trainer.model.feature_tap
         kind = getattr(config, "architecture", config.model_type)
         shape = f"{tap.grid_size[0]} x {tap.grid_size[1]} cells"
+        facts["must_interpolate"] = bool(tap.forward_options)
     else:
         kind, shape = "LV-ViT", f"patches of {config.patch_size} x {config.patch_size}"
         shape += f"; {config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
