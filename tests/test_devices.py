@@ -133,7 +133,8 @@ def test_sharded_processes_have_the_loss_curve_of_one_and_save_whole_weights(dat
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "timm/test_vit"])
 def test_models_with_an_added_patch_head_are_sharded_too(name, data, tmp_path):
-    """Their class is extended by the patch head and by FSDP; what is saved is the plain one, and a resumed run ends alike."""
+    """Their class is extended by the patch head and by FSDP; what is saved is the plain one, and a resumed run (of one of
+    them) ends alike."""
     size = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64, patch_size: 8}"
     model = ["--architecture", name, "--config_overrides", size if name == "vit" else "{}", "--max_steps", "5"]
     launch = [*LAUNCH, "--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
@@ -145,6 +146,8 @@ def test_models_with_an_added_patch_head_are_sharded_too(name, data, tmp_path):
     assert type(plain).__module__.startswith("transformers.") and not loading["missing_keys"]
     weights, one = (load_file(tmp_path / folder / "model.safetensors") for folder in ("run", "one"))
     assert weights.keys() == one.keys() and any("patch_head." in key for key in weights)
+    if name != "vit":
+        return
     resume = ["--resume_from_checkpoint", str(output / "checkpoint-3"), "--overwrite_output_dir"]
     train(data, tmp_path / "resumed", launch, 16, *model, *resume)
     resumed = load_file(tmp_path / "resumed" / "model.safetensors")
