@@ -19,8 +19,9 @@ from transformers.utils import logging
 from .command_line import ModelArguments, check_config_fields
 from .configuration_lvvit import LVViTConfig
 from .modeling_lvvit import LVViTForImageClassification
-from .other_models import DEFAULT_CROP_FRACTION, crop_fraction_of, finish_pretrained, random_classifier
+from .other_models import BUILDING_ERRORS, DEFAULT_CROP_FRACTION, finish_pretrained, random_classifier
 from .token_labeling.data_sources import looks_local
+from .token_labeling.patch_head import PATCH_HEAD
 from .variants import VARIANTS, evaluation_image_processor, variant_config
 
 
@@ -85,7 +86,7 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
         model, loading = AutoModelForImageClassification.from_pretrained(
             path, ignore_mismatched_sizes=args.ignore_mismatched_sizes, output_loading_info=True, **options
         )
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, *BUILDING_ERRORS) as error:
         raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
     if hasattr(model.config, "label_names"):  # timm's own list, which would be saved beside the new names
         model.config.label_names = list(class_names)
@@ -94,7 +95,10 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
     processor = _fit_resolution(model, args, config, source, changes) if is_lvvit else None
     if changes:
         logger.warning("Loaded %s; %s.", path, "; ".join(changes))
-    return (model, processor) if is_lvvit else finish_pretrained(model, args, source)
+    if is_lvvit:
+        return model, processor
+    has_patch_head = any(PATCH_HEAD in key for key in loading["unexpected_keys"])
+    return finish_pretrained(model, args, source, has_patch_head)
 
 
 def _fit_resolution(
@@ -108,7 +112,7 @@ def _fit_resolution(
         model.resize_position_embeddings(size)
         changes.append(f"position table resized from {config.grid_size} to {model.config.grid_size} tokens")
     if is_resized or args.crop_fraction is not None:
-        processor = evaluation_image_processor(size, args.crop_fraction or crop_fraction_of(processor))
+        processor = evaluation_image_processor(size, args.crop_fraction or _crop_fraction_of(processor))
     return processor
 
 
@@ -123,7 +127,7 @@ def _changes(config: LVViTConfig, loading: dict[str, Any], class_names: list[str
     ):
         if keys:
             changes.append(f"{title}: {', '.join(keys)}")
-    old_names = [config.id2label[index] for index in range(config.num_labels)]
+    old_names = [(config.id2label or {}).get(index, f"LABEL_{index}") for index in range(config.num_labels)]
     if not mismatched and old_names != class_names:
         changes.append(
             f"the heads are kept, but class names differ, for example {old_names[0]!r} is now {class_names[0]!r}: if these are "
@@ -134,4 +138,13 @@ def _changes(config: LVViTConfig, loading: dict[str, Any], class_names: list[str
 
 def _without_patch_head(keys: Iterable[str]) -> list[str]:
     """Keys besides those of an added patch head, which is loaded apart."""
-    return sorted(key for key in keys if "patch_head." not in key)
+    return sorted(key for key in keys if PATCH_HEAD not in key)
+
+
+def _crop_fraction_of(processor: Any) -> float:
+    """Share of the resized image that the evaluation crop of the image processor of an LV-ViT keeps."""
+    resized, crop = processor.size, processor.crop_size
+    shortest = resized.get("shortest_edge") or min(resized.get("height", 0), resized.get("width", 0))
+    if not shortest or not crop:
+        return DEFAULT_CROP_FRACTION
+    return min(1.0, max(crop["height"], crop["width"]) / shortest)

@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 import timm
-from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BitImageProcessor,
+    DeiTImageProcessor,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
-    TimmWrapperImageProcessor,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging
@@ -24,15 +23,16 @@ from .command_line import ModelArguments, check_config_fields
 from .configuration_lvvit import LVViTConfig
 from .token_labeling import add_patch_head
 from .token_labeling.annotators import TIMM_PREFIX
-from .token_labeling.input_size import resize_classifier, vision_config
+from .token_labeling.input_size import own_image_size, resize_classifier, vision_config
 from .token_labeling.patch_head import load_patch_head
-from .token_labeling.preprocessing import probe_processor
+from .token_labeling.preprocessing import fixed_size_of, probe_processor, view_of
 from .variants import evaluation_image_processor
 
 
 logger = logging.get_logger(__name__)
 DEFAULT_IMAGE_SIZE = (224, 224)
 DEFAULT_CROP_FRACTION = 0.9
+SAME_VIEW = 0.05  # shares of width and height that are closer are equal
 # what the libraries raise for values that do not fit, or for packages that are not there
 BUILDING_ERRORS = (
     ValueError,
@@ -113,7 +113,7 @@ def _random_transformers(args: ModelArguments, names: dict[str, Any]) -> tuple[P
 
 
 def finish_pretrained(
-    model: PreTrainedModel, args: ModelArguments, source: dict[str, Any]
+    model: PreTrainedModel, args: ModelArguments, source: dict[str, Any], has_patch_head: bool
 ) -> tuple[PreTrainedModel, Any]:
     """A loaded classifier made ready for the asked-for size, with a patch head; and its image processor.
 
@@ -121,62 +121,65 @@ def finish_pretrained(
         model: Classifier.
         args: Its name, image size and crop.
         source: Revision, and whether remote code may run.
+        has_patch_head: Whether the checkpoint has weights of one.
     """
-    path = args.model_name_or_path
-    processor = _pretrained_processor(path, args, source)
-    image_size = probe_processor(processor).image_size
+    path, own_size = args.model_name_or_path, own_image_size(model)
+    processor = _pretrained_processor(path, args, source, own_size)
+    image_size = fixed_size_of(processor)
+    if own_size not in (None, image_size):
+        logger.warning(
+            "%s was made for pictures of %d x %d pixels, and is made to take %d x %d.", path, *own_size, *image_size
+        )
     model = add_patch_head(resize_classifier(model, image_size), image_size)
-    if not load_patch_head(model, path, source["revision"]):
-        logger.info("%s has no patch head for these classes; it starts from random weights.", path)
+    if not load_patch_head(model, path, source["revision"]) and has_patch_head:
+        logger.warning(
+            "The patch head of %s is not taken over: it has other classes, or is not stored as safetensors.", path
+        )
+    if isinstance(model, TimmWrapperForImageClassification):
+        # where a configuration has them, image processors are made of timm's settings, which are those of the old size
+        vars(model.config).pop("pretrained_cfg", None)
     return model, processor
 
 
-def _pretrained_processor(path: str, args: ModelArguments, source: dict[str, Any]) -> Any:
-    """The image processor of a checkpoint, if nothing else was asked for and training can use it; or one of the asked-for size
-    with its normalisation, filter and crop."""
+def _pretrained_processor(
+    path: str, args: ModelArguments, source: dict[str, Any], own_size: tuple[int, int] | None
+) -> Any:
+    """The image processor of a checkpoint, if nothing else was asked for and training can use it; or one of the asked-for size and
+    crop, with its normalisation, filter and view of the picture."""
     processor = AutoImageProcessor.from_pretrained(path, **source)
-    own = probe_processor(processor)
+    own = probe_processor(processor, args.image_height_width or own_size)
     image_size = args.image_height_width or own.image_size
-    if not crops_centre(processor) and args.crop_fraction is None and image_size != own.image_size:
-        # it gives the whole picture, squashed; so does the new one
-        height, width = image_size
-        processor = AutoImageProcessor.from_pretrained(path, size={"height": height, "width": width}, **source)
     std = [1 / (255 * scale) for scale in own.scale]
     mean = [-offset * deviation for offset, deviation in zip(own.offset, std)]
-    if args.crop_fraction is None and _is_usable(processor, image_size, mean, std):
+    if args.crop_fraction is not None:
+        return evaluation_image_processor(image_size, args.crop_fraction, mean, std, own.resample)
+    if fixed_size_of(processor) is None:
+        return evaluation_image_processor(image_size, DEFAULT_CROP_FRACTION, mean, std, own.resample)
+    if image_size == own.image_size and _states_normalisation(processor, mean, std):
         return processor
-    fraction = args.crop_fraction or crop_fraction_of(processor)
-    return evaluation_image_processor(image_size, fraction, mean, std, own.resample)
+    across, down = view_of(processor)
+    if abs(across - down) > SAME_VIEW:
+        exact = getattr(processor, "data_config", {}).get("crop_pct")  # of timm
+        return evaluation_image_processor(image_size, exact or max(across, down), mean, std, own.resample)
+    # it squashes pictures, and perhaps leaves a border away
+    squashed, crop = (
+        {"height": round(height), "width": round(width)}
+        for height, width in ((side / down for side in image_size), image_size)
+    )
+    return DeiTImageProcessor(
+        size=squashed,
+        crop_size=crop,
+        do_center_crop=squashed != crop,
+        resample=own.resample,
+        image_mean=mean,
+        image_std=std,
+    )
 
 
-def crops_centre(processor: Any) -> bool:
-    """Whether an image processor cuts off what is longer, instead of squashing the picture."""
-    if isinstance(processor, TimmWrapperImageProcessor):
-        return processor.data_config["crop_mode"] != "squash"
-    return bool(getattr(processor, "do_center_crop", False) or getattr(processor, "crop_pct", None))
-
-
-def crop_fraction_of(processor: Any) -> float:
-    """Share of the resized picture that the evaluation crop of an image processor keeps, in (0, 1]."""
-    if isinstance(processor, TimmWrapperImageProcessor):
-        return processor.data_config["crop_pct"]
-    if getattr(processor, "crop_pct", None):
-        return processor.crop_pct
-    resized, crop = processor.size, getattr(processor, "crop_size", None)
-    shortest = resized.get("shortest_edge") or min(resized.get("height") or 0, resized.get("width") or 0)
-    if not shortest or not crop:
-        return DEFAULT_CROP_FRACTION
-    return min(1.0, max(crop["height"], crop["width"]) / shortest)
-
-
-def _is_usable(processor: Any, image_size: tuple[int, int], mean: list[float], std: list[float]) -> bool:
-    """Whether an image processor says how it normalises, which training repeats, and makes all pictures the same size."""
+def _states_normalisation(processor: Any, mean: list[float], std: list[float]) -> bool:
+    """Whether an image processor says how it normalises, which training repeats."""
     stated = [getattr(processor, name, None) for name in ("image_mean", "image_std")]
-    if None in stated or not np.allclose(stated, [mean, std], atol=1e-3):
-        return False
-    pictures = [Image.new("RGB", size) for size in ((320, 200), (200, 320))]
-    values = [processor(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures]
-    return all(tuple(value.shape[-2:]) == tuple(image_size) for value in values)
+    return np.shape(stated) == (2, 3) and np.allclose(stated, [mean, std], atol=1e-3)
 
 
 def _side_lengths(size: Any) -> tuple[int, int] | None:

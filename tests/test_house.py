@@ -60,7 +60,7 @@ TOKEN_LABELING = {
     "schedule.py": {"arguments"},
     "throughput.py": set(),
     "sharding.py": {"arguments"},
-    "model_fit.py": {"arguments", "dataset", "live_labels", "patch_head", "stream"},
+    "model_fit.py": {"arguments", "dataset", "input_size", "live_labels", "patch_head", "stream"},
     "arguments.py": {"batch_norm", "collator", "label_crops"},
     "callbacks.py": set(),
     "ema.py": {"schedule"},

@@ -11,7 +11,7 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
-from modeling_lvvit.token_labeling import resize_classifier
+from modeling_lvvit.token_labeling import add_patch_head, resize_classifier
 
 
 PLAIN, INTERPOLATING = {}, {"interpolate_pos_encoding": True}
@@ -82,6 +82,46 @@ def test_tables_of_rectangles_are_resized_in_rows_and_columns():
     cells = resized[1:].view(8, 4)
     torch.testing.assert_close(cells, cells[:, :1].expand(-1, 4))
     assert (cells[1:, 0] > cells[:-1, 0]).all()
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip"])
+def test_sizes_that_patches_do_not_fill(kind):
+    """60 pixels and patches of 8 are 7 x 7 cells and a class token, not 6 x 6 and 14 others."""
+    vision = {**VIT, "patch_size": 8}
+    model = random_model(kind, vision if kind == "vit" else {"vision_config": vision})
+    resized = resize_classifier(model, (60, 60))
+    pixel_values = torch.randn(2, 3, 60, 60)
+    with torch.no_grad():
+        logits = resized(pixel_values).logits
+        if kind == "vit":
+            torch.testing.assert_close(logits, model(pixel_values, **INTERPOLATING).logits, rtol=1e-3, atol=1e-4)
+    assert resized is not model and logits.shape == (2, NUM_CLASSES)
+
+
+def test_what_was_set_on_a_model_stays():
+    model = random_model("vit", VIT).half().train()
+    model.vit.requires_grad_(False)
+    model.gradient_checkpointing_enable()
+    resized = resize_classifier(model, (96, 96))
+    assert resized is not model and resized.training and resized.is_gradient_checkpointing
+    assert {value.dtype for value in resized.parameters()} == {torch.float16}
+    trained = [name for name, value in resized.named_parameters() if value.requires_grad]
+    assert trained == ["classifier.weight", "classifier.bias"]
+    with pytest.raises(ValueError, match="before it gets its patch head"):
+        resize_classifier(add_patch_head(random_model("vit", VIT), (64, 64)), (96, 96))
+
+
+def test_windows_of_timm_that_become_smaller(tmp_path):
+    """A Swin at 64 pixels: its last maps are smaller than its windows."""
+    config = TimmWrapperConfig(architecture="swin_tiny_patch4_window7_224", num_labels=NUM_CLASSES)
+    model = TimmWrapperForImageClassification(config).eval()
+    resized = resize_classifier(model, (64, 64))
+    assert resized is not model
+    resized.save_pretrained(tmp_path)
+    pixel_values = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()(pixel_values)
+        torch.testing.assert_close(again.logits, resized(pixel_values).logits)
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,39 @@
 """Models other than LV-ViT in the training program: from random weights, from checkpoints, with an annotator."""
 
 import json
+import shutil
+from unittest import mock
 
 import pytest
 import torch
 from conftest import NUM_CLASSES
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_patch_head import VIT, transformers_model
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BitImageProcessor,
+    ConvNextImageProcessor,
+    DeiTImageProcessor,
+    EfficientNetImageProcessor,
+    LevitImageProcessor,
     MobileViTImageProcessor,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     ViTImageProcessor,
+    pipeline,
 )
+from transformers.utils import logging as transformers_logging
 
 import train_tl
 from modeling_lvvit.building import build_model, picture_size_of
 from modeling_lvvit.command_line import ModelArguments, parse
 from modeling_lvvit.token_labeling import add_patch_head
+from modeling_lvvit.token_labeling.annotators import load_annotator
 from modeling_lvvit.token_labeling.patch_head import patch_head_of
+from modeling_lvvit.token_labeling.preprocessing import view_of
 from modeling_lvvit.variants import evaluation_image_processor
 
 
@@ -143,7 +155,7 @@ def test_the_image_processor_of_a_checkpoint_stays(tmp_path):
     _, processor = build(model_name_or_path=path)
     assert isinstance(processor, ViTImageProcessor) and processor.to_dict() == own.to_dict()
     model, processor = build(model_name_or_path=path, image_size=[96, 64])
-    assert isinstance(processor, ViTImageProcessor) and processor.resample == 2
+    assert not processor.do_center_crop and processor.resample == 2
     assert (processor.size["height"], processor.size["width"]) == (96, 64) == picture_size_of(model)
     _, processor = build(model_name_or_path=path, crop_fraction=0.8)
     assert isinstance(processor, BitImageProcessor) and processor.size["shortest_edge"] == 80
@@ -155,6 +167,42 @@ def test_processors_that_make_pictures_of_several_sizes_are_replaced(tmp_path):
     _, processor = build(model_name_or_path=saved_with(own, tmp_path), image_size=[64])
     assert processor.do_center_crop and processor.crop_size["height"] == 64
     assert processor.image_std == pytest.approx(STD)
+
+
+def test_models_are_made_for_the_size_of_their_processor_or_their_own(tmp_path, caplog):
+    """A processor that does not resize has none; the model has."""
+    own = ViTImageProcessor(do_resize=False, image_mean=MEAN, image_std=STD)
+    model, processor = build(model_name_or_path=saved_with(own, tmp_path))
+    assert picture_size_of(model) == (64, 64) and processor.crop_size["height"] == 64
+
+
+def test_squashed_and_cropped_pictures_stay_so_at_another_size(tmp_path):
+    """DeiT: 256 x 256, of which 224 x 224 are kept; at 112 x 56 it is 128 x 64."""
+    own = DeiTImageProcessor(image_mean=MEAN, image_std=STD)
+    _, processor = build(model_name_or_path=saved_with(own, tmp_path, 224), image_size=[112, 56])
+    assert (processor.size["height"], processor.size["width"]) == (128, 64) and processor.do_center_crop
+    assert view_of(processor) == pytest.approx((0.875, 0.875), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("own", "view"),
+    [
+        (ViTImageProcessor(do_normalize=False), (1.0, 1.0)),
+        (EfficientNetImageProcessor(size={"height": 96, "width": 96}), (1.0, 1.0)),
+        (LevitImageProcessor(), (0.625 * 0.875, 0.875)),
+        (ConvNextImageProcessor(size={"shortest_edge": 384}), (1.0, 1.0)),
+        (ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875), (0.625 * 0.875, 0.875)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_rebuilt_processors_show_the_same_part_of_a_picture(own, view, tmp_path):
+    """Shares of the width and height of a picture of 8:5."""
+    assert view_of(own) == pytest.approx(view, abs=0.01)
+    _, processor = build(model_name_or_path=saved_with(own, tmp_path), image_size=[112])
+    assert view_of(processor) == pytest.approx(view, abs=0.02)
+    pixels = [part(Image.new("RGB", (640, 400), (200, 100, 50)), return_tensors="pt") for part in (own, processor)]
+    middle = [part["pixel_values"][0, :, 56, 56] for part in pixels]
+    torch.testing.assert_close(*middle, atol=0.02, rtol=0)
 
 
 def test_processors_that_exchange_colours_are_refused(tmp_path):
@@ -175,6 +223,47 @@ def test_crop_and_filter_of_a_timm_checkpoint(tmp_path):
     assert processor.size["shortest_edge"] == 100 and processor.resample == 2
     assert processor.image_mean == pytest.approx(MEAN, abs=1e-3)
     assert model.patch_grid_size == (5, 5)
+
+
+def test_timm_checkpoints_are_used_as_they_were_trained(tmp_path):
+    """Where a configuration has timm's settings, which are those of the old size, the libraries make the processor of them."""
+    settings = {"input_size": [3, 160, 160], "crop_pct": 0.8, "interpolation": "bilinear", "mean": MEAN, "std": STD}
+    config = TimmWrapperConfig(
+        architecture="test_vit", num_labels=NUM_CLASSES, id2label=dict(enumerate(NAMES)), pretrained_cfg=settings
+    )
+    TimmWrapperForImageClassification(config).save_pretrained(tmp_path / "start")
+    for part in build(model_name_or_path=str(tmp_path / "start"), image_size=[80]):
+        part.save_pretrained(tmp_path / "end")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "end")
+    assert isinstance(processor, BitImageProcessor) and processor.crop_size["height"] == 80
+    assert len(pipeline("image-classification", str(tmp_path / "end"))(Image.new("RGB", (90, 70)), top_k=3)) == 3
+    again, _ = build(model_name_or_path=str(tmp_path / "end"))
+    assert picture_size_of(again) == (80, 80)
+    assert load_annotator(str(tmp_path / "end")).preprocessing.image_size == (80, 80)
+
+
+def test_patch_heads_that_cannot_be_read_are_not_passed_over(checkpoint, tmp_path, caplog):
+    """An annotator would label with random weights; a student starts from them, with a warning."""
+    shutil.copytree(checkpoint, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    key = next(name for name in weights if name.endswith("patch_head.1.weight"))
+    weights[key] = weights[key][:, :-1].contiguous()
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="its patch head has another shape"):
+        load_annotator(str(tmp_path / "other"))
+    logger = transformers_logging.get_logger("modeling_lvvit.other_models")
+    with mock.patch.object(logger, "warning") as warning:
+        build(model_name_or_path=str(tmp_path / "other"))
+    assert "patch head" in warning.call_args.args[0]
+
+
+def test_configurations_without_class_names(checkpoint, tmp_path):
+    """As transformers saves those of PVT."""
+    shutil.copytree(checkpoint, tmp_path / "nameless")
+    path = tmp_path / "nameless" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": None, "num_labels": NUM_CLASSES}))
+    model, _ = build(model_name_or_path=str(tmp_path / "nameless"))
+    assert list(model.config.id2label.values()) == NAMES
 
 
 def test_only_one_source_of_the_model():

@@ -15,7 +15,14 @@ import torch
 from conftest import NUM_CLASSES, labelled_table, tiny_config
 from test_trainer import arguments
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from modeling_lvvit import LVViTForImageClassification
@@ -29,6 +36,7 @@ from modeling_lvvit.token_labeling import (
     add_patch_head,
 )
 from modeling_lvvit.token_labeling.patch_head import exchange_pixels, load_patch_head, patch_head_of
+from modeling_lvvit.token_labeling.sharding import layer_class_names
 
 
 SIZE = (64, 64)
@@ -392,6 +400,36 @@ def test_grids_smaller_than_two_by_two_are_refused(labelled_rows, tmp_path):
         ValueError, match="1 x 2 cells on pictures of 32 x 64 pixels; token labels need at least 2 x 2"
     ):
         add_patch_head(transformers_model("resnet"), (32, 64))
+
+
+def test_failures_keep_their_own_reason():
+    """A model of fixed size has enough cells on larger pictures, which says nothing of these."""
+    model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_vit", num_labels=NUM_CLASSES))
+    with pytest.raises(ValueError, match=r"60 x 60 pixels: Input height \(60\)"):
+        add_patch_head(model, (60, 60))
+
+
+def test_the_size_of_a_model_is_found_where_it_says_it(labelled_rows, tmp_path):
+    """In a part of the configuration, or in a model of timm."""
+    for model in (transformers_model("clip"), timm_model("test_vit")):
+        trainer = TokenLabelTrainer(model, arguments(tmp_path), eval_dataset=samples_of(labelled_rows))
+        assert trainer.grid_size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        (lambda: transformers_model("vit"), {"ViTLayer"}),
+        (lambda: timm_model("test_vit"), {"Block"}),
+        (lambda: timm_model("resnet18"), {"BasicBlock"}),
+        (lambda: timm.create_model("regnetx_002"), {"RegStage", "ConvNormAct"}),
+        (lambda: timm.create_model("vgg11"), set()),
+    ],
+)
+def test_layers_to_shard(model, layers):
+    """The outermost of those that come several times; without such a model is one unit."""
+    with torch.device("meta"):
+        assert layer_class_names(model()) == layers
 
 
 def test_pictures_of_another_size_are_refused():

@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from .class_matching import ClassMap
 from .dense_classifier import DenseClassifier
-from .input_size import must_interpolate
-from .patch_head import add_patch_head, load_patch_head
+from .input_size import must_interpolate, own_image_size, resize_classifier
+from .patch_head import PATCH_HEAD, add_patch_head, load_patch_head
 from .preprocessing import Fit, Preprocessing, probe_processor
 
 
@@ -170,13 +170,20 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
         )
         if info["missing_keys"]:
             raise ValueError(f"it is no trained image classifier, its weights lack {sorted(info['missing_keys'])}.")
-    preprocessing = probe_processor(AutoImageProcessor.from_pretrained(name, **source))
+    processor = AutoImageProcessor.from_pretrained(name, **source)
+    preprocessing = probe_processor(processor, image_size or own_image_size(model))
     if image_size is not None:
         preprocessing = replace(preprocessing, image_size=image_size)
-    class_names = [str(config.id2label[index]) for index in range(config.num_labels)]
-    if not random_weights and any("patch_head." in key for key in info["unexpected_keys"]):
+    if not must_interpolate(model, preprocessing.image_size):
+        model = resize_classifier(model, preprocessing.image_size)
+    names = config.id2label or {}
+    class_names = [str(names.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
+    if not random_weights and any(PATCH_HEAD in key for key in info["unexpected_keys"]):
         model = add_patch_head(model, preprocessing.image_size)
-        load_patch_head(model, name, source["revision"])
+        if not load_patch_head(model, name, source["revision"]):
+            raise ValueError(
+                "its patch head has another shape than its features need, or is not stored as safetensors."
+            )
         return model, class_names, preprocessing, lambda size: model.patch_grid_size
     # a patch head that was not trained has weight 0 in the prediction and is not asked
     if getattr(config, "patch_logits_weight", 0):

@@ -125,13 +125,16 @@ def _awake_copy(model: PreTrainedModel, image_size: tuple[int, int], options: di
 
 
 def _too_few_cells(model: PreTrainedModel, image_size: tuple[int, int], options: dict[str, Any]) -> str | None:
-    """The reason for a failure, if it is that pictures are too small: the same model works on larger ones."""
+    """The reason for a failure, if it is that pictures are too small: on larger ones the same model has so few cells that none or one
+    remain."""
     for factor in (2, 4):
         larger = (factor * image_size[0], factor * image_size[1])
         try:
             grid = _search(model, larger, options)[1].grid_size
         except LAYOUT_ERRORS:
             continue
+        if min(grid) // factor > 1:  # then it has another reason
+            return None
         return (
             f"on pictures of {larger[0]} x {larger[1]} it has {grid[0]} x {grid[1]} cells, on these fewer than the 2 x 2 that token "
             "labels need."

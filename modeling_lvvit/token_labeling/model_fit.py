@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from .arguments import TokenLabelTrainingArguments
 from .dataset import TokenLabelDataset
+from .input_size import own_image_size
 from .live_labels import LiveAnnotator
 from .patch_head import add_patch_head, has_patch_head
 from .stream import TokenLabelStream
@@ -27,14 +28,13 @@ def with_patch_head(model: nn.Module, train_dataset: Any | None) -> nn.Module:
     """
     if has_patch_head(model):
         return model
-    size = getattr(getattr(train_dataset, "transform", None), "image_size", None)
-    size = size or getattr(getattr(model, "config", None), "image_size", None)
+    size = getattr(getattr(train_dataset, "transform", None), "image_size", None) or own_image_size(model)
     if size is None:
         raise ValueError(
             f"{type(model).__name__} does not say what pictures it takes. Add the patch head before: "
             "add_patch_head(model, (height, width))."
         )
-    return add_patch_head(model, tuple(size) if isinstance(size, (list, tuple)) else (size, size))
+    return add_patch_head(model, size)
 
 
 def token_grid_of(model: nn.Module) -> tuple[int, int]:

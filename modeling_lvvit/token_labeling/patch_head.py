@@ -27,7 +27,7 @@ from .input_size import must_interpolate
 
 
 logger = logging.get_logger(__name__)
-HEAD = "patch_head."  # in the names of its weights
+PATCH_HEAD = "patch_head."  # in the names of its weights
 INITIALIZER_RANGE = 0.02  # of linear layers in LV-ViT and ViT
 
 
@@ -107,7 +107,7 @@ class PatchHeadMixin:
         """As in `PreTrainedModel`; without the patch head if `saves_patch_head` was set to `False`."""
         if not self.saves_patch_head:
             weights = self.state_dict() if state_dict is None else state_dict
-            state_dict = {name: value for name, value in weights.items() if HEAD not in name}
+            state_dict = {name: value for name, value in weights.items() if PATCH_HEAD not in name}
         if self.saves_own_names:
             kwargs["save_original_format"] = False
         return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
@@ -211,7 +211,7 @@ def load_patch_head(model: PreTrainedModel, path: str, revision: str | None = No
     for file in _weight_files(path, revision):
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118  the file is no mapping
-                _, is_head, name = key.rpartition(HEAD)
+                _, is_head, name = key.rpartition(PATCH_HEAD)
                 if is_head and name in expected:
                     found[name] = weights.get_tensor(key)
     if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in expected):
@@ -231,7 +231,7 @@ def _weight_files(path: str, revision: str | None) -> list[str | Path]:
         file = find(SAFE_WEIGHTS_NAME)
         return [file] if file else []
     shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    return [find(shard) for shard in sorted({shards[key] for key in shards if HEAD in key})]
+    return [find(shard) for shard in sorted({shards[key] for key in shards if PATCH_HEAD in key})]
 
 
 def _owner(model: nn.Module) -> nn.Module:

@@ -60,28 +60,74 @@ class Preprocessing:
         return tuple(int(np.clip(round(-b / a), 0, 255)) for a, b in zip(self.scale, self.offset))
 
 
-def probe_processor(processor: Any) -> Preprocessing:
-    """What an image processor does, found by giving it black, white and red pictures: one reading for all processors.
+def probe_processor(processor: Any, image_size: tuple[int, int] | None = None) -> Preprocessing:
+    """What an image processor does to colours, and the size of what it gives; found by giving it black, white and red pictures: one
+    reading for all processors.
+
+    Args:
+        processor: Image processor of transformers.
+        image_size: Height and width in pixels to assume where it does not make all pictures the same size.
 
     Raises:
-        ValueError: If it does something else to colours than to scale and shift them.
+        ValueError: If it does something else to colours than to scale and shift them, or gives several sizes and none is assumed.
     """
+    size = fixed_size_of(processor) or image_size
+    if size is None:
+        raise ValueError(
+            f"{type(processor).__name__} does not bring pictures to one size; say which height and width in pixels they shall have."
+        )
     black, white, red = (
-        processor(images=Image.new("RGB", (256, 256), color), return_tensors="pt")["pixel_values"][0].float()
+        _center(_output(processor, Image.new("RGB", (256, 256), color)))
         for color in ((0, 0, 0), (255, 255, 255), (255, 0, 0))
     )
-    height, width = black.shape[-2:]
-    black, white, red = (values[:, height // 2, width // 2] for values in (black, white, red))
     scale = (white - black) / 255.0
     if not (scale > 0).all():
         raise ValueError(f"{type(processor).__name__} does not map brightness to input values; it is not supported.")
     if not torch.allclose(red, torch.stack([white[0], black[1], black[2]]), atol=1e-3):
         raise ValueError(f"{type(processor).__name__} exchanges red and blue; it is not supported.")
-    return Preprocessing((height, width), tuple(scale.tolist()), tuple(black.tolist()), _filter_of(processor))
+    return Preprocessing(size, tuple(scale.tolist()), tuple(black.tolist()), _filter_of(processor))
+
+
+def fixed_size_of(processor: Any) -> tuple[int, int] | None:
+    """Height and width in pixels to which an image processor brings all pictures, `None` if there are several."""
+    sizes = {tuple(_output(processor, Image.new("RGB", size)).shape[-2:]) for size in ((320, 200), (200, 320))}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def view_of(processor: Any) -> tuple[float, float]:
+    """Shares of the width and of the height that an image processor shows of a picture of 8:5, each in (0, 1].
+
+    Example: a picture that is squashed gives (1, 1); one whose centre square is cut out (0.625, 1); one that is squashed to 256 x 256
+    pixels and cropped to 224 x 224 (0.875, 0.875).
+    """
+    width, height = 640, 400
+    ramps = [np.linspace(0, 255, length).round().astype(np.uint8) for length in (width, height)]
+    pictures = [np.broadcast_to(ramps[0], (height, width)), np.broadcast_to(ramps[1][:, None], (height, width))]
+    black, white = (
+        _center(_output(processor, Image.new("RGB", (width, height), (level,) * 3)))[0] for level in (0, 255)
+    )
+    shares = []
+    for axis, picture in zip((1, 0), pictures):
+        values = _output(processor, Image.fromarray(picture).convert("RGB"))[0]
+        places = ((values - black) / (white - black)).mean(dim=1 - axis).double()  # of columns or rows, in the picture
+        number = torch.arange(len(places), dtype=torch.float64)
+        number -= number.mean()
+        step = (number @ places / (number @ number)).item()  # from one to the next, by least squares
+        shares.append(min(1.0, round(step * len(places), 3)))
+    return shares[0], shares[1]
+
+
+def _output(processor: Any, picture: Image.Image) -> torch.Tensor:
+    return processor(images=picture, return_tensors="pt")["pixel_values"][0].float()
+
+
+def _center(values: torch.Tensor) -> torch.Tensor:
+    return values[:, values.shape[1] // 2, values.shape[2] // 2]
 
 
 def _filter_of(processor: Any) -> Image.Resampling:
     if isinstance(processor, TimmWrapperImageProcessor):
-        return Image.Resampling[processor.data_config["interpolation"].upper()]
+        names = {entry.name: entry for entry in Image.Resampling}
+        return names.get(processor.data_config["interpolation"].upper(), Image.Resampling.BICUBIC)
     resample = getattr(processor, "resample", None)
     return Image.Resampling.BICUBIC if resample is None else Image.Resampling(int(resample))

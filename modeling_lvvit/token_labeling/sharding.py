@@ -11,8 +11,12 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, br
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from .arguments import TokenLabelTrainingArguments
+
+
+logger = logging.get_logger(__name__)
 
 
 def is_sharding_asked_for() -> bool:
@@ -46,14 +50,28 @@ def set_up_sharding(accelerator: Accelerator, args: TokenLabelTrainingArguments,
 
 
 def layer_class_names(model: nn.Module) -> set[str]:
-    """Names of the classes of which a network is made up: transformer layers; in networks without such, those that stand several
-    times in its lists of modules."""
+    """Names of the classes of which a network is made up: transformer layers; in networks without such, those of which a module has
+    several, the outermost ones."""
     layers = {type(part).__name__ for part in model.modules() if isinstance(part, GradientCheckpointingLayer)}
     if layers:
         return layers
-    lists = [part for part in model.modules() if isinstance(part, (nn.ModuleList, nn.Sequential))]
-    counts = Counter(type(part) for parts in lists for part in parts if any(part.children()))
-    return {kind.__name__ for kind, count in counts.items() if count > 1 and not kind.__module__.startswith("torch.")}
+    siblings = Counter(
+        (id(parent), type(part)) for parent in model.modules() for part in parent.children() if any(part.children())
+    )
+    kinds = {kind for (_, kind), count in siblings.items() if count > 1 and not kind.__module__.startswith("torch.")}
+    outermost = {type(part) for part in _outermost(model, tuple(kinds))}
+    if not outermost:
+        logger.warning("%s has no repeated layers to shard one by one: it is one unit.", type(model).__name__)
+    return {kind.__name__ for kind in outermost}
+
+
+def _outermost(module: nn.Module, kinds: tuple[type, ...]) -> Iterator[nn.Module]:
+    """Modules of some kinds that do not lie within others of them."""
+    for part in module.children():
+        if isinstance(part, kinds):
+            yield part
+        else:
+            yield from _outermost(part, kinds)
 
 
 def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
