@@ -179,7 +179,8 @@ def _pretrained_processor(
 def _states_normalisation(processor: Any, mean: list[float], std: list[float]) -> bool:
     """Whether an image processor says how it normalises, which training repeats."""
     stated = [getattr(processor, name, None) for name in ("image_mean", "image_std")]
-    return np.shape(stated) == (2, 3) and np.allclose(stated, [mean, std], atol=1e-3)
+    is_complete = all(isinstance(values, (list, tuple)) and len(values) == len(mean) for values in stated)
+    return is_complete and np.allclose(stated, [mean, std], atol=1e-3)
 
 
 def _side_lengths(size: Any) -> tuple[int, int] | None:

@@ -188,6 +188,7 @@ def test_squashed_and_cropped_pictures_stay_so_at_another_size(tmp_path):
     ("own", "view"),
     [
         (ViTImageProcessor(do_normalize=False), (1.0, 1.0)),
+        (ViTImageProcessor(do_normalize=False, image_mean=[0.5], image_std=None), (1.0, 1.0)),
         (EfficientNetImageProcessor(size={"height": 96, "width": 96}), (1.0, 1.0)),
         (LevitImageProcessor(), (0.625 * 0.875, 0.875)),
         (ConvNextImageProcessor(size={"shortest_edge": 384}), (1.0, 1.0)),

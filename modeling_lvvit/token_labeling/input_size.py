@@ -13,10 +13,8 @@ from .feature_layout import MAX_PREFIX_TOKENS
 from .feature_search import LAYOUT_ERRORS, logits_of, two_pictures
 
 
-RELATIVE_TABLE = (
-    "relative_position_bias_table"  # of BEiT: all offsets of two cells, then three rows for the class token
-)
-CLASS_TOKEN_ROWS = 3
+RELATIVE_TABLE = "relative_position_bias_table"  # a row for each offset of two cells
+CLASS_TOKEN_ROWS = 3  # and in BEiT these, for the class token
 
 
 def own_image_size(model: nn.Module) -> tuple[int, int] | None:
