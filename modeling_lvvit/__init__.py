@@ -9,11 +9,13 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
     BitImageProcessor,
 )
 
 from .configuration_lvvit import LVViTConfig
 from .modeling_lvvit import LVViTBackbone, LVViTForImageClassification, LVViTModel, LVViTPreTrainedModel
+from .modeling_lvvit_segmentation import LVViTForSemanticSegmentation
 
 
 def _register(auto_class, model_class):
@@ -28,6 +30,7 @@ LVViTConfig.register_for_auto_class()
 _register(AutoModel, LVViTModel)
 _register(AutoModelForImageClassification, LVViTForImageClassification)
 _register(AutoBackbone, LVViTBackbone)
+_register(AutoModelForSemanticSegmentation, LVViTForSemanticSegmentation)
 AutoImageProcessor.register(LVViTConfig, BitImageProcessor, exist_ok=True)
 
 __version__ = "0.1.0"
@@ -35,6 +38,7 @@ __all__ = [
     "LVViTBackbone",
     "LVViTConfig",
     "LVViTForImageClassification",
+    "LVViTForSemanticSegmentation",
     "LVViTModel",
     "LVViTPreTrainedModel",
 ]

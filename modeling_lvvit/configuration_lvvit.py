@@ -55,6 +55,16 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features (`list[str]`, *optional*): Stages that the backbone returns, out of `"stem"`, `"stage1"` ...
             `"stage{num_hidden_layers}"`; defaults to the last.
         out_indices (`list[int]`, *optional*): The same as indices into `stage_names`.
+        segmentation_head (`"upernet"` or `"fcn"`, defaults to `"upernet"`): Head of `LVViTForSemanticSegmentation`, which
+            alone reads this and the following fields.
+        segmentation_stages (`list[str]`, *optional*): The four stages that its neck reads; default: the last, and those 3,
+            6 and 9 layers before it.
+        neck_channels (`int`, defaults to 2048): Channels of the last of the neck's four maps (published FCN: 768).
+        decoder_channels (`int`, defaults to 256): Channels of head and auxiliary head (LV-ViT-L: 512).
+        pool_scales (`list[int]`, defaults to `(1, 2, 3, 6)`): Sides of the pooled maps of UperNet.
+        decoder_dropout_prob (`float`, defaults to 0.1): Dropout of channels before the heads' classifiers, in [0, 1].
+        auxiliary_loss_weight (`float`, defaults to 0.4): Weight of the auxiliary head's loss; 0 leaves the head out.
+        semantic_loss_ignore_index (`int`, defaults to 255): Label of pixels that do not count.
 
     Raises:
         ValueError: If a size is not positive, `patch_size` is odd, a side of `image_size` is not a multiple of
@@ -85,6 +95,14 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
     patch_logits_weight: float | int = 0.5
     fused: bool = False
     apply_layernorm: bool = True
+    segmentation_head: str = "upernet"
+    segmentation_stages: list[str] | None = None
+    neck_channels: int = 2048
+    decoder_channels: int = 256
+    pool_scales: list[int] | tuple[int, ...] = (1, 2, 3, 6)
+    decoder_dropout_prob: float | int = 0.1
+    auxiliary_loss_weight: float | int = 0.4
+    semantic_loss_ignore_index: int = 255
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -121,6 +139,11 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
+        if self.segmentation_head not in ("upernet", "fcn"):
+            raise ValueError(f"`segmentation_head` must be upernet or fcn, got {self.segmentation_head!r}.")
+        stages = self.segmentation_stages
+        if stages is not None and (len(stages) != 4 or any(stage not in self.stage_names for stage in stages)):
+            raise ValueError(f"`segmentation_stages` must be four of {', '.join(self.stage_names)}, got {stages}.")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` must lie in [0, 1), got {self.drop_path_rate}.")
 
