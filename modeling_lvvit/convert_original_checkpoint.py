@@ -2,7 +2,8 @@
 
     python -m modeling_lvvit.convert_original_checkpoint CHECKPOINT OUTPUT_DIR
 
-The size of the model is found from the shapes of its tensors. Before the folder appears, the written model is loaded
+Takes classifiers, and the segmentation models that were trained with MMSegmentation (`upernet_lvvit_s.pth` ...). The size of the
+model is found from the shapes of its tensors. Before the folder appears, the written model is loaded
 again and its logits are compared with those of a plain rendering of the published forward pass, computed from the
 original tensors.
 """
@@ -13,13 +14,18 @@ import shutil
 import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torchvision.models import ResNet50_Weights
+from transformers import SegformerImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .configuration_lvvit import LVViTConfig
-from .modeling_lvvit import LVViTForImageClassification
+from .modeling_lvvit import LVViTForImageClassification, LVViTPreTrainedModel
+from .modeling_lvvit_segmentation import LVViTForSemanticSegmentation, default_stages
 from .original_model import OriginalLVViT
+from .original_segmentation import OriginalSegmenter
 from .variants import VARIANTS, evaluation_image_processor, find_variant
 
 
@@ -39,6 +45,17 @@ KEY_PATTERNS = (
     (r"^head\.", "classifier."),
     (r"^aux_head\.", "patch_classifier."),
 )
+SEGMENTATION_PATTERNS = (
+    (r"^backbone\.side_layer(\d)\.", lambda match: f"neck.levels.{int(match[1]) - 1}."),
+    (r"^(decode|auxiliary)_head\.conv_seg\.", lambda match: f"{HEADS[match[1]]}.classifier.1."),
+    (r"^(decode|auxiliary)_head\.", lambda match: f"{HEADS[match[1]]}."),
+)
+HEADS = {"decode": "decoder", "auxiliary": "auxiliary_decoder"}
+SEGMENTATION_SIGN = "decode_head.conv_seg.weight"  # a tensor that every segmentation checkpoint has
+# The published segmentation runs had an epsilon of 1e-6 in all layer norms (classifiers: 1e-5), and L divided nothing, as its
+# configuration leaves `skip_lam` out; their weights need these constants.
+SEGMENTATION_LAYER_NORM_EPS = 1e-6
+SEGMENTATION_RESIDUAL_DIVISORS = {384: 2.0, 512: 2.0, 768: 1.0}
 
 
 def load_original_state_dict(path: Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
@@ -71,8 +88,9 @@ def load_original_state_dict(path: Path, use_ema: bool = True) -> dict[str, torc
     if not isinstance(checkpoint, dict) or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         raise ValueError(f"{path} holds no state dict: expected tensors by name, directly or under {names}.")
     state_dict = {key.removeprefix("module."): value for key, value in checkpoint.items()}
-    missing = [key for key in ("pos_embed", "patch_embed.conv1.weight", "head.weight") if key not in state_dict]
-    if missing:
+    prefix = "backbone." if SEGMENTATION_SIGN in state_dict else ""
+    wanted = [f"{prefix}pos_embed", f"{prefix}patch_embed.conv1.weight", *([] if prefix else ["head.weight"])]
+    if missing := [key for key in wanted if key not in state_dict]:
         raise ValueError(f"{path} is not an LV-ViT checkpoint: it has no {', '.join(missing)}.")
     return state_dict
 
@@ -85,6 +103,31 @@ def config_from_state_dict(
     Raises:
         ValueError: If the size is not a published one and heads or divisor are not given, or the grid is not square.
     """
+    if SEGMENTATION_SIGN not in state_dict:
+        num_labels = state_dict["head.weight"].shape[0]
+        labels = ResNet50_Weights.IMAGENET1K_V2.meta["categories"] if num_labels == 1000 else None
+        names = {"id2label": dict(enumerate(labels))} if labels else {"num_labels": num_labels}
+        if labels:
+            names["label2id"] = {label: index for index, label in enumerate(labels)}
+        return LVViTConfig(**_trunk_fields(state_dict, num_attention_heads, residual_divisor), **names)
+    trunk = {key.removeprefix("backbone."): value for key, value in state_dict.items() if key.startswith("backbone.")}
+    width = trunk["pos_embed"].shape[-1]
+    divisor = residual_divisor or SEGMENTATION_RESIDUAL_DIVISORS.get(width)
+    is_upernet = "decode_head.bottleneck.conv.weight" in state_dict
+    num_labels, decoder_channels = state_dict[SEGMENTATION_SIGN].shape[:2]
+    return LVViTConfig(
+        **_trunk_fields(trunk, num_attention_heads, divisor),
+        layer_norm_eps=SEGMENTATION_LAYER_NORM_EPS,
+        segmentation_head="upernet" if is_upernet else "fcn",
+        neck_channels=trunk[f"side_layer4.{0 if is_upernet else 3}.weight"].shape[0],
+        decoder_channels=decoder_channels,
+        num_labels=num_labels,
+    )
+
+
+def _trunk_fields(
+    state_dict: dict[str, torch.Tensor], num_attention_heads: int | None, residual_divisor: float | None
+) -> dict[str, Any]:
     width, stem, kernel, _ = state_dict["patch_embed.proj.weight"].shape
     layers = 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks."))
     published = next(
@@ -103,37 +146,36 @@ def config_from_state_dict(
     rows = next((r for r in range(1, num_patches + 1) if r * r == num_patches), None)
     if rows is None:
         raise ValueError(f"`pos_embed` has {num_patches} patch positions, which is no square grid.")
-    num_labels = state_dict["head.weight"].shape[0]
-    labels = ResNet50_Weights.IMAGENET1K_V2.meta["categories"] if num_labels == 1000 else None
-    names = {"id2label": dict(enumerate(labels))} if labels else {"num_labels": num_labels}
-    if labels:
-        names["label2id"] = {label: index for index, label in enumerate(labels)}
-    return LVViTConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=num_attention_heads,
-        intermediate_size=state_dict["blocks.0.mlp.fc1.weight"].shape[0],
-        stem_hidden_size=stem,
-        residual_divisor=residual_divisor,
-        image_size=rows * kernel * 2,
-        patch_size=kernel * 2,
-        num_channels=state_dict["patch_embed.conv1.weight"].shape[1],
-        qkv_bias="blocks.0.attn.qkv.bias" in state_dict,
-        **names,
-    )
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": num_attention_heads,
+        "intermediate_size": state_dict["blocks.0.mlp.fc1.weight"].shape[0],
+        "stem_hidden_size": stem,
+        "residual_divisor": residual_divisor,
+        "image_size": rows * kernel * 2,
+        "patch_size": kernel * 2,
+        "num_channels": state_dict["patch_embed.conv1.weight"].shape[1],
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state_dict,
+    }
 
 
 def convert_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Renames every tensor; shapes and values stay."""
+    return {_renamed(key): value for key, value in state_dict.items()}
 
-    def rename(key: str) -> str:
-        for pattern, replacement in KEY_PATTERNS:
-            new_key, count = re.subn(pattern, replacement, key)
-            if count:
-                return new_key
-        return key
 
-    return {rename(key): value for key, value in state_dict.items()}
+def _renamed(key: str) -> str:
+    for pattern, replacement in SEGMENTATION_PATTERNS:
+        new_key, count = re.subn(pattern, replacement, key)
+        if count:
+            return new_key.replace(".bn.", ".batch_norm.")
+    key = key.removeprefix("backbone.")
+    for pattern, replacement in KEY_PATTERNS:
+        new_key, count = re.subn(pattern, replacement, key)
+        if count:
+            return new_key
+    return key
 
 
 def convert_checkpoint(
@@ -157,27 +199,21 @@ def convert_checkpoint(
         raise FileExistsError(f"{output_dir} exists and is not empty; choose another output directory.")
     state_dict = load_original_state_dict(checkpoint, use_ema)
     config = config_from_state_dict(state_dict, num_attention_heads, residual_divisor)
+    model_class, processor = _target(config, SEGMENTATION_SIGN in state_dict)
     with torch.device("meta"):
-        model = LVViTForImageClassification(config)
+        model = model_class(config)
     try:
         model.load_state_dict(convert_state_dict(state_dict), assign=True)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit an LV-ViT of its size: {error}") from error
-    variant = find_variant(config)
-    crop_fraction = VARIANTS[variant].crop_fraction if variant else 0.9
 
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
     try:
         model.save_pretrained(partial)
-        evaluation_image_processor(config.image_height_width, crop_fraction).save_pretrained(partial)
-        reloaded = LVViTForImageClassification.from_pretrained(partial, dtype=torch.float32).eval()
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(2, config.num_channels, *config.image_height_width, generator=generator)
-        reference = OriginalLVViT(config).eval()
-        reference.load_state_dict(state_dict)
-        with torch.no_grad():
-            difference = (reloaded(images).logits - reference(images)).abs().max().item()
+        processor.save_pretrained(partial)
+        reloaded = model_class.from_pretrained(partial, dtype=torch.float32).eval()
+        difference = _logits_difference(reloaded, state_dict)
         if not difference <= MAX_LOGITS_DIFFERENCE:
             raise ValueError(f"The converted model's logits differ from the original by {difference:.2e}; not saved.")
         partial.chmod(0o755)
@@ -187,6 +223,35 @@ def convert_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return difference
+
+
+def _target(config: LVViTConfig, is_segmentation: bool) -> tuple[type[LVViTPreTrainedModel], Any]:
+    """The class that a checkpoint becomes, and its image processor."""
+    if is_segmentation:
+        height, width = config.image_height_width
+        mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+        size = {"height": height, "width": width}
+        return LVViTForSemanticSegmentation, SegformerImageProcessor(size=size, image_mean=mean, image_std=std)
+    variant = find_variant(config)
+    fraction = VARIANTS[variant].crop_fraction if variant else 0.9
+    return LVViTForImageClassification, evaluation_image_processor(config.image_height_width, fraction)
+
+
+@torch.no_grad()
+def _logits_difference(model: LVViTPreTrainedModel, state_dict: dict[str, torch.Tensor]) -> float:
+    """Largest difference between the logits of a model and those of the original tensors, on two random images."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, config.num_channels, *config.image_height_width, generator=generator)
+    if isinstance(model, LVViTForSemanticSegmentation):
+        taps = [int(stage.removeprefix("stage")) - 1 for stage in default_stages(config.num_hidden_layers)]
+        reference = OriginalSegmenter(config, taps).eval()
+    else:
+        reference = OriginalLVViT(config).eval()
+    reference.load_state_dict(state_dict)
+    expected = reference(images)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    return (model(images).logits - expected).abs().max().item()
 
 
 def main(arguments: list[str] | None = None) -> None:
