@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from transformers.backbone_utils import filter_output_hidden_states
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 from transformers.processing_utils import Unpack
@@ -92,6 +93,7 @@ class LVViTForSemanticSegmentation(LVViTPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @filter_output_hidden_states
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -115,8 +117,7 @@ class LVViTForSemanticSegmentation(LVViTPreTrainedModel):
         height, width = pixel_values.shape[-2:]
         patch_size = self.config.patch_size
         padded = nn.functional.pad(pixel_values, (0, -width % patch_size, 0, -height % patch_size))
-        is_asked_for = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
-        outputs = self.lvvit(padded, interpolate_pos_encoding=True, **kwargs, output_hidden_states=True)
+        outputs = self.lvvit(padded, interpolate_pos_encoding=True, **kwargs)
         grid_size = (padded.shape[-2] // patch_size, padded.shape[-1] // patch_size)
         tokens = [outputs.hidden_states[self.config.stage_names.index(stage)] for stage in self.stages]
         maps = self.neck(
@@ -129,8 +130,7 @@ class LVViTForSemanticSegmentation(LVViTPreTrainedModel):
             if self.auxiliary_decoder is not None:
                 auxiliary = self._cropped(self.auxiliary_decoder(maps), padded.shape[-2:], (height, width))
                 loss = loss + self.config.auxiliary_loss_weight * self._loss(auxiliary, labels)
-        hidden_states = outputs.hidden_states if is_asked_for else None
-        return SemanticSegmenterOutput(loss, logits, hidden_states, outputs.attentions)
+        return SemanticSegmenterOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
     def _cropped(self, logits: torch.Tensor, padded_size: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
         """Logits of a padded picture at its full size, without those of the border; others as they are."""

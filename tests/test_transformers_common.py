@@ -23,7 +23,13 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from modeling_lvvit import LVViTBackbone, LVViTConfig, LVViTForImageClassification, LVViTModel
+from modeling_lvvit import (
+    LVViTBackbone,
+    LVViTConfig,
+    LVViTForImageClassification,
+    LVViTForSemanticSegmentation,
+    LVViTModel,
+)
 from modeling_lvvit.modeling_lvvit import LVViTPatchEmbeddings
 
 
@@ -156,6 +162,9 @@ class LVViTModelTester:
             attention_probs_dropout_prob=0.1,
             drop_path_rate=0.1,
             num_labels=self.num_labels,
+            segmentation_stages=["stem", "stage1", "stage2", "stage2"],  # in this short trunk
+            neck_channels=8,
+            decoder_channels=8,
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[LVViTConfig, dict[str, torch.Tensor]]:
@@ -165,7 +174,7 @@ class LVViTModelTester:
 
 
 class LVViTModelTest(modeling_common.ModelTesterMixin, unittest.TestCase):
-    all_model_classes = (LVViTModel, LVViTForImageClassification, LVViTBackbone)
+    all_model_classes = (LVViTModel, LVViTForImageClassification, LVViTForSemanticSegmentation, LVViTBackbone)
     test_resize_embeddings = False
     # the common test decides by a copyright line whether a model is recent enough to be checked
     test_can_init_all_missing_weights_before_2023 = True
@@ -176,6 +185,7 @@ class LVViTModelTest(modeling_common.ModelTesterMixin, unittest.TestCase):
         for table, model_class in (
             (modeling_auto.MODEL_MAPPING_NAMES, LVViTModel),
             (modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, LVViTForImageClassification),
+            (modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, LVViTForSemanticSegmentation),
             (modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES, LVViTBackbone),
         ):
             patch = mock.patch.dict(table, {LVViTConfig.model_type: model_class.__name__})
