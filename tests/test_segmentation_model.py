@@ -72,13 +72,10 @@ def test_pictures_of_any_size(size):
 
 
 def test_a_border_does_not_move_the_picture():
-    """Whole patches of a padded picture give what they give in a picture that ends with them, when tokens do not see each other."""
-    model = model_of()
-    for layer in model.lvvit.layers:
-        nn.init.zeros_(layer.attention.projection.weight)
-    padded = model._cropped(torch.arange(16.0).view(1, 1, 4, 4), (16, 16), (10, 7))
-    whole = nn.functional.interpolate(torch.arange(16.0).view(1, 1, 4, 4), (16, 16), mode="bilinear")
-    assert torch.equal(padded, whole[..., :10, :7])
+    """Logits of a padded picture are enlarged with the border, which is then cut off."""
+    logits = torch.arange(16.0).view(1, 1, 4, 4)
+    whole = nn.functional.interpolate(logits, (16, 16), mode="bilinear")
+    assert torch.equal(model_of()._cropped(logits, (16, 16), (10, 7)), whole[..., :10, :7])
 
 
 def test_loss_by_hand():
