@@ -1,0 +1,116 @@
+"""Measures of semantic segmentation from a confusion matrix, whose size does not depend on the number of pictures."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+
+def confusion_matrix(
+    predictions: torch.Tensor, labels: torch.Tensor, num_labels: int, ignore_index: int = 255
+) -> torch.Tensor:
+    """Numbers of pixels by true class (rows) and predicted class (columns).
+
+    Args:
+        predictions: Class ids of any shape, in `[0, num_labels)`.
+        labels: The same shape; `ignore_index` is not counted.
+        num_labels: Number of classes C.
+        ignore_index: Label of pixels that do not count.
+
+    Returns:
+        int64 `(C, C)` on the device of the predictions.
+
+    Raises:
+        ValueError: If shapes differ, or there are other ids.
+    """
+    if predictions.shape != labels.shape:
+        raise ValueError(f"Predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)} differ in shape.")
+    counted = labels != ignore_index
+    truth, predicted = labels[counted].long(), predictions[counted].long()
+    for name, ids in (("label", truth), ("prediction", predicted)):
+        if len(ids) and not 0 <= ids.min() <= ids.max() < num_labels:
+            raise ValueError(
+                f"A {name} is {int(ids.min() if ids.min() < 0 else ids.max())}; expected ids in [0, {num_labels})"
+                + (f" or {ignore_index}, which is ignored." if name == "label" else ".")
+            )
+    return torch.bincount(truth * num_labels + predicted, minlength=num_labels**2).view(num_labels, num_labels)
+
+
+def scores_of(confusion: np.ndarray) -> dict[str, Any]:
+    """Measures of a confusion matrix `(C, C)`, rows true classes.
+
+    Returns:
+        `mean_iou`, `pixel_accuracy` and `mean_accuracy` in [0, 1], and lists of C values `class_iou` and `class_accuracy`. The
+        intersection over union of a class is `hits / (true + predicted - hits)`; a class that is neither true nor predicted
+        anywhere has `nan` and does not enter the mean, and so has the accuracy of one that is nowhere true.
+
+    Example: 3 pixels of class 0, of which 1 is taken for class 1, and 1 of class 1: IoU 2/3 and 1/2, mean 7/12, pixel accuracy 3/4.
+    """
+    confusion = np.asarray(confusion, dtype=np.int64)
+    hits, true, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        iou = hits / (true + predicted - hits)
+        accuracy = hits / true
+        pixel_accuracy = hits.sum() / confusion.sum()
+    return {
+        "mean_iou": _mean(iou),
+        "pixel_accuracy": float(pixel_accuracy),
+        "mean_accuracy": _mean(accuracy),
+        "class_iou": iou.tolist(),
+        "class_accuracy": accuracy.tolist(),
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+class SegmentationScores(evaluate.Metric):
+    """Mean IoU, pixel accuracy and values of each class.
+
+    Maps are counted when they are added and not kept; one confusion matrix for each process is what `evaluate` stores and
+    combines.
+
+    Args:
+        num_labels: Number of classes.
+        ignore_index: Label of pixels that do not count.
+        kwargs: Of `evaluate.Metric`: `num_process`, `process_id`, `experiment_id`, `keep_in_memory`, ...
+    """
+
+    def __init__(self, num_labels: int, ignore_index: int = 255, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.num_labels, self.ignore_index = num_labels, ignore_index
+        self.confusion = torch.zeros(num_labels, num_labels, dtype=torch.int64)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Intersection over union of predicted and true regions, and shares of pixels that are right.",
+            citation="",
+            inputs_description="predictions and references: maps of class ids of the same shape.",
+            features=datasets.Features(
+                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def add_batch(self, *, predictions: torch.Tensor, references: torch.Tensor, **kwargs: Any) -> None:
+        """Counts maps of class ids, `(B, height, width)` or any other shape that both have."""
+        maps = (torch.as_tensor(maps) for maps in (predictions, references))
+        self.confusion += confusion_matrix(*maps, self.num_labels, self.ignore_index).cpu()
+
+    def add(self, *, prediction: torch.Tensor, reference: torch.Tensor, **kwargs: Any) -> None:
+        """Counts one map."""
+        self.add_batch(predictions=prediction, references=reference)
+
+    def compute(self, *, predictions=None, references=None, **kwargs: Any) -> dict[str, Any] | None:
+        """The measures of `scores_of` of all that was added in all processes, in the first process; begins anew."""
+        if predictions is not None:
+            self.add_batch(predictions=predictions, references=references)
+        super().add_batch(predictions=[self.confusion.flatten().tolist()], references=[int(self.confusion.sum())])
+        self.confusion.zero_()
+        return super().compute(**kwargs)
+
+    def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, Any]:
+        return scores_of(np.asarray(predictions).sum(axis=0).reshape(self.num_labels, self.num_labels))
