@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.utils import logging
 
 from .class_matching import ClassMap
+from .data_sources import looks_local
 from .dense_classifier import DenseClassifier
 from .input_size import must_interpolate, own_image_size, resize_classifier
 from .patch_head import PATCH_HEAD, add_patch_head, load_patch_head
@@ -94,6 +95,8 @@ def load_annotator(
     Raises:
         ValueError: If it cannot be loaded, cannot label cells, or does not take pictures of this size.
     """
+    if looks_local(name) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"The annotator {name} cannot be loaded: there is no such folder (seen from {Path.cwd()}).")
     is_timm = name.startswith(TIMM_PREFIX) or _is_timm_folder(Path(name).expanduser())
     load = _load_timm if is_timm else _load_transformers
     try:
