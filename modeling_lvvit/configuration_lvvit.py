@@ -1,10 +1,17 @@
 """LV-ViT model configuration."""
 
+from typing import TYPE_CHECKING
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
+
+if TYPE_CHECKING:
+    # Never run: beside whatever is saved, the library copies the files that it finds imported, and those that `AUTO_MAP` names must
+    # be there.
+    from .modeling_lvvit_segmentation import LVViTForSemanticSegmentation  # noqa: F401
 
 # Every Auto class that can load a saved model with `trust_remote_code=True`. The library's own bookkeeping would list
 # only the class that happened to be saved, so that a folder written by the classifier could not serve as a backbone.
@@ -12,6 +19,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_lvvit.LVViTConfig",
     "AutoModel": "modeling_lvvit.LVViTModel",
     "AutoModelForImageClassification": "modeling_lvvit.LVViTForImageClassification",
+    "AutoModelForSemanticSegmentation": "modeling_lvvit_segmentation.LVViTForSemanticSegmentation",
     "AutoBackbone": "modeling_lvvit.LVViTBackbone",
 }
 
@@ -141,6 +149,11 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
         if self.segmentation_head not in ("upernet", "fcn"):
             raise ValueError(f"`segmentation_head` must be upernet or fcn, got {self.segmentation_head!r}.")
+        widths = (self.neck_channels, self.decoder_channels, *self.pool_scales)
+        if min(widths) <= 0 or not self.pool_scales:
+            raise ValueError("`neck_channels`, `decoder_channels` and every one of `pool_scales` must be positive.")
+        if self.auxiliary_loss_weight < 0:
+            raise ValueError(f"`auxiliary_loss_weight` must not be negative, got {self.auxiliary_loss_weight}.")
         stages = self.segmentation_stages
         if stages is not None and (len(stages) != 4 or any(stage not in self.stage_names for stage in stages)):
             raise ValueError(f"`segmentation_stages` must be four of {', '.join(self.stage_names)}, got {stages}.")

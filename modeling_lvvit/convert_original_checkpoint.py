@@ -55,6 +55,7 @@ SEGMENTATION_SIGN = "decode_head.conv_seg.weight"  # a tensor that every segment
 # The published segmentation runs had an epsilon of 1e-6 in all layer norms (classifiers: 1e-5), and L divided nothing, as its
 # configuration leaves `skip_lam` out; their weights need these constants.
 SEGMENTATION_LAYER_NORM_EPS = 1e-6
+ADE20K_CLASSES = 150
 SEGMENTATION_RESIDUAL_DIVISORS = {384: 2.0, 512: 2.0, 768: 1.0}
 
 
@@ -89,7 +90,8 @@ def load_original_state_dict(path: Path, use_ema: bool = True) -> dict[str, torc
         raise ValueError(f"{path} holds no state dict: expected tensors by name, directly or under {names}.")
     state_dict = {key.removeprefix("module."): value for key, value in checkpoint.items()}
     prefix = "backbone." if SEGMENTATION_SIGN in state_dict else ""
-    wanted = [f"{prefix}pos_embed", f"{prefix}patch_embed.conv1.weight", *([] if prefix else ["head.weight"])]
+    wanted = [f"{prefix}{name}" for name in ("pos_embed", "patch_embed.conv1.weight", "patch_embed.proj.weight")]
+    wanted.append("backbone.side_layer4.0.weight" if prefix else "head.weight")
     if missing := [key for key in wanted if key not in state_dict]:
         raise ValueError(f"{path} is not an LV-ViT checkpoint: it has no {', '.join(missing)}.")
     return state_dict
@@ -121,6 +123,7 @@ def config_from_state_dict(
         segmentation_head="upernet" if is_upernet else "fcn",
         neck_channels=trunk[f"side_layer4.{0 if is_upernet else 3}.weight"].shape[0],
         decoder_channels=decoder_channels,
+        auxiliary_loss_weight=0.4 if "auxiliary_head.conv_seg.weight" in state_dict else 0.0,
         num_labels=num_labels,
     )
 
@@ -230,8 +233,11 @@ def _target(config: LVViTConfig, is_segmentation: bool) -> tuple[type[LVViTPreTr
     if is_segmentation:
         height, width = config.image_height_width
         mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-        size = {"height": height, "width": width}
-        return LVViTForSemanticSegmentation, SegformerImageProcessor(size=size, image_mean=mean, image_std=std)
+        # The standard processor squashes pictures; windows (`modeling_lvvit.segmentation`) keep their shape. In the masks of the
+        # published data set, ADE20K with 150 classes, 0 is no class.
+        size, reduces = {"height": height, "width": width}, config.num_labels == ADE20K_CLASSES
+        processor = SegformerImageProcessor(size=size, image_mean=mean, image_std=std, do_reduce_labels=reduces)
+        return LVViTForSemanticSegmentation, processor
     variant = find_variant(config)
     fraction = VARIANTS[variant].crop_fraction if variant else 0.9
     return LVViTForImageClassification, evaluation_image_processor(config.image_height_width, fraction)

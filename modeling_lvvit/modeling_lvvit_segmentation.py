@@ -2,19 +2,21 @@
 head, with an auxiliary FCN head in training.
 
 Layout and constants are those of the authors' MMSegmentation files (github.com/zihangJiang/TokenLabeling, folder `seg`, 83cf89e).
-Two things differ: drop path is stochastic depth (theirs passes its rates to the dropout of the MLP), and the trunk has its own
-constants in all sizes (theirs runs L with a residual divisor of 1 and all layer norms with an epsilon of 1e-6).
+Three things differ: drop path is stochastic depth (theirs passes its rates to the dropout of the MLP); the trunk has its own
+constants in all sizes (theirs runs L with a residual divisor of 1 and all layer norms with an epsilon of 1e-6); and the loss is the
+mean over the pixels that count (MMSegmentation divides by all, ignored ones included).
 """
 
 from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers.backbone_utils import filter_output_hidden_states
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_lvvit import LVViTConfig
 from .modeling_lvvit import LVViTModel, LVViTPreTrainedModel
@@ -72,10 +74,18 @@ class LVViTForSemanticSegmentation(LVViTPreTrainedModel):
     """LV-ViT with a segmentation head. Weights of any LV-ViT of the same trunk can be loaded into it; the final layer norm of the
     trunk, which the published heads do not read, is left out."""
 
-    _keys_to_ignore_on_load_unexpected = [r"lvvit\.layernorm\.", r"^classifier\.", r"^patch_classifier\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(lvvit\.)?layernorm\.", r"^classifier\.", r"^patch_classifier\."]
+    accepts_loss_kwargs = (
+        False  # the loss is a mean over a micro-batch, which the Trainer then divides by their number
+    )
 
     def __init__(self, config: LVViTConfig):
         super().__init__(config)
+        if 0 <= config.semantic_loss_ignore_index < config.num_labels:
+            raise ValueError(
+                f"`semantic_loss_ignore_index` ({config.semantic_loss_ignore_index}) is the id of one of the {config.num_labels} "
+                "classes, which would never be trained; choose a negative number or one above them."
+            )
         self.lvvit = LVViTModel(config)
         self.lvvit.layernorm = nn.Identity()
         self.stages = list(config.segmentation_stages or default_stages(config.num_hidden_layers))
@@ -92,12 +102,13 @@ class LVViTForSemanticSegmentation(LVViTPreTrainedModel):
             head.classifier = nn.Sequential(nn.Dropout2d(config.decoder_dropout_prob), head.classifier)
         self.post_init()
 
-    @can_return_tuple
-    @filter_output_hidden_states
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SemanticSegmenterOutput:
         r"""
@@ -107,22 +118,30 @@ class LVViTForSemanticSegmentation(LVViTPreTrainedModel):
             labels: Class ids `(batch_size, height, width)` in `[0, num_labels)`, or `semantic_loss_ignore_index`. When given, `loss` is
                 the cross-entropy of the head plus `auxiliary_loss_weight` times that of the auxiliary head, each over the pixels
                 that are not ignored.
+            interpolate_pos_encoding: Without effect: the position table is always fitted to the picture.
 
         Returns:
             `logits` `(batch_size, num_labels, height / s, width / s)`, s = 4 for UperNet and 8 for FCN (patches of 16 pixels); where
             a picture was padded, of its own height and width.
+
+        Raises:
+            ValueError: If there are no pictures, or UperNet is trained with a single one.
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
+        self._check_batch_size(len(pixel_values))
         height, width = pixel_values.shape[-2:]
         patch_size = self.config.patch_size
         padded = nn.functional.pad(pixel_values, (0, -width % patch_size, 0, -height % patch_size))
-        outputs = self.lvvit(padded, interpolate_pos_encoding=True, **kwargs)
+        padded = padded.to(self.lvvit.embeddings.patch_embeddings.projection.weight.dtype)
+        hidden_states = self.lvvit.embeddings(padded, interpolate_pos_encoding=True)
+        tokens = {self.config.stage_names[0]: hidden_states}
+        for stage, layer in zip(self.config.stage_names[1:], self.lvvit.layers):
+            tokens[stage] = hidden_states = layer(hidden_states, **kwargs)
         grid_size = (padded.shape[-2] // patch_size, padded.shape[-1] // patch_size)
-        tokens = [outputs.hidden_states[self.config.stage_names.index(stage)] for stage in self.stages]
-        maps = self.neck(
-            [part[:, 1:].mT.unflatten(2, grid_size).contiguous() for part in tokens]
-        )  # (B, C, rows, columns)
+        # (B, 1 + rows * columns, C) -> (B, C, rows, columns)
+        maps = [tokens[stage][:, 1:].mT.unflatten(2, grid_size).contiguous() for stage in self.stages]
+        maps = self.neck(maps)
         logits = self._cropped(self.decoder(maps), padded.shape[-2:], (height, width))
         loss = None
         if labels is not None:
@@ -130,7 +149,18 @@ class LVViTForSemanticSegmentation(LVViTPreTrainedModel):
             if self.auxiliary_decoder is not None:
                 auxiliary = self._cropped(self.auxiliary_decoder(maps), padded.shape[-2:], (height, width))
                 loss = loss + self.config.auxiliary_loss_weight * self._loss(auxiliary, labels)
-        return SemanticSegmenterOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return SemanticSegmenterOutput(loss=loss, logits=logits)
+
+    def _check_batch_size(self, batch_size: int) -> None:
+        """The map that is pooled to one cell has one value for each picture, of which batch norm cannot take statistics."""
+        if batch_size > 1 or not self.training or self.config.segmentation_head != "upernet":
+            return
+        norms = [module for module in self.decoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        if 1 in self.config.pool_scales and any(type(norm) is nn.BatchNorm2d and norm.training for norm in norms):
+            raise ValueError(
+                "UperNet cannot be trained on a single picture: its batch norms need at least two. Use a larger batch, "
+                "dataloader_drop_last for the end of an epoch, synchronised batch norm on several devices, or the FCN head."
+            )
 
     def _cropped(self, logits: torch.Tensor, padded_size: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
         """Logits of a padded picture at its full size, without those of the border; others as they are."""
@@ -142,7 +172,7 @@ class LVViTForSemanticSegmentation(LVViTPreTrainedModel):
         """Mean cross-entropy over the pixels that are not ignored; 0 if all are."""
         ignored = self.config.semantic_loss_ignore_index
         wide = _resized(logits, labels.shape[-2:]).to(torch.promote_types(logits.dtype, torch.float32))
-        total = nn.functional.cross_entropy(wide, labels, ignore_index=ignored, reduction="sum")
+        total = nn.functional.cross_entropy(wide, labels.long(), ignore_index=ignored, reduction="sum")
         return total / (labels != ignored).sum().clamp(min=1)
 
 

@@ -110,7 +110,8 @@ class _FCNHead(nn.Module):
 
 
 class OriginalSegmenter(nn.Module):
-    """`(batch_size, num_channels, height, width)` to logits of the head and of the auxiliary head, at their own resolutions.
+    """`(batch_size, num_channels, height, width)` to logits of the head and of the auxiliary head, if there is one, at
+    their own resolutions.
 
     Args:
         config: Architecture.
@@ -123,11 +124,14 @@ class OriginalSegmenter(nn.Module):
         self.backbone = _Backbone(config, taps)
         self.is_fcn = config.segmentation_head == "fcn"
         self.decode_head = _FCNHead(config.neck_channels, channels, labels, 2) if self.is_fcn else _UPerHead(config)
-        self.auxiliary_head = _FCNHead(config.hidden_size, channels, labels, 1)
+        self.auxiliary_head = None
+        if config.auxiliary_loss_weight:
+            self.auxiliary_head = _FCNHead(config.hidden_size, channels, labels, 1)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         maps = self.backbone(x)
-        return self.decode_head(maps[3] if self.is_fcn else maps), self.auxiliary_head(maps[2])
+        logits = self.decode_head(maps[3] if self.is_fcn else maps)
+        return logits, self.auxiliary_head(maps[2]) if self.auxiliary_head is not None else None
 
 
 def _enlarged(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -69,4 +69,16 @@ def test_damaged_segmentation_checkpoints_are_refused(tmp_path):
     torch.save({"state_dict": lacking}, tmp_path / "upernet.pth")
     with pytest.raises(ValueError, match=r"has no backbone.pos_embed"):
         convert_checkpoint(tmp_path / "upernet.pth", tmp_path / "out")
+    for name in ("backbone.side_layer4.0.weight", "backbone.patch_embed.proj.weight"):
+        torch.save({key: value for key, value in weights.items() if key != name}, tmp_path / "upernet.pth")
+        with pytest.raises(ValueError, match=f"has no {name}"):
+            convert_checkpoint(tmp_path / "upernet.pth", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_without_an_auxiliary_head_convert(tmp_path):
+    _, weights = original_weights("upernet")
+    rest = {name: value for name, value in weights.items() if not name.startswith("auxiliary_head.")}
+    torch.save({"state_dict": rest}, tmp_path / "upernet.pth")
+    assert convert_checkpoint(tmp_path / "upernet.pth", tmp_path / "out") < 1e-3
+    assert AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out").auxiliary_decoder is None

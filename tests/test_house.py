@@ -13,7 +13,7 @@ PACKAGE = ROOT / "modeling_lvvit"
 LIGHT = {"torch", "transformers", "huggingface_hub", "copy", "math", "dataclasses", "collections", "types", "typing"}
 # file -> the modules of the package that it may import
 HUB_FILES = {
-    "configuration_lvvit.py": set(),
+    "configuration_lvvit.py": {"modeling_lvvit_segmentation"},  # never run; see there
     "modeling_lvvit.py": {"configuration_lvvit"},
     "modeling_lvvit_segmentation.py": {"configuration_lvvit", "modeling_lvvit"},
 }

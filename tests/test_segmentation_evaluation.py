@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,9 +105,11 @@ rank, folder = int(sys.argv[1]), sys.argv[2]
 predictions, labels = random_maps(3)
 mine = slice(rank, None, 2)  # two pictures in one process, one in the other
 scores = SegmentationScores(CLASSES, num_process=2, process_id=rank, experiment_id="pair", cache_dir=folder)
-scores.add_batch(predictions=predictions[mine], references=labels[mine])
-result = scores.compute()
-print(json.dumps(result and result["mean_iou"]))
+results = []
+for _ in range(5):  # one after another, without a pause
+    scores.add_batch(predictions=predictions[mine], references=labels[mine])
+    results.append(scores.compute())
+print(json.dumps([result and result["mean_iou"] for result in results]))
 """
 
 
@@ -122,7 +125,51 @@ def test_two_processes_measure_what_one_does(tmp_path):
     printed = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
     predictions, labels = random_maps(3)
     whole = SegmentationScores(CLASSES, keep_in_memory=True).compute(predictions=predictions, references=labels)
-    assert printed[1] is None and printed[0] == pytest.approx(whole["mean_iou"], abs=1e-12)
+    assert printed[1] == [None] * 5 and printed[0] == pytest.approx([whole["mean_iou"]] * 5, abs=1e-12)
+
+
+DISTRIBUTED = """
+import json, sys
+from accelerate import PartialState
+from modeling_lvvit.segmentation import SegmentationScores
+from test_segmentation_evaluation import CLASSES, random_maps
+
+state = PartialState(cpu=True)
+predictions, labels = random_maps(3)
+mine = slice(state.process_index, None, 2)
+scores = SegmentationScores(CLASSES)
+print(json.dumps(scores.compute(predictions=predictions[mine], references=labels[mine])["mean_iou"]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_torch_all_get_the_result(tmp_path):
+    (tmp_path / "program.py").write_text(DISTRIBUTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(tmp_path / "program.py")]
+    variables = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)]),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
+    predictions, labels = random_maps(3)
+    whole = SegmentationScores(CLASSES).compute(predictions=predictions, references=labels)["mean_iou"]
+    assert [json.loads(line) for line in done.stdout.split()] == pytest.approx([whole] * 2, abs=1e-12)
+
+
+def test_lists_of_maps_of_several_sizes():
+    """As the image processors of the library give them."""
+    scores = SegmentationScores(CLASSES)
+    maps = [torch.zeros(2, 3, dtype=torch.uint8), torch.ones(4, 5, dtype=torch.uint8)]
+    assert scores.compute(predictions=maps, references=maps)["pixel_accuracy"] == 1.0
+    with pytest.raises(ValueError, match="Give predictions and references"):
+        scores.compute(references=maps)
+
+
+def test_ignore_indices_that_do_not_fit_the_type_of_the_labels():
+    maps = torch.full((2, 2), 156, dtype=torch.uint8)
+    assert confusion_matrix(maps, maps, 200, ignore_index=-100).sum() == 4
+    with pytest.raises(ValueError, match="is the id of one of the 300 classes"):
+        SegmentationScores(300)
 
 
 @pytest.mark.parametrize(

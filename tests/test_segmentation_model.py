@@ -1,15 +1,17 @@
 """`LVViTForSemanticSegmentation`: sizes, trunk weights from classifiers, losses, pictures of any size, saving and loading."""
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import tiny_config
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForSemanticSegmentation
+from transformers import AutoModelForSemanticSegmentation, Trainer, TrainingArguments
 
-from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation
+from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation, LVViTModel
 from modeling_lvvit.modeling_lvvit_segmentation import default_stages
 from modeling_lvvit.variants import variant_config
 
@@ -125,6 +127,77 @@ def test_a_classifier_is_loaded_as_trunk(tmp_path):
         assert torch.equal(value, expected[key]), key
 
 
+def test_a_trunk_alone_is_loaded_too(tmp_path):
+    LVViTModel(tiny_config(num_hidden_layers=4)).save_pretrained(tmp_path)
+    _, loading = LVViTForSemanticSegmentation.from_pretrained(
+        tmp_path, num_labels=NUM_CLASSES, neck_channels=16, decoder_channels=8, output_loading_info=True
+    )
+    assert not loading["unexpected_keys"] and not any(key.startswith("lvvit.") for key in loading["missing_keys"])
+
+
+def test_accumulated_batches_have_the_loss_of_the_big_one(tmp_path):
+    """The Trainer divides by their number, because the model says that it gives means. Batch norm is left out."""
+    model = model_of(image_size=32)
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {
+            "pixel_values": torch.randn(3, 32, 32, generator=generator),
+            "labels": torch.randint(0, NUM_CLASSES, (32, 32), generator=generator),
+        }
+        for _ in range(8)
+    ]
+    logged = []
+    for batch_size, steps in ((8, 1), (2, 4)):
+        arguments = TrainingArguments(
+            tmp_path, max_steps=1, per_device_train_batch_size=batch_size, gradient_accumulation_steps=steps,
+            logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, max_grad_norm=1e9,
+        )  # fmt: skip
+        trainer = Trainer(copy.deepcopy(model), arguments, train_dataset=samples)
+        trainer.model.train = lambda mode=True, own=trainer.model: own  # norms keep their statistics, dropout is off
+        trainer.train()
+        logged.append({name: trainer.state.log_history[0][name] for name in ("loss", "grad_norm")})
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
+
+
+def test_a_fresh_model_compiles_without_graph_breaks():
+    model = model_of()
+    pixel_values = torch.randn(2, 3, *model.config.image_height_width)
+    expected = copy.deepcopy(model)(pixel_values).logits
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(pixel_values).logits, expected)
+
+
+def test_single_pictures_in_training_are_refused_where_they_cannot_be_learned():
+    pixel_values, labels = torch.randn(1, 3, 32, 48), torch.zeros(1, 32, 48, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="cannot be trained on a single picture"):
+        model_of().train()(pixel_values, labels=labels)
+    assert torch.isfinite(model_of(segmentation_head="fcn").train()(pixel_values, labels=labels).loss)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"segmentation_head": "psp"}, "must be upernet or fcn"),
+        ({"segmentation_stages": ["stage1"]}, "must be four of stem, stage1"),
+        ({"decoder_channels": 0}, "must be positive"),
+        ({"pool_scales": []}, "must be positive"),
+        ({"auxiliary_loss_weight": -1.0}, "must not be negative"),
+        ({"semantic_loss_ignore_index": 2}, "is the id of one of the 5 classes"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        model_of(**settings)
+
+
+def test_outputs_that_are_asked_for():
+    model = model_of()
+    pixel_values = torch.randn(2, 3, *model.config.image_height_width)
+    output = model(pixel_values, output_hidden_states=True, interpolate_pos_encoding=True)
+    assert len(output.hidden_states) == 5 and model(pixel_values).hidden_states is None
+    logits, hidden_states = model(pixel_values, output_hidden_states=True, return_dict=False)
+    assert torch.equal(logits, output.logits) and len(hidden_states) == 5
+
+
 FRESH = """
 import sys
 import torch
@@ -134,6 +207,18 @@ assert "modeling_lvvit" not in sys.modules
 with torch.no_grad():
     torch.save(model(torch.load(sys.argv[2], weights_only=True)).logits, sys.argv[3])
 """
+
+
+@pytest.mark.slow
+def test_a_fresh_process_loads_a_classifier_as_trunk(tmp_path):
+    """Every saved folder has the code of all classes that its configuration names."""
+    LVViTForImageClassification(tiny_config(num_hidden_layers=4)).save_pretrained(tmp_path / "model")
+    code = FRESH.replace("trust_remote_code=True", "trust_remote_code=True, neck_channels=16, decoder_channels=8")
+    size = tiny_config().image_height_width
+    torch.save(torch.randn(2, 3, *size), tmp_path / "pixels.pt")
+    paths = [str(tmp_path / name) for name in ("model", "pixels.pt", "logits.pt")]
+    subprocess.run([sys.executable, "-c", code, *paths], check=True, capture_output=True, cwd=tmp_path)
+    assert (tmp_path / "logits.pt").is_file()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from torch import distributed
 
 
 def confusion_matrix(
@@ -27,8 +28,9 @@ def confusion_matrix(
     """
     if predictions.shape != labels.shape:
         raise ValueError(f"Predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)} differ in shape.")
+    predictions, labels = predictions.long(), labels.long()  # an ignore index may not fit into their own types
     counted = labels != ignore_index
-    truth, predicted = labels[counted].long(), predictions[counted].long()
+    truth, predicted = labels[counted], predictions[counted]
     for name, ids in (("label", truth), ("prediction", predicted)):
         if len(ids) and not 0 <= ids.min() <= ids.max() < num_labels:
             raise ValueError(
@@ -71,8 +73,8 @@ def _mean(values: np.ndarray) -> float:
 class SegmentationScores(evaluate.Metric):
     """Mean IoU, pixel accuracy and values of each class.
 
-    Maps are counted when they are added and not kept; one confusion matrix for each process is what `evaluate` stores and
-    combines.
+    Maps are counted when they are added and not kept. Processes of `torch.distributed` add their matrices, and each gets the result;
+    others are combined by `evaluate`, with one matrix for each process in its files.
 
     Args:
         num_labels: Number of classes.
@@ -81,8 +83,13 @@ class SegmentationScores(evaluate.Metric):
     """
 
     def __init__(self, num_labels: int, ignore_index: int = 255, **kwargs: Any):
+        if 0 <= ignore_index < num_labels:
+            raise ValueError(f"`ignore_index` ({ignore_index}) is the id of one of the {num_labels} classes.")
+        if kwargs.get("num_process", 1) == 1:
+            kwargs["keep_in_memory"] = True
         super().__init__(**kwargs)
-        self.num_labels, self.ignore_index = num_labels, ignore_index
+        self.num_labels, self.ignore_index, self.evaluations = num_labels, ignore_index, 0
+        self.name_of_evaluations = self.experiment_id
         self.confusion = torch.zeros(num_labels, num_labels, dtype=torch.int64)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -95,22 +102,37 @@ class SegmentationScores(evaluate.Metric):
             ),
         )
 
-    def add_batch(self, *, predictions: torch.Tensor, references: torch.Tensor, **kwargs: Any) -> None:
-        """Counts maps of class ids, `(B, height, width)` or any other shape that both have."""
-        maps = (torch.as_tensor(maps) for maps in (predictions, references))
+    def add_batch(self, *, predictions: Any, references: Any, **kwargs: Any) -> None:
+        """Counts maps of class ids: arrays or tensors of one shape, or lists of such of any sizes."""
+        for prediction, reference in zip(predictions, references, strict=True):
+            self.add(prediction=prediction, reference=reference)
+
+    def add(self, *, prediction: Any, reference: Any, **kwargs: Any) -> None:
+        """Counts one map."""
+        maps = (torch.as_tensor(part) for part in (prediction, reference))
         self.confusion += confusion_matrix(*maps, self.num_labels, self.ignore_index).cpu()
 
-    def add(self, *, prediction: torch.Tensor, reference: torch.Tensor, **kwargs: Any) -> None:
-        """Counts one map."""
-        self.add_batch(predictions=prediction, references=reference)
+    def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, Any] | None:
+        """The measures of `scores_of` of all that was added in all processes; begins anew. Where `evaluate` combines processes, only
+        the first gets them.
 
-    def compute(self, *, predictions=None, references=None, **kwargs: Any) -> dict[str, Any] | None:
-        """The measures of `scores_of` of all that was added in all processes, in the first process; begins anew."""
+        Raises:
+            ValueError: If predictions come without references, or the other way round.
+        """
+        if (predictions is None) != (references is None):
+            raise ValueError("Give predictions and references, or neither after they were added.")
         if predictions is not None:
             self.add_batch(predictions=predictions, references=references)
-        super().add_batch(predictions=[self.confusion.flatten().tolist()], references=[int(self.confusion.sum())])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(self.confusion)
+            result = scores_of(self.confusion.numpy())
+        else:
+            self.evaluations += 1  # each has files of its own
+            self.info.experiment_id = f"{self.name_of_evaluations}-{self.evaluations}"
+            super().add_batch(predictions=[self.confusion.flatten().tolist()], references=[int(self.confusion.sum())])
+            result = super().compute()
         self.confusion.zero_()
-        return super().compute(**kwargs)
+        return result
 
     def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, Any]:
         return scores_of(np.asarray(predictions).sum(axis=0).reshape(self.num_labels, self.num_labels))
