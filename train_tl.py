@@ -7,7 +7,6 @@ accelerate launch train_tl.py --dataset_name path/to/images --architecture timm/
 """
 
 import dataclasses
-import signal
 import sys
 from pathlib import Path
 
@@ -20,13 +19,14 @@ from transformers import set_seed
 from dataset_scripts import digit_scenes
 from modeling_lvvit.building import build_model, picture_size_of
 from modeling_lvvit.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
-from modeling_lvvit.command_line import EMBEDDED_RECIPE, ModelArguments, parse
+from modeling_lvvit.command_line import EMBEDDED_RECIPE, parse
 from modeling_lvvit.launching import (
     end_with_launcher,
     is_main_process,
     set_up_cpu,
     start_missing_processes,
 )
+from modeling_lvvit.model_arguments import ModelArguments
 from modeling_lvvit.model_card import write_model_card
 from modeling_lvvit.token_labeling import (
     ImageProcessorTransform,
@@ -36,6 +36,7 @@ from modeling_lvvit.token_labeling import (
     TokenLabelTrainingArguments,
     TrainTransform,
 )
+from modeling_lvvit.token_labeling.callbacks import end_after_signal
 from modeling_lvvit.token_labeling.data import (
     DataArguments,
     OpenedData,
@@ -185,19 +186,8 @@ def introduce(trainer: TokenLabelTrainer) -> None:
         )
 
 
-def stop(trainer: TokenLabelTrainer) -> None:
-    """Ends the program after a signal, with the status that shells give to one that the signal ended."""
-    if trainer.is_world_process_zero():
-        print(
-            f"stopped by {trainer.stop_on_signal.received} after step {trainer.state.global_step:,} of "
-            f"{trainer.state.max_steps:,}; the same command with --resume_from_checkpoint last goes on from there",
-            file=sys.stderr,
-        )
-    sys.exit(128 + (signal.SIGINT if trainer.stop_on_signal.received == "SIGINT" else signal.SIGTERM))
-
-
 def main(arguments: list[str]) -> None:
-    if start_missing_processes(__file__, arguments):
+    if start_missing_processes([__file__], arguments):
         return
     end_with_launcher()
     try:
@@ -214,7 +204,7 @@ def main(arguments: list[str]) -> None:
     except SampleError as error:
         sys.exit(f"train_tl.py: {error}")
     if trainer.stop_on_signal.received:
-        stop(trainer)
+        end_after_signal(trainer)
     if not model_args.save_patch_head:
         trainer.model.saves_patch_head = False
     trainer.save_model()

@@ -266,7 +266,7 @@ def write_shards(
 
 
 def main(arguments: list[str]) -> None:
-    if start_missing_processes(__file__, arguments):
+    if start_missing_processes([__file__], arguments):
         return
     parser = HfArgumentParser(AnnotateArguments, description=__doc__.split("\n")[0], allow_abbrev=False)
     try:

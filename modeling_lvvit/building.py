@@ -16,8 +16,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .command_line import ModelArguments, check_config_fields
 from .configuration_lvvit import LVViTConfig
+from .model_arguments import ModelArguments, check_config_fields
 from .modeling_lvvit import LVViTForImageClassification
 from .other_models import BUILDING_ERRORS, DEFAULT_CROP_FRACTION, finish_pretrained, random_classifier
 from .token_labeling.data_sources import looks_local

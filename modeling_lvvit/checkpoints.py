@@ -7,9 +7,9 @@ from pathlib import Path
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .command_line import ModelArguments
-from .token_labeling import TokenLabelTrainingArguments
+from .model_arguments import ModelSourceArguments
 from .token_labeling.ema import EMA_FILE
+from .token_labeling.run_arguments import RunArguments
 from .token_labeling.sharding import is_sharding_asked_for
 
 
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 
 def is_whole_checkpoint(folder: Path, needs_average: bool) -> bool:
-    """Whether a checkpoint was written to its end: `TokenLabelTrainer` writes `trainer_state.json` last."""
+    """Whether a checkpoint was written to its end: `RunTrainer` writes `trainer_state.json` last."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -37,7 +37,7 @@ def last_whole_checkpoint(output_dir: Path, needs_average: bool) -> Path | None:
     return None
 
 
-def prepare_output_dir(model_args: ModelArguments, training_args: TokenLabelTrainingArguments) -> None:
+def prepare_output_dir(model_args: ModelSourceArguments, training_args: RunArguments) -> None:
     """Makes sure that no other run is written over, and finds the checkpoint that `last` stands for.
 
     Raises:
@@ -69,7 +69,7 @@ def prepare_output_dir(model_args: ModelArguments, training_args: TokenLabelTrai
         )
 
 
-def discard_overwritten_checkpoints(model_args: ModelArguments, training_args: TokenLabelTrainingArguments) -> None:
+def discard_overwritten_checkpoints(model_args: ModelSourceArguments, training_args: RunArguments) -> None:
     """Deletes the checkpoints of the run that is written over, so that none of them is taken for one of this run.
 
     To be called once, by the main process, when everything is ready to train.

@@ -35,11 +35,11 @@ def missing_cpu_processes() -> int:
     return options.num_processes if (options.num_processes or 0) > 1 and (options.num_machines or 1) == 1 else 0
 
 
-def start_missing_processes(program: str, arguments: list[str]) -> bool:
+def start_missing_processes(program: list[str], arguments: list[str]) -> bool:
     """Starts the processes that accelerate left out, waits for them, and says whether there were any.
 
     Args:
-        program: Path of the program that was started.
+        program: Path of the program that was started, or `--module` and its name.
         arguments: Its arguments.
     """
     processes = missing_cpu_processes()
@@ -47,7 +47,7 @@ def start_missing_processes(program: str, arguments: list[str]) -> bool:
         return False
     os.environ.pop("MASTER_PORT", None)
     try:
-        torchrun(["--standalone", f"--nproc_per_node={processes}", program, *arguments])
+        torchrun(["--standalone", f"--nproc_per_node={processes}", *program, *arguments])
     except ChildFailedError:
         sys.exit(1)  # the processes have said why
     return True

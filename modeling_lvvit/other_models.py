@@ -19,8 +19,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging
 
-from .command_line import ModelArguments, check_config_fields
 from .configuration_lvvit import LVViTConfig
+from .model_arguments import ModelArguments, check_config_fields
 from .token_labeling import add_patch_head
 from .token_labeling.annotators import TIMM_PREFIX
 from .token_labeling.input_size import own_image_size, resize_classifier, vision_config

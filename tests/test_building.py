@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from modeling_lvvit import LVViTBackbone, LVViTForImageClassification
 from modeling_lvvit.building import build_model
-from modeling_lvvit.command_line import ModelArguments
+from modeling_lvvit.model_arguments import ModelArguments
 from modeling_lvvit.variants import evaluation_image_processor
 
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from modeling_lvvit.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
-from modeling_lvvit.command_line import ModelArguments, find_recipe, parse, recipe_names
+from modeling_lvvit.command_line import find_recipe, parse, recipe_names
+from modeling_lvvit.model_arguments import ModelArguments
 from modeling_lvvit.token_labeling import TokenLabelTrainingArguments
 from modeling_lvvit.token_labeling.data_arguments import DataArguments
 

@@ -340,7 +340,7 @@ def test_more_ranks_than_classes_are_refused(labelled_rows):
 
 
 def test_shapes_are_compared_beyond_one_block(monkeypatch):
-    monkeypatch.setattr("modeling_lvvit.token_labeling.dataset.ROWS_PER_CHECK", 4)
+    monkeypatch.setattr("modeling_lvvit.token_labeling.picture_dataset.ROWS_PER_CHECK", 4)
     nested = {IDS_COLUMN: pa.int16(), SCORES_COLUMN: pa.float16()}
     table = labelled_table()
     for name, value_type in nested.items():

@@ -29,7 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 import train_tl
 from modeling_lvvit.building import build_model, picture_size_of
-from modeling_lvvit.command_line import ModelArguments, parse
+from modeling_lvvit.command_line import parse
+from modeling_lvvit.model_arguments import ModelArguments
 from modeling_lvvit.token_labeling import add_patch_head
 from modeling_lvvit.token_labeling.annotators import load_annotator
 from modeling_lvvit.token_labeling.patch_head import patch_head_of

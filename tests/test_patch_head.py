@@ -26,7 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from modeling_lvvit import LVViTForImageClassification
-from modeling_lvvit.command_line import ModelArguments
+from modeling_lvvit.model_arguments import ModelArguments
 from modeling_lvvit.other_models import random_classifier
 from modeling_lvvit.token_labeling import (
     AugmentationConfig,

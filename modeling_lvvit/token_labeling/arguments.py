@@ -1,15 +1,11 @@
 """Training arguments of token labeling."""
 
-import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-import torch
-from transformers import TrainingArguments
-
-from .batch_norm import BatchNormMode
 from .collator import MIX_METHODS
 from .label_crops import LabelCrop
+from .run_arguments import RunArguments
 
 
 # images of an optimiser step for which learning rates and decays of the published recipe hold
@@ -17,12 +13,10 @@ REFERENCE_IMAGES_PER_STEP = 1024
 
 
 @dataclass
-class TokenLabelTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of the published recipe and the options of token labeling.
+class TokenLabelTrainingArguments(RunArguments):
+    """`RunArguments` with the defaults of the published recipe and the options of token labeling.
 
     Args:
-        learning_rate (`float`, *optional*): Peak learning rate. When it is not given, it is
-            `base_learning_rate * images per optimiser step / 1024`.
         base_learning_rate (`float`, defaults to 1.6e-3): Learning rate for 1024 images per optimiser step.
         lr_schedule (`str`, defaults to `"library"`): `"library"`, that of `lr_scheduler_type` and `warmup_steps`;
             `"published"`, the authors' (see `schedule.published_factor`), with the options that follow.
@@ -56,11 +50,10 @@ class TokenLabelTrainingArguments(TrainingArguments):
             the batch size and, in a short run, to its number of steps (see `schedule.scaled_ema_decay`).
         evaluate_raw_weights (`bool`, defaults to `True`): Whether evaluation during training also reports the accuracy of the
             weights themselves, beside that of their average.
-        batch_norm (`str`, defaults to `"local"`): Statistics of the batch norms in the stem: `"local"`, of the images of a
-            device, as the authors; `"synchronized"`, of all devices; `"frozen"`, those of the checkpoint.
     """
 
-    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate; default: scaled."})
+    reference_images_per_step: ClassVar[int] = REFERENCE_IMAGES_PER_STEP
+
     base_learning_rate: float = field(default=1.6e-3, metadata={"help": "Learning rate for 1024 images a step."})
     lr_schedule: Literal["library", "published"] = field(
         default="library", metadata={"help": "'published' is the authors' warm-up and cosine by epochs."}
@@ -71,18 +64,7 @@ class TokenLabelTrainingArguments(TrainingArguments):
     base_min_learning_rate: float = field(default=1e-5, metadata={"help": "Minimum for 1024 images a step."})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices and convolutions."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 switches it off (recipe)."})
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Smoothing of human and dense targets."})
-    report_to: None | str | list[str] = field(  # noqa: RUF036  the library's own spelling, which its parser knows
-        default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, ..., or none."}
-    )
-    # the filter reads every loss as soon as it is computed, so that the device waits for the processor; it also hides NaN
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave NaN and infinite losses out of logs."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off with dense labels."})
-    # every parameter takes part in every loss, so that there is nothing to search for
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Search for unused parameters."})
     cls_weight: float = field(default=1.0, metadata={"help": "Weight of the class-token loss."})
     dense_weight: float = field(default=1.0, metadata={"help": "Weight of the patch-token loss (beta)."})
     cls_target: Literal["dense", "label", "blend"] = field(
@@ -113,68 +95,28 @@ class TokenLabelTrainingArguments(TrainingArguments):
     evaluate_raw_weights: bool = field(
         default=True, metadata={"help": "Evaluate the weights themselves beside their average."}
     )
-    batch_norm: BatchNormMode = field(
-        default="local", metadata={"help": "Batch-norm statistics: of one device, synchronized, or frozen."}
-    )
-
-    def __post_init__(self):
-        self._check_token_label_options()
-        if not torch.accelerator.is_available():
-            # said openly, the library allows bfloat16 on a CPU; and there is nothing to pin memory for
-            self.use_cpu, self.dataloader_pin_memory = True, False
-        if self.accelerator_config is None:  # pinned batches are copied while the device computes
-            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
-        if self.data_seed is None:
-            self.data_seed = self.seed  # the order of images must not hang on what each process drew before
-        self.is_learning_rate_scaled = self.learning_rate is None
-        if self.is_learning_rate_scaled:
-            self.learning_rate = self.base_learning_rate
-        super().__post_init__()
-        # accelerate's loading by one process (its default under FSDP) cannot pass on batch-norm statistics (its issue 3898)
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        if self.fsdp_plugin_args is not None:
-            self.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
-        if self.is_learning_rate_scaled:
-            self.learning_rate = self.base_learning_rate * self.images_per_step / REFERENCE_IMAGES_PER_STEP
 
     @property
     def has_ema(self) -> bool:
         """Whether the weights are averaged."""
         return self.ema_decay is not None or self.base_ema_decay is not None
 
-    @property
-    def images_per_step(self) -> int:
-        """Images that enter one optimiser step, over all processes."""
-        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-
-    def _check_token_label_options(self):
-        lower = {"cls_weight": 0, "dense_weight": 0, "label_temperature": None, "mix_alpha": None, "mixup_alpha": None}
-        lower |= {
-            "warmup_epochs": 0,
-            "cooldown_epochs": 0,
-            "base_warmup_learning_rate": 0,
-            "base_min_learning_rate": 0,
-        }
-        lower |= {"base_learning_rate": None, "num_train_epochs": None}
-        lower |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-        for name, smallest in lower.items():
-            value = getattr(self, name)
-            if not (value > 0 if smallest is None else value >= smallest):  # also refuses NaN
-                wanted = "positive" if smallest is None else f"at least {smallest}"
-                raise ValueError(f"`{name}` must be {wanted}, got {value}.")
-        choices = {"cls_target": ("dense", "label", "blend"), "label_crop": ("correct", "authors")}
-        choices |= {"uncovered_tokens": ("nearest", "ignore"), "lr_schedule": ("library", "published")}
-        choices |= {"batch_norm": ("local", "synchronized", "frozen"), "patch_target": ("dense", "image")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+    def check_options(self) -> None:
+        """As in `RunArguments`."""
+        super().check_options()
+        learning_rates = ("base_warmup_learning_rate", "base_min_learning_rate")
+        self.check_numbers(0, "cls_weight", "dense_weight", "warmup_epochs", "cooldown_epochs", *learning_rates)
+        self.check_numbers(positive=("label_temperature", "mix_alpha", "mixup_alpha"))
+        self.check_choice("cls_target", "dense", "label", "blend")
+        self.check_choice("label_crop", "correct", "authors")
+        self.check_choice("uncovered_tokens", "nearest", "ignore")
+        self.check_choice("lr_schedule", "library", "published")
+        self.check_choice("patch_target", "dense", "image")
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"`label_smoothing_factor` must lie in [0, 1), got {self.label_smoothing_factor}.")
         if not 0 <= self.mix_probability <= 1:
             raise ValueError(f"`mix_probability` must lie in [0, 1], got {self.mix_probability}.")
         self._check_mixing_and_average()
-        if self.learning_rate is not None and not self.learning_rate >= 0:
-            raise ValueError(f"`learning_rate` must be at least 0, got {self.learning_rate}.")
         if self.lr_schedule == "published" and self.num_train_epochs <= self.warmup_epochs + self.cooldown_epochs:
             raise ValueError(
                 f"`num_train_epochs` ({self.num_train_epochs}) must be more than `warmup_epochs` ({self.warmup_epochs}) and "

@@ -1,14 +1,15 @@
 """What happens beside the steps of training: seeds of an epoch, and stopping when the machine is taken away."""
 
 import signal
+import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 
 # Processes agree on stopping by a collective operation, which waits for the device: not at every step.
@@ -124,6 +125,17 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
+
+
+def end_after_signal(trainer: Trainer) -> NoReturn:
+    """Ends the program of a trainer with `stop_on_signal` after a signal, with the status that shells give to one that the signal ended."""
+    if trainer.is_world_process_zero():
+        print(
+            f"stopped by {trainer.stop_on_signal.received} after step {trainer.state.global_step:,} of "
+            f"{trainer.state.max_steps:,}; the same command with --resume_from_checkpoint last goes on from there",
+            file=sys.stderr,
+        )
+    sys.exit(128 + (signal.SIGINT if trainer.stop_on_signal.received == "SIGINT" else signal.SIGTERM))
 
 
 def leave_signals_to_main_process(loader: DataLoader) -> None:

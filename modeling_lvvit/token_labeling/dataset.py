@@ -1,7 +1,6 @@
 """A view of a `datasets.Dataset` whose rows become training or evaluation samples."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import datasets
@@ -10,17 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from .label_columns import LabelMapError
 from .label_sets import LabelMaps
 from .label_source import LabelMapSource, covered_region
-from .pictures import IMAGE_ERRORS, SampleError, decode_picture, picture_problem
-from .randomness import derived_seed, kept_generators, start_generators
-
-
-MAX_REPORTED_PROBLEMS = 10
-ROWS_PER_CHECK = 512
+from .picture_dataset import PictureDataset, check_has_columns, with_image_column
+from .pictures import SampleError
 
 
 class ImageProcessorTransform:
@@ -38,13 +32,8 @@ class ImageProcessorTransform:
         return {"pixel_values": self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]}
 
 
-class TokenLabelDataset(torch.utils.data.Dataset):
-    """Decodes images and label maps of a `datasets.Dataset` and transforms them together.
-
-    Rows are fetched in Arrow format, a batch at a time, so that label maps never become Python lists.
-
-    Once `start_epoch` was called, what a transform draws for a row hangs on seed, epoch and row alone: not on the number of
-    processes or workers, the batch size, or whether the run was interrupted.
+class TokenLabelDataset(PictureDataset):
+    """Decodes images and label maps of a `datasets.Dataset` and transforms them together; label maps never become Python lists.
 
     Args:
         dataset: Rows with an image column and an integer or `ClassLabel` column.
@@ -74,69 +63,38 @@ class TokenLabelDataset(torch.utils.data.Dataset):
             raise ValueError("Give both dense-label columns, ids and scores, or neither.")
         if ids_column is not None and label_maps is not None:
             raise ValueError("Give dense-label columns or a label set, not both.")
-        self.transform = transform
-        self.image_column, self.label_column = image_column, label_column
-        self.name = name
-        columns = [c for c in (image_column, label_column, ids_column, scores_column) if c is not None]
-        missing = [column for column in columns if column not in dataset.column_names]
-        if missing:
-            raise ValueError(
-                f"The {name} data has no column {', '.join(map(repr, missing))}; it has {dataset.column_names}."
-            )
-        if not isinstance(dataset.features[image_column], datasets.Image):
-            dataset = dataset.cast_column(image_column, datasets.Image())
+        self.transform, self.label_column = transform, label_column
+        dataset = with_image_column(dataset, image_column)
+        super().__init__(dataset, [image_column, label_column], name)
         self.label_feature = dataset.features[label_column]
         label_type = dataset.features.arrow_schema.field(label_column).type
         if not pa.types.is_integer(label_type):
             raise ValueError(f"Column {label_column!r} of the {name} data must hold class ids, got {label_type}.")
-        self.rows = dataset.select_columns([image_column, label_column]).with_format("arrow")
         self.label_maps = label_maps
         if ids_column is not None:
+            check_has_columns(dataset, [ids_column, scores_column], name)
             self.label_maps = LabelMapSource(dataset, ids_column=ids_column, scores_column=scores_column)
         if self.label_maps is not None and len(self.label_maps) != len(dataset):
             raise ValueError(f"The {name} data has {len(dataset)} rows, its label maps are {len(self.label_maps)}.")
-
-        # shared, so that workers that outlive an epoch see it change
-        self._seed_and_epoch = torch.full((2,), -1, dtype=torch.int64).share_memory_()
 
     @property
     def has_label_maps(self) -> bool:
         """Whether samples carry dense labels."""
         return self.label_maps is not None
 
-    def start_epoch(self, seed: int, epoch: int) -> None:
-        """Makes samples a function of `seed`, `epoch` and their row; `TokenLabelTrainer` calls it."""
-        self._seed_and_epoch.copy_(torch.tensor([seed, epoch]))
+    def fetch(self, table: pa.Table, indices: list[int]) -> tuple[list[int], LabelMaps | None]:
+        """Class ids and, where there are any, label maps."""
+        return table[self.label_column].to_pylist(), self._fetch_maps(indices) if self.has_label_maps else None
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Samples of several rows; PyTorch's `DataLoader` calls this once for each batch."""
-        table = self.rows[indices]
-        maps = self._fetch_maps(indices) if self.has_label_maps else None
-        images, labels = table[self.image_column], table[self.label_column].to_pylist()
-        run_seed, epoch = self._seed_and_epoch.tolist()
-        samples = []
-        with kept_generators() if epoch >= 0 else nullcontext():
-            for offset, index in enumerate(indices):
-                image = self._decode(images[offset].as_py(), index)
-                label_map, seed = (), {}
-                if maps is not None:
-                    box = None if maps.boxes is None else maps.boxes[offset]
-                    label_map = (maps.ids[offset], maps.scores[offset], covered_region(box, *image.size))
-                if epoch >= 0:
-                    seed = {"seed": derived_seed(run_seed, epoch, index)}
-                    start_generators(seed["seed"])
-                samples.append({**self.transform(image, *label_map), "labels": labels[offset], **seed})
-        return samples
-
-    def picture(self, index: int) -> Image.Image:
-        """The undecorated RGB picture of a row."""
-        return self._decode(self.rows[index][self.image_column][0].as_py(), index)
+    def sample(
+        self, image: Image.Image, fetched: tuple[list[int], LabelMaps | None], offset: int, index: int
+    ) -> dict[str, Any]:
+        """What the transform makes of a row, and its class id as `labels`."""
+        labels, maps = fetched
+        if maps is None:
+            return {**self.transform(image), "labels": labels[offset]}
+        region = covered_region(None if maps.boxes is None else maps.boxes[offset], *image.size)
+        return {**self.transform(image, maps.ids[offset], maps.scores[offset], region), "labels": labels[offset]}
 
     def labels(self, count: int) -> list[int]:
         """Class ids of the first `count` rows."""
@@ -157,31 +115,23 @@ class TokenLabelDataset(torch.utils.data.Dataset):
             )
 
     def check_rows(self, num_classes: int) -> None:
-        """Looks at every row before training: labels and label maps wholly, image files for being there and whole.
-
-        Image files are opened and checked for their end (JPEG) or their checksums (PNG); only other formats and doubtful
-        files are decoded.
+        """Looks at every row before training: labels and label maps wholly, image files as `check_all_rows` does.
 
         Raises:
             ValueError: With the first problems found, each with its row.
         """
-        problems: list[str] = []
         map_shape = None
-        for start in tqdm(range(0, len(self), ROWS_PER_CHECK), desc=f"Checking {self.name} data", unit="batch"):
-            table = self.rows[start : start + ROWS_PER_CHECK]
+
+        def problems_of(table: pa.Table, start: int) -> list[tuple[int, str]]:
+            nonlocal map_shape
             found = self._label_problems(table, num_classes)
             if self.has_label_maps:
-                map_problems, map_shape = self._map_problems(range(start, start + len(table)), num_classes, map_shape)
+                images = range(start, start + len(table))
+                map_problems, map_shape = self._map_problems(images, num_classes, map_shape)
                 found += map_problems
-            images = ((offset, picture_problem(value)) for offset, value in enumerate(table[self.image_column]))
-            found += [(offset, text) for offset, text in images if text]
-            for offset, text in sorted(found):
-                problems.append(f"row {start + offset}{_file_hint(table[self.image_column][offset].as_py())}: {text}")
-            if len(problems) >= MAX_REPORTED_PROBLEMS:
-                problems[MAX_REPORTED_PROBLEMS:] = ["... (the check stopped here)"]
-                break
-        if problems:
-            raise ValueError(f"The {self.name} data has rows that cannot be used:\n  " + "\n  ".join(problems))
+            return found
+
+        self.check_all_rows(problems_of)
 
     def _label_problems(self, table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
         labels = table[self.label_column]
@@ -199,16 +149,6 @@ class TokenLabelDataset(torch.utils.data.Dataset):
             return [(0, text)], expected_shape
         return problems, expected_shape or shape
 
-    def _decode(self, value: dict[str, Any] | None, index: int) -> Image.Image:
-        if value is None:
-            raise SampleError(f"Row {index} of the {self.name} data has no image.")
-        try:
-            return decode_picture(value)
-        except IMAGE_ERRORS as error:
-            raise SampleError(
-                f"Row {index} of the {self.name} data{_file_hint(value)}: the image cannot be decoded ({error})."
-            ) from error
-
     def _fetch_maps(self, indices: list[int]) -> LabelMaps:
         try:
             return self.label_maps.fetch(indices)
@@ -216,7 +156,3 @@ class TokenLabelDataset(torch.utils.data.Dataset):
             raise SampleError(
                 f"The label map of row {indices[error.row]} of the {self.name} data: {error}."
             ) from error
-
-
-def _file_hint(value: dict[str, Any] | None) -> str:
-    return f" ({value['path']})" if value and value.get("path") else ""

@@ -26,6 +26,7 @@ IMAGE_ERRORS = (
     struct.error,
 )
 TURNED = range(2, 9)  # Exif orientations other than upright
+LYING = range(5, 9)  # those that exchange height and width
 _DECODER = datasets.Image()
 
 
@@ -76,6 +77,21 @@ def picture_note(content: bytes) -> str:
         if image.getexif().get(ExifTags.Base.Orientation) in TURNED:
             notes.append("turned upright as its Exif orientation says")
         return "; ".join(notes)
+
+
+def picture_size(value: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the upright picture in an image column's value, without decoding it; `None` if it cannot be opened or is a
+    remote file."""
+    content, path = value["bytes"], value["path"]
+    if content is None and (path is None or "://" in path):
+        return None
+    try:
+        with Image.open(io.BytesIO(content) if content is not None else path) as image:
+            width, height = image.size
+            lies_on_side = image.getexif().get(ExifTags.Base.Orientation) in LYING
+    except IMAGE_ERRORS:
+        return None
+    return (width, height) if lies_on_side else (height, width)
 
 
 def read_content(value: dict[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from .arguments import TokenLabelTrainingArguments
+from .run_arguments import RunArguments
 
 
 logger = logging.get_logger(__name__)
@@ -24,7 +24,7 @@ def is_sharding_asked_for() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def set_up_sharding(accelerator: Accelerator, args: TokenLabelTrainingArguments, model: nn.Module) -> bool:
+def set_up_sharding(accelerator: Accelerator, args: RunArguments, model: nn.Module) -> bool:
     """Prepares accelerate for FSDP2 if that was asked for, and says whether weights will be sharded.
 
     On CPU processes accelerate would train with whole copies without a word: it knows FSDP for accelerators only. Transformer

@@ -1,0 +1,95 @@
+"""What the training arguments of all programs share."""
+
+import os
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+from .batch_norm import BatchNormMode
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """`TrainingArguments` whose learning rate follows the batch size, with defaults for pictures.
+
+    Args:
+        learning_rate (`float`, *optional*): Peak learning rate. When it is not given, it is
+            `base_learning_rate * images per optimiser step / reference_images_per_step`.
+        base_learning_rate (`float`): Learning rate for `reference_images_per_step` images per optimiser step.
+        batch_norm (`str`, defaults to `"local"`): Statistics of batch norms: `"local"`, of the images of a device, as the authors;
+            `"synchronized"`, of all devices; `"frozen"`, those of the checkpoint.
+    """
+
+    reference_images_per_step: ClassVar[int] = 1
+
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate; default: scaled."})
+    base_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the reference batch size."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 switches it off (recipe)."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036  the library's own spelling, which its parser knows
+        default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, ..., or none."}
+    )
+    # the filter reads every loss as soon as it is computed, so that the device waits for the processor; it also hides NaN
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave NaN and infinite losses out of logs."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: samples are made of them."})
+    # every parameter takes part in every loss, so that there is nothing to search for
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Search for unused parameters."})
+    batch_norm: BatchNormMode = field(
+        default="local", metadata={"help": "Batch-norm statistics: of one device, synchronized, or frozen."}
+    )
+
+    def __post_init__(self):
+        self.check_options()
+        if not torch.accelerator.is_available():
+            # said openly, the library allows bfloat16 on a CPU; and there is nothing to pin memory for
+            self.use_cpu, self.dataloader_pin_memory = True, False
+        if self.accelerator_config is None:  # pinned batches are copied while the device computes
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
+        if self.data_seed is None:
+            self.data_seed = self.seed  # the order of images must not hang on what each process drew before
+        self.is_learning_rate_scaled = self.learning_rate is None
+        if self.is_learning_rate_scaled:
+            self.learning_rate = self.base_learning_rate
+        super().__post_init__()
+        # accelerate's loading by one process (its default under FSDP) cannot pass on batch-norm statistics (its issue 3898)
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        if self.fsdp_plugin_args is not None:
+            self.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
+        if self.is_learning_rate_scaled:
+            self.learning_rate = self.base_learning_rate * self.images_per_step / self.reference_images_per_step
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether the weights are averaged."""
+        return False
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that enter one optimiser step, over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def check_options(self) -> None:
+        """Raises a `ValueError` if an option is outside its range; before anything of the library is set up."""
+        self.check_numbers(positive=("base_learning_rate", "num_train_epochs"))
+        self.check_numbers(
+            1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
+        )
+        self.check_choice("batch_norm", "local", "synchronized", "frozen")
+        if self.learning_rate is not None and not self.learning_rate >= 0:
+            raise ValueError(f"`learning_rate` must be at least 0, got {self.learning_rate}.")
+
+    def check_numbers(self, smallest: float = 0, *names: str, positive: tuple[str, ...] = ()) -> None:
+        """Raises a `ValueError` if one of the fields is smaller than `smallest`, or, of those of `positive`, not above 0."""
+        for name in (*names, *positive):
+            value = getattr(self, name)
+            if not (value > 0 if name in positive else value >= smallest):  # also refuses NaN
+                wanted = "positive" if name in positive else f"at least {smallest}"
+                raise ValueError(f"`{name}` must be {wanted}, got {value}.")
+
+    def check_choice(self, name: str, *allowed: str) -> None:
+        """Raises a `ValueError` if a field has a value that is not allowed."""
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
