@@ -73,6 +73,7 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
         decoder_dropout_prob (`float`, defaults to 0.1): Dropout of channels before the heads' classifiers, in [0, 1].
         auxiliary_loss_weight (`float`, defaults to 0.4): Weight of the auxiliary head's loss; 0 leaves the head out.
         semantic_loss_ignore_index (`int`, defaults to 255): Label of pixels that do not count.
+        semantic_loss_class_weights (`list[float]`, *optional*): Weight of each class in the loss, at least 0; default: all 1.
 
     Raises:
         ValueError: If a size is not positive, `patch_size` is odd, a side of `image_size` is not a multiple of
@@ -111,6 +112,7 @@ class LVViTConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_dropout_prob: float | int = 0.1
     auxiliary_loss_weight: float | int = 0.4
     semantic_loss_ignore_index: int = 255
+    semantic_loss_class_weights: list[float] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

@@ -43,6 +43,11 @@ def card_data(
     )
 
 
+def library_versions() -> str:
+    """Versions of what a run was made with, in words."""
+    return f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+
+
 def model_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
     """What the card says of the architecture."""
     config = trainer.model.config
@@ -104,7 +109,7 @@ def write_model_card(
         num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed",
         num_eval=len(trainer.eval_dataset),
         hyperparameters={option: getattr(args, option) for option in REPORTED_OPTIONS},
-        versions=f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}",
+        versions=library_versions(),
         **facts,
     )
     card.save(Path(args.output_dir) / "README.md")

@@ -86,6 +86,11 @@ class LVViTForSemanticSegmentation(LVViTPreTrainedModel):
                 f"`semantic_loss_ignore_index` ({config.semantic_loss_ignore_index}) is the id of one of the {config.num_labels} "
                 "classes, which would never be trained; choose a negative number or one above them."
             )
+        weights = config.semantic_loss_class_weights
+        if weights is not None and (len(weights) != config.num_labels or min(weights) < 0):
+            raise ValueError(
+                f"`semantic_loss_class_weights` must be {config.num_labels} numbers of at least 0, one for each class, got {weights}."
+            )
         self.lvvit = LVViTModel(config)
         self.lvvit.layernorm = nn.Identity()
         self.stages = list(config.segmentation_stages or default_stages(config.num_hidden_layers))
@@ -169,11 +174,17 @@ class LVViTForSemanticSegmentation(LVViTPreTrainedModel):
         return _resized(logits, padded_size)[..., : size[0], : size[1]]
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy over the pixels that are not ignored; 0 if all are."""
-        ignored = self.config.semantic_loss_ignore_index
+        """Mean cross-entropy over the pixels that are not ignored, weighted by the weights of their classes; 0 if all are."""
+        ignored, weights = self.config.semantic_loss_ignore_index, self.config.semantic_loss_class_weights
         wide = _resized(logits, labels.shape[-2:]).to(torch.promote_types(logits.dtype, torch.float32))
-        total = nn.functional.cross_entropy(wide, labels.long(), ignore_index=ignored, reduction="sum")
-        return total / (labels != ignored).sum().clamp(min=1)
+        is_counted = labels != ignored
+        if weights is None:
+            total = nn.functional.cross_entropy(wide, labels.long(), ignore_index=ignored, reduction="sum")
+            return total / is_counted.sum().clamp(min=1)
+        weight = torch.tensor(weights, dtype=wide.dtype, device=wide.device)
+        total = nn.functional.cross_entropy(wide, labels.long(), weight, ignore_index=ignored, reduction="sum")
+        counted = weight[labels.long().where(is_counted, 0)].where(is_counted, 0)
+        return total / counted.sum().clamp(min=torch.finfo(wide.dtype).tiny)
 
 
 def default_stages(num_hidden_layers: int) -> list[str]:

@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
+
+
+LEGEND_COLUMNS, MAX_LEGEND = 6, 60
 
 
 def class_colors(num_classes: int) -> np.ndarray:
@@ -106,6 +110,52 @@ def save_prediction_figure(
         )
     for row, name in enumerate(names):
         axes[row, 0].set_ylabel(name, fontsize=8)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def save_segmentation_figure(
+    path: Path,
+    pictures: Sequence[Image.Image],
+    masks: Sequence[np.ndarray],
+    predictions: Sequence[np.ndarray],
+    class_names: Sequence[str],
+    ignore_index: int,
+) -> None:
+    """One column for each picture: the picture, its mask, the prediction, and where they differ; below them the classes that occur.
+
+    Args:
+        path: PNG to write.
+        pictures: RGB pictures.
+        masks, predictions: Class ids `(height, width)` of each; pixels of the mask that are `ignore_index` are grey.
+        class_names: C names.
+        ignore_index: See there.
+    """
+    colors = class_colors(len(class_names))
+    width, height = (float(np.mean(sides)) for sides in zip(*(picture.size for picture in pictures)))
+    names = ("image", "mask", "prediction", "errors")
+    seen = np.unique(np.concatenate([maps.ravel() for maps in (*masks, *predictions)]))
+    seen = [index for index in seen.tolist() if index != ignore_index][:MAX_LEGEND]
+    legend_rows = -(-len(seen) // LEGEND_COLUMNS)
+    figure = Figure(
+        figsize=(2.2 * len(pictures) + 0.6, 2.2 * height / width * len(names) + 0.3 + 0.22 * legend_rows),
+        layout="constrained",
+    )
+    axes = figure.subplots(len(names), len(pictures), squeeze=False)
+    for column, (picture, mask, prediction) in enumerate(zip(pictures, masks, predictions)):
+        is_ignored = mask == ignore_index
+        truth = np.where(is_ignored[..., None], 0.5, colors[np.where(is_ignored, 0, mask)])
+        grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255.0 * np.ones(3)
+        errors = np.where(((prediction != mask) & ~is_ignored)[..., None], (0.9, 0.1, 0.1), 0.6 * grey)
+        for row, panel in enumerate((np.asarray(picture), truth, colors[prediction], errors)):
+            axes[row, column].imshow(panel)
+            axes[row, column].set(xticks=[], yticks=[])
+    for row, name in enumerate(names):
+        axes[row, 0].set_ylabel(name, fontsize=8)
+    handles = [Patch(color=colors[index], label=_shortened(class_names[index])) for index in seen]
+    for text in figure.legend(
+        handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7
+    ).get_texts():
+        text.set_parse_math(False)  # class names may hold dollar signs
     FigureCanvasAgg(figure).print_png(path)
 
 

@@ -1,21 +1,100 @@
 """Segmentation of whole pictures by a model that was trained on crops: in overlapping windows, at one or several scales."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from .transforms import evaluation_size
 
 
 # window and stride in pixels, and the scales of the multi-scale evaluation, of the published runs (512 pixels, ADE20K)
 WINDOW, STRIDE = (512, 512), (341, 341)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
+CLASSES_AT_A_TIME = 8  # of which maps of the size of a picture are in memory together
+
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Maps `(B, C, h, w)` at another height and width, bilinear."""
-    return nn.functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+@dataclass(frozen=True)
+class InferenceSettings:
+    """How whole pictures are segmented.
+
+    Args:
+        window, stride: Height and width in pixels; see `sliding_window_logits`.
+        short_side, long_side: Size of the pictures; see `transforms.evaluation_size`.
+        scales, flip: See `multi_scale_probabilities`; with the single scale 1 and no mirror image nothing is averaged.
+    """
+
+    window: tuple[int, int] = WINDOW
+    stride: tuple[int, int] = STRIDE
+    short_side: int | None = None
+    long_side: int | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+
+def resized(maps: torch.Tensor, size: tuple[int, int], antialias: bool = False) -> torch.Tensor:
+    """Maps `(B, C, h, w)` at another height and width, bilinear.
+
+    Args:
+        maps: Of any kind.
+        size: Height and width.
+        antialias: Whether to average what a smaller map cannot show, as image processors do with pictures.
+    """
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return nn.functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
+
+
+@torch.no_grad()
+def predict_classes(
+    forward: Forward,
+    pixel_values: torch.Tensor,
+    settings: InferenceSettings | None = None,
+    size: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """The class of every pixel of pictures of one size.
+
+    Args:
+        forward: See `sliding_window_logits`.
+        pixel_values: `(B, channels, height, width)` in their own size.
+        settings: How.
+        size: Height and width of the result; default: those of the pictures.
+
+    Returns:
+        int64 `(B, *size)`.
+    """
+    settings = settings or InferenceSettings()
+    own_size = pixel_values.shape[-2:]
+    base_size = evaluation_size(own_size, settings.short_side, settings.long_side)
+    windows = (settings.window, settings.stride)
+    if settings.scales == (1.0,) and not settings.flip:
+        maps = sliding_window_logits(forward, resized(pixel_values, base_size, antialias=True), *windows)
+    else:
+        maps = multi_scale_probabilities(
+            forward, pixel_values, settings.scales, settings.flip, *windows, base_size=base_size
+        )
+    return best_classes(maps, size or own_size)
+
+
+def best_classes(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The class with the largest value in maps `(B, C, h, w)`, at another height and width: int64 `(B, *size)`.
+
+    The maps are enlarged a few classes at a time, so that memory does not grow with their number.
+    """
+    best = values = None
+    for first in range(0, maps.shape[1], CLASSES_AT_A_TIME):
+        part, ids = resized(maps[:, first : first + CLASSES_AT_A_TIME], size).max(dim=1)
+        ids = ids + first
+        if best is None:
+            best, values = ids, part
+        else:
+            is_better = part > values  # of equal values the first one holds, as with argmax
+            best, values = torch.where(is_better, ids, best), torch.where(is_better, part, values)
+    return best
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -73,6 +152,7 @@ def multi_scale_probabilities(
     flip: bool = True,
     window: tuple[int, int] = WINDOW,
     stride: tuple[int, int] = STRIDE,
+    base_size: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """Class probabilities, averaged over sizes of the picture and its mirror image.
 
@@ -81,15 +161,17 @@ def multi_scale_probabilities(
         pixel_values: `(B, channels, height, width)`.
         scales: Factors of height and width.
         flip: Whether to add the mirror image at every scale.
+        base_size: Height and width of scale 1 and of the result; default: those of the pictures. All sizes are made of the pictures
+            as they are.
 
     Returns:
-        `(B, C, height, width)`, float32, sums to 1 over the classes.
+        `(B, C, *base_size)`, float32, sums to 1 over the classes.
     """
-    size = pixel_values.shape[-2:]
+    size = tuple(base_size or pixel_values.shape[-2:])
     total = 0.0
     for scale in scales:
         scaled = tuple(max(1, round(side * scale)) for side in size)
-        pictures = pixel_values if scaled == tuple(size) else resized(pixel_values, scaled)
+        pictures = resized(pixel_values, scaled, antialias=True)
         for is_flipped in (False, True) if flip else (False,):
             view = pictures.flip(-1) if is_flipped else pictures
             logits = resized(sliding_window_logits(forward, view, window, stride), size)

@@ -124,8 +124,11 @@ class SegmentationScores(evaluate.Metric):
         if predictions is not None:
             self.add_batch(predictions=predictions, references=references)
         if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(self.confusion)
-            result = scores_of(self.confusion.numpy())
+            # processes that only know how to exchange what is on their accelerators
+            has_cpu = "gloo" in distributed.get_backend_config()
+            matrix = self.confusion if has_cpu else self.confusion.to(torch.accelerator.current_accelerator())
+            distributed.all_reduce(matrix)
+            result = scores_of(matrix.cpu().numpy())
         else:
             self.evaluations += 1  # each has files of its own
             self.info.experiment_id = f"{self.name_of_evaluations}-{self.evaluations}"

@@ -69,14 +69,9 @@ def open_datasets(args: DataArguments, seed: int) -> OpenedData:
         check_columns(splits[eval_name], args.dataset_name, args.image_column, args.label_column)
         evaluation = with_class_ids(splits[eval_name], args.dataset_name, args.label_column, like=train)
     else:
-        logger.warning("No evaluation split: %.0f %% of the training rows are kept for it.", 100 * args.eval_fraction)
-        if len(train) < 2:
-            raise ValueError(f"{args.dataset_name} has {len(train)} rows, too few for training and evaluation.")
-        order = np.random.default_rng(seed).permutation(len(train))
-        held_out = math.ceil(args.eval_fraction * len(train))
-        evaluation = train.select(order[:held_out])
-        train, label_maps = _select(train, label_maps, order[held_out:])
-        eval_name = f"{100 * args.eval_fraction:.0f} % of {args.train_split}, held out"
+        kept, held_out, eval_name = hold_out(len(train), args, seed)
+        evaluation = train.select(held_out)
+        train, label_maps = _select(train, label_maps, kept)
         if args.max_train_samples is not None:
             train, label_maps = _select(train, label_maps, _first(train, args.max_train_samples))
     if args.max_eval_samples is not None:
@@ -141,6 +136,25 @@ def find_eval_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict,
         raise ValueError(f"Split {args.train_split!r} cannot serve both training and evaluation.")
     others = [name for name in EVALUATION_SPLITS if name in splits and name != args.train_split]
     return args.eval_split or next(iter(others), None)
+
+
+def hold_out(num_rows: int, args: DataArguments, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Training rows that stay, those that are kept for evaluation, and what these are called.
+
+    Args:
+        num_rows: Number of training rows.
+        args: Of any program: `dataset_name`, `train_split` and `eval_fraction` are read.
+        seed: Of the random choice.
+
+    Raises:
+        ValueError: If there are too few.
+    """
+    logger.warning("No evaluation split: %.0f %% of the training rows are kept for it.", 100 * args.eval_fraction)
+    if num_rows < 2:
+        raise ValueError(f"{args.dataset_name} has {num_rows} rows, too few for training and evaluation.")
+    order = np.random.default_rng(seed).permutation(num_rows)
+    count = math.ceil(args.eval_fraction * num_rows)
+    return order[count:], order[:count], f"{100 * args.eval_fraction:.0f} % of {args.train_split}, held out"
 
 
 def open_label_set(args: DataArguments) -> datasets.Dataset:

@@ -1,0 +1,187 @@
+"""Options of the segmentation program: model, data, inference and training."""
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from ..model_arguments import ModelSourceArguments
+from ..token_labeling.run_arguments import RunArguments
+from .inference import SCALES, InferenceSettings
+from .masks import IGNORED
+from .transforms import SegmentationAugmentation
+
+
+# images of an optimiser step for which the learning rate of the published recipe holds
+REFERENCE_IMAGES_PER_STEP = 16
+BALANCED = "median_frequency"
+
+
+@dataclass
+class SegmentationModelArguments(ModelSourceArguments):
+    """Which model to train, besides the fields of `ModelSourceArguments`: a new LV-ViT, a classifier, which becomes the trunk, or a
+    segmentation model to go on with. `image_size` is the size of the training crops and of the windows of evaluation.
+
+    Args:
+        segmentation_head: `"upernet"` or `"fcn"`; default: that of the model, for a new one UperNet.
+        evaluate_only: Whether to evaluate the model without training it.
+    """
+
+    segmentation_head: Literal["upernet", "fcn"] | None = field(default=None, metadata={"help": "upernet or fcn."})
+    evaluate_only: bool = field(default=False, metadata={"help": "Evaluate without training."})
+
+    def __post_init__(self):
+        if self.segmentation_head not in (None, "upernet", "fcn"):
+            raise ValueError(f"`segmentation_head` must be upernet or fcn, got {self.segmentation_head!r}.")
+        super().__post_init__()
+        if self.evaluate_only and self.model_name_or_path is None:
+            raise ValueError("--evaluate_only needs a trained model: --model_name_or_path.")
+
+
+@dataclass
+class SegmentationDataArguments:
+    """What to train and evaluate on, and how masks stand for classes.
+
+    Args:
+        dataset_name: Hub name, a folder (an image folder with metadata, or Parquet files), or one Parquet file. Without it the
+            embedded digit scenes are used.
+        dataset_config_name, dataset_revision: Configuration and revision on the Hub.
+        train_split, eval_split: Split names; without `eval_split` the first of validation, val, valid, dev, test, else a share of
+            the training data.
+        test_split: A split that is evaluated once, at the end.
+        eval_fraction: Share of the training data that is held out where there is no evaluation split, in (0, 1).
+        image_column, mask_column: Column names; default of the latter: annotation, mask, ..., whichever is there.
+        class_names: Names of the classes in the order of their ids, or one JSON or text file with them; default: `id2label.json`
+            beside the data, then numbers.
+        ignore_index: Mask value of pixels that do not count.
+        reduce_labels: Whether 0 in masks is no class and 1 is the first one (ADE20K).
+        mask_values: Mask value of each class; default: the class ids.
+        max_train_samples, max_eval_samples: Keep the first rows only; for trying things out.
+        check_data: Whether to look at every row before training.
+        class_weights: Weight of each class in the loss, or `"median_frequency"`, from the training masks.
+        scale_min, scale_max, max_class_share, horizontal_flip, photometric: See `SegmentationAugmentation`.
+        short_side, long_side: Size in pixels in which pictures are evaluated, and to which training scales refer; default: their
+            own size. See `evaluation_size`.
+        stride: Distance of windows in pixels, one number or that of rows and columns; default: two thirds of the window.
+        multi_scale: Whether the evaluation at the end also averages over sizes of the picture and mirror images.
+        scales: Those sizes.
+    """
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name, folder or Parquet file."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
+    train_split: str = field(default="train", metadata={"help": "Training split."})
+    eval_split: str | None = field(default=None, metadata={"help": "Evaluation split; default: found by name."})
+    test_split: str | None = field(default=None, metadata={"help": "Split that is evaluated once, at the end."})
+    eval_fraction: float = field(default=0.1, metadata={"help": "Share of training rows where no such split is."})
+    image_column: str = field(default="image", metadata={"help": "Column of pictures."})
+    mask_column: str | None = field(default=None, metadata={"help": "Column of masks; default: found by name."})
+    class_names: list[str] | None = field(default=None, metadata={"help": "Names, or one JSON or text file."})
+    ignore_index: int = field(default=IGNORED, metadata={"help": "Mask value of pixels that do not count."})
+    reduce_labels: bool = field(default=False, metadata={"help": "0 in masks is no class, 1 is the first."})
+    mask_values: list[int] | None = field(default=None, metadata={"help": "Mask value of each class."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only."})
+    check_data: bool = field(default=True, metadata={"help": "Look at every row before training."})
+    class_weights: list[str] | None = field(
+        default=None, metadata={"help": "Weight of each class in the loss, or median_frequency."}
+    )
+    scale_min: float = field(default=0.5, metadata={"help": "Smallest factor of the size of training pictures."})
+    scale_max: float = field(default=2.0, metadata={"help": "Largest factor of the size of training pictures."})
+    max_class_share: float = field(default=0.75, metadata={"help": "Crops filled more by a class are drawn anew."})
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a mirror image."})
+    photometric: float = field(default=0.5, metadata={"help": "Probability of each colour change."})
+    short_side: int | None = field(default=None, metadata={"help": "Shorter side of pictures; default: their own."})
+    long_side: int | None = field(default=None, metadata={"help": "Largest longer side of pictures."})
+    stride: list[int] | None = field(default=None, metadata={"help": "Distance of windows in pixels."})
+    multi_scale: bool = field(default=False, metadata={"help": "Also evaluate at several scales, mirrored."})
+    scales: list[float] = field(default_factory=lambda: list(SCALES), metadata={"help": "Scales of that evaluation."})
+
+    def __post_init__(self):
+        if not 0 < self.eval_fraction < 1:
+            raise ValueError(f"`eval_fraction` must lie in (0, 1), got {self.eval_fraction}.")
+        self.augmentation()  # raises on bad strengths
+        self.given_class_weights()
+        for name in ("short_side", "long_side"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is a length in pixels, got {getattr(self, name)}.")
+        if self.long_side is not None and (self.short_side is None or self.long_side < self.short_side):
+            raise ValueError(f"`long_side` ({self.long_side}) needs a `short_side` that is not larger.")
+        if self.stride is not None and (len(self.stride) not in (1, 2) or min(self.stride) < 1):
+            raise ValueError(f"`stride` is one length or two in pixels, got {self.stride}.")
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"`scales` must be positive factors, got {self.scales}.")
+
+    def augmentation(self) -> SegmentationAugmentation:
+        """Strengths of the training augmentation."""
+        return SegmentationAugmentation(
+            (self.scale_min, self.scale_max), self.max_class_share, self.horizontal_flip, self.photometric
+        )
+
+    def given_class_weights(self) -> list[float] | None:
+        """The weights that were given as numbers.
+
+        Raises:
+            ValueError: If they are neither numbers nor `"median_frequency"`.
+        """
+        if self.class_weights is None or self.class_weights == [BALANCED]:
+            return None
+        try:
+            weights = [float(weight) for weight in self.class_weights]
+        except ValueError:
+            weights = []
+        if not weights or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ValueError(
+                f"`class_weights` must be {BALANCED} or a number for each class, at least 0, got {self.class_weights}."
+            )
+        return weights
+
+    def inference(self, window: tuple[int, int]) -> tuple[InferenceSettings, InferenceSettings | None]:
+        """How pictures are segmented at a single scale and, if that was asked for, at several.
+
+        Args:
+            window: Height and width of the windows in pixels.
+        """
+        stride = tuple(max(1, 2 * side // 3) for side in window)
+        if self.stride is not None:
+            stride = (self.stride[0], self.stride[-1])
+        if any(step > side for step, side in zip(stride, window)):
+            raise ValueError(f"`stride` {stride} is larger than the windows, {window}: pixels would be left out.")
+        single = InferenceSettings(window, stride, self.short_side, self.long_side)
+        if not self.multi_scale:
+            return single, None
+        return single, InferenceSettings(
+            window, stride, self.short_side, self.long_side, tuple(self.scales), flip=self.horizontal_flip > 0
+        )
+
+
+@dataclass
+class SegmentationTrainingArguments(RunArguments):
+    """`RunArguments` with the defaults of the published segmentation recipe.
+
+    Args:
+        base_learning_rate (`float`, defaults to 6e-5): Learning rate for 16 images per optimiser step.
+        lr_schedule (`str`, defaults to `"published"`): `"published"`, linear warm-up and polynomial decay to 0
+            (`trainer.polynomial_factor`); `"library"`, that of `lr_scheduler_type`.
+        warmup_steps (`float`, defaults to 0.01): Optimiser steps of warm-up, or below 1 their share of the run (published: 1500 of
+            160,000).
+        lr_power (`float`, defaults to 1.0): Power of the decay.
+    """
+
+    reference_images_per_step: ClassVar[int] = REFERENCE_IMAGES_PER_STEP
+
+    base_learning_rate: float = field(default=6e-5, metadata={"help": "Learning rate for 16 images a step."})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay of matrices and convolutions."})
+    warmup_steps: float = field(default=0.01, metadata={"help": "Steps of warm-up, or below 1 their share."})
+    lr_schedule: Literal["library", "published"] = field(
+        default="published", metadata={"help": "'published' is warm-up and polynomial decay."}
+    )
+    lr_power: float = field(default=1.0, metadata={"help": "Power of the polynomial decay."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Pictures that a device takes at a time."})
+    # the last batch of an epoch may have a single picture, of which batch norms cannot take statistics
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out the last, smaller batch."})
+
+    def check_options(self) -> None:
+        """As in `RunArguments`."""
+        super().check_options()
+        self.check_numbers(0, "warmup_steps", positive=("lr_power",))
+        self.check_choice("lr_schedule", "library", "published")

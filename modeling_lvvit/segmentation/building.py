@@ -1,0 +1,160 @@
+"""The segmentation model of a run: new, with a classifier as its trunk, or one to go on with."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoImageProcessor, SegformerImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import logging
+
+from ..configuration_lvvit import LVViTConfig
+from ..model_arguments import check_config_fields
+from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..token_labeling.data_sources import looks_local
+from ..variants import variant_config
+from .arguments import SegmentationDataArguments, SegmentationModelArguments
+
+
+logger = logging.get_logger(__name__)
+LOADING_ERRORS = (SafetensorError, ValueError, RuntimeError, KeyError, TypeError, OSError)
+HEADS = ("neck.", "decoder.", "auxiliary_decoder.")  # weights that a classifier lacks
+
+
+def pretrained_config(args: SegmentationModelArguments) -> LVViTConfig | None:
+    """Configuration of the model to start from, `None` for a new one.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no LV-ViT, or fused.
+    """
+    path = args.model_name_or_path
+    if path is None:
+        return None
+    if looks_local(path) and not Path(path).expanduser().is_dir():
+        raise FileNotFoundError(f"There is no model folder {path}.")
+    try:
+        config = AutoConfig.from_pretrained(path, **_source(args))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path} is neither a model folder (seen from {Path.cwd()}) nor a model that the Hub gives: {error}"
+        ) from error
+    if config.model_type != LVViTConfig.model_type:
+        raise ValueError(f"{path} is a {config.model_type!r} model; this program trains LV-ViT.")
+    if config.fused:
+        raise ValueError(f"{path} was fused for inference; train the model that it was made of.")
+    return config
+
+
+def is_segmenter(config: LVViTConfig | None) -> bool:
+    """Whether a configuration was saved with a segmentation model."""
+    return config is not None and LVViTForSemanticSegmentation.__name__ in (config.architectures or [])
+
+
+def build_segmenter(
+    args: SegmentationModelArguments, config: LVViTConfig | None, class_names: list[str], ignore_index: int
+) -> LVViTForSemanticSegmentation:
+    """The model, with the class names of the data and position tables of the size of the training crops.
+
+    Args:
+        args: What to build.
+        config: Result of `pretrained_config`.
+        class_names: Of the data, by id.
+        ignore_index: Label of pixels that do not count.
+
+    Raises:
+        ValueError: If weights cannot be loaded, or the model has other classes and may not be changed.
+    """
+    settings: dict[str, Any] = {
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: index for index, name in enumerate(class_names)},
+        "semantic_loss_ignore_index": ignore_index,
+        **(args.config_overrides or {}),
+    }
+    if args.segmentation_head is not None:
+        settings["segmentation_head"] = args.segmentation_head
+    if config is None:
+        if args.image_size is not None:
+            settings["image_size"] = args.image_height_width
+        config = variant_config(args.variant, **settings) if args.variant else LVViTConfig(**settings)
+        return LVViTForSemanticSegmentation(config)
+    check_config_fields(LVViTConfig, args.config_overrides or {})
+    if is_segmenter(config):
+        _check_classes(args, config, class_names)
+    return _load(args, config, settings)
+
+
+def _load(
+    args: SegmentationModelArguments, config: LVViTConfig, settings: dict[str, Any]
+) -> LVViTForSemanticSegmentation:
+    path = args.model_name_or_path
+    try:
+        model, loading = LVViTForSemanticSegmentation.from_pretrained(
+            path, output_loading_info=True, dtype=torch.float32,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes, **_source(args), **settings,
+        )  # fmt: skip
+    except LOADING_ERRORS as error:
+        raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
+    missing = sorted(loading["missing_keys"])
+    trunk = [key for key in missing if not key.startswith(HEADS)]
+    if trunk:
+        raise ValueError(
+            f"{path} lacks weights of the trunk: {', '.join(trunk)}. Was config_overrides meant for a new model?"
+        )
+    changes = []
+    if missing:
+        changes.append("heads new" if is_segmenter(config) else "a classifier as trunk, heads new")
+    if mismatched := sorted(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]):
+        changes.append(f"new because of another shape: {', '.join(mismatched)}")
+    size = args.image_height_width
+    if size is not None and size != tuple(config.image_height_width):
+        model.resize_position_embeddings(size)
+        changes.append(f"position table resized from {config.grid_size} to {model.config.grid_size} tokens")
+    if changes:
+        logger.warning("Loaded %s; %s.", path, "; ".join(changes))
+    return model
+
+
+def build_processor(
+    args: SegmentationModelArguments, data_args: SegmentationDataArguments, reduces_labels: bool
+) -> SegformerImageProcessor:
+    """The image processor that is saved with the model: pictures in the size in which they are evaluated, normalised as the trunk
+    knows them, whole and never squashed."""
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if args.model_name_or_path is not None:
+        try:
+            own = AutoImageProcessor.from_pretrained(args.model_name_or_path, **_source(args))
+            mean, std = own.image_mean, own.image_std
+        except OSError:
+            logger.warning(
+                "%s has no image processor: pictures are normalised as on ImageNet.", args.model_name_or_path
+            )
+    size = {}
+    if data_args.short_side is not None:
+        size = {"size": {"shortest_edge": data_args.short_side}}
+        if data_args.long_side is not None:
+            size["size"]["longest_edge"] = data_args.long_side
+    return SegformerImageProcessor(
+        do_resize=bool(size), **size, image_mean=mean, image_std=std, do_reduce_labels=reduces_labels
+    )
+
+
+def _check_classes(args: SegmentationModelArguments, config: LVViTConfig, class_names: list[str]) -> None:
+    """Raises a `ValueError` if a segmentation model has another number of classes; warns where only names differ."""
+    if config.num_labels != len(class_names) and not args.ignore_mismatched_sizes:
+        raise ValueError(
+            f"{args.model_name_or_path} has {config.num_labels} classes, the data has {len(class_names)}. "
+            "--ignore_mismatched_sizes makes new classifiers for the classes of the data."
+        )
+    old = [config.id2label.get(index) for index in range(config.num_labels)]
+    if config.num_labels == len(class_names) and old != class_names:
+        differing = next(index for index, name in enumerate(class_names) if old[index] != name)
+        logger.warning(
+            "%s calls class %d %r, the data %r: are they the same classes?",
+            args.model_name_or_path, differing, old[differing], class_names[differing],
+        )  # fmt: skip
+
+
+def _source(args: SegmentationModelArguments) -> dict[str, Any]:
+    return {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}

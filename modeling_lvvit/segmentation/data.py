@@ -1,0 +1,199 @@
+"""What a segmentation run reads: the rows of its splits, which column holds masks, and what the classes are called."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from transformers.utils import logging
+
+from ..token_labeling.data import find_eval_split, hold_out
+from ..token_labeling.data_sources import looks_local, open_splits
+from .arguments import SegmentationDataArguments
+from .dataset import values_in_masks
+from .masks import MaskCoding
+
+
+logger = logging.get_logger(__name__)
+MASK_COLUMNS = (
+    "annotation",
+    "mask",
+    "segmentation",
+    "label",
+    "labels",
+    "segmentation_mask",
+    "semantic",
+    "annotations",
+)
+NAMES_FILE = "id2label.json"
+
+
+@dataclass
+class OpenedSegmentationData:
+    """What `open_segmentation_data` found.
+
+    Args:
+        train, evaluation: Rows with pictures and masks; `train` is `None` if only an evaluation was asked for.
+        eval_name: What the evaluation rows are called.
+        mask_column: Their column of masks.
+        class_names: Names of the classes by id.
+        coding: How mask values stand for them.
+        test: Rows that are evaluated at the end, `None` without such.
+    """
+
+    train: datasets.Dataset | None
+    evaluation: datasets.Dataset
+    eval_name: str
+    mask_column: str
+    class_names: list[str]
+    coding: MaskCoding
+    test: datasets.Dataset | None = None
+
+
+def open_segmentation_data(
+    args: SegmentationDataArguments, seed: int, known_names: list[str] | None = None, evaluate_only: bool = False
+) -> OpenedSegmentationData:
+    """Opens the splits and finds out about their masks.
+
+    Args:
+        args: What to open.
+        seed: Seed of the split where the data has no evaluation part.
+        known_names: Class names of a model, for data that has none.
+        evaluate_only: Whether no training rows are needed.
+
+    Raises:
+        FileNotFoundError: If a local path does not exist.
+        ValueError: If a split or column is missing or empty, or classes do not fit each other.
+    """
+    splits = open_splits(args.dataset_name, args.dataset_config_name, args.dataset_revision, split=args.train_split)
+    if args.test_split is not None and args.test_split not in splits:
+        raise ValueError(f"{args.dataset_name} has no split {args.test_split!r}; it has {list(splits)}.")
+    if evaluate_only and args.eval_split is not None:
+        train, eval_name = None, args.eval_split
+        if eval_name not in splits:
+            raise ValueError(f"{args.dataset_name} has no split {eval_name!r}; it has {list(splits)}.")
+    else:
+        train, eval_name = splits.get(args.train_split), find_eval_split(splits, args)
+    if eval_name is not None:
+        evaluation = splits[eval_name]
+    else:
+        kept, held_out, eval_name = hold_out(len(train), args, seed)
+        train, evaluation = train.select(kept), train.select(held_out)
+    rows = {"training": None if evaluate_only else _first(train, args.max_train_samples)}
+    rows |= {"evaluation": _first(evaluation, args.max_eval_samples)}
+    rows |= {"test": None if args.test_split is None else _first(splits[args.test_split], args.max_eval_samples)}
+    for name, part in rows.items():
+        if part is not None and not len(part):
+            raise ValueError(f"There are no {name} rows in {args.dataset_name}.")
+    mask_column = find_mask_column(evaluation, args)
+    class_names, coding = _classes(args, rows["training"] or rows["evaluation"], mask_column, known_names)
+    return OpenedSegmentationData(
+        rows["training"], rows["evaluation"], eval_name, mask_column, class_names, coding, rows["test"]
+    )
+
+
+def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) -> str:
+    """The column of masks.
+
+    Raises:
+        ValueError: If there is no such column, or none of images.
+    """
+    if args.image_column not in rows.column_names:
+        raise ValueError(
+            f"{args.dataset_name} has no column {args.image_column!r}; it has {rows.column_names}. Name it with --image_column."
+        )
+    names = [args.mask_column] if args.mask_column is not None else MASK_COLUMNS
+    for name in names:
+        feature = rows.features.get(name)
+        is_path = args.mask_column is not None and feature == datasets.Value("string")
+        if isinstance(feature, datasets.Image) or is_path:
+            return name
+    wanted = (
+        f"no column {args.mask_column!r} of images"
+        if args.mask_column
+        else "no column of masks that is known by its name"
+    )
+    about = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
+    raise ValueError(
+        f"{args.dataset_name} has {wanted}; it has {about}. Name it with --mask_column. A folder of pictures and one of masks become "
+        "such data by dataset_scripts/image_mask_folder.py."
+    )
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Class names in the order of their ids: of a JSON file (a list, or ids to names), or of a text file with one in a line.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".json":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        found = json.loads(text)
+        if isinstance(found, dict):
+            found = [found[str(index)] for index in range(len(found))]
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} holds no class names: expected ids from 0 to names, got an error at {error}."
+        ) from error
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{path} holds no class names: expected a list of names, or ids to names.")
+    return found
+
+
+def _classes(
+    args: SegmentationDataArguments, rows: datasets.Dataset, mask_column: str, known_names: list[str] | None
+) -> tuple[list[str], MaskCoding]:
+    """Names of the classes, and how mask values stand for them."""
+    names = _given_names(args) or _names_beside_data(args)
+    if names is None and known_names is not None:
+        names = known_names
+    values = tuple(args.mask_values) if args.mask_values else None
+    if names is None:
+        if values is None:
+            found = values_in_masks(rows, mask_column)
+            found = found[found != args.ignore_index]
+            count = int(found.max(initial=-1)) + 1 - args.reduce_labels
+            if count < 2:
+                raise ValueError(
+                    f"The masks of {args.dataset_name} have the values {found.tolist()} besides {args.ignore_index}, which is ignored "
+                    "(--ignore_index): that is a single class. --mask_values names the value of each class, for example 0 255."
+                )
+        else:
+            count = len(values)
+        names = [str(index) for index in range(count)]
+        logger.warning("The classes have no names: they are numbered 0 to %d. --class_names names them.", count - 1)
+    return names, MaskCoding(len(names), args.ignore_index, args.reduce_labels, values)
+
+
+def _given_names(args: SegmentationDataArguments) -> list[str] | None:
+    if args.class_names is None:
+        return None
+    names = list(args.class_names)
+    if len(names) == 1 and Path(names[0]).suffix in (".json", ".txt"):
+        if not Path(names[0]).is_file():
+            raise FileNotFoundError(f"There is no file of class names {names[0]}.")
+        names = read_class_names(Path(names[0]))
+    if len(names) < 2 or len(set(names)) != len(names):
+        raise ValueError(f"Class names must be two or more different names, got {names}.")
+    return names
+
+
+def _names_beside_data(args: SegmentationDataArguments) -> list[str] | None:
+    """The names in `id2label.json` of a local folder or a repository of the Hub, `None` if it has none."""
+    path = Path(args.dataset_name).expanduser()
+    if path.exists() or looks_local(args.dataset_name):
+        file = (path if path.is_dir() else path.parent) / NAMES_FILE
+        return read_class_names(file) if file.is_file() else None
+    try:
+        file = hf_hub_download(args.dataset_name, NAMES_FILE, repo_type="dataset", revision=args.dataset_revision)
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+    return read_class_names(Path(file))
+
+
+def _first(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
+    return rows if count is None else rows.select(range(min(max(count, 0), len(rows))))

@@ -1,0 +1,170 @@
+"""What a segmentation run writes about itself: the table of classes, the picture of predictions and the model card."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from ..model_card import library_versions
+from ..visualization import save_segmentation_figure
+from .trainer import SCORES, SegmentationTrainer
+
+
+PICTURE, CLASS_SCORES = "predictions.png", "class_scores.json"
+NUM_PICTURES = 6
+REPORTED_OPTIONS = (
+    "learning_rate", "max_steps", "num_train_epochs", "images_per_step", "weight_decay", "lr_schedule", "warmup_steps", "seed",
+    "batch_norm", "max_grad_norm", "bf16", "fp16",
+)  # fmt: skip
+
+
+def class_table(class_names: list[str], scores: Mapping[str, Mapping[str, list[float]]]) -> str:
+    """A Markdown table with the intersection over union and the accuracy of every class in percent.
+
+    Args:
+        class_names: By id.
+        scores: What was evaluated -> `iou` and `accuracy` of the classes in [0, 1], `nan` where there is nothing to measure.
+    """
+    columns = [(title, name) for title in scores for name in ("iou", "accuracy")]
+    titles = [f"{title} {'IoU' if name == 'iou' else 'accuracy'}" for title, name in columns]
+    lines = ["| class | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(columns)]
+    for index, class_name in enumerate(class_names):
+        values = [_percent(scores[title][name][index]) for title, name in columns]
+        lines.append(f"| {class_name} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def save_class_scores(
+    output_dir: Path, class_names: list[str], scores: Mapping[str, Mapping[str, list[float]]]
+) -> None:
+    """Writes `class_scores.json`: what was evaluated -> class -> `iou` and `accuracy` in [0, 1], null where there are none."""
+    record = {
+        title: {
+            class_name: {name: None if math.isnan(values[index]) else values[index] for name, values in found.items()}
+            for index, class_name in enumerate(class_names)
+        }
+        for title, found in scores.items()
+    }
+    partial = output_dir / f"{CLASS_SCORES}.partial"
+    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, output_dir / CLASS_SCORES)
+
+
+def draw_predictions(trainer: SegmentationTrainer, class_names: list[str]) -> str:
+    """Writes the picture of some evaluation rows, evenly spread, and returns its name."""
+    samples, model = trainer.eval_dataset, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model.eval()
+    count = min(NUM_PICTURES, len(samples))
+    rows = [index * len(samples) // count for index in range(count)]
+    predictions = []
+    for row in rows:
+        pixel_values = samples[row]["pixel_values"][None].to(trainer.args.device)
+        predictions.append(trainer.predict_pictures(model, pixel_values)[0].cpu().numpy())
+    save_segmentation_figure(
+        Path(trainer.args.output_dir) / PICTURE,
+        [samples.picture(row) for row in rows],
+        [samples.mask(row) for row in rows],
+        predictions,
+        class_names,
+        samples.coding.label_ignore_index,
+    )
+    return PICTURE
+
+
+def headline(metrics: Mapping[str, float], prefix: str) -> str:
+    """The scores of an evaluation in words."""
+    iou, pixel, mean = (100 * metrics[f"{prefix}_{name}"] for name in SCORES)
+    return f"mean IoU {iou:.2f} %, pixel accuracy {pixel:.2f} %, mean accuracy {mean:.2f} %"
+
+
+def write_segmentation_card(
+    template: Path,
+    trainer: SegmentationTrainer,
+    dataset_name: str,
+    evaluations: Mapping[str, tuple[str, dict[str, float]]],
+    table: str,
+    picture: str | None,
+    is_own: bool,
+) -> None:
+    """Fills the template from the finished run and saves it as README.md in the output folder.
+
+    Args:
+        template: Card with the variables that this function fills.
+        trainer: After training and evaluation.
+        dataset_name: Hub name, or the last part of a local path.
+        evaluations: Prefix of the metrics -> split in words, and the metrics.
+        table: Scores of the classes.
+        picture: File name of the picture of predictions, `None` if there is none.
+        is_own: Whether the weights were random before; else their licence is not stated.
+    """
+    args, model = trainer.args, trainer.model
+    name = Path(args.output_dir).resolve().name
+    results = [
+        EvalResult(
+            "image-segmentation", dataset_name, dataset_name, f"{_mode(prefix)} {score}".strip(),
+            round(metrics[f"{prefix}_{score}"], 4), dataset_split=split,
+        )
+        for prefix, (split, metrics) in evaluations.items()
+        for score in SCORES
+    ]  # fmt: skip
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            license="apache-2.0" if is_own else None,  # that of the model it started from is not known
+            pipeline_tag="image-segmentation",
+            tags=["lvvit", "semantic-segmentation", "vision"],
+            metrics=["mean_iou"],
+            model_name=name,
+            eval_results=results,
+        ),
+        template_path=str(template),
+        model_name=name,
+        model_id=args.hub_model_id or name,
+        dataset_name=dataset_name,
+        evaluations=[
+            (split, _mode(prefix) or "single scale", headline(metrics, prefix))
+            for prefix, (split, metrics) in evaluations.items()
+        ],
+        class_table=table,
+        picture=picture,
+        num_train=len(trainer.train_dataset),
+        inference=_inference_facts(trainer),
+        hyperparameters={option: getattr(args, option) for option in REPORTED_OPTIONS},
+        versions=library_versions(),
+        **_model_facts(model),
+    )
+    card.save(Path(args.output_dir) / "README.md")
+
+
+def _mode(prefix: str) -> str:
+    return "multi-scale" if prefix.endswith("multi_scale") else ""
+
+
+def _model_facts(model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config
+    return {
+        "head": {"upernet": "UperNet", "fcn": "FCN"}[config.segmentation_head],
+        "num_classes": config.num_labels,
+        "num_parameters": f"{model.num_parameters():,}",
+        "image_height": config.image_height_width[0],
+        "image_width": config.image_height_width[1],
+        "shape": f"{config.num_hidden_layers} layers, {config.hidden_size} wide, patches of {config.patch_size} pixels",
+    }
+
+
+def _inference_facts(trainer: SegmentationTrainer) -> str:
+    settings = trainer.inference
+    window, stride = (" x ".join(map(str, pair)) for pair in (settings.window, settings.stride))
+    size = (
+        "in their own size" if settings.short_side is None else f"with a shorter side of {settings.short_side} pixels"
+    )
+    return f"pictures {size}, windows of {window} pixels every {stride}"

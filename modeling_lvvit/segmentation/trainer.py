@@ -1,0 +1,187 @@
+"""A `Trainer` of segmentation models that evaluates whole pictures."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import default_collate as stack
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..token_labeling.callbacks import leave_signals_to_main_process
+from ..token_labeling.run_trainer import RunTrainer
+from ..token_labeling.sharding import is_sharding_asked_for
+from .arguments import SegmentationTrainingArguments
+from .dataset import SegmentationDataset
+from .inference import InferenceSettings, predict_classes
+from .metrics import SegmentationScores, confusion_matrix
+
+
+WARMUP_FACTOR = 1e-6  # share of the learning rate at the first step of the published runs
+SCORES = ("mean_iou", "pixel_accuracy", "mean_accuracy")
+
+
+def polynomial_factor(step: int, num_steps: int, warmup_steps: int, power: float = 1.0) -> float:
+    """Learning rate of a step as a share of the peak: `(1 - step / num_steps) ** power`, in the warm-up times a factor that rises
+    linearly from 1e-6 to 1 (MMSegmentation's schedule of the authors' configurations).
+
+    Example: 160,000 steps, 1500 of warm-up: steps 0, 750, 1500 and 80,000 have 1e-6, 0.49766, 0.99063 and 0.5.
+    """
+    factor = max(0.0, 1 - step / num_steps) ** power
+    if step < warmup_steps:
+        factor *= 1 - (1 - step / warmup_steps) * (1 - WARMUP_FACTOR)
+    return factor
+
+
+def collate_crops(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Training samples of one size to a batch: `pixel_values` `(B, 3, h, w)` and `labels` `(B, h, w)`."""
+    return stack([{name: sample[name] for name in ("pixel_values", "labels")} for sample in samples])
+
+
+def collate_pictures(samples: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
+    """Evaluation samples of any sizes to lists."""
+    return {name: [sample[name] for sample in samples] for name in ("pixel_values", "labels")}
+
+
+class SharedSampler(SequentialSampler):
+    """The rows of one of several processes: every one of them once in all, in contrast to the samplers of PyTorch and accelerate, which
+    repeat rows to give all processes as many.
+
+    Args:
+        num_rows: Rows of the data set.
+        process_index, num_processes: Which process.
+    """
+
+    def __init__(self, num_rows: int, process_index: int, num_processes: int):
+        self.rows = range(process_index, num_rows, num_processes)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class SegmentationTrainer(RunTrainer):
+    """Trains a model that returns `loss` and `logits` for `pixel_values` and `labels` (`LVViTForSemanticSegmentation`), and evaluates it
+    on whole pictures in windows. No logits are kept or gathered: pixels are counted as pictures come.
+
+    `evaluate` gives `mean_iou`, `pixel_accuracy` and `mean_accuracy`; those of each class are in `class_scores` after it.
+
+    Args:
+        model, args, train_dataset, ...: As in `transformers.Trainer`.
+        eval_dataset: A `SegmentationDataset` with `SegmentationEvalTransform`.
+        inference: How pictures are segmented.
+
+    Raises:
+        ValueError: If the training set is smaller than a batch, or FSDP is asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SegmentationTrainingArguments,
+        train_dataset: SegmentationDataset | None = None,
+        eval_dataset: SegmentationDataset | None = None,
+        inference: InferenceSettings | None = None,
+        **kwargs: Any,
+    ):
+        if is_sharding_asked_for():
+            raise ValueError(
+                "FSDP is not supported here: processes that evaluate pictures of different sizes would wait for each other. The "
+                "largest model has 209 million parameters; use the configurations without FSDP."
+            )
+        rows_per_step = args.train_batch_size * args.world_size
+        if train_dataset is not None and args.dataloader_drop_last and len(train_dataset) < rows_per_step:
+            raise ValueError(
+                f"There are {len(train_dataset)} training pictures, fewer than a batch over all devices ({rows_per_step}). Choose a "
+                "smaller --per_device_train_batch_size."
+            )
+        super().__init__(
+            model, args, collate_crops, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
+        )  # fmt: skip
+        self.inference = inference or InferenceSettings()
+        self.class_scores: dict[str, list[float]] = {}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As in `Trainer`, or with `lr_schedule="published"` the authors' schedule (`polynomial_factor`)."""
+        args = self.args
+        if args.lr_schedule == "library" or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup_steps = args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            return polynomial_factor(step, num_training_steps, warmup_steps, args.lr_power)
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_eval_dataloader(self, eval_dataset: SegmentationDataset | str | None = None) -> DataLoader:
+        """Pictures of this process in lists; they are moved to the device one after another."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.eval_batch_size,
+            sampler=SharedSampler(len(dataset), self.args.process_index, self.args.world_size),
+            collate_fn=collate_pictures,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        leave_signals_to_main_process(loader)
+        return loader
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Segments the pictures of a loader and counts their pixels; see `Trainer.evaluation_loop`."""
+        own = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        was_training = own.training
+        own.to(self.args.device).eval()
+        coding = dataloader.dataset.coding
+        scores = SegmentationScores(coding.num_labels, coding.label_ignore_index)
+        self.callback_handler.eval_dataloader = dataloader
+        try:
+            for batch in dataloader:
+                for predicted, labels in self._predictions(own, batch):
+                    scores.confusion += confusion_matrix(
+                        predicted, labels, scores.num_labels, scores.ignore_index
+                    ).cpu()
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        finally:
+            own.train(was_training)
+        found = scores.compute()
+        self.class_scores = {name: found[f"class_{name}"] for name in ("iou", "accuracy")}
+        metrics = {f"{metric_key_prefix}_{name}": found[name] for name in SCORES}
+        return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
+
+    def _predictions(
+        self, model: nn.Module, batch: dict[str, list[torch.Tensor]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Predicted and true classes `(B, height, width)` of the pictures of a batch, those of one size together."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for position, picture in enumerate(batch["pixel_values"]):
+            groups.setdefault(tuple(picture.shape), []).append(position)
+        for positions in groups.values():
+            pictures, labels = (
+                torch.stack([batch[name][position] for position in positions]).to(self.args.device, non_blocking=True)
+                for name in ("pixel_values", "labels")
+            )
+            yield self.predict_pictures(model, pictures), labels
+
+    def predict_pictures(self, model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Classes `(B, height, width)` of pictures of one size `(B, 3, height, width)`, in the precision of training."""
+
+        def forward(pixel_values: torch.Tensor) -> torch.Tensor:
+            with self.accelerator.autocast():
+                return model(pixel_values=pixel_values).logits
+
+        return predict_classes(forward, pixel_values, self.inference)
