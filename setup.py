@@ -47,7 +47,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["modeling_lvvit", "modeling_lvvit.*", "dataset_scripts"]),
-    package_data={"modeling_lvvit": ["recipes/**/*.yaml", "accelerate_configs/*.yaml"]},
+    package_data={"modeling_lvvit": ["recipes/**/*.yaml", "segmentation/recipes/*.yaml", "accelerate_configs/*.yaml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

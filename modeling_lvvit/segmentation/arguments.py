@@ -61,8 +61,11 @@ class SegmentationDataArguments:
         scale_min, scale_max, max_class_share, horizontal_flip, photometric: See `SegmentationAugmentation`.
         short_side, long_side: Size in pixels in which pictures are evaluated, and to which training scales refer; default: their
             own size. See `evaluation_size`.
+        window: Windows of evaluation in pixels, one side or height and width; default: the size of the training crops. Windows that
+            are as large as the pictures see them whole.
         stride: Distance of windows in pixels, one number or that of rows and columns; default: two thirds of the window.
-        multi_scale: Whether the evaluation at the end also averages over sizes of the picture and mirror images.
+        multi_scale: Whether the evaluation at the end also averages over sizes of the picture and, unless `horizontal_flip` is 0,
+            mirror images.
         scales: Those sizes.
     """
 
@@ -92,6 +95,7 @@ class SegmentationDataArguments:
     photometric: float = field(default=0.5, metadata={"help": "Probability of each colour change."})
     short_side: int | None = field(default=None, metadata={"help": "Shorter side of pictures; default: their own."})
     long_side: int | None = field(default=None, metadata={"help": "Largest longer side of pictures."})
+    window: list[int] | None = field(default=None, metadata={"help": "Windows of evaluation in pixels."})
     stride: list[int] | None = field(default=None, metadata={"help": "Distance of windows in pixels."})
     multi_scale: bool = field(default=False, metadata={"help": "Also evaluate at several scales, mirrored."})
     scales: list[float] = field(default_factory=lambda: list(SCALES), metadata={"help": "Scales of that evaluation."})
@@ -106,8 +110,10 @@ class SegmentationDataArguments:
                 raise ValueError(f"`{name}` is a length in pixels, got {getattr(self, name)}.")
         if self.long_side is not None and (self.short_side is None or self.long_side < self.short_side):
             raise ValueError(f"`long_side` ({self.long_side}) needs a `short_side` that is not larger.")
-        if self.stride is not None and (len(self.stride) not in (1, 2) or min(self.stride) < 1):
-            raise ValueError(f"`stride` is one length or two in pixels, got {self.stride}.")
+        for name in ("window", "stride"):
+            value = getattr(self, name)
+            if value is not None and (len(value) not in (1, 2) or min(value) < 1):
+                raise ValueError(f"`{name}` is one length or two in pixels, got {value}.")
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"`scales` must be positive factors, got {self.scales}.")
 
@@ -135,12 +141,13 @@ class SegmentationDataArguments:
             )
         return weights
 
-    def inference(self, window: tuple[int, int]) -> tuple[InferenceSettings, InferenceSettings | None]:
+    def inference(self, crop_size: tuple[int, int]) -> tuple[InferenceSettings, InferenceSettings | None]:
         """How pictures are segmented at a single scale and, if that was asked for, at several.
 
         Args:
-            window: Height and width of the windows in pixels.
+            crop_size: Height and width of the training crops in pixels.
         """
+        window = tuple(crop_size) if self.window is None else (self.window[0], self.window[-1])
         stride = tuple(max(1, 2 * side // 3) for side in window)
         if self.stride is not None:
             stride = (self.stride[0], self.stride[-1])

@@ -1,6 +1,5 @@
 """What a segmentation run reads: the rows of its splits, which column holds masks, and what the classes are called."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from transformers.utils import logging
 from ..token_labeling.data import find_eval_split, hold_out
 from ..token_labeling.data_sources import looks_local, open_splits
 from .arguments import SegmentationDataArguments
+from .class_names import read_class_names
 from .dataset import values_in_masks
 from .masks import MaskCoding
 
@@ -120,28 +120,6 @@ def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) ->
         f"{args.dataset_name} has {wanted}; it has {about}. Name it with --mask_column. A folder of pictures and one of masks become "
         "such data by dataset_scripts/image_mask_folder.py."
     )
-
-
-def read_class_names(path: Path) -> list[str]:
-    """Class names in the order of their ids: of a JSON file (a list, or ids to names), or of a text file with one in a line.
-
-    Raises:
-        ValueError: If it holds something else.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            return [line.strip() for line in text.splitlines() if line.strip()]
-        found = json.loads(text)
-        if isinstance(found, dict):
-            found = [found[str(index)] for index in range(len(found))]
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} holds no class names: expected ids from 0 to names, got an error at {error}."
-        ) from error
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{path} holds no class names: expected a list of names, or ids to names.")
-    return found
 
 
 def _classes(

@@ -1,0 +1,129 @@
+"""The programs that write pictures and masks as Parquet files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_scripts import ade20k, image_mask_folder
+
+
+@dataclass
+class Done:
+    """How a program ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(program, *arguments) -> Done:
+        monkeypatch.setattr("sys.argv", [program.__name__, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            program.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return Done(code, *capsys.readouterr())
+
+    return call
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def release(tmp_path) -> Path:
+    """The scene-parsing release in small: 3 training pictures, 1 for validation, classes 1 to 150."""
+    folder, rng = tmp_path / "ADEChallengeData2016", np.random.default_rng(0)
+    for split, name, count in (("training", "train", 3), ("validation", "val", 1)):
+        for number in range(count):
+            stem = f"ADE_{name}_{number:08d}"
+            save(folder / "images" / split / f"{stem}.jpg", rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+            save(folder / "annotations" / split / f"{stem}.png", rng.integers(0, 151, (20, 30), dtype=np.uint8))
+    names = ["wall", "screen, door", "screen, CRT", *(f"thing {index}, synonym" for index in range(147))]
+    lines = [f"{index}\t0.1\t1\t1\t{name}" for index, name in enumerate(names, start=1)]
+    (folder / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *lines]) + "\n")
+    (folder / "sceneCategories.txt").write_text("ADE_train_00000001 bathroom\n")
+    return folder
+
+
+def test_ade20k_release_becomes_parquet(run, release, tmp_path):
+    done = run(ade20k, release, "--output_dir", tmp_path / "ade20k")
+    assert done.returncode == 0, done.stderr
+    assert "3 train and 1 validation pictures" in done.stdout
+    found = datasets.load_dataset(str(tmp_path / "ade20k"))
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 3, "validation": 1}
+    row = found["train"].cast_column("annotation", datasets.Image(decode=False))[1]
+    assert row["scene_category"] == "bathroom"
+    assert found["train"][0]["scene_category"] is None
+    original = release / "annotations" / "training" / "ADE_train_00000001.png"
+    assert row["annotation"]["bytes"] == original.read_bytes()  # as it was, 0 included
+    names = json.loads((tmp_path / "ade20k" / "id2label.json").read_text())
+    assert len(names) == 150 and names["0"] == "wall" and names["3"] == "thing 0"
+    assert names["1"] == "screen, door" and names["2"] == "screen, CRT"  # the first synonym would not be unique
+    assert run(ade20k, release, "--output_dir", tmp_path / "ade20k").stderr.strip().endswith("choose another folder.")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "objectInfo150.txt").unlink(), "objectInfo150.txt; it belongs to the release"),
+        (lambda folder: (folder / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n"), "must name the classes 1 to 150"),
+        (lambda folder: (folder / "annotations/training/ADE_train_00000000.png").unlink(), "have no partner"),
+        (
+            lambda folder: save(folder / "annotations/validation/ADE_val_00000000.png", np.zeros((30, 20), np.uint8)),
+            "ADE_val_00000000.png is 20 x 30 pixels (width x height), its picture 30 x 20",
+        ),
+        (
+            lambda folder: (folder / "images/training/ADE_train_00000002.jpg").write_bytes(b"no picture"),
+            "ADE_train_00000002.jpg cannot be opened",
+        ),
+    ],
+)  # fmt: skip
+def test_damaged_releases_are_refused_and_nothing_is_left(run, release, tmp_path, spoil, message):
+    spoil(release)
+    done = run(ade20k, release, "--output_dir", tmp_path / "out")
+    assert done.returncode == 1 and message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [release.name]
+
+
+def test_folders_with_split_names_become_splits(run, tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        save(tmp_path / "images" / split / "a.jpg", rng.integers(0, 256, (8, 12, 3), dtype=np.uint8))
+        save(tmp_path / "masks" / split / "a_mask.png", np.full((8, 12), 2, np.uint8))
+    (tmp_path / "names.txt").write_text("sky\nroad\ncar\n")
+    arguments = (tmp_path / "images", tmp_path / "masks", "--output_dir", tmp_path / "out")
+    done = run(image_mask_folder, *arguments, "--mask_suffix", "_mask", "--class_names", tmp_path / "names.txt")
+    assert done.returncode == 0, done.stderr
+    found = datasets.load_dataset(str(tmp_path / "out"))
+    assert set(found) == {"train", "validation"}
+    assert np.asarray(found["train"][0]["annotation"]).tolist() == np.full((8, 12), 2).tolist()
+    assert json.loads((tmp_path / "out" / "id2label.json").read_text()) == {"0": "sky", "1": "road", "2": "car"}
+    assert "have no partner" in run(image_mask_folder, *arguments).stderr  # without the suffix
+
+
+def test_colours_become_class_ids(run, tmp_path):
+    colors = np.array([[[128, 64, 128], [0, 0, 255]], [[0, 0, 255], [1, 2, 3]]], dtype=np.uint8)
+    save(tmp_path / "images" / "a.png", np.zeros((2, 2, 3), np.uint8))
+    save(tmp_path / "masks" / "a.png", colors)
+    (tmp_path / "colors.json").write_text('{"road": [128, 64, 128], "car": [0, 0, 255]}')
+    arguments = (tmp_path / "images", tmp_path / "masks", "--output_dir", tmp_path / "out")
+    assert "--colors turns colours into ids" in run(image_mask_folder, *arguments).stderr
+    refused = run(image_mask_folder, *arguments, "--colors", tmp_path / "colors.json")
+    assert refused.returncode == 1 and "1 colours that no class has: [1, 2, 3]" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    done = run(image_mask_folder, *arguments, "--colors", tmp_path / "colors.json", "--ignore_other_colors")
+    assert done.returncode == 0, done.stderr
+    row = datasets.load_dataset(str(tmp_path / "out"), split="train")[0]
+    assert np.asarray(row["annotation"]).tolist() == [[0, 1], [1, 255]]
