@@ -34,7 +34,8 @@ class MaskCoding:
             raise ValueError(f"There must be classes, got {self.num_labels}.")
         if 0 <= self.ignore_index < self.num_labels and self.values is None and not self.reduce_labels:
             raise ValueError(
-                f"--ignore_index {self.ignore_index} is the id of one of the {self.num_labels} classes, which would never be learned."
+                f"--ignore_index {self.ignore_index} is the id of one of the {self.num_labels} classes, which would never be learned; "
+                f"choose another value, for example {MAX_VALUE}."
             )
         if self.values is not None and self.reduce_labels:
             raise ValueError("Give --mask_values or --reduce_labels, not both.")
