@@ -297,6 +297,19 @@ def test_unfit_data_is_refused(stored, options, message):
         opened(stored, **options)
 
 
+def test_image_folders_name_masks_in_their_metadata(tmp_path):
+    lines = ["file_name,mask_file_name"]
+    for row in range(3):
+        picture, mask = scene(30, 44, np.random.default_rng(row))
+        Image.fromarray(picture).save(tmp_path / f"{row}.png")
+        Image.fromarray(mask).save(tmp_path / f"{row}_mask.png")
+        lines.append(f"{row}.png,{row}_mask.png")
+    (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
+    found = opened(tmp_path, eval_fraction=0.3)
+    assert (found.mask_column, len(found.train), len(found.evaluation)) == ("mask", 2, 1)
+    assert found.class_names == ["0", "1", "2", "3"]
+
+
 def test_columns_of_other_kinds_are_no_masks(tmp_path):
     masked_rows(4).rename_column("annotation", "label").to_parquet(tmp_path / "train.parquet")
     assert opened(tmp_path / "train.parquet").mask_column == "label"
