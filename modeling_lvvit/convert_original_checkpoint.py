@@ -55,12 +55,19 @@ SEGMENTATION_SIGN = "decode_head.conv_seg.weight"  # a tensor that every segment
 # The published segmentation runs had an epsilon of 1e-6 in all layer norms (classifiers: 1e-5), and L divided nothing, as its
 # configuration leaves `skip_lam` out; their weights need these constants.
 SEGMENTATION_LAYER_NORM_EPS = 1e-6
+SEGMENTATION_SIZE = {"shortest_edge": 512, "longest_edge": 2048}  # pixels, in all published configurations
 ADE20K_CLASSES = 150
 SEGMENTATION_RESIDUAL_DIVISORS = {384: 2.0, 512: 2.0, 768: 1.0}
 
 
 def load_original_state_dict(path: Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
-    """Reads the tensors of an authors' checkpoint without running code from it.
+    """The tensors of `load_original_checkpoint`."""
+    return load_original_checkpoint(path, use_ema)[0]
+
+
+def load_original_checkpoint(path: Path, use_ema: bool = True) -> tuple[dict[str, torch.Tensor], list[str] | None]:
+    """Reads the tensors of an authors' checkpoint, and the class names that MMSegmentation stores with them (else `None`), without
+    running code from it.
 
     Args:
         path: `.pth` or `.pth.tar`: a state dict, or a training checkpoint with `state_dict` and perhaps
@@ -83,6 +90,9 @@ def load_original_state_dict(path: Path, use_ema: bool = True) -> dict[str, torc
             f"{path} cannot be read as a checkpoint of tensors and plain values (damaged, or it holds Python objects, "
             f"which are never loaded): {reason}."
         ) from error
+    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
+    class_names = meta.get("CLASSES") if isinstance(meta, dict) else None
+    is_named = isinstance(class_names, (list, tuple)) and all(isinstance(name, str) for name in class_names)
     names = ("state_dict_ema", "state_dict", "model") if use_ema else ("state_dict", "model", "state_dict_ema")
     if isinstance(checkpoint, dict):
         checkpoint = next((checkpoint[name] for name in names if isinstance(checkpoint.get(name), dict)), checkpoint)
@@ -94,7 +104,7 @@ def load_original_state_dict(path: Path, use_ema: bool = True) -> dict[str, torc
     wanted.append("backbone.side_layer4.0.weight" if prefix else "head.weight")
     if missing := [key for key in wanted if key not in state_dict]:
         raise ValueError(f"{path} is not an LV-ViT checkpoint: it has no {', '.join(missing)}.")
-    return state_dict
+    return state_dict, list(class_names) if is_named else None
 
 
 def config_from_state_dict(
@@ -200,8 +210,11 @@ def convert_checkpoint(
     """
     if output_dir.exists() and any(output_dir.iterdir()):
         raise FileExistsError(f"{output_dir} exists and is not empty; choose another output directory.")
-    state_dict = load_original_state_dict(checkpoint, use_ema)
+    state_dict, class_names = load_original_checkpoint(checkpoint, use_ema)
     config = config_from_state_dict(state_dict, num_attention_heads, residual_divisor)
+    if class_names is not None and len(class_names) == config.num_labels:
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: index for index, name in enumerate(class_names)}
     model_class, processor = _target(config, SEGMENTATION_SIGN in state_dict)
     with torch.device("meta"):
         model = model_class(config)
@@ -231,12 +244,13 @@ def convert_checkpoint(
 def _target(config: LVViTConfig, is_segmentation: bool) -> tuple[type[LVViTPreTrainedModel], Any]:
     """The class that a checkpoint becomes, and its image processor."""
     if is_segmentation:
-        height, width = config.image_height_width
         mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-        # The standard processor squashes pictures; windows (`modeling_lvvit.segmentation`) keep their shape. In the masks of the
+        # Pictures keep their shape, in the size of the published evaluation (which looks at them in windows). In the masks of the
         # published data set, ADE20K with 150 classes, 0 is no class.
-        size, reduces = {"height": height, "width": width}, config.num_labels == ADE20K_CLASSES
-        processor = SegformerImageProcessor(size=size, image_mean=mean, image_std=std, do_reduce_labels=reduces)
+        reduces = config.num_labels == ADE20K_CLASSES
+        processor = SegformerImageProcessor(
+            size=SEGMENTATION_SIZE, image_mean=mean, image_std=std, do_reduce_labels=reduces
+        )
         return LVViTForSemanticSegmentation, processor
     variant = find_variant(config)
     fraction = VARIANTS[variant].crop_fraction if variant else 0.9

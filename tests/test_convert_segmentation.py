@@ -1,5 +1,7 @@
 """The converter on segmentation checkpoints in the layout of the authors' backbone and MMSegmentation's heads."""
 
+import shutil
+
 import pytest
 import torch
 from original_layout import recipe_values
@@ -45,7 +47,18 @@ def test_segmentation_checkpoints_convert(head, tmp_path):
     torch.testing.assert_close(output.logits, expected, rtol=1e-3, atol=1e-4 * scale)
     torch.testing.assert_close(kept[0], auxiliary, rtol=1e-3, atol=1e-4 * auxiliary.abs().max().item())
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
-    assert hasattr(processor, "post_process_semantic_segmentation") and processor.size["height"] == 64
+    assert hasattr(processor, "post_process_semantic_segmentation") and processor.size["shortest_edge"] == 512
+
+
+def test_class_names_of_the_training_are_kept(tmp_path):
+    _, weights = original_weights("upernet")
+    names = tuple(f"thing {index}" for index in range(7))
+    for meta, expected in (({"CLASSES": names}, names[3]), ({"CLASSES": names[:2]}, "LABEL_3"), ({}, "LABEL_3")):
+        torch.save({"meta": {"epoch": 1, "PALETTE": [[1, 2, 3]], **meta}, "state_dict": weights}, tmp_path / "u.pth")
+        convert_checkpoint(tmp_path / "u.pth", tmp_path / expected / str(len(meta)))
+        config = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / expected / str(len(meta))).config
+        assert config.id2label[3] == expected and config.label2id[expected] == 3
+        shutil.rmtree(tmp_path / expected)
 
 
 @pytest.mark.slow
