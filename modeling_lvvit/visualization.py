@@ -13,6 +13,7 @@ from PIL import Image
 
 
 LEGEND_COLUMNS, MAX_LEGEND = 6, 60
+MAX_PANEL_SIDE = 640  # pixels
 
 
 def class_colors(num_classes: int) -> np.ndarray:
@@ -142,6 +143,8 @@ def save_segmentation_figure(
     )
     axes = figure.subplots(len(names), len(pictures), squeeze=False)
     for column, (picture, mask, prediction) in enumerate(zip(pictures, masks, predictions)):
+        step = max(1, max(picture.size) // MAX_PANEL_SIDE)  # more pixels than that would not be seen
+        picture, mask, prediction = picture.reduce(step), mask[::step, ::step], prediction[::step, ::step]
         is_ignored = mask == ignore_index
         truth = np.where(is_ignored[..., None], 0.5, colors[np.where(is_ignored, 0, mask)])
         grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255.0 * np.ones(3)

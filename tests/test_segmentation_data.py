@@ -297,6 +297,19 @@ def test_unfit_data_is_refused(stored, options, message):
         opened(stored, **options)
 
 
+def test_trained_models_are_evaluated_on_the_split_there_is(stored, tmp_path_factory):
+    def split_of(folder, **options) -> str:
+        return open_segmentation_data(
+            SegmentationDataArguments(str(folder), **options), 0, NAMES, evaluate_only=True
+        ).eval_name
+
+    assert split_of(stored) == "test" and split_of(stored, eval_split="train") == "train"
+    masked_rows(2).to_parquet(tmp_path_factory.mktemp("one") / "street.parquet")
+    assert split_of(tmp_path_factory.getbasetemp() / "one0" / "street.parquet") == "train"
+    with pytest.raises(ValueError, match="no split dev; it has .*--eval_split"):
+        split_of(stored, eval_split="dev")
+
+
 def test_image_folders_name_masks_in_their_metadata(tmp_path):
     lines = ["file_name,mask_file_name"]
     for row in range(3):

@@ -35,6 +35,7 @@ from modeling_lvvit.segmentation import train as program
 from modeling_lvvit.segmentation.inference import InferenceSettings, best_classes, predict_classes
 from modeling_lvvit.segmentation.trainer import SharedSampler, polynomial_factor
 from modeling_lvvit.variants import variant_config
+from modeling_lvvit.visualization import save_segmentation_figure
 
 
 def test_schedule_of_the_published_runs():
@@ -335,6 +336,16 @@ def test_models_of_other_classes_are_refused_or_changed(trained, data, tmp_path)
 def test_another_run_is_not_written_over(trained, data):
     with pytest.raises(SystemExit, match="holds another run"):
         program.main(options_of(data, trained))
+
+
+def test_the_picture_of_predictions_shows_wide_pictures(tmp_path):
+    """4000 x 30 pixels; 70 classes, of which two have dollar signs."""
+    mask = np.tile(np.arange(4000) // 60, (30, 1))
+    mask[:, :50] = 255
+    names = [f"${index}$" for index in range(70)]
+    save_segmentation_figure(tmp_path / "a.png", [Image.new("RGB", (4000, 30))], [mask], [mask % 70], names, 255)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width < 2000
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
-from ..token_labeling.data import find_eval_split, hold_out
+from ..token_labeling.data import EVALUATION_SPLITS, find_eval_split, hold_out
 from ..token_labeling.data_sources import looks_local, open_splits
 from .arguments import SegmentationDataArguments
 from .class_names import read_class_names
@@ -70,10 +70,8 @@ def open_segmentation_data(
     splits = open_splits(args.dataset_name, args.dataset_config_name, args.dataset_revision, split=args.train_split)
     if args.test_split is not None and args.test_split not in splits:
         raise ValueError(f"{args.dataset_name} has no split {args.test_split!r}; it has {list(splits)}.")
-    if evaluate_only and args.eval_split is not None:
-        train, eval_name = None, args.eval_split
-        if eval_name not in splits:
-            raise ValueError(f"{args.dataset_name} has no split {eval_name!r}; it has {list(splits)}.")
+    if evaluate_only:
+        train, eval_name = None, _split_to_evaluate(splits, args)
     else:
         train, eval_name = splits.get(args.train_split), find_eval_split(splits, args)
     if eval_name is not None:
@@ -81,7 +79,7 @@ def open_segmentation_data(
     else:
         kept, held_out, eval_name = hold_out(len(train), args, seed)
         train, evaluation = train.select(kept), train.select(held_out)
-    rows = {"training": None if evaluate_only else _first(train, args.max_train_samples)}
+    rows = {"training": None if train is None else _first(train, args.max_train_samples)}
     rows |= {"evaluation": _first(evaluation, args.max_eval_samples)}
     rows |= {"test": None if args.test_split is None else _first(splits[args.test_split], args.max_eval_samples)}
     for name, part in rows.items():
@@ -92,6 +90,19 @@ def open_segmentation_data(
     return OpenedSegmentationData(
         rows["training"], rows["evaluation"], eval_name, mask_column, class_names, coding, rows["test"]
     )
+
+
+def _split_to_evaluate(splits: datasets.DatasetDict, args: SegmentationDataArguments) -> str:
+    """The split to evaluate a trained model on: the one that was named, else one that is called so, else the only one."""
+    wanted = [args.eval_split] if args.eval_split is not None else EVALUATION_SPLITS
+    found = [name for name in wanted if name in splits]
+    if not found and args.eval_split is None and len(splits) == 1:
+        found = list(splits)
+    if not found:
+        raise ValueError(
+            f"{args.dataset_name} has no split {' or '.join(wanted)}; it has {list(splits)}. Name it with --eval_split."
+        )
+    return found[0]
 
 
 def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) -> str:
