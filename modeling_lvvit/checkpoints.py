@@ -1,9 +1,11 @@
 """Which checkpoints of a run can be continued, and where a run may write."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -22,9 +24,19 @@ def is_whole_checkpoint(folder: Path, needs_average: bool) -> bool:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    has_weights = (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
+    weights = folder / SAFE_WEIGHTS_NAME
+    has_weights = _is_whole_file(weights) if weights.exists() else (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
     has_optimizer = (folder / SCHEDULER_NAME).is_file()  # written after the optimiser; absent with `save_only_model`
     return has_weights and has_optimizer and (not needs_average or (folder / EMA_FILE).is_file())
+
+
+def _is_whole_file(weights: Path) -> bool:
+    """Whether a safetensors file has all the bytes that its header names; only that is read."""
+    try:
+        with safe_open(weights, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def last_whole_checkpoint(output_dir: Path, needs_average: bool) -> Path | None:
@@ -41,11 +53,16 @@ def prepare_output_dir(model_args: ModelSourceArguments, training_args: RunArgum
     """Makes sure that no other run is written over, and finds the checkpoint that `last` stands for.
 
     Raises:
-        ValueError: If `output_dir` holds another run, or there is no complete checkpoint to resume from.
+        ValueError: If `output_dir` holds another run, cannot be written, or there is no complete checkpoint to resume from; or if
+            the model to start from would be written over.
     """
     output_dir = Path(training_args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file.")
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {output_dir} cannot be written: {existing} is read-only or no folder.")
+    _check_start(model_args, output_dir)
     needs_average = training_args.has_ema
     resume = training_args.resume_from_checkpoint
     if resume == "last":
@@ -77,6 +94,19 @@ def discard_overwritten_checkpoints(model_args: ModelSourceArguments, training_a
     if model_args.overwrite_output_dir and training_args.resume_from_checkpoint is None:
         for folder in Path(training_args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(folder)
+
+
+def _check_start(model_args: ModelSourceArguments, output_dir: Path) -> None:
+    """Raises a `ValueError` if the model to start from lies among the checkpoints that are written over."""
+    start = model_args.model_name_or_path
+    if start is None or not model_args.overwrite_output_dir:
+        return
+    inside = Path(start).expanduser().resolve()
+    if output_dir.resolve() in inside.parents and inside.is_dir():
+        raise ValueError(
+            f"--model_name_or_path {start} lies in --output_dir {output_dir}, whose checkpoints --overwrite_output_dir deletes. "
+            "Choose another --output_dir."
+        )
 
 
 def _check_sharding(checkpoint: Path) -> None:

@@ -219,7 +219,10 @@ def convert_checkpoint(
     with torch.device("meta"):
         model = model_class(config)
     try:
-        model.load_state_dict(convert_state_dict(state_dict), assign=True)
+        weights, known = convert_state_dict(state_dict), model.state_dict()
+        # the third map of the FCN neck is there for the auxiliary head alone
+        weights = {name: weights[name] for name in weights if name in known or not name.startswith("neck.levels.2.")}
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit an LV-ViT of its size: {error}") from error
 

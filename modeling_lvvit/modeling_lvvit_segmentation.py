@@ -2,9 +2,10 @@
 head, with an auxiliary FCN head in training.
 
 Layout and constants are those of the authors' MMSegmentation files (github.com/zihangJiang/TokenLabeling, folder `seg`, 83cf89e).
-Three things differ: drop path is stochastic depth (theirs passes its rates to the dropout of the MLP); the trunk has its own
-constants in all sizes (theirs runs L with a residual divisor of 1 and all layer norms with an epsilon of 1e-6); and the loss is the
-mean over the pixels that count (MMSegmentation divides by all, ignored ones included).
+Four things differ: drop path is stochastic depth (theirs passes its rates to the dropout of the MLP); the trunk has its own
+constants in all sizes (theirs runs L with a residual divisor of 1 and all layer norms with an epsilon of 1e-6); pictures
+whose sides are no multiples of the patch size are padded (theirs lose the rest); and the loss is the mean over the pixels that count
+(MMSegmentation divides by all, ignored ones included).
 """
 
 from types import SimpleNamespace
@@ -62,7 +63,9 @@ class LVViTNeck(nn.Module):
             levels = [LVViTUpsample(hidden, hidden, 4), LVViTUpsample(hidden, hidden, 2)]
             levels += [LVViTConvNormAct(hidden, hidden), LVViTConvNormAct(hidden, last)]
         else:
-            levels = [nn.Identity(), nn.Identity(), LVViTConvNormAct(hidden, hidden), LVViTUpsample(hidden, last, 2)]
+            # the third map is read by the auxiliary head alone
+            third = LVViTConvNormAct(hidden, hidden) if config.auxiliary_loss_weight else nn.Identity()
+            levels = [nn.Identity(), nn.Identity(), third, LVViTUpsample(hidden, last, 2)]
         self.levels = nn.ModuleList(levels)
         self.channels = [hidden, hidden, hidden, last]
 

@@ -114,6 +114,11 @@ def save_prediction_figure(
     FigureCanvasAgg(figure).print_png(path)
 
 
+def panel_step(size: tuple[int, int]) -> int:
+    """By what to divide the sides of a picture so that it has no more pixels than a panel shows."""
+    return max(1, max(size) // MAX_PANEL_SIDE)
+
+
 def save_segmentation_figure(
     path: Path,
     pictures: Sequence[Image.Image],
@@ -143,7 +148,7 @@ def save_segmentation_figure(
     )
     axes = figure.subplots(len(names), len(pictures), squeeze=False)
     for column, (picture, mask, prediction) in enumerate(zip(pictures, masks, predictions)):
-        step = max(1, max(picture.size) // MAX_PANEL_SIDE)  # more pixels than that would not be seen
+        step = panel_step(picture.size)
         picture, mask, prediction = picture.reduce(step), mask[::step, ::step], prediction[::step, ::step]
         is_ignored = mask == ignore_index
         truth = np.where(is_ignored[..., None], 0.5, colors[np.where(is_ignored, 0, mask)])

@@ -1,9 +1,12 @@
 """Recipes and options."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from modeling_lvvit.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from modeling_lvvit.command_line import find_recipe, parse, recipe_names
@@ -100,7 +103,7 @@ def test_every_shipped_recipe_parses(name):
 
 
 def test_output_directory_of_another_run_is_refused(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     model_args, _, training_args = parse(["--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="holds another run"):
         prepare_output_dir(model_args, training_args)
@@ -115,7 +118,7 @@ def test_resuming_finds_the_last_checkpoint(tmp_path):
     for step in (9, 10, 11):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"")
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
         (folder / "scheduler.pt").write_bytes(b"")
         (folder / "trainer_state.json").write_text("{}" if step < 11 else "{cut o")
     model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"])
@@ -126,11 +129,11 @@ def test_resuming_finds_the_last_checkpoint(tmp_path):
 def test_resuming_elsewhere_does_not_open_the_way_into_another_run(tmp_path):
     checkpoint = tmp_path / "mine" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "model.safetensors").write_bytes(b"")
+    save_file({"weight": torch.zeros(1)}, checkpoint / "model.safetensors")
     (checkpoint / "scheduler.pt").write_bytes(b"")
     (checkpoint / "trainer_state.json").write_text("{}")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "model.safetensors").write_bytes(b"")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other" / "model.safetensors")
     options = ["--output_dir", str(tmp_path / "other"), "--resume_from_checkpoint", str(checkpoint)]
     model_args, _, training_args = parse(options)
     with pytest.raises(ValueError, match="holds another run"):
@@ -141,7 +144,8 @@ def test_resuming_elsewhere_does_not_open_the_way_into_another_run(tmp_path):
 def test_sharded_and_whole_optimiser_states_are_not_mixed(was_sharded, tmp_path, monkeypatch):
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
-    for name in ("model.safetensors", "scheduler.pt", *(["pytorch_model_fsdp.bin"] if was_sharded else [])):
+    save_file({"weight": torch.zeros(1)}, checkpoint / "model.safetensors")
+    for name in ("scheduler.pt", *(["pytorch_model_fsdp.bin"] if was_sharded else [])):
         (checkpoint / name).write_bytes(b"")
     (checkpoint / "trainer_state.json").write_text("{}")
     model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(checkpoint)])
@@ -257,3 +261,10 @@ def test_checkpoints_of_a_run_that_is_written_over_are_discarded(tmp_path):
         model_args, _, training_args = parse(["--output_dir", str(tmp_path), *options])
         discard_overwritten_checkpoints(model_args, training_args)
         assert (tmp_path / "checkpoint-120").exists() == remains
+
+
+def test_folders_that_cannot_be_written_are_named_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    model_args, _, training_args = parse(["--output_dir", str(tmp_path / "new" / "run")])
+    with pytest.raises(ValueError, match=f"cannot be written: {tmp_path} is read-only"):
+        prepare_output_dir(model_args, training_args)

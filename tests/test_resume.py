@@ -118,6 +118,13 @@ def test_writing_over_a_checkpoint_first_makes_it_unwhole(tiny_model, labelled_r
     assert not is_whole_checkpoint(tmp_path / "checkpoint-2", needs_average=True)
 
 
+def test_checkpoints_with_cut_weights_are_passed_over(tiny_model, labelled_rows, tmp_path):
+    trainer_of(tiny_model, labelled_rows, tmp_path, max_steps=2).train()
+    weights = tmp_path / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert last_whole_checkpoint(tmp_path, needs_average=True) == tmp_path / "checkpoint-1"
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")

@@ -12,7 +12,7 @@ from segmentation_rows import COLORS, NAMES, PLAIN, crops_of, mask_bytes, masked
 
 from modeling_lvvit.segmentation.arguments import SegmentationDataArguments
 from modeling_lvvit.segmentation.data import open_segmentation_data
-from modeling_lvvit.segmentation.dataset import ClassCounts
+from modeling_lvvit.segmentation.dataset import ClassCounts, SegmentationDataset
 from modeling_lvvit.segmentation.masks import MaskCoding, read_mask
 from modeling_lvvit.segmentation.transforms import SegmentationAugmentation, evaluation_size
 from modeling_lvvit.token_labeling.pictures import SampleError
@@ -36,8 +36,10 @@ def test_mask_values_stand_for_classes(coding, expected):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_labels": 3, "ignore_index": 1}, "id of one of the 3 classes"),
-        ({"num_labels": 300}, "choose another value, for example 65535"),
+        ({"num_labels": 3, "ignore_index": 1}, "value of one of the 3 classes"),
+        ({"num_labels": 300}, "choose another one, for example 65535"),
+        ({"num_labels": 3, "ignore_index": 3, "reduce_labels": True}, "value of one of the 3 classes"),
+        ({"num_labels": 2, "ignore_index": 9, "values": (0, 9)}, "value of one of the 2 classes"),
         ({"num_labels": 3, "values": (0, 1)}, "must be 3 different values"),
         ({"num_labels": 2, "values": (7, 7)}, "must be 2 different values"),
         ({"num_labels": 2, "values": (0, 1), "reduce_labels": True}, "not both"),
@@ -329,6 +331,27 @@ def test_columns_of_other_kinds_are_no_masks(tmp_path):
     datasets.Dataset.from_dict({"image": ["a", "b"], "label": [1, 0]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="no column of masks that is known by its name.*image_mask_folder.py"):
         opened(tmp_path / "train.parquet")
+
+
+def test_columns_of_paths_are_masks_when_they_are_named(stored, tmp_path):
+    picture, mask = scene(30, 44, np.random.default_rng(0))
+    paths = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    Image.fromarray(picture).save(paths[0])
+    Image.fromarray(mask).save(paths[1])
+    for kind in ("string", "large_string"):
+        features = datasets.Features({"image": datasets.Value(kind), "path": datasets.Value(kind)})
+        rows = datasets.Dataset.from_dict({"image": [paths[0]] * 2, "path": [paths[1]] * 2}, features=features)
+        rows.to_parquet(tmp_path / "train.parquet")
+        found = opened(tmp_path / "train.parquet", mask_column="path")
+        samples = SegmentationDataset(found.train, lambda image, ids: {"ids": ids}, found.coding, "image", "path")
+        samples.check_rows()
+        assert samples[0]["ids"].tolist() == mask.tolist()
+
+
+def test_a_single_class_is_refused_wherever_it_is_named(stored):
+    (stored / "id2label.json").write_text('{"0": "road"}')
+    with pytest.raises(ValueError, match="two or more different names"):
+        opened(stored)
 
 
 @pytest.mark.parametrize("content", ['{"1": "a"}', "[1, 2]", "{", '"a"'])

@@ -163,6 +163,39 @@ def test_training_sets_smaller_than_a_batch_are_refused(tmp_path):
         trainer_of(segmenter(), tmp_path, masked_rows(3))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_device_train_batch_size": 1}, "UperNet cannot be trained on one picture at a time"),
+        ({"per_device_train_batch_size": 11, "dataloader_drop_last": False}, "The last batch of 12 pictures .* a single one"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no meaning"),
+        ({"lr_scheduler_type": "constant"}, "needs `lr_schedule` library"),
+        ({"metric_for_best_model": "miou"}, "must be one of mean_iou, pixel_accuracy, mean_accuracy, got miou"),
+        ({"lr_power": 0.0}, "`lr_power` must be positive"),
+    ],
+)  # fmt: skip
+def test_unfit_options_are_refused_at_once(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(segmenter(), tmp_path, masked_rows(), **options)
+
+
+def test_the_best_model_is_that_of_the_mean_iou(tmp_path):
+    rows = masked_rows()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    trainer = trainer_of(segmenter(), tmp_path, rows, rows, load_best_model_at_end=True, **options)
+    trainer.train()
+    found = [entry["eval_mean_iou"] for entry in trainer.state.log_history if "eval_mean_iou" in entry]
+    assert trainer.state.best_metric == max(found) == pytest.approx(trainer.evaluate()["eval_mean_iou"])
+
+
+@pytest.mark.parametrize(("head", "auxiliary"), [("upernet", 0.4), ("upernet", 0.0), ("fcn", 0.4), ("fcn", 0.0)])
+def test_every_parameter_receives_a_gradient(head, auxiliary):
+    """Or processes that train together would wait for the others."""
+    model = segmenter(segmentation_head=head, auxiliary_loss_weight=auxiliary)
+    model(torch.rand(2, 3, 32, 48), labels=torch.randint(0, 4, (2, 32, 48))).loss.backward()
+    assert [name for name, value in model.named_parameters() if value.grad is None] == []
+
+
 def test_sharding_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP is not supported here"):
@@ -294,6 +327,71 @@ def test_a_classifier_becomes_the_trunk(data, tmp_path, caplog):
     assert "--model_name_or_path" in str(caught.value)
 
 
+def test_a_trunk_keeps_its_shape_whatever_a_recipe_says(data, tmp_path):
+    classifier = LVViTForImageClassification(tiny_config(num_hidden_layers=4, residual_divisor=2.0))
+    classifier.save_pretrained(tmp_path / "classifier")
+    overrides = {
+        "neck_channels": 16,
+        "decoder_channels": 8,
+        "hidden_size": 96,
+        "residual_divisor": 1.0,
+        "drop_path_rate": 0.2,
+    }
+    options = {
+        "model_name_or_path": tmp_path / "classifier",
+        "config_overrides": json.dumps(overrides),
+        "max_steps": 1,
+    }
+    program.main(options_of(data, tmp_path / "run", **options, save_picture="false"))
+    config = LVViTForSemanticSegmentation.from_pretrained(tmp_path / "run").config
+    assert (config.hidden_size, config.residual_divisor, config.drop_path_rate) == (32, 2.0, 0.2)
+
+
+def test_models_without_trained_heads_are_not_evaluated(data, tmp_path):
+    LVViTForImageClassification(tiny_config(num_hidden_layers=4)).save_pretrained(tmp_path / "classifier")
+    overrides = {"evaluate_only": "true", "model_name_or_path": tmp_path / "classifier", "config_overrides": None}
+    with pytest.raises(SystemExit, match="no trained segmentation heads"):
+        program.main(options_of(data, tmp_path / "run", **overrides))
+
+
+def test_models_are_evaluated_as_they_were_trained(data, tmp_path):
+    """Without the options again: the size of pictures is kept, other mask values are refused."""
+    names = {"class_names": "a b c", "reduce_labels": "true"}
+    program.main(options_of(data, tmp_path / "run", **names, short_side=40, long_side=70, save_picture="false"))
+    again = {
+        "model_name_or_path": tmp_path / "run",
+        "evaluate_only": "true",
+        "config_overrides": None,
+        "image_size": None,
+    }
+    again |= {"save_picture": "false", "class_names": names["class_names"]}
+    with pytest.raises(SystemExit, match="trained with --reduce_labels true"):
+        program.main(options_of(data, tmp_path / "a", **again))
+    program.main(options_of(data, tmp_path / "b", **again, reduce_labels="true"))
+    assert figures(tmp_path / "b", "eval") == figures(tmp_path / "run", "eval")
+
+
+def test_weights_of_the_classes_of_an_earlier_run_are_dropped(data, tmp_path):
+    program.main(options_of(data, tmp_path / "a", class_weights="1 2 3 4", save_picture="false"))
+    options = {"model_name_or_path": tmp_path / "a", "config_overrides": None, "class_names": "a b c d e"}
+    options |= {"ignore_mismatched_sizes": "true", "save_picture": "false", "image_size": None}
+    program.main(options_of(data, tmp_path / "b", **options))
+    assert LVViTForSemanticSegmentation.from_pretrained(tmp_path / "b").config.semantic_loss_class_weights is None
+
+
+def test_checkpoints_of_evaluated_models_stay(data, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "save_picture": "false"}
+    program.main(options_of(data, tmp_path / "run", **options))
+    again = {"evaluate_only": "true", "config_overrides": None, "image_size": None, "overwrite_output_dir": "true"}
+    inside = tmp_path / "run" / "checkpoint-1"
+    with pytest.raises(SystemExit, match="lies in --output_dir .* Choose another"):
+        program.main(options_of(data, tmp_path / "run", model_name_or_path=inside, **again, save_picture="false"))
+    program.main(
+        options_of(data, tmp_path / "run", model_name_or_path=tmp_path / "run", **again, save_picture="false")
+    )
+    assert (inside / "model.safetensors").is_file()
+
+
 def test_median_frequency_weights_enter_the_loss(data, tmp_path):
     program.main(options_of(data, tmp_path / "run", class_weights="median_frequency", save_picture="false"))
     weights = LVViTForSemanticSegmentation.from_pretrained(tmp_path / "run").config.semantic_loss_class_weights
@@ -313,6 +411,10 @@ def test_median_frequency_weights_enter_the_loss(data, tmp_path):
         ({"per_device_train_batch_size": 16}, "fewer than a batch"),
         ({"segmentation_head": "fcn", "config_overrides": '{"decoder_chanels": 8}'}, "did you mean decoder_channels"),
         ({"long_side": 100}, "needs a `short_side`"),
+        (
+            {"model_name_or_path": "x", "evaluate_only": "true", "resume_from_checkpoint": "last"},
+            "leave out --resume_from",
+        ),
         ({"image_size": "30"}, "multiple"),
         ({"mask_colum": "annotation"}, "did you mean mask_column"),
     ],

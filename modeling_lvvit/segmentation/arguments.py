@@ -14,6 +14,7 @@ from .transforms import SegmentationAugmentation
 # images of an optimiser step for which the learning rate of the published recipe holds
 REFERENCE_IMAGES_PER_STEP = 16
 BALANCED = "median_frequency"
+SCORES = ("mean_iou", "pixel_accuracy", "mean_accuracy")  # what an evaluation gives
 
 
 @dataclass
@@ -169,6 +170,8 @@ class SegmentationTrainingArguments(RunArguments):
         base_learning_rate (`float`, defaults to 6e-5): Learning rate for 16 images per optimiser step.
         lr_schedule (`str`, defaults to `"published"`): `"published"`, linear warm-up and polynomial decay to 0
             (`trainer.polynomial_factor`); `"library"`, that of `lr_scheduler_type`.
+        metric_for_best_model (`str`, *optional*): `mean_iou` (default with `load_best_model_at_end`), `pixel_accuracy` or
+            `mean_accuracy`.
         warmup_steps (`float`, defaults to 0.01): Optimiser steps of warm-up, or below 1 their share of the run (published: 1500 of
             160,000).
         lr_power (`float`, defaults to 1.0): Power of the decay.
@@ -192,3 +195,12 @@ class SegmentationTrainingArguments(RunArguments):
         super().check_options()
         self.check_numbers(0, "warmup_steps", positive=("lr_power",))
         self.check_choice("lr_schedule", "library", "published")
+        if self.lr_schedule == "published" and self.lr_scheduler_type != "linear":
+            raise ValueError(f"`lr_scheduler_type` ({self.lr_scheduler_type}) needs `lr_schedule` library.")
+        if self.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` has no meaning here: the loss is that of the model.")
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = SCORES[0]
+        metric = (self.metric_for_best_model or SCORES[0]).removeprefix("eval_")
+        if metric not in SCORES:
+            raise ValueError(f"`metric_for_best_model` must be one of {', '.join(SCORES)}, got {metric}.")

@@ -1,5 +1,6 @@
 """The segmentation model of a run: new, with a classifier as its trunk, or one to go on with."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from .arguments import SegmentationDataArguments, SegmentationModelArguments
 
 logger = logging.get_logger(__name__)
 LOADING_ERRORS = (SafetensorError, ValueError, RuntimeError, KeyError, TypeError, OSError)
+# what a trunk was trained with
+TRUNK_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "stem_hidden_size", "conv_stem", "residual_divisor",
+    "hidden_act", "layer_norm_eps", "patch_size", "qkv_bias",
+)  # fmt: skip
 HEADS = ("neck.", "decoder.", "auxiliary_decoder.")  # weights that a classifier lacks
 
 
@@ -70,7 +76,8 @@ def build_segmenter(
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: index for index, name in enumerate(class_names)},
         "semantic_loss_ignore_index": ignore_index,
-        **(args.config_overrides or {}),
+        "semantic_loss_class_weights": None,  # those of this run are set later
+        **_overrides(args, config),
     }
     if args.segmentation_head is not None:
         settings["segmentation_head"] = args.segmentation_head
@@ -79,10 +86,22 @@ def build_segmenter(
             settings["image_size"] = args.image_height_width
         config = variant_config(args.variant, **settings) if args.variant else LVViTConfig(**settings)
         return LVViTForSemanticSegmentation(config)
-    check_config_fields(LVViTConfig, args.config_overrides or {})
     if is_segmenter(config):
         _check_classes(args, config, class_names)
     return _load(args, config, settings)
+
+
+def _overrides(args: SegmentationModelArguments, config: LVViTConfig | None) -> dict[str, Any]:
+    """Configuration fields to change. A trained trunk keeps what it was trained with: recipes describe a new one."""
+    overrides = dict(args.config_overrides or {})
+    if config is None:
+        return overrides
+    check_config_fields(LVViTConfig, overrides)
+    kept = [name for name in TRUNK_FIELDS if name in overrides and overrides[name] != getattr(config, name)]
+    if kept:
+        about = ", ".join(f"{name} {getattr(config, name)} (not {overrides[name]})" for name in kept)
+        logger.warning("%s keeps its %s.", args.model_name_or_path, about)
+    return {name: value for name, value in overrides.items() if name not in TRUNK_FIELDS}
 
 
 def _load(
@@ -103,9 +122,15 @@ def _load(
             f"{path} lacks weights of the trunk: {', '.join(trunk)}. Was config_overrides meant for a new model?"
         )
     changes = []
+    mismatched = sorted(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"])
+    if args.evaluate_only and (missing or mismatched):
+        raise ValueError(
+            f"{path} has no trained segmentation heads for this: {', '.join((missing + mismatched)[:3])} ... would be random. Train it "
+            "first, or leave out options that change its heads."
+        )
     if missing:
         changes.append("heads new" if is_segmenter(config) else "a classifier as trunk, heads new")
-    if mismatched := sorted(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]):
+    if mismatched:
         changes.append(f"new because of another shape: {', '.join(mismatched)}")
     size = args.image_height_width
     if size is not None and size != tuple(config.image_height_width):
@@ -116,20 +141,53 @@ def _load(
     return model
 
 
+def pretrained_processor(args: SegmentationModelArguments) -> Any | None:
+    """Image processor of the model to start from, `None` where there is none."""
+    if args.model_name_or_path is None:
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(args.model_name_or_path, **_source(args))
+    except OSError:
+        logger.warning("%s has no image processor: pictures are normalised as on ImageNet.", args.model_name_or_path)
+        return None
+
+
+def as_trained(data_args: SegmentationDataArguments, own: Any) -> SegmentationDataArguments:
+    """Options for evaluating a segmentation model as it was trained: the size of pictures, unless another is given.
+
+    Args:
+        data_args: The options.
+        own: Image processor of the model.
+
+    Raises:
+        ValueError: If masks would be read in another way.
+    """
+    reduced = bool(getattr(own, "do_reduce_labels", False))
+    if reduced != data_args.reduce_labels:
+        word = str(reduced).lower()
+        raise ValueError(
+            f"The model was trained with --reduce_labels {word}, so that its class ids mean other mask values. Add that option."
+        )
+    size = own.size if own.do_resize else None
+    if data_args.short_side is not None or not size or "shortest_edge" not in size:
+        return data_args
+    return dataclasses.replace(
+        data_args, short_side=size["shortest_edge"], long_side=data_args.long_side or size.get("longest_edge")
+    )
+
+
 def build_processor(
-    args: SegmentationModelArguments, data_args: SegmentationDataArguments, reduces_labels: bool
+    own: Any | None, data_args: SegmentationDataArguments, reduces_labels: bool
 ) -> SegformerImageProcessor:
     """The image processor that is saved with the model: pictures in the size in which they are evaluated, normalised as the trunk
-    knows them, whole and never squashed."""
-    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    if args.model_name_or_path is not None:
-        try:
-            own = AutoImageProcessor.from_pretrained(args.model_name_or_path, **_source(args))
-            mean, std = own.image_mean, own.image_std
-        except OSError:
-            logger.warning(
-                "%s has no image processor: pictures are normalised as on ImageNet.", args.model_name_or_path
-            )
+    knows them, whole and never squashed.
+
+    Args:
+        own: Result of `pretrained_processor`.
+        data_args: With the size of pictures.
+        reduces_labels: Whether 0 in masks is no class.
+    """
+    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if own is None else (own.image_mean, own.image_std)
     size = {}
     if data_args.short_side is not None:
         size = {"size": {"shortest_edge": data_args.short_side}}

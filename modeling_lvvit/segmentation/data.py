@@ -118,7 +118,10 @@ def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) ->
     names = [args.mask_column] if args.mask_column is not None else MASK_COLUMNS
     for name in names:
         feature = rows.features.get(name)
-        is_path = args.mask_column is not None and feature == datasets.Value("string")
+        is_path = args.mask_column is not None and feature in (
+            datasets.Value("string"),
+            datasets.Value("large_string"),
+        )
         if isinstance(feature, datasets.Image) or is_path:
             return name
     wanted = (
@@ -128,8 +131,9 @@ def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) ->
     )
     about = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
     raise ValueError(
-        f"{args.dataset_name} has {wanted}; it has {about}. Name it with --mask_column. A folder of pictures and one of masks become "
-        "such data by dataset_scripts/image_mask_folder.py."
+        f"{args.dataset_name} has {wanted}; it has {about}. Name it with --mask_column. In the metadata.csv of an image folder "
+        "the column is called mask_file_name; a folder of pictures and one of masks become such data by "
+        "dataset_scripts/image_mask_folder.py."
     )
 
 
@@ -138,6 +142,8 @@ def _classes(
 ) -> tuple[list[str], MaskCoding]:
     """Names of the classes, and how mask values stand for them."""
     names = _given_names(args) or _names_beside_data(args)
+    if names is not None and (len(names) < 2 or len(set(names)) != len(names)):
+        raise ValueError(f"Class names must be two or more different names, got {names}.")
     if names is None and known_names is not None:
         names = known_names
     values = tuple(args.mask_values) if args.mask_values else None
@@ -166,8 +172,6 @@ def _given_names(args: SegmentationDataArguments) -> list[str] | None:
         if not Path(names[0]).is_file():
             raise FileNotFoundError(f"There is no file of class names {names[0]}.")
         names = read_class_names(Path(names[0]))
-    if len(names) < 2 or len(set(names)) != len(names):
-        raise ValueError(f"Class names must be two or more different names, got {names}.")
     return names
 
 

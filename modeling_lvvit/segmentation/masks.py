@@ -32,10 +32,11 @@ class MaskCoding:
     def __post_init__(self):
         if self.num_labels < 1:
             raise ValueError(f"There must be classes, got {self.num_labels}.")
-        if 0 <= self.ignore_index < self.num_labels and self.values is None and not self.reduce_labels:
+        # the default may be the value of a class that was named: in masks of 0 and 255 it is
+        if self.ignore_index in self.class_values and (self.values is None or self.ignore_index != IGNORED):
             raise ValueError(
-                f"--ignore_index {self.ignore_index} is the id of one of the {self.num_labels} classes, which would never be learned; "
-                f"choose another value, for example {MAX_VALUE}."
+                f"--ignore_index {self.ignore_index} is the value of one of the {self.num_labels} classes, which would never be learned; "
+                f"choose another one, for example {MAX_VALUE}."
             )
         if self.values is not None and self.reduce_labels:
             raise ValueError("Give --mask_values or --reduce_labels, not both.")

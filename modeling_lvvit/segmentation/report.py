@@ -11,8 +11,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from ..model_card import library_versions
-from ..visualization import save_segmentation_figure
-from .trainer import SCORES, SegmentationTrainer
+from ..visualization import panel_step, save_segmentation_figure
+from .arguments import SCORES
+from .trainer import SegmentationTrainer
 
 
 PICTURE, CLASS_SCORES = "predictions.png", "class_scores.json"
@@ -65,14 +66,18 @@ def draw_predictions(trainer: SegmentationTrainer, class_names: list[str]) -> st
     model.eval()
     count = min(NUM_PICTURES, len(samples))
     rows = [index * len(samples) // count for index in range(count)]
-    predictions = []
+    pictures, masks, predictions = [], [], []
     for row in rows:
         pixel_values = samples[row]["pixel_values"][None].to(trainer.args.device)
-        predictions.append(trainer.predict_pictures(model, pixel_values)[0].cpu().numpy())
+        predicted = trainer.predict_pictures(model, pixel_values)[0].cpu().numpy()
+        step = panel_step(predicted.shape)  # so that large pictures are not kept
+        pictures.append(samples.picture(row).reduce(step))
+        masks.append(samples.mask(row)[::step, ::step].copy())
+        predictions.append(predicted[::step, ::step].copy())
     save_segmentation_figure(
         Path(trainer.args.output_dir) / PICTURE,
-        [samples.picture(row) for row in rows],
-        [samples.mask(row) for row in rows],
+        pictures,
+        masks,
         predictions,
         class_names,
         samples.coding.label_ignore_index,

@@ -24,6 +24,7 @@ from dataset_scripts import digit_scenes
 from ..checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from ..command_line import Program, parse
 from ..launching import end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
+from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
 from ..token_labeling.callbacks import end_after_signal
 from ..token_labeling.data_sources import looks_local
 from ..token_labeling.pictures import SampleError
@@ -33,7 +34,14 @@ from .arguments import (
     SegmentationModelArguments,
     SegmentationTrainingArguments,
 )
-from .building import build_processor, build_segmenter, is_segmenter, pretrained_config
+from .building import (
+    as_trained,
+    build_processor,
+    build_segmenter,
+    is_segmenter,
+    pretrained_config,
+    pretrained_processor,
+)
 from .data import OpenedSegmentationData, open_segmentation_data
 from .dataset import ClassCounts, SegmentationDataset
 from .inference import InferenceSettings
@@ -105,23 +113,38 @@ def check_samples(samples: dict[str, SegmentationDataset | None], class_names: l
     return training
 
 
-def class_weights_of(args: SegmentationDataArguments, counts: ClassCounts | None, class_names: list[str]):
-    """Weights of the classes in the loss, the same in all processes; `None` for equal ones.
+def check_options(
+    model_args: SegmentationModelArguments,
+    data_args: SegmentationDataArguments,
+    training_args: SegmentationTrainingArguments,
+) -> None:
+    """Raises an error if options do not fit each other; the first thing that happens."""
+    if not CARD_TEMPLATE.is_file():
+        raise FileNotFoundError(
+            f"There is no {CARD_TEMPLATE}: install the project from its folder (pip install -e .)."
+        )
+    if data_args.class_weights == [BALANCED] and not data_args.check_data:
+        raise ValueError(f"--class_weights {BALANCED} counts pixels in the check of the data: leave --check_data on.")
+    if model_args.evaluate_only and training_args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "--evaluate_only trains nothing: leave out --resume_from_checkpoint and name the checkpoint as --model_name_or_path."
+        )
+
+
+def set_class_weights(
+    model: LVViTForSemanticSegmentation, args: SegmentationDataArguments, counts: ClassCounts | None
+) -> None:
+    """Gives the loss the weights that were asked for, the same in all processes.
 
     Args:
+        model: Changed in place.
         args: What was asked for.
         counts: Result of `check_samples` in the main process, elsewhere `None`.
-        class_names: Of the data.
-
-    Raises:
-        ValueError: If there is another number of weights than of classes.
     """
     weights = args.given_class_weights()
-    if weights is not None and len(weights) != len(class_names):
-        raise ValueError(f"`class_weights` has {len(weights)} numbers; the data has {len(class_names)} classes.")
-    if args.class_weights != [BALANCED]:
-        return weights
-    return broadcast_object_list([counts and counts.median_frequency_weights()])[0]
+    if args.class_weights == [BALANCED]:
+        weights = broadcast_object_list([counts and counts.median_frequency_weights()])[0]
+    model.config.semantic_loss_class_weights = weights
 
 
 def prepare(
@@ -130,34 +153,36 @@ def prepare(
     training_args: SegmentationTrainingArguments,
 ) -> Run:
     """Everything that can go wrong before training: output folder, data, model."""
-    if not CARD_TEMPLATE.is_file():
-        raise FileNotFoundError(
-            f"There is no {CARD_TEMPLATE}: install the project from its folder (pip install -e .)."
-        )
-    if data_args.class_weights == [BALANCED] and not data_args.check_data:
-        raise ValueError(f"--class_weights {BALANCED} counts pixels in the check of the data: leave --check_data on.")
+    check_options(model_args, data_args, training_args)
     prepare_output_dir(model_args, training_args)
     set_up_cpu(training_args.device)
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="opening the data"):
         if data_args.dataset_name in (None, EMBEDDED_RECIPE):
             data_args = dataclasses.replace(data_args, dataset_name=str(digit_scenes.build_or_reuse()))
-        config = pretrained_config(model_args)
+        config, own_processor = pretrained_config(model_args), pretrained_processor(model_args)
+        if model_args.evaluate_only and is_segmenter(config) and own_processor is not None:
+            data_args = as_trained(data_args, own_processor)
         known_names = list(config.id2label.values()) if is_segmenter(config) else None
         opened = open_segmentation_data(data_args, training_args.seed, known_names, model_args.evaluate_only)
-        coding = opened.coding
-        model = build_segmenter(model_args, config, opened.class_names, coding.label_ignore_index)
-        processor = build_processor(model_args, data_args, coding.reduce_labels)
-        samples = build_samples(data_args, opened, model.config.image_height_width, processor)
-        single, multi = data_args.inference(model.config.image_height_width)
-        counts = None
-        if data_args.check_data and training_args.should_save:
-            counts = check_samples(samples, opened.class_names)
-    if samples["training"] is not None:
-        model.config.semantic_loss_class_weights = class_weights_of(data_args, counts, opened.class_names)
+        weights = data_args.given_class_weights()
+        if weights is not None and len(weights) != len(opened.class_names):
+            raise ValueError(
+                f"`class_weights` has {len(weights)} numbers; the data has {len(opened.class_names)} classes."
+            )
+        model = build_segmenter(model_args, config, opened.class_names, opened.coding.label_ignore_index)
+    processor = build_processor(own_processor, data_args, opened.coding.reduce_labels)
+    samples = build_samples(data_args, opened, model.config.image_height_width, processor)
+    single, multi = data_args.inference(model.config.image_height_width)
     trainer = SegmentationTrainer(
         model, training_args, samples["training"], samples["evaluation"], single, processing_class=processor
     )
+    counts = None
+    if data_args.check_data:
+        with training_args.main_process_first(desc="checking the data"):
+            counts = check_samples(samples, opened.class_names) if training_args.should_save else None
+    if samples["training"] is not None:
+        set_class_weights(model, data_args, counts)
     return Run(trainer, opened, samples["test"], multi)
 
 
@@ -228,7 +253,8 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"{MODULE}: {error}" if is_main_process() else 1)
     trainer, is_main = run.trainer, run.trainer.is_world_process_zero()
     if is_main:
-        discard_overwritten_checkpoints(model_args, training_args)
+        if trainer.train_dataset is not None:
+            discard_overwritten_checkpoints(model_args, training_args)
         introduce(run)
     try:
         if trainer.train_dataset is not None:

@@ -13,14 +13,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..token_labeling.callbacks import leave_signals_to_main_process
 from ..token_labeling.run_trainer import RunTrainer
 from ..token_labeling.sharding import is_sharding_asked_for
-from .arguments import SegmentationTrainingArguments
+from .arguments import SCORES, SegmentationTrainingArguments
 from .dataset import SegmentationDataset
 from .inference import InferenceSettings, predict_classes
 from .metrics import SegmentationScores, confusion_matrix
 
 
 WARMUP_FACTOR = 1e-6  # share of the learning rate at the first step of the published runs
-SCORES = ("mean_iou", "pixel_accuracy", "mean_accuracy")
 
 
 def polynomial_factor(step: int, num_steps: int, warmup_steps: int, power: float = 1.0) -> float:
@@ -64,6 +63,29 @@ class SharedSampler(SequentialSampler):
         return len(self.rows)
 
 
+def check_batches(model: nn.Module, args: SegmentationTrainingArguments, num_rows: int) -> None:
+    """Raises a `ValueError` if an epoch has no batch, or one of a single picture, of which UperNet cannot take statistics."""
+    batch_size, is_alone = args.train_batch_size, args.world_size == 1
+    if args.dataloader_drop_last and num_rows < batch_size * args.world_size:
+        raise ValueError(
+            f"There are {num_rows} training pictures, fewer than a batch over all devices ({batch_size * args.world_size}). Choose a "
+            "smaller --per_device_train_batch_size."
+        )
+    needs_two = getattr(model.config, "segmentation_head", None) == "upernet" and 1 in model.config.pool_scales
+    if not needs_two or args.batch_norm == "frozen" or (args.batch_norm == "synchronized" and not is_alone):
+        return
+    if batch_size == 1:
+        raise ValueError(
+            "UperNet cannot be trained on one picture at a time: its batch norms need at least two. Use a larger "
+            "--per_device_train_batch_size, --batch_norm synchronized on several devices, or --segmentation_head fcn."
+        )
+    if is_alone and not args.dataloader_drop_last and num_rows % batch_size == 1:
+        raise ValueError(
+            f"The last batch of {num_rows} pictures in batches of {batch_size} has a single one, of which the batch norms of UperNet "
+            "cannot take statistics. Use --dataloader_drop_last true or another --per_device_train_batch_size."
+        )
+
+
 class SegmentationTrainer(RunTrainer):
     """Trains a model that returns `loss` and `logits` for `pixel_values` and `labels` (`LVViTForSemanticSegmentation`), and evaluates it
     on whole pictures in windows. No logits are kept or gathered: pixels are counted as pictures come.
@@ -76,7 +98,7 @@ class SegmentationTrainer(RunTrainer):
         inference: How pictures are segmented.
 
     Raises:
-        ValueError: If the training set is smaller than a batch, or FSDP is asked for.
+        ValueError: If training set and batch size do not fit, or FSDP or DataParallel would be used.
     """
 
     def __init__(
@@ -88,17 +110,18 @@ class SegmentationTrainer(RunTrainer):
         inference: InferenceSettings | None = None,
         **kwargs: Any,
     ):
+        if args.n_gpu > 1:
+            raise ValueError(
+                "DataParallel is not supported, it takes batch-norm statistics of parts of a batch. Start one process per GPU: "
+                f"accelerate launch --num_processes {args.n_gpu} ..., or set CUDA_VISIBLE_DEVICES."
+            )
         if is_sharding_asked_for():
             raise ValueError(
                 "FSDP is not supported here: processes that evaluate pictures of different sizes would wait for each other. The "
                 "largest model has 209 million parameters; use the configurations without FSDP."
             )
-        rows_per_step = args.train_batch_size * args.world_size
-        if train_dataset is not None and args.dataloader_drop_last and len(train_dataset) < rows_per_step:
-            raise ValueError(
-                f"There are {len(train_dataset)} training pictures, fewer than a batch over all devices ({rows_per_step}). Choose a "
-                "smaller --per_device_train_batch_size."
-            )
+        if train_dataset is not None:
+            check_batches(model, args, len(train_dataset))
         super().__init__(
             model, args, collate_crops, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
         )  # fmt: skip
