@@ -88,8 +88,8 @@ def test_nothing_grows_with_the_number_of_pictures():
     for _ in range(50):
         for prediction, label in zip(predictions, labels):
             scores.add(prediction=prediction, reference=label)
-    assert scores.writer is None and scores.confusion.shape == (CLASSES, CLASSES)
-    assert scores.confusion.sum() == 50 * (labels != 255).sum()
+    assert scores.writer is None and scores.counts.shape == (CLASSES, CLASSES)
+    assert scores.counts.sum() == 50 * (labels != 255).sum()
     many = scores.compute()
     once = scores.compute(predictions=predictions, references=labels)
     assert many["mean_iou"] == pytest.approx(once["mean_iou"], abs=1e-12)

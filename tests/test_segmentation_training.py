@@ -33,7 +33,8 @@ from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmenta
 from modeling_lvvit.command_line import parse, recipe_names
 from modeling_lvvit.segmentation import train as program
 from modeling_lvvit.segmentation.inference import InferenceSettings, best_classes, predict_classes
-from modeling_lvvit.segmentation.trainer import SharedSampler, polynomial_factor
+from modeling_lvvit.segmentation.trainer import polynomial_factor
+from modeling_lvvit.token_labeling.shared_rows import SharedSampler
 from modeling_lvvit.variants import variant_config
 from modeling_lvvit.visualization import save_segmentation_figure
 

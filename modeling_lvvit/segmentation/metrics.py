@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import torch
-from torch import distributed
+
+from ..token_labeling.counted_metric import CountedMetric
 
 
 def confusion_matrix(
@@ -70,37 +69,31 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-class SegmentationScores(evaluate.Metric):
+class SegmentationScores(CountedMetric):
     """Mean IoU, pixel accuracy and values of each class.
-
-    Maps are counted when they are added and not kept. Processes of `torch.distributed` add their matrices, and each gets the result;
-    others are combined by `evaluate`, with one matrix for each process in its files.
 
     Args:
         num_labels: Number of classes.
         ignore_index: Label of pixels that do not count.
-        kwargs: Of `evaluate.Metric`: `num_process`, `process_id`, `experiment_id`, `keep_in_memory`, ...
+        kwargs: See `CountedMetric`.
     """
 
     def __init__(self, num_labels: int, ignore_index: int = 255, **kwargs: Any):
         if 0 <= ignore_index < num_labels:
             raise ValueError(f"`ignore_index` ({ignore_index}) is the id of one of the {num_labels} classes.")
-        if kwargs.get("num_process", 1) == 1:
-            kwargs["keep_in_memory"] = True
-        super().__init__(**kwargs)
-        self.num_labels, self.ignore_index, self.evaluations = num_labels, ignore_index, 0
-        self.name_of_evaluations = self.experiment_id
-        self.confusion = torch.zeros(num_labels, num_labels, dtype=torch.int64)
+        super().__init__((num_labels, num_labels), **kwargs)
+        self.num_labels, self.ignore_index = num_labels, ignore_index
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Intersection over union of predicted and true regions, and shares of pixels that are right.",
-            citation="",
-            inputs_description="predictions and references: maps of class ids of the same shape.",
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
-            ),
+    def describe(self) -> tuple[str, str]:
+        """What is measured, and what predictions and references are."""
+        return (
+            "Intersection over union of predicted and true regions, and shares of pixels that are right.",
+            "predictions and references: maps of class ids of the same shape.",
         )
+
+    def measures(self, counts: np.ndarray) -> dict[str, Any]:
+        """See `scores_of`."""
+        return scores_of(counts)
 
     def add_batch(self, *, predictions: Any, references: Any, **kwargs: Any) -> None:
         """Counts maps of class ids: arrays or tensors of one shape, or lists of such of any sizes."""
@@ -110,32 +103,4 @@ class SegmentationScores(evaluate.Metric):
     def add(self, *, prediction: Any, reference: Any, **kwargs: Any) -> None:
         """Counts one map."""
         maps = (torch.as_tensor(part) for part in (prediction, reference))
-        self.confusion += confusion_matrix(*maps, self.num_labels, self.ignore_index).cpu()
-
-    def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, Any] | None:
-        """The measures of `scores_of` of all that was added in all processes; begins anew. Where `evaluate` combines processes, only
-        the first gets them.
-
-        Raises:
-            ValueError: If predictions come without references, or the other way round.
-        """
-        if (predictions is None) != (references is None):
-            raise ValueError("Give predictions and references, or neither after they were added.")
-        if predictions is not None:
-            self.add_batch(predictions=predictions, references=references)
-        if distributed.is_available() and distributed.is_initialized():
-            # processes that only know how to exchange what is on their accelerators
-            has_cpu = "gloo" in distributed.get_backend_config()
-            matrix = self.confusion if has_cpu else self.confusion.to(torch.accelerator.current_accelerator())
-            distributed.all_reduce(matrix)
-            result = scores_of(matrix.cpu().numpy())
-        else:
-            self.evaluations += 1  # each has files of its own
-            self.info.experiment_id = f"{self.name_of_evaluations}-{self.evaluations}"
-            super().add_batch(predictions=[self.confusion.flatten().tolist()], references=[int(self.confusion.sum())])
-            result = super().compute()
-        self.confusion.zero_()
-        return result
-
-    def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, Any]:
-        return scores_of(np.asarray(predictions).sum(axis=0).reshape(self.num_labels, self.num_labels))
+        self.counts += confusion_matrix(*maps, self.num_labels, self.ignore_index).cpu()

@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 from torch.utils.data import default_collate as stack
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..token_labeling.callbacks import leave_signals_to_main_process
 from ..token_labeling.run_trainer import RunTrainer
 from ..token_labeling.sharding import is_sharding_asked_for
+from ..token_labeling.shared_rows import SharedSampler
 from .arguments import SCORES, SegmentationTrainingArguments
 from .dataset import SegmentationDataset
 from .inference import InferenceSettings, predict_classes
-from .metrics import SegmentationScores, confusion_matrix
+from .metrics import SegmentationScores
 
 
 WARMUP_FACTOR = 1e-6  # share of the learning rate at the first step of the published runs
@@ -42,25 +43,6 @@ def collate_crops(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def collate_pictures(samples: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
     """Evaluation samples of any sizes to lists."""
     return {name: [sample[name] for sample in samples] for name in ("pixel_values", "labels")}
-
-
-class SharedSampler(SequentialSampler):
-    """The rows of one of several processes: every one of them once in all, in contrast to the samplers of PyTorch and accelerate, which
-    repeat rows to give all processes as many.
-
-    Args:
-        num_rows: Rows of the data set.
-        process_index, num_processes: Which process.
-    """
-
-    def __init__(self, num_rows: int, process_index: int, num_processes: int):
-        self.rows = range(process_index, num_rows, num_processes)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 def check_batches(model: nn.Module, args: SegmentationTrainingArguments, num_rows: int) -> None:
@@ -175,9 +157,7 @@ class SegmentationTrainer(RunTrainer):
         try:
             for batch in dataloader:
                 for predicted, labels in self._predictions(own, batch):
-                    scores.confusion += confusion_matrix(
-                        predicted, labels, scores.num_labels, scores.ignore_index
-                    ).cpu()
+                    scores.add_batch(predictions=predicted, references=labels)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         finally:
             own.train(was_training)
