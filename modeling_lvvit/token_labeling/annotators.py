@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
 from .class_matching import ClassMap
@@ -97,7 +97,7 @@ def load_annotator(
     """
     if looks_local(name) and not Path(name).expanduser().is_dir():
         raise ValueError(f"The annotator {name} cannot be loaded: there is no such folder (seen from {Path.cwd()}).")
-    is_timm = name.startswith(TIMM_PREFIX) or _is_timm_folder(Path(name).expanduser())
+    is_timm = name.startswith(TIMM_PREFIX) or is_timm_folder(Path(name).expanduser())
     load = _load_timm if is_timm else _load_transformers
     try:
         with torch.random.fork_rng(devices=[], enabled=random_weights):
@@ -161,27 +161,70 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _load_transformers(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):
+def create_transformers_model(
+    name: str, source: dict[str, Any], random_weights: bool = False
+) -> tuple[PreTrainedModel, list[str]]:
+    """An image classifier of transformers, and the names of weights that it was saved with but does not have.
+
+    Args:
+        name: Hub name or folder.
+        source: `revision` and `trust_remote_code`.
+        random_weights: Whether to build the architecture only.
+
+    Raises:
+        ValueError: If weights are missing.
+    """
     config = AutoConfig.from_pretrained(name, **source)
     if random_weights:
-        model = AutoModelForImageClassification.from_config(
-            config, trust_remote_code=source["trust_remote_code"], dtype=torch.float32
-        )
+        trust = source["trust_remote_code"]
+        return AutoModelForImageClassification.from_config(config, trust_remote_code=trust, dtype=torch.float32), []
+    model, info = AutoModelForImageClassification.from_pretrained(
+        name, dtype=torch.float32, output_loading_info=True, **source
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"it is no trained image classifier, its weights lack {sorted(info['missing_keys'])}.")
+    return model, list(info["unexpected_keys"])
+
+
+def transformers_class_names(model: PreTrainedModel) -> list[str]:
+    """Class names of a classifier of transformers, by id."""
+    names = model.config.id2label or {}
+    return [str(names.get(index, f"LABEL_{index}")) for index in range(model.config.num_labels)]
+
+
+def create_timm_model(
+    name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool = False
+) -> nn.Module:
+    """A classifier of timm.
+
+    Args:
+        name: `timm/NAME`, or a folder that timm saved.
+        image_size: Height and width in pixels that it is made for, where it has a fixed size; default: its own.
+        source, random_weights: See `create_transformers_model`.
+    """
+    if name.startswith(TIMM_PREFIX):
+        revision = f"@{source['revision']}" if source["revision"] else ""
+        location = name.removeprefix(TIMM_PREFIX) if random_weights else f"hf-hub:{name}{revision}"
     else:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **source
-        )
-        if info["missing_keys"]:
-            raise ValueError(f"it is no trained image classifier, its weights lack {sorted(info['missing_keys'])}.")
+        location = f"local-dir:{Path(name).expanduser()}"
+    create = {"model_name": location, "pretrained": not random_weights}
+    if image_size is not None:
+        with suppress(TypeError):  # a network without a fixed input size
+            return timm.create_model(**create, img_size=image_size)
+    return timm.create_model(**create)
+
+
+def _load_transformers(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):
+    model, unexpected = create_transformers_model(name, source, random_weights)
+    config = model.config
     processor = AutoImageProcessor.from_pretrained(name, **source)
     preprocessing = probe_processor(processor, image_size or own_image_size(model))
     if image_size is not None:
         preprocessing = replace(preprocessing, image_size=image_size)
     if not must_interpolate(model, preprocessing.image_size):
         model = resize_classifier(model, preprocessing.image_size)
-    names = config.id2label or {}
-    class_names = [str(names.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
-    if not random_weights and any(PATCH_HEAD in key for key in info["unexpected_keys"]):
+    class_names = transformers_class_names(model)
+    if any(PATCH_HEAD in key for key in unexpected):
         model = add_patch_head(model, preprocessing.image_size)
         if not load_patch_head(model, name, source["revision"]):
             raise ValueError(
@@ -195,17 +238,7 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
 
 
 def _load_timm(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):
-    if name.startswith(TIMM_PREFIX):
-        revision = f"@{source['revision']}" if source["revision"] else ""
-        location = name.removeprefix(TIMM_PREFIX) if random_weights else f"hf-hub:{name}{revision}"
-    else:
-        location = f"local-dir:{Path(name).expanduser()}"
-    create = {"model_name": location, "pretrained": not random_weights}
-    model = None
-    if image_size is not None:
-        with suppress(TypeError):  # a network without a fixed input size
-            model = timm.create_model(**create, img_size=image_size)
-    model = timm.create_model(**create) if model is None else model
+    model = create_timm_model(name, image_size, source, random_weights)
     settings = resolve_model_data_config(model)
     std, mean = settings["std"], settings["mean"]
     resample = Image.Resampling[settings["interpolation"].upper()]
@@ -215,10 +248,11 @@ def _load_timm(name: str, image_size: tuple[int, int] | None, source: dict[str, 
         tuple(-m / s for m, s in zip(mean, std)),
         resample,
     )
-    return model, _timm_class_names(model), preprocessing, None
+    return model, timm_class_names(model), preprocessing, None
 
 
-def _timm_class_names(model: nn.Module) -> list[str]:
+def timm_class_names(model: nn.Module) -> list[str]:
+    """Class names of a classifier of timm, by id."""
     names = model.pretrained_cfg.get("label_names")
     if names:
         return list(names)
@@ -227,7 +261,12 @@ def _timm_class_names(model: nn.Module) -> list[str]:
     return ImageNetInfo(subset).label_names() if subset else [f"LABEL_{index}" for index in range(model.num_classes)]
 
 
-def _is_timm_folder(path: Path) -> bool:
+def is_timm_folder(path: Path) -> bool:
+    """Whether a folder holds a model that timm saved.
+
+    Raises:
+        ValueError: If its configuration cannot be read.
+    """
     config = path / "config.json"
     if not config.is_file():
         return False
