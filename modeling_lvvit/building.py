@@ -22,7 +22,7 @@ from .modeling_lvvit import LVViTForImageClassification
 from .other_models import BUILDING_ERRORS, DEFAULT_CROP_FRACTION, finish_pretrained, random_classifier
 from .token_labeling.data_sources import looks_local
 from .token_labeling.patch_head import PATCH_HEAD
-from .variants import VARIANTS, evaluation_image_processor, variant_config
+from .variants import VARIANTS, crop_fraction_of, evaluation_image_processor, variant_config
 
 
 logger = logging.get_logger(__name__)
@@ -112,7 +112,9 @@ def _fit_resolution(
         model.resize_position_embeddings(size)
         changes.append(f"position table resized from {config.grid_size} to {model.config.grid_size} tokens")
     if is_resized or args.crop_fraction is not None:
-        processor = evaluation_image_processor(size, args.crop_fraction or _crop_fraction_of(processor))
+        processor = evaluation_image_processor(
+            size, args.crop_fraction or crop_fraction_of(processor) or DEFAULT_CROP_FRACTION
+        )
     return processor
 
 
@@ -139,12 +141,3 @@ def _changes(config: LVViTConfig, loading: dict[str, Any], class_names: list[str
 def _without_patch_head(keys: Iterable[str]) -> list[str]:
     """Keys besides those of an added patch head, which is loaded apart."""
     return sorted(key for key in keys if PATCH_HEAD not in key)
-
-
-def _crop_fraction_of(processor: Any) -> float:
-    """Share of the resized image that the evaluation crop of the image processor of an LV-ViT keeps."""
-    resized, crop = processor.size, processor.crop_size
-    shortest = resized.get("shortest_edge") or min(resized.get("height", 0), resized.get("width", 0))
-    if not shortest or not crop:
-        return DEFAULT_CROP_FRACTION
-    return min(1.0, max(crop["height"], crop["width"]) / shortest)

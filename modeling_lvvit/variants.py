@@ -86,6 +86,16 @@ def find_variant(config: LVViTConfig) -> str | None:
     return min(names, key=lambda name: abs(VARIANTS[name].image_size - side), default=None)
 
 
+def crop_fraction_of(processor: Any) -> float | None:
+    """Share of the resized picture's shorter side that the centre crop of an image processor keeps, in (0, 1]; `None` if it crops
+    nothing."""
+    size, crop = getattr(processor, "size", None) or {}, getattr(processor, "crop_size", None)
+    if not getattr(processor, "do_center_crop", False) or not crop:
+        return None
+    shortest = size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0))
+    return min(1.0, max(crop["height"], crop["width"]) / shortest) if shortest else None
+
+
 def evaluation_image_processor(
     image_size: tuple[int, int],
     crop_fraction: float,

@@ -1,0 +1,238 @@
+"""Evaluates image classifiers, ours and any of transformers or timm, each with its own preprocessing.
+
+python -m modeling_lvvit.evaluate --model outputs/digit_scenes --dataset DATA
+python -m modeling_lvvit.evaluate --model runs/lvvit_s_224 timm/deit_small_patch16_224.fb_in1k --dataset imagenet imagenet-v2 imagenet-a \\
+    --real_labels imagenet --corruptions ImageNet-C --output results.json
+accelerate launch -m modeling_lvvit.evaluate ...                    on several devices
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from ..launching import end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
+from ..token_labeling.dataset import TokenLabelDataset
+from ..token_labeling.pictures import SampleError
+from ..token_labeling.shared_rows import SharedSampler
+from .classifier import Classifier, InputOptions, load_classifier
+from .report import markdown_table, save_results
+from .scores import ClassificationScores, imagenet_real_labels, mean_corruption_error, read_real_labels
+from .test_sets import TestSet, classes_of, corruption_folders, open_test_set, real_labels_of
+
+
+MODULE = "modeling_lvvit.evaluate"
+SHIPPED = "imagenet"  # the re-assessed labels that timm has
+RANKS = 5
+
+
+@dataclass
+class EvaluationArguments:
+    """Options of the program.
+
+    Args:
+        model: Classifiers: Hub names or folders of transformers, `timm/NAME`, folders that timm saved.
+        dataset: Test sets: Hub names, image folders, folders of Parquet files, or such files.
+        split: Split of all of them; default: found by name.
+        dataset_config_name, dataset_revision: Configuration and revision on the Hub.
+        image_column, label_column: Column names.
+        class_map: Which class of a model is which of the data: `identity`, or a file; default: by name, synonym or WordNet id.
+        real_labels: Re-assessed labels of the first test set: `imagenet`, those of its validation set, or a JSON file.
+        corruptions: Folder of ImageNet-C.
+        image_size: Side of the input in pixels, or height and width; default: that of each model.
+        crop_fraction: Share of the resized picture that the centre crop keeps; default: that of each model.
+        batch_size: Images that a device takes at a time.
+        num_workers: Processes that load pictures.
+        bf16: Whether to compute in bfloat16.
+        max_samples: First rows of each test set only.
+        output: JSON file for all results and settings; the table is always printed.
+        model_revision, trust_remote_code: See `from_pretrained`.
+        random_weights: Builds architectures without weights, to try things out.
+    """
+
+    model: list[str] = field(metadata={"help": "Classifiers."})
+    dataset: list[str] = field(default_factory=list, metadata={"help": "Test sets."})
+    split: str | None = field(default=None, metadata={"help": "Split; default: found by name."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
+    image_column: str = field(default="image", metadata={"help": "Column of pictures."})
+    label_column: str = field(default="label", metadata={"help": "Column of class ids or names."})
+    class_map: str | None = field(default=None, metadata={"help": "identity, or a file."})
+    real_labels: str | None = field(default=None, metadata={"help": "imagenet, or a JSON file."})
+    corruptions: str | None = field(default=None, metadata={"help": "Folder of ImageNet-C."})
+    image_size: list[int] | None = field(default=None, metadata={"help": "Input side in pixels, or height and width."})
+    crop_fraction: float | None = field(default=None, metadata={"help": "Share kept by the centre crop."})
+    batch_size: int = field(default=64, metadata={"help": "Images that a device takes at a time."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that load pictures."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
+    max_samples: int | None = field(default=None, metadata={"help": "First rows of each test set only."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the models on the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
+    random_weights: bool = field(default=False, metadata={"help": "Architectures without weights."})
+
+    def __post_init__(self):
+        if not self.dataset and self.corruptions is None:
+            raise ValueError("Give test sets (--dataset) or a folder of corruptions (--corruptions).")
+        if self.real_labels is not None and not self.dataset:
+            raise ValueError("--real_labels belong to a test set: give --dataset.")
+        if self.image_size is not None and (len(self.image_size) not in (1, 2) or min(self.image_size) < 1):
+            raise ValueError(f"`image_size` is one side or height and width, got {self.image_size}.")
+        if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"`crop_fraction` must lie in (0, 1], got {self.crop_fraction}.")
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
+        if self.output is not None and Path(self.output).is_dir():
+            raise ValueError(f"--output {self.output} is a folder; give the name of a JSON file.")
+
+    def input_options(self) -> InputOptions:
+        """Changes of the models' preprocessing."""
+        size = None if self.image_size is None else (self.image_size[0], self.image_size[-1])
+        return InputOptions(size, self.crop_fraction)
+
+
+@torch.inference_mode()
+def evaluate(
+    classifier: Classifier,
+    test_set: TestSet,
+    args: EvaluationArguments,
+    state: PartialState,
+    real: Sequence[frozenset[int] | None] | None = None,
+) -> dict[str, float]:
+    """Scores of a classifier on a test set; every process takes its share of the rows and gets the scores of all.
+
+    Args:
+        classifier: On the device of the process.
+        test_set: Rows.
+        args: Column names, batch size, precision, class map.
+        state: Which process this is.
+        real: Re-assessed labels of the rows.
+    """
+    class_map = classes_of(classifier.class_names, test_set, args.class_map)
+    samples = TokenLabelDataset(
+        test_set.rows,
+        partial(_as_sample, classifier.transform),
+        args.image_column,
+        args.label_column,
+        name=test_set.name,
+    )
+    sampler = SharedSampler(len(samples), state.process_index, state.num_processes)
+    loader = DataLoader(
+        _Numbered(samples),
+        args.batch_size,
+        sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=state.device.type == "cuda",
+    )
+    scores = ClassificationScores(len(test_set.class_names))
+    autocast = torch.autocast(state.device.type, torch.bfloat16) if args.bf16 else nullcontext()
+    title = f"{classifier.name} on {test_set.name}"
+    for batch in tqdm(loader, desc=title, unit="batch", disable=not state.is_main_process):
+        with autocast:
+            logits = classifier.logits(batch["pixel_values"].to(state.device, non_blocking=True))
+        if class_map is not None:
+            logits = class_map.apply(logits[..., None, None])[..., 0, 0]  # (B, classes of the data)
+        ranked = logits.topk(min(RANKS, logits.shape[-1]), dim=-1).indices
+        seen = None if real is None else [real[index] for index in batch["index"].tolist()]
+        scores.add_batch(predictions=ranked, references=batch["labels"], real=seen)
+    return scores.compute()
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """Samples that know their row."""
+
+    def __init__(self, samples: TokenLabelDataset):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [{**sample, "index": index} for sample, index in zip(self.samples.__getitems__(indices), indices)]
+
+
+def _as_sample(transform: Any, image: Any) -> dict[str, torch.Tensor]:
+    return {"pixel_values": transform(image)}
+
+
+def evaluate_corruptions(
+    classifier: Classifier, folders: dict[str, dict[str, Path]], args: EvaluationArguments, state: PartialState
+) -> dict[str, Any]:
+    """Error rates of a classifier on every corruption and severity, and what follows from them."""
+    errors: dict[str, list[float]] = {}
+    for corruption, severities in folders.items():
+        for severity, folder in severities.items():
+            test_set = open_test_set(str(folder), max_samples=args.max_samples)
+            test_set.name = f"{corruption}/{severity}"
+            errors.setdefault(corruption, []).append(1 - evaluate(classifier, test_set, args, state)["accuracy"])
+    return {**mean_corruption_error(errors), "errors": errors}
+
+
+def prepare(args: EvaluationArguments) -> tuple[list[Classifier], list[TestSet], Any, dict[str, dict[str, Path]]]:
+    """Loads everything and pairs the classes, so that what does not fit is found before any work."""
+    classifiers = [
+        load_classifier(name, args.input_options(), args.model_revision, args.trust_remote_code, args.random_weights)
+        for name in args.model
+    ]
+    columns = (args.image_column, args.label_column)
+    test_sets = [
+        open_test_set(name, args.split, args.dataset_config_name, args.dataset_revision, *columns, args.max_samples)
+        for name in args.dataset
+    ]
+    for classifier in classifiers:
+        for test_set in test_sets:
+            try:
+                classes_of(classifier.class_names, test_set, args.class_map)
+            except ValueError as error:
+                reason = str(error).replace("annotator", "model")  # for which classes are paired elsewhere
+                raise ValueError(f"{classifier.name} on {test_set.name}: {reason}") from error
+    real = None
+    if args.real_labels is not None:
+        labels = imagenet_real_labels() if args.real_labels == SHIPPED else read_real_labels(Path(args.real_labels))
+        real = real_labels_of(test_sets[0], args.image_column, labels)
+    folders = corruption_folders(Path(args.corruptions).expanduser()) if args.corruptions is not None else {}
+    return classifiers, test_sets, real, folders
+
+
+def main(arguments: list[str]) -> None:
+    if start_missing_processes(["--module", MODULE], arguments):
+        return
+    end_with_launcher()
+    # without the word, accelerate takes several processes on CPUs for single ones
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    set_up_cpu(state.device)
+    try:
+        (args,) = HfArgumentParser(EvaluationArguments, prog=MODULE).parse_args_into_dataclasses(arguments)
+        with state.main_process_first():
+            classifiers, test_sets, real, folders = prepare(args)
+        results = []
+        for classifier in classifiers:
+            classifier.model.to(state.device)
+            record = {"model": classifier.name, **classifier.facts, "results": {}}
+            for test_set in test_sets:
+                found = evaluate(classifier, test_set, args, state, real if test_set is test_sets[0] else None)
+                about = {"split": test_set.split, "classes": len(test_set.class_names)}
+                record["results"][test_set.name] = {**about, **found}
+            if folders:
+                record["corruptions"] = evaluate_corruptions(classifier, folders, args, state)
+            results.append(record)
+            classifier.model.to("cpu")
+    except (ValueError, OSError, SampleError) as error:
+        sys.exit(f"{MODULE}: {error}" if is_main_process() else 1)
+    if state.is_main_process:
+        print(markdown_table(results))
+        if args.output is not None:
+            save_results(Path(args.output), results, args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,196 @@
+"""Image classifiers of transformers and timm with their own preprocessing, ready to be evaluated."""
+
+import dataclasses
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from safetensors import SafetensorError
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from ..configuration_lvvit import LVViTConfig
+from ..token_labeling.annotators import (
+    TIMM_PREFIX,
+    create_timm_model,
+    create_transformers_model,
+    is_timm_folder,
+    timm_class_names,
+    transformers_class_names,
+)
+from ..token_labeling.data_sources import looks_local
+from ..token_labeling.dataset import ImageProcessorTransform
+from ..token_labeling.input_size import must_interpolate, own_image_size, resize_classifier
+from ..token_labeling.preprocessing import fixed_size_of, probe_processor
+from ..variants import crop_fraction_of, evaluation_image_processor
+
+
+LOADING_ERRORS = (
+    OSError, RuntimeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError
+)  # fmt: skip
+
+
+@dataclass
+class InputOptions:
+    """How pictures are given to a classifier, where that is not its own way.
+
+    Args:
+        image_size: Height and width of the input in pixels.
+        crop_fraction: Share of the resized picture that the centre crop keeps, in (0, 1].
+    """
+
+    image_size: tuple[int, int] | None = None
+    crop_fraction: float | None = None
+
+    @property
+    def are_given(self) -> bool:
+        """Whether something is to be changed."""
+        return self.image_size is not None or self.crop_fraction is not None
+
+
+@dataclass
+class Classifier:
+    """A classifier that can be evaluated.
+
+    Args:
+        name: As the user gave it.
+        model: Network.
+        transform: From an RGB picture to its input, float32 `(3, height, width)`.
+        class_names: By id.
+        facts: What a record says of it: library, parameters, resolution, crop, ...
+        forward_options: Arguments of every forward pass.
+    """
+
+    name: str
+    model: nn.Module
+    transform: Callable[[Image.Image], torch.Tensor]
+    class_names: list[str]
+    facts: dict[str, Any]
+    forward_options: dict[str, Any] = field(default_factory=dict)
+
+    def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(B, 3, height, width)` to `(B, classes)`, float32."""
+        output = self.model(pixel_values, **self.forward_options)
+        return (output if isinstance(output, torch.Tensor) else output.logits).float()
+
+
+def load_classifier(
+    name: str,
+    options: InputOptions,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_weights: bool = False,
+) -> Classifier:
+    """Loads a classifier with its preprocessing.
+
+    Args:
+        name: Hub name or folder of a classifier of transformers; `timm/NAME`, or a folder that timm saved.
+        options: Changes of its preprocessing.
+        revision, trust_remote_code: As in `from_pretrained`.
+        random_weights: Builds the architecture without its weights (seed 0), to try things out.
+
+    Raises:
+        ValueError: If it cannot be loaded, or does not take pictures of the size that was asked for.
+    """
+    if looks_local(name) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"There is no model folder {name} (seen from {Path.cwd()}).")
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    is_timm = name.startswith(TIMM_PREFIX) or is_timm_folder(Path(name).expanduser())
+    try:
+        with torch.random.fork_rng(devices=[], enabled=random_weights):
+            if random_weights:
+                torch.manual_seed(0)
+            load = _load_timm if is_timm else _load_transformers
+            classifier = load(name, options, source, random_weights)
+    except LOADING_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name} cannot be evaluated: {reason}") from error
+    classifier.model.eval().requires_grad_(False)
+    classifier.facts = {
+        "library": "timm" if is_timm else "transformers",
+        "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
+        "weights": "random" if random_weights else "trained",
+        **classifier.facts,
+    }
+    return classifier
+
+
+def _load_transformers(name: str, options: InputOptions, source: dict[str, Any], random_weights: bool) -> Classifier:
+    model, _ = create_transformers_model(name, source, random_weights)
+    processor = AutoImageProcessor.from_pretrained(name, **source)
+    if options.are_given:
+        own = probe_processor(processor, own_image_size(model))
+        size = options.image_size or own.image_size
+        mean, std = (tuple(value) for value in _statistics(own))
+        fraction = options.crop_fraction or crop_fraction_of(processor) or 1.0
+        processor = evaluation_image_processor(size, fraction, mean, std, own.resample)
+    size = fixed_size_of(processor)
+    forward_options = {}
+    if size is not None:
+        model, forward_options = _fitted(model, size)
+    transform = ImageProcessorTransform(processor)
+    settings = {
+        key: getattr(processor, key, None) for key in ("size", "crop_size", "do_center_crop", "resample", "crop_pct")
+    }
+    facts = {
+        "input_size": None if size is None else list(size),
+        "preprocessing": {key: _plain(value) for key, value in settings.items() if value is not None},
+    }
+    return Classifier(
+        name,
+        model,
+        lambda image: transform(image)["pixel_values"],
+        transformers_class_names(model),
+        facts,
+        forward_options,
+    )
+
+
+def _fitted(model: PreTrainedModel, size: tuple[int, int]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model that takes pictures of a size, and the arguments that its forward passes need for it."""
+    if model.config.model_type == LVViTConfig.model_type:
+        if size != own_image_size(model):
+            model.resize_position_embeddings(size)
+        return model, {}
+    if must_interpolate(model, size):
+        return model, {"interpolate_pos_encoding": True}
+    return resize_classifier(model, size), {}
+
+
+def _load_timm(name: str, options: InputOptions, source: dict[str, Any], random_weights: bool) -> Classifier:
+    model = create_timm_model(name, options.image_size, source, random_weights)
+    changes = {}
+    if options.image_size is not None:
+        changes["input_size"] = (3, *options.image_size)
+    if options.crop_fraction is not None:
+        changes["crop_pct"] = options.crop_fraction
+    # the size of timm's own published evaluations
+    settings = resolve_model_data_config(model, args=changes, use_test_size=True)
+    transform = create_transform(**settings, is_training=False)
+    kept = ("crop_pct", "crop_mode", "interpolation")
+    facts = {
+        "input_size": list(settings["input_size"][-2:]),
+        "preprocessing": {key: settings[key] for key in kept},
+    }
+    return Classifier(name, model, transform, timm_class_names(model), facts)
+
+
+def _statistics(own: Any) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, for images in [0, 1], of a preprocessing that scales and shifts."""
+    std = [1 / (255 * scale) for scale in own.scale]
+    return [-offset * deviation for offset, deviation in zip(own.offset, std)], std
+
+
+def _plain(value: Any) -> Any:
+    """A setting of an image processor as JSON can hold it."""
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: part for key, part in value.items() if part is not None}
+    return value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,49 @@
+"""Results of an evaluation as a Markdown table and as JSON."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..model_card import library_versions
+from ..token_labeling.data_sources import looks_local
+
+
+MEASURES = {"accuracy": "top-1", "top5_accuracy": "top-5", "real_accuracy": "ReaL"}
+
+
+def markdown_table(results: Sequence[dict[str, Any]]) -> str:
+    """A row for each model and test set, accuracies in per cent; a row for the corruptions with their mean error (AlexNet 100)."""
+    lines = ["| model | parameters | input | test set | images | top-1 | top-5 | ReaL | mCE |"]
+    lines.append("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for record in results:
+        size = record["input_size"]
+        shape = "as it is" if size is None else " x ".join(map(str, size))
+        head = f"| {_short(record['model'])} | {record['parameters'] / 1e6:.1f}M | {shape}"
+        for name, found in record["results"].items():
+            values = " | ".join(_percent(found.get(measure)) for measure in MEASURES)
+            lines.append(f"{head} | {_short(name)} ({found['split']}) | {found['images']:,} | {values} | |")
+        if "corruptions" in record:
+            number = len(record["corruptions"]["errors"])
+            lines.append(f"{head} | {number} corruptions | | | | | {_percent(record['corruptions'].get('mce'))} |")
+    return "\n".join(lines)
+
+
+def save_results(path: Path, results: Sequence[dict[str, Any]], args: Any) -> None:
+    """Writes results, options and versions as JSON; an older file is replaced when the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"results": list(results), "options": dataclasses.asdict(args), "versions": library_versions()}
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _short(name: str) -> str:
+    """A Hub name, or the last part of a path."""
+    return Path(name).name if looks_local(name) else name
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"

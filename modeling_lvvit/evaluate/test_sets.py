@@ -1,0 +1,167 @@
+"""Test sets: rows of any data, which classes of a model they have, and the folders of ImageNet-C."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+
+from ..token_labeling.class_labels import check_columns, names_in_data, pair_classes, with_class_ids
+from ..token_labeling.class_matching import ClassMap
+from ..token_labeling.data import EVALUATION_SPLITS
+from ..token_labeling.data_sources import open_splits
+
+
+VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
+SEVERITIES = ("1", "2", "3", "4", "5")
+
+
+@dataclass
+class TestSet:
+    """Labelled pictures to evaluate on.
+
+    Args:
+        name: What results call it.
+        rows: With an image and a `ClassLabel` column.
+        class_names: Names of its classes, by id.
+        are_named: Whether they are more than numbers.
+        split: Name of the split.
+    """
+
+    __test__ = False  # not a test of pytest
+
+    name: str
+    rows: datasets.Dataset
+    class_names: list[str]
+    are_named: bool
+    split: str
+
+
+def open_test_set(
+    name: str,
+    split: str | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    max_samples: int | None = None,
+) -> TestSet:
+    """Opens a split of a data set.
+
+    Args:
+        name: Hub name, image folder, folder of Parquet files, or one of these.
+        split: Default: the first of validation, val, valid, dev, test, or the only one.
+        config_name, revision: On the Hub.
+        image_column, label_column: Column names.
+        max_samples: Keep the first rows only.
+
+    Raises:
+        FileNotFoundError: If there is no such data.
+        ValueError: If split or columns are missing or unfit.
+    """
+    splits = open_splits(name, config_name, revision)
+    wanted = (
+        [split] if split is not None else [*(known for known in EVALUATION_SPLITS if known in splits), *splits][:1]
+    )
+    if split is None and len(splits) > 1 and wanted[0] not in EVALUATION_SPLITS:
+        raise ValueError(f"{name} has the splits {list(splits)}. Say which one with --split.")
+    if wanted[0] not in splits:
+        raise ValueError(f"{name} has no split {split!r}; it has {list(splits)}.")
+    rows = splits[wanted[0]]
+    check_columns(rows, name, image_column, label_column)
+    if not isinstance(rows.features[image_column], datasets.Image):
+        rows = rows.cast_column(image_column, datasets.Image())
+    _, are_named = names_in_data(rows, name, label_column)
+    rows = with_class_ids(rows, name, label_column)
+    class_names = rows.features[label_column].names
+    if max_samples is not None:
+        rows = rows.select(range(min(max(max_samples, 0), len(rows))))
+    if not len(rows):
+        raise ValueError(f"{name} has no rows in split {wanted[0]}.")
+    return TestSet(name, rows, class_names, are_named, wanted[0])
+
+
+def classes_of(model_names: Sequence[str], test_set: TestSet, class_map: str | None = None) -> ClassMap | None:
+    """Which classes of a model those of a test set are; `None` if both number them alike.
+
+    Classes are paired by name, synonym or WordNet id; a test set of fewer classes (ImageNet-A, ImageNet-R) takes the best of these
+    only, as usual for such sets. Folders that are called by numbers (ImageNet-V2) name class ids.
+
+    Args:
+        model_names: Class names of the model, by id.
+        test_set: Its names are read.
+        class_map: See `pair_classes`.
+
+    Raises:
+        ValueError: If classes do not match or cannot be compared.
+    """
+    numbers = [name for name in test_set.class_names if name.isdecimal()]
+    if class_map is None and test_set.are_named and len(numbers) == len(test_set.class_names):
+        ids = [int(name) for name in numbers]
+        if max(ids) >= len(model_names):
+            raise ValueError(
+                f"{test_set.name} has a class folder {max(ids)}; the model has the classes 0 to {len(model_names) - 1}."
+            )
+        return ClassMap(tuple((index,) for index in ids), len(model_names))
+    found, _ = pair_classes(model_names, test_set.class_names, test_set.are_named, class_map, True, test_set.name)
+    return None if found is not None and found.is_identity else found
+
+
+def real_labels_of(
+    test_set: TestSet, image_column: str, labels: Sequence[Sequence[int]]
+) -> list[frozenset[int] | None]:
+    """Re-assessed labels of every row: by the number in its file name (`ILSVRC2012_val_00000001`), else by its place.
+
+    Args:
+        test_set: Of the classes of ImageNet-1k in their order.
+        image_column: Its column of pictures.
+        labels: See `scores.read_real_labels`.
+
+    Raises:
+        ValueError: If they do not belong to the rows, or name other classes.
+    """
+    column = test_set.rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+    paths = column.with_format("arrow")[:][image_column].combine_chunks().field("path").to_pylist()
+    found = [VALIDATION_NUMBER.search(path or "") for path in paths]
+    if all(found):
+        numbers = [int(match.group(1)) - 1 for match in found]
+    elif len(labels) == len(paths):
+        numbers = list(range(len(paths)))
+    else:
+        raise ValueError(
+            f"{test_set.name} has {len(paths)} images, there are {len(labels)} re-assessed labels, and files are not called "
+            "ILSVRC2012_val_00000001...: nobody can tell which label is whose."
+        )
+    highest = max((index for classes in labels for index in classes), default=0)
+    if max(numbers) >= len(labels) or highest >= len(test_set.class_names):
+        raise ValueError(
+            f"The re-assessed labels are of {len(labels)} images and at least {highest + 1} classes; {test_set.name} has images up to "
+            f"{max(numbers) + 1} and {len(test_set.class_names)} classes."
+        )
+    return [frozenset(labels[number]) or None for number in numbers]
+
+
+def corruption_folders(root: Path) -> dict[str, dict[str, Path]]:
+    """The image folders of ImageNet-C: corruption -> severity -> folder of class folders.
+
+    Args:
+        root: Folder with `CORRUPTION/SEVERITY/CLASS/...`; archives may have brought their own folder (`noise/gaussian_noise/...`).
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If there are no corruptions, or one lacks severities.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder of corruptions {root}.")
+    found = {}
+    for folder in sorted({path.parent for path in root.rglob("1") if path.is_dir()}):
+        severities = {severity: folder / severity for severity in SEVERITIES if (folder / severity).is_dir()}
+        if any(name.name not in SEVERITIES for name in folder.iterdir() if name.is_dir()):
+            continue  # a class folder that is called 1
+        if len(severities) != len(SEVERITIES):
+            raise ValueError(f"{folder} has the severities {', '.join(severities)}; expected {', '.join(SEVERITIES)}.")
+        found[folder.name] = severities
+    if not found:
+        raise ValueError(f"{root} has no folders CORRUPTION/SEVERITY/CLASS.")
+    return found

@@ -1,0 +1,280 @@
+"""The evaluation program: measures, class subsets, re-assessed labels, corruptions, several processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import encode_picture, tiny_config
+from PIL import Image
+from sklearn.metrics import top_k_accuracy_score
+from test_program import ROOT, environment_of
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from modeling_lvvit import LVViTForImageClassification
+from modeling_lvvit.evaluate import ClassificationScores, mean_corruption_error, read_real_labels
+from modeling_lvvit.evaluate.__main__ import MODULE, main
+from modeling_lvvit.evaluate.classifier import InputOptions, load_classifier
+from modeling_lvvit.evaluate.scores import ALEXNET_ERRORS, imagenet_real_labels
+from modeling_lvvit.evaluate.test_sets import classes_of, corruption_folders, open_test_set, real_labels_of
+from modeling_lvvit.variants import evaluation_image_processor
+
+
+NAMES = [f"class {letter}" for letter in "abcdefgh"]
+
+
+def test_scores_by_hand():
+    """The first is right, the second among the five, the third neither; people see class 1 or 2, nothing, class 7."""
+    scores = ClassificationScores(8)
+    ranked = [[0, 1, 2, 3, 4], [5, 4, 3, 2, 1], [1, 2, 3, 4, 5]]
+    scores.add_batch(predictions=ranked, references=[0, 1, 6], real=[{1, 2}, None, {1, 7}])
+    assert scores.compute() == {
+        "accuracy": 1 / 3, "top5_accuracy": 2 / 3, "real_accuracy": 1 / 2, "real_images": 2, "images": 3
+    }  # fmt: skip
+    assert scores.compute(predictions=ranked, references=[0, 5, 1]) == {
+        "accuracy": 1.0,
+        "top5_accuracy": 1.0,
+        "images": 3,
+    }
+    assert "top5_accuracy" not in ClassificationScores(5).compute(predictions=ranked, references=[0, 5, 1])
+    with pytest.raises(ValueError, match="Expected ranked classes"):
+        scores.add_batch(predictions=[1, 2], references=[1, 2])
+
+
+def test_mean_corruption_error_by_hand():
+    assert mean_corruption_error({"fog": [0.4, 0.5], "unknown": [1.0]}) == {"ce_fog": pytest.approx(0.45 / 0.819324)}
+    alexnet = mean_corruption_error({name: [error] * 5 for name, error in ALEXNET_ERRORS.items()})
+    assert len(ALEXNET_ERRORS) == 15 and alexnet["mce"] == pytest.approx(1.0)
+    half = mean_corruption_error({name: [error / 2] * 5 for name, error in ALEXNET_ERRORS.items()})
+    assert half["mce"] == pytest.approx(0.5) and half["ce_snow"] == pytest.approx(0.5)
+
+
+def test_shipped_real_labels_are_those_of_imagenet():
+    labels = imagenet_real_labels()
+    assert len(labels) == 50_000 and labels[1] == [970, 795]
+    assert 0 < sum(not classes for classes in labels) < 5_000 and max(max(c, default=0) for c in labels) == 999
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny LV-ViT of eight classes with random weights, of 32 x 32 pixels."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "lvvit"
+    config = tiny_config(image_size=32, num_labels=len(NAMES))
+    config.id2label, config.label2id = dict(enumerate(NAMES)), {name: index for index, name in enumerate(NAMES)}
+    LVViTForImageClassification(config).save_pretrained(folder)
+    evaluation_image_processor((32, 32), 0.8).save_pretrained(folder)
+    return folder
+
+
+def rows_of(names: list[str], number: int = 11, seed: int = 0, paths: list[str] | None = None) -> datasets.Dataset:
+    rng = np.random.default_rng(seed)
+    pictures = [
+        rng.integers(0, 256, (rng.integers(30, 60), rng.integers(30, 60), 3), dtype=np.uint8) for _ in range(number)
+    ]
+    paths = paths or [f"{index}.png" for index in range(number)]
+    images = [{"bytes": encode_picture(picture, "PNG"), "path": path} for picture, path in zip(pictures, paths)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    return datasets.Dataset.from_dict(
+        {"image": images, "label": rng.integers(0, len(names), number).tolist()}, features
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows_of(NAMES).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def logits_of(model: Path, rows: datasets.Dataset) -> torch.Tensor:
+    """Picture by picture, by the standard classes of transformers."""
+    network = LVViTForImageClassification.from_pretrained(model).eval()
+    processor = evaluation_image_processor((32, 32), 0.8)
+    with torch.no_grad():
+        return torch.cat([network(**processor(row["image"], return_tensors="pt")).logits for row in rows])
+
+
+def results_of(tmp_path: Path, *arguments) -> list[dict]:
+    main([*map(str, arguments), "--output", str(tmp_path / "results.json")])
+    return json.loads((tmp_path / "results.json").read_text())["results"]
+
+
+def test_program_equals_an_independent_computation(model, data, tmp_path, capsys):
+    rows = datasets.load_dataset("parquet", data_files=str(data / "test.parquet"), split="train")
+    logits, labels = logits_of(model, rows), np.array(rows["label"])
+    rng = np.random.default_rng(3)
+    real = [sorted(set(rng.integers(0, 8, rng.integers(0, 4)).tolist())) for _ in rows]
+    (tmp_path / "real.json").write_text(json.dumps(real))
+    options = ("--model", model, "--dataset", data, "--batch_size", 4, "--real_labels", tmp_path / "real.json")
+    (record,) = results_of(tmp_path, *options)
+    (found,) = record["results"].values()
+    best = logits.argmax(1).tolist()
+    seen = [index in classes for index, classes in zip(best, real) if classes]
+    assert found["accuracy"] == pytest.approx(top_k_accuracy_score(labels, logits, k=1, labels=range(8)))
+    assert found["top5_accuracy"] == pytest.approx(top_k_accuracy_score(labels, logits, k=5, labels=range(8)))
+    assert found["real_accuracy"] == pytest.approx(np.mean(seen)) and found["real_images"] == len(seen) < 11
+    assert (record["input_size"], record["preprocessing"]["size"], found["images"]) == (
+        [32, 32],
+        {"shortest_edge": 40},
+        11,
+    )
+    table = capsys.readouterr().out
+    assert f"| {100 * found['accuracy']:.2f} | {100 * found['top5_accuracy']:.2f} |" in table
+
+
+def test_fewer_classes_are_decided_among_themselves(model, tmp_path):
+    """ImageNet-A and -R have 200 of the 1000 classes, in an order of their own."""
+    names = [NAMES[index] for index in (6, 1, 3)]
+    rows_of(names).to_parquet(tmp_path / "test.parquet")
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "test.parquet"), split="train")
+    (record,) = results_of(tmp_path, "--model", model, "--dataset", tmp_path / "test.parquet")
+    (found,) = record["results"].values()
+    expected = logits_of(model, rows)[:, [6, 1, 3]].argmax(1).numpy() == np.array(rows["label"])
+    assert found["accuracy"] == pytest.approx(expected.mean()) and found["classes"] == 3
+
+
+def test_folders_called_by_numbers_name_class_ids(tmp_path):
+    """ImageNet-V2: as text 10 comes before 2."""
+    for name in ("0", "2", "10"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    test_set = open_test_set(str(tmp_path))
+    assert test_set.class_names == ["0", "10", "2"]
+    found = classes_of([f"thing {index}" for index in range(11)], test_set)
+    assert found.groups == ((0,), (10,), (2,))
+    with pytest.raises(ValueError, match="class folder 10; the model has the classes 0 to 9"):
+        classes_of([f"thing {index}" for index in range(10)], test_set)
+
+
+def test_real_labels_follow_the_numbers_of_the_files(tmp_path):
+    paths = [f"val/ILSVRC2012_val_{number:08d}_n01440764.JPEG" for number in (3, 1)]
+    rows_of(NAMES, 2, paths=paths).to_parquet(tmp_path / "validation.parquet")
+    test_set = open_test_set(str(tmp_path))
+    assert real_labels_of(test_set, "image", [[1, 2], [3], []]) == [None, frozenset({1, 2})]
+    with pytest.raises(ValueError, match="images up to 3 and 8 classes"):
+        real_labels_of(test_set, "image", [[1], [2]])
+    with pytest.raises(ValueError, match="at least 9 classes"):
+        real_labels_of(test_set, "image", [[1], [2], [8]])
+    rows_of(NAMES, 2).to_parquet(tmp_path / "validation.parquet")
+    test_set = open_test_set(str(tmp_path))
+    assert real_labels_of(test_set, "image", [[1], [2, 3]]) == [
+        frozenset({1}),
+        frozenset({2, 3}),
+    ]  # as many: by their place
+    with pytest.raises(ValueError, match="nobody can tell which label is whose"):
+        real_labels_of(test_set, "image", [[1], [2], [3]])
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '[["a"]]', "[1]", "[[-1]]"])
+def test_other_files_are_no_real_labels(content, tmp_path):
+    (tmp_path / "real.json").write_text(content)
+    with pytest.raises(ValueError, match="real.json"):
+        read_real_labels(tmp_path / "real.json")
+
+
+def make_corruptions(folder: Path, names: tuple[str, ...], severities: str = "12345") -> None:
+    for name in names:
+        for severity in severities:
+            for index in (1, 4):
+                target = folder / name / severity / NAMES[index]
+                target.mkdir(parents=True)
+                rng = np.random.default_rng(index)
+                Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(target / "a.png")
+
+
+def test_corruptions_are_evaluated(model, tmp_path, capsys):
+    make_corruptions(tmp_path / "c", ("fog", "noise/shot_noise"))
+    (record,) = results_of(tmp_path, "--model", model, "--corruptions", tmp_path / "c")
+    errors = record["corruptions"]["errors"]
+    assert set(errors) == {"fog", "shot_noise"} and all(len(values) == 5 for values in errors.values())
+    assert record["corruptions"]["ce_fog"] == pytest.approx(np.mean(errors["fog"]) / ALEXNET_ERRORS["fog"])
+    assert "mce" not in record["corruptions"] and "| 2 corruptions |" in capsys.readouterr().out
+
+
+def test_unfit_folders_of_corruptions_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder of corruptions"):
+        corruption_folders(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no folders CORRUPTION/SEVERITY/CLASS"):
+        corruption_folders(tmp_path)
+    make_corruptions(tmp_path, ("fog",), "134")
+    with pytest.raises(ValueError, match="fog has the severities 1, 3, 4; expected 1, 2, 3, 4, 5"):
+        corruption_folders(tmp_path)
+
+
+def test_other_sizes_and_crops(model, tmp_path):
+    """LV-ViT, a ViT of transformers and a timm model on pictures of 48 x 48; the crop keeps half."""
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8, num_labels=8
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    for name, random in ((str(model), False), (str(tmp_path / "vit"), False), ("timm/test_vit", True)):
+        classifier = load_classifier(name, InputOptions((48, 48), 0.5), random_weights=random)
+        pixels = classifier.transform(picture)
+        assert pixels.shape == (3, 48, 48) and classifier.facts["input_size"] == [48, 48]
+        assert classifier.logits(pixels[None]).shape == (1, len(classifier.class_names))
+        # the shorter side becomes 96, of which the middle is kept: 30 x 30 pixels of the picture
+        middle = picture.crop((30, 15, 60, 45)).resize((48, 48), Image.Resampling.BICUBIC)
+        shown = torch.from_numpy(np.array(middle)).permute(2, 0, 1).float()
+        assert np.corrcoef(pixels.flatten().numpy(), shown.flatten().numpy())[0, 1] > 0.9
+    own = load_classifier("timm/resnet18", InputOptions(), random_weights=True)
+    settings = timm.data.resolve_model_data_config(own.model, use_test_size=True)
+    assert own.facts["input_size"] == list(settings["input_size"][1:]) and len(own.class_names) == 1000
+
+
+def test_models_are_compared_on_several_sets(model, data, tmp_path, capsys):
+    rows_of(NAMES, 5, seed=4).to_parquet(tmp_path / "other.parquet")
+    records = results_of(
+        tmp_path, "--model", model, model, "--dataset", data, tmp_path / "other.parquet", "--bf16", "true"
+    )
+    assert [len(record["results"]) for record in records] == [2, 2] and records[0]["results"] == records[1]["results"]
+    assert capsys.readouterr().out.count("| lvvit |") == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--model": "./nowhere"}, "There is no model folder ./nowhere"),
+        ({"--dataset": "./nowhere"}, "There is no data set at"),
+        ({"--dataset": None}, "Give test sets"),
+        ({"--split": "dev"}, "no split 'dev'; it has"),
+        ({"--label_column": "target"}, "Name it with --label_column"),
+        ({"--real_labels": "nowhere.json"}, "no file of re-assessed labels"),
+        ({"--real_labels": "imagenet"}, "nobody can tell"),
+        ({"--corruptions": "./nowhere"}, "no folder of corruptions"),
+        ({"--crop_fraction": "2"}, "must lie in"),
+        ({"--image_size": "31"}, "cannot be evaluated"),
+        ({"--batch_size": "0"}, "at least 1"),
+    ],
+)
+def test_errors_come_before_any_work(changes, message, model, data):
+    options = {"--model": str(model), "--dataset": str(data), **changes}
+    with pytest.raises(SystemExit) as caught:
+        main([word for option, value in options.items() if value is not None for word in (option, value)])
+    assert message in str(caught.value) and str(caught.value).startswith(f"{MODULE}: ")
+
+
+def test_other_classes_are_refused(model, tmp_path):
+    rows_of(["class a", "something else"]).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(SystemExit, match="only in the data set: 'something else'"):
+        main(["--model", str(model), "--dataset", str(tmp_path / "test.parquet")])
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(model, data, tmp_path):
+    """11 images in batches of 4: the last batches are uneven."""
+    options = ["--model", str(model), "--dataset", str(data), "--batch_size", "4"]
+    (single,) = results_of(tmp_path, *options)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", MODULE]
+    command = [*launch, *options, "--output", str(tmp_path / "two.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment_of(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two.json").read_text())["results"] == [single]
+    assert done.stdout.count("| lvvit |") == 1
