@@ -167,6 +167,51 @@ def save_segmentation_figure(
     FigureCanvasAgg(figure).print_png(path)
 
 
+def heat(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A map painted over a darkened grey copy of a picture.
+
+    Args:
+        picture: `(height, width, 3)` in [0, 1].
+        values: `(rows, columns)`; its smallest value is left grey, its largest one bright.
+
+    Returns:
+        `(height, width, 3)` in [0, 1].
+    """
+    height, width = picture.shape[:2]
+    spread = float(values.max() - values.min())
+    scaled = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
+    wide = Image.fromarray(scaled.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+    strength = np.asarray(wide).clip(0, 1)
+    grey = picture.mean(axis=2, keepdims=True) * 0.6 * np.ones(3)
+    opacity = 0.8 * strength[..., None]
+    return grey * (1 - opacity) + matplotlib.colormaps["inferno"](strength)[..., :3] * opacity
+
+
+def save_relevance_figure(
+    path: Path, rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], note: str | None = None
+) -> None:
+    """A row of panels for each model.
+
+    Args:
+        path: PNG to write.
+        rows: Name of the model, and its panels: title and picture `(height, width, 3)` in [0, 1].
+        note: Text below all.
+    """
+    columns = max(len(panels) for _, panels in rows)
+    figure = Figure(figsize=(2.4 * columns + 0.4, 2.75 * len(rows) + (0.3 if note else 0)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[], frame_on=False)
+    for row, (name, panels) in enumerate(rows):
+        for column, (title, picture) in enumerate(panels):
+            axes[row, column].imshow(picture.clip(0, 1))
+            axes[row, column].set_title(title, fontsize=8, parse_math=False)
+        axes[row, 0].set_ylabel(name, fontsize=8, parse_math=False)
+    if note:
+        figure.supxlabel(note, fontsize=8, parse_math=False)
+    FigureCanvasAgg(figure).print_png(path)
+
+
 def save_contact_sheet(
     path: Path,
     pictures: Sequence[tuple[Image.Image, Image.Image]],

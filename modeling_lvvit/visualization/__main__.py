@@ -1,0 +1,165 @@
+"""Pictures of what classifiers look at in an image, side by side.
+
+    python -m modeling_lvvit.visualization picture.jpg --model outputs/digit_scenes --output looks.png
+    python -m modeling_lvvit.visualization picture.jpg --model MODEL OTHER_MODEL --classes tabby 207 --annotator ANNOTATOR
+
+For each model: the picture as it sees it, attention of the class token, relevance for the classes (its best ones, or those of
+`--classes`), patch predictions where it has them, and dense labels where an annotator is given.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import HfArgumentParser
+
+from ..evaluate.classifier import Classifier, InputOptions, load_classifier
+from ..launching import set_up_cpu
+from ..token_labeling.annotators import load_annotator
+from ..token_labeling.class_matching import normalized
+from ..token_labeling.pictures import IMAGE_ERRORS, decode_picture
+from .figures import class_colors, heat, overlay, save_relevance_figure
+from .relevance import relevance_maps
+
+
+MODULE = "modeling_lvvit.visualization"
+NUM_CLASSES = 2  # best classes that are explained
+
+
+@dataclass
+class VisualizationArguments:
+    """Options of the program, behind the picture.
+
+    Args:
+        model: Classifiers of transformers with a class token.
+        classes: Names or ids of classes to explain; default: the two best ones of each model.
+        annotator: A classifier whose scores of the cells are shown as dense labels; see `load_annotator`.
+        image_size: Side of the input in pixels, or height and width; default: that of each model.
+        output: PNG to write.
+        trust_remote_code: See `from_pretrained`.
+    """
+
+    model: list[str] = field(metadata={"help": "Classifiers."})
+    classes: list[str] | None = field(default=None, metadata={"help": "Names or ids of classes to explain."})
+    annotator: str | None = field(default=None, metadata={"help": "Classifier that makes dense labels."})
+    image_size: list[int] | None = field(default=None, metadata={"help": "Input side in pixels, or height and width."})
+    output: str = field(default="relevance.png", metadata={"help": "PNG to write."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
+
+
+def class_id(wanted: str, names: list[str]) -> int:
+    """Id of a class by its name, one of its synonyms, or its id.
+
+    Raises:
+        ValueError: If there is none, or several have the name.
+    """
+    found = [index for index, name in enumerate(names) if normalized(wanted) == normalized(name)]
+    found = found or [
+        index
+        for index, name in enumerate(names)
+        if normalized(wanted) in {normalized(part) for part in name.split(",")}
+    ]
+    if not found and wanted.isdecimal() and int(wanted) < len(names):
+        return int(wanted)
+    if len(found) != 1:
+        raise ValueError(
+            f"{'Several classes have' if found else f'None of {len(names)} classes has'} the name {wanted!r}; give its id."
+        )
+    return found[0]
+
+
+def shown_picture(pixel_values: torch.Tensor) -> np.ndarray:
+    """The picture as the model sees it, `(height, width, 3)` in [0, 1], each channel stretched to its range."""
+    low, high = (getattr(pixel_values, extreme)(dim=(1, 2), keepdim=True) for extreme in ("amin", "amax"))
+    return ((pixel_values - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).numpy()
+
+
+def panels_of(classifier: Classifier, picture: Image.Image, wanted: list[str] | None) -> list[tuple[str, np.ndarray]]:
+    """Titles and pictures of one model."""
+    pixel_values = classifier.transform(picture)[None]
+    names = classifier.class_names
+    with torch.no_grad():
+        probabilities = classifier.logits(pixel_values)[0].softmax(dim=0)
+    ids = [class_id(name, names) for name in wanted or ()] or probabilities.topk(
+        min(NUM_CLASSES, len(names))
+    ).indices.tolist()
+    shown = shown_picture(pixel_values[0])
+    panels = [(_title(names, probabilities, int(probabilities.argmax())), shown)]
+    for index in ids:
+        maps = relevance_maps(classifier.model, pixel_values, torch.tensor([index]), classifier.forward_options)
+        if len(panels) == 1:
+            panels.append(("attention of the class token", heat(shown, maps.attention[0].numpy())))
+        panels.append((f"relevance\n{_title(names, probabilities, index)}", heat(shown, maps.relevance[0].numpy())))
+    if maps.patch_logits is not None:
+        best, best_ids = maps.patch_logits[0].softmax(dim=-1).unflatten(0, maps.relevance.shape[1:]).max(dim=-1)
+        strengths = ((best - 1 / len(names)) / (1 - 1 / len(names))).clamp(0, 1)
+        painted = overlay(_as_image(shown), best_ids.numpy(), strengths.numpy(), class_colors(len(names)))
+        panels.append((f"patch predictions\nmost: {_most_frequent(best_ids, names)}", painted))
+    return panels
+
+
+def dense_label_panel(name: str, picture: Image.Image, trust_remote_code: bool) -> tuple[str, np.ndarray]:
+    """Dense labels of an annotator over the whole picture."""
+    annotator = load_annotator(name, trust_remote_code=trust_remote_code)
+    pixels, _ = annotator.preprocessing(picture)
+    with torch.inference_mode():
+        scores = annotator.score_map(pixels[None])[0]  # (classes, rows, columns)
+    best, ids = scores.softmax(dim=0).max(dim=0)
+    shown = picture.resize(pixels.shape[:0:-1])
+    number = len(annotator.class_names)
+    strengths = ((best - 1 / number) / (1 - 1 / number)).clamp(0, 1)
+    painted = overlay(shown, ids.numpy(), strengths.numpy(), class_colors(number))
+    return f"dense labels\nmost: {_most_frequent(ids, annotator.class_names)}", painted
+
+
+def _title(names: list[str], probabilities: torch.Tensor, index: int) -> str:
+    return f"{_short(names[index])} {100 * probabilities[index]:.0f} %"
+
+
+def _most_frequent(ids: torch.Tensor, names: list[str]) -> str:
+    return _short(names[int(ids.flatten().mode().values)])
+
+
+def _short(name: str) -> str:
+    return name.split(",")[0][:24]
+
+
+def _as_image(shown: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.uint8(255 * shown))
+
+
+def main(arguments: list[str]) -> None:
+    set_up_cpu(torch.device("cpu"))
+    try:
+        if not arguments or arguments[0].startswith("-"):
+            arguments, path = arguments, None
+        else:
+            path, arguments = Path(arguments[0]), arguments[1:]
+        usage = f"python -m {MODULE} PICTURE --model MODEL [MODEL ...] [--option value ...]"
+        parser = HfArgumentParser(VisualizationArguments, prog=MODULE, usage=usage)
+        (args,) = parser.parse_args_into_dataclasses(arguments)
+        if path is None:
+            raise ValueError(f"Name a picture first: {usage}.")
+        try:
+            picture = decode_picture({"bytes": None, "path": str(path)})
+        except IMAGE_ERRORS as error:
+            raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+        size = None if args.image_size is None else (args.image_size[0], args.image_size[-1])
+        rows = []
+        for name in args.model:
+            classifier = load_classifier(name, InputOptions(size), trust_remote_code=args.trust_remote_code)
+            rows.append((Path(name).name, panels_of(classifier, picture, args.classes)))
+        if args.annotator is not None:
+            rows[0][1].append(dense_label_panel(args.annotator, picture, args.trust_remote_code))
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        save_relevance_figure(Path(args.output), rows)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{MODULE}: {error}")
+    print(f"saved to {args.output}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,172 @@
+"""How well maps of a classifier find the thing that an image is labelled with, measured on images with masks.
+
+    python -m modeling_lvvit.visualization.localization --model outputs/digit_scenes
+    python -m modeling_lvvit.visualization.localization --model MODEL --dataset DATA --mask_column mask
+
+For the labelled class of each image, relevance, attention of the class token, attention rollout and, where the model has them, patch
+predictions are compared with the pixels that have this class in the mask, and with chance.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from dataset_scripts import digit_scenes
+
+from ..evaluate.classifier import Classifier, InputOptions, load_classifier
+from ..evaluate.test_sets import classes_of, open_test_set
+from ..launching import set_up_cpu
+from ..segmentation.masks import read_mask
+from ..token_labeling.pictures import IMAGE_ERRORS, decode_picture
+from .relevance import relevance_maps
+
+
+MODULE = "modeling_lvvit.visualization.localization"
+TITLES = {
+    "relevance": "relevance", "attention": "attention of the class token", "rollout": "attention rollout",
+    "patches": "patch predictions", "chance": "chance",
+}  # fmt: skip
+
+
+@dataclass
+class LocalizationArguments:
+    """Options of the program.
+
+    Args:
+        model: Classifiers of transformers with a class token.
+        dataset: Images with labels and masks; default: the embedded digit scenes.
+        split, image_column, label_column, mask_column: Where they are; masks hold the ids of the label column.
+        max_samples: First rows only.
+        batch_size: Images at a time.
+        trust_remote_code: See `from_pretrained`.
+    """
+
+    model: list[str] = field(metadata={"help": "Classifiers."})
+    dataset: str | None = field(default=None, metadata={"help": "Images with masks; default: embedded."})
+    split: str | None = field(default=None, metadata={"help": "Split; default: found by name."})
+    image_column: str = field(default="image", metadata={"help": "Column of pictures."})
+    label_column: str = field(default="label", metadata={"help": "Column of class ids."})
+    mask_column: str = field(default="mask", metadata={"help": "Column of masks."})
+    max_samples: int | None = field(default=None, metadata={"help": "First rows only."})
+    batch_size: int = field(default=50, metadata={"help": "Images at a time."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
+
+
+def localization_scores(maps: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether the largest value of a map lies on the thing (pointing game, Zhang et al. 2016, arXiv:1608.00507), and how much its
+    strongest pixels overlap the thing.
+
+    Args:
+        maps: `(B, rows, columns)`, larger where the thing is thought to be; enlarged bilinearly.
+        masks: bool `(B, height, width)`, where it is; none is empty.
+
+    Returns:
+        Hits, bool `(B,)`; and intersection over union, float32 `(B,)`, of the mask and as many of the largest pixels of the map.
+    """
+    size = masks.shape[-2:]
+    wide = nn.functional.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)
+    values, inside = wide.flatten(1), masks.flatten(1)
+    hits = inside.gather(1, values.argmax(dim=1, keepdim=True))[:, 0]
+    order = values.argsort(dim=1, descending=True, stable=True)
+    areas = inside.sum(dim=1)
+    is_strongest = torch.arange(order.shape[1], device=order.device) < areas[:, None]
+    common = (inside.gather(1, order) & is_strongest).sum(dim=1)
+    return hits, common / (2 * areas - common)
+
+
+def chance_scores(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What random maps reach on average: the share a of the picture that the thing takes, and `a / (2 - a)`."""
+    share = masks.flatten(1).float().mean(dim=1)
+    return share, share / (2 - share)
+
+
+def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, tuple[float, float]]:
+    """Pointing accuracy and mean overlap of each kind of map, in [0, 1].
+
+    Raises:
+        ValueError: If classes, columns or masks do not fit, or the model has no such maps.
+    """
+    name = args.dataset or str(digit_scenes.build_or_reuse())
+    test_set = open_test_set(
+        name, args.split, image_column=args.image_column, label_column=args.label_column, max_samples=args.max_samples
+    )
+    if args.mask_column not in test_set.rows.column_names:
+        raise ValueError(f"{name} has no column {args.mask_column!r}; it has {test_set.rows.column_names}.")
+    class_map = classes_of(classifier.class_names, test_set)
+    rows = test_set.rows.select_columns([args.image_column, args.label_column, args.mask_column]).with_format("arrow")
+    totals: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for start in tqdm(range(0, len(rows), args.batch_size), desc=classifier.name, unit="batch"):
+        table = rows[start : start + args.batch_size]
+        labels = table[args.label_column].to_pylist()
+        pixel_values, masks = _read(table, args, classifier, start)
+        wanted = torch.tensor(labels)
+        present = (masks == wanted[:, None, None]).flatten(1).any(dim=1)
+        ids = wanted if class_map is None else torch.tensor([class_map.groups[label][0] for label in labels])
+        maps = relevance_maps(classifier.model, pixel_values, ids, classifier.forward_options)
+        found = {"relevance": maps.relevance, "attention": maps.attention, "rollout": maps.rollout}
+        if maps.patch_logits is not None:
+            shares = maps.patch_logits.softmax(dim=-1)[torch.arange(len(ids)), :, ids]
+            found["patches"] = shares.unflatten(1, maps.relevance.shape[1:])
+        things = masks[present] == wanted[present][:, None, None]
+        for kind, values in found.items():
+            totals.setdefault(kind, []).append(localization_scores(values[present], things))
+        totals.setdefault("chance", []).append(chance_scores(things))
+    return {
+        kind: tuple(float(torch.cat([part[index].float() for part in parts]).mean()) for index in (0, 1))
+        for kind, parts in totals.items()
+    }
+
+
+def _read(table, args: LocalizationArguments, classifier: Classifier, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input `(B, 3, h, w)` and masks `(B, height, width)` of some rows; masks must be of one size and show what the model sees."""
+    pictures, masks = [], []
+    for offset, (image, mask) in enumerate(zip(table[args.image_column], table[args.mask_column])):
+        try:
+            picture, ids = decode_picture(image.as_py()), read_mask(mask.as_py())
+        except (*IMAGE_ERRORS, TypeError) as error:
+            raise ValueError(f"Row {start + offset} cannot be used: {error}") from error
+        pixels = classifier.transform(picture)
+        if (
+            ids.shape != (picture.height, picture.width)
+            or picture.height * pixels.shape[2] != picture.width * pixels.shape[1]
+        ):
+            raise ValueError(
+                f"Row {start + offset}: picture {picture.width} x {picture.height}, mask {ids.shape[1]} x {ids.shape[0]}, model input "
+                f"{pixels.shape[2]} x {pixels.shape[1]} (width x height): all must have one shape, and nothing may be cut off."
+            )
+        pictures.append(pixels)
+        masks.append(torch.from_numpy(ids.astype(np.int64)))
+    return torch.stack(pictures), torch.stack(masks)
+
+
+def markdown_table(results: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
+    """Pointing accuracy and overlap in per cent of each model and kind of map."""
+    lines = ["| model | map | pointing game | overlap (IoU) |", "| --- | --- | ---: | ---: |"]
+    for model, found in results.items():
+        for kind, (pointing, overlap) in found.items():
+            lines.append(f"| {Path(model).name} | {TITLES[kind]} | {100 * pointing:.1f} | {100 * overlap:.1f} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    set_up_cpu(torch.device("cpu"))
+    try:
+        (args,) = HfArgumentParser(LocalizationArguments, prog=MODULE).parse_args_into_dataclasses(arguments)
+        results = {}
+        for name in args.model:
+            classifier = load_classifier(name, InputOptions(), trust_remote_code=args.trust_remote_code)
+            results[name] = localize(classifier, args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{MODULE}: {error}")
+    print(markdown_table(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

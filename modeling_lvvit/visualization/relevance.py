@@ -1,0 +1,164 @@
+"""Where a transformer looks for a class: attention of the class token, attention rollout, and class-specific relevance."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..token_labeling.feature_layout import MAX_PREFIX_TOKENS
+
+
+@dataclass
+class RelevanceMaps:
+    """Maps over the patch tokens, each float32 `(B, rows, columns)`, at least 0.
+
+    Args:
+        relevance: How much each token speaks for the class (`class_relevance`).
+        attention: Attention of the class token in the last layer, mean of the heads.
+        rollout: Attention multiplied through the layers (`attention_rollout`).
+        logits: Scores of all classes, `(B, C)`.
+        class_ids: The classes that `relevance` is about, `(B,)`.
+        patch_logits: Scores of the patch tokens `(B, N, C)`, `None` where the model has none that were trained.
+    """
+
+    relevance: torch.Tensor
+    attention: torch.Tensor
+    rollout: torch.Tensor
+    logits: torch.Tensor
+    class_ids: torch.Tensor
+    patch_logits: torch.Tensor | None = None
+
+
+def attention_rollout(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Attention from the last layer to the input: the product over the layers of `(mean over heads of A + I) / 2` (Abnar and Zuidema
+    2020, arXiv:2005.00928, section 3).
+
+    Args:
+        attentions: Of each layer `(B, heads, N, N)`, rows sum to 1.
+
+    Returns:
+        `(B, N, N)`; rows sum to 1.
+    """
+    identity = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
+    rollout = identity
+    for attention in attentions:
+        rollout = (attention.float().mean(dim=1) + identity) / 2 @ rollout
+    return rollout
+
+
+def class_relevance(attentions: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Relevance of every token for every other, for one class: `R <- R + mean over heads of max(0, dy/dA * A) R`, layer by layer, from
+    `R = I` (Chefer, Gur and Wolf, ICCV 2021, arXiv:2103.15679, equations 5 and 6).
+
+    Args:
+        attentions: Of each layer `(B, heads, N, N)`.
+        gradients: Of the score of the class by each of them.
+
+    Returns:
+        `(B, N, N)`, at least 0; the row of the class token is what speaks for the class.
+
+    Example: one layer, one head, two tokens, A = [[0.5, 0.5], [0, 1]] with gradients [[1, 2], [0, -1]]: R = [[1.5, 1], [0, 1]].
+    """
+    relevance = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
+    for attention, gradient in zip(attentions, gradients):
+        weights = (gradient.float() * attention.float()).clamp(min=0).mean(dim=1)  # (B, N, N)
+        relevance = relevance + weights @ relevance
+    return relevance
+
+
+def relevance_maps(
+    model: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    class_ids: torch.Tensor | None = None,
+    forward_options: dict[str, Any] | None = None,
+) -> RelevanceMaps:
+    """Maps of a classifier with a class token: LV-ViT, ViT, DeiT and their relatives in transformers.
+
+    The score that is explained is that of the class token (`cls_logits` of LV-ViT), because the maps are those of its attention.
+
+    Args:
+        model: In evaluation mode.
+        pixel_values: `(B, 3, height, width)`.
+        class_ids: Classes to explain, `(B,)`; default: those that the model predicts.
+        forward_options: Arguments of the forward pass, such as `interpolate_pos_encoding`.
+
+    Raises:
+        ValueError: If the model gives no attention of a class token over a grid of patches.
+    """
+    with torch.enable_grad(), _trainable_input(model), _eager_attention(model):
+        output = model(pixel_values, output_attentions=True, **(forward_options or {}))
+        attentions = getattr(output, "attentions", None)
+        grid = _grid_of(model, pixel_values, attentions)
+        scores = getattr(output, "cls_logits", None)
+        scores = output.logits if scores is None else scores
+        if class_ids is None:
+            class_ids = output.logits.argmax(dim=-1)
+        chosen = scores.gather(1, class_ids.to(scores.device)[:, None]).sum()
+        gradients = torch.autograd.grad(chosen, attentions)
+    attentions = [attention.detach() for attention in attentions]
+    num_patches = grid[0] * grid[1]
+
+    def of_class_token(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix[:, 0, -num_patches:].float().unflatten(1, grid)  # (B, rows, columns)
+
+    # a patch head that was not trained has weight 0 in the prediction
+    is_trained = getattr(model.config, "patch_logits_weight", 1) != 0
+    patch_logits = getattr(output, "patch_logits", None) if is_trained else None
+    return RelevanceMaps(
+        of_class_token(class_relevance(attentions, gradients)),
+        of_class_token(attentions[-1].mean(dim=1)),
+        of_class_token(attention_rollout(attentions)),
+        output.logits.detach(),
+        class_ids,
+        None if patch_logits is None else patch_logits.detach(),
+    )
+
+
+def _grid_of(
+    model: PreTrainedModel, pixel_values: torch.Tensor, attentions: Sequence[torch.Tensor] | None
+) -> tuple[int, int]:
+    """Rows and columns of the patch tokens, which are the last ones.
+
+    Raises:
+        ValueError: If the attentions are not those of a class token and such a grid.
+    """
+    patch_size = getattr(model.config, "patch_size", None)
+    name = type(model).__name__
+    if not attentions or not isinstance(patch_size, int) or attentions[0].ndim != 4:
+        raise ValueError(
+            f"{name} gives no attention over a grid of patches; relevance needs a plain vision transformer."
+        )
+    grid = tuple(side // patch_size for side in pixel_values.shape[-2:])
+    tokens = {attention.shape[-1] for attention in attentions}
+    if len(tokens) != 1 or not 0 < tokens.pop() - grid[0] * grid[1] <= MAX_PREFIX_TOKENS:
+        raise ValueError(
+            f"{name} has no class token before {grid[0]} x {grid[1]} patch tokens; relevance needs a plain vision transformer."
+        )
+    return grid
+
+
+@contextmanager
+def _eager_attention(model: PreTrainedModel):
+    """Attention written out, which alone gives its probabilities."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _trainable_input(model: PreTrainedModel):
+    """A graph to differentiate, also through frozen weights."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
