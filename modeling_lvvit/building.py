@@ -19,10 +19,16 @@ from transformers.utils import logging
 from .configuration_lvvit import LVViTConfig
 from .model_arguments import ModelArguments, check_config_fields
 from .modeling_lvvit import LVViTForImageClassification
-from .other_models import BUILDING_ERRORS, DEFAULT_CROP_FRACTION, finish_pretrained, random_classifier
+from .other_models import BUILDING_ERRORS, finish_pretrained, random_classifier
 from .token_labeling.data_sources import looks_local
 from .token_labeling.patch_head import PATCH_HEAD
-from .variants import VARIANTS, crop_fraction_of, evaluation_image_processor, variant_config
+from .variants import (
+    DEFAULT_CROP_FRACTION,
+    VARIANTS,
+    crop_fraction_of,
+    evaluation_image_processor,
+    variant_config,
+)
 
 
 logger = logging.get_logger(__name__)

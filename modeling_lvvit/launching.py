@@ -9,6 +9,7 @@ import sys
 import psutil
 import torch
 from accelerate.commands.launch import launch_command_parser
+from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
@@ -60,6 +61,13 @@ def end_with_launcher() -> None:
         return
     if any("accelerate" in word for word in psutil.Process(os.getppid()).cmdline()):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_together() -> None:
+    """Has the processes of a program end at the same time: one that goes first can take down others that still use their connection."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def is_main_process() -> bool:

@@ -4,14 +4,12 @@ import difflib
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import timm
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BitImageProcessor,
-    DeiTImageProcessor,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
@@ -21,18 +19,17 @@ from transformers.utils import logging
 
 from .configuration_lvvit import LVViTConfig
 from .model_arguments import ModelArguments, check_config_fields
+from .processors import fitted_processor
 from .token_labeling import add_patch_head
 from .token_labeling.annotators import TIMM_PREFIX
 from .token_labeling.input_size import own_image_size, resize_classifier, vision_config
 from .token_labeling.patch_head import load_patch_head
-from .token_labeling.preprocessing import fixed_size_of, probe_processor, view_of
-from .variants import evaluation_image_processor
+from .token_labeling.preprocessing import fixed_size_of
+from .variants import DEFAULT_CROP_FRACTION, evaluation_image_processor
 
 
 logger = logging.get_logger(__name__)
 DEFAULT_IMAGE_SIZE = (224, 224)
-DEFAULT_CROP_FRACTION = 0.9
-SAME_VIEW = 0.05  # shares of width and height that are closer are equal
 # what the libraries raise for values that do not fit, or for packages that are not there
 BUILDING_ERRORS = (
     ValueError,
@@ -124,7 +121,8 @@ def finish_pretrained(
         has_patch_head: Whether the checkpoint has weights of one.
     """
     path, own_size = args.model_name_or_path, own_image_size(model)
-    processor = _pretrained_processor(path, args, source, own_size)
+    processor = AutoImageProcessor.from_pretrained(path, **source)
+    processor = fitted_processor(processor, args.image_height_width, args.crop_fraction, own_size)
     image_size = fixed_size_of(processor)
     if own_size not in (None, image_size):
         logger.warning(
@@ -139,48 +137,6 @@ def finish_pretrained(
         # where a configuration has them, image processors are made of timm's settings, which are those of the old size
         vars(model.config).pop("pretrained_cfg", None)
     return model, processor
-
-
-def _pretrained_processor(
-    path: str, args: ModelArguments, source: dict[str, Any], own_size: tuple[int, int] | None
-) -> Any:
-    """The image processor of a checkpoint, if nothing else was asked for and training can use it; or one of the asked-for size and
-    crop, with its normalisation, filter and view of the picture."""
-    processor = AutoImageProcessor.from_pretrained(path, **source)
-    own = probe_processor(processor, args.image_height_width or own_size)
-    image_size = args.image_height_width or own.image_size
-    std = [1 / (255 * scale) for scale in own.scale]
-    mean = [-offset * deviation for offset, deviation in zip(own.offset, std)]
-    if args.crop_fraction is not None:
-        return evaluation_image_processor(image_size, args.crop_fraction, mean, std, own.resample)
-    if fixed_size_of(processor) is None:
-        return evaluation_image_processor(image_size, DEFAULT_CROP_FRACTION, mean, std, own.resample)
-    if image_size == own.image_size and _states_normalisation(processor, mean, std):
-        return processor
-    across, down = view_of(processor)
-    if abs(across - down) > SAME_VIEW:
-        exact = getattr(processor, "data_config", {}).get("crop_pct")  # of timm
-        return evaluation_image_processor(image_size, exact or max(across, down), mean, std, own.resample)
-    # it squashes pictures, and perhaps leaves a border away
-    squashed, crop = (
-        {"height": round(height), "width": round(width)}
-        for height, width in ((side / down for side in image_size), image_size)
-    )
-    return DeiTImageProcessor(
-        size=squashed,
-        crop_size=crop,
-        do_center_crop=squashed != crop,
-        resample=own.resample,
-        image_mean=mean,
-        image_std=std,
-    )
-
-
-def _states_normalisation(processor: Any, mean: list[float], std: list[float]) -> bool:
-    """Whether an image processor says how it normalises, which training repeats."""
-    stated = [getattr(processor, name, None) for name in ("image_mean", "image_std")]
-    is_complete = all(isinstance(values, (list, tuple)) and len(values) == len(mean) for values in stated)
-    return is_complete and np.allclose(stated, [mean, std], atol=1e-3)
 
 
 def _side_lengths(size: Any) -> tuple[int, int] | None:

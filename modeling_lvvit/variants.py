@@ -10,6 +10,9 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .configuration_lvvit import LVViTConfig
 
 
+DEFAULT_CROP_FRACTION = 0.9
+
+
 @dataclass(frozen=True)
 class LVViTVariant:
     """One row of the published family.
@@ -92,8 +95,16 @@ def crop_fraction_of(processor: Any) -> float | None:
     size, crop = getattr(processor, "size", None) or {}, getattr(processor, "crop_size", None)
     if not getattr(processor, "do_center_crop", False) or not crop:
         return None
-    shortest = size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0))
-    return min(1.0, max(crop["height"], crop["width"]) / shortest) if shortest else None
+    shortest, side = (
+        size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0)),
+        max(crop["height"], crop["width"]),
+    )
+    if not shortest:
+        return None
+    # the roundest share that gives this size, which at another size gives that of the published runs: 224 of 248 is 0.9
+    rounded = (round(side / shortest, digits) for digits in (1, 2, 3))
+    exact = next((share for share in rounded if share and int(side / share) == shortest), side / shortest)
+    return min(1.0, exact)
 
 
 def evaluation_image_processor(

@@ -1,6 +1,7 @@
 """The evaluation program: measures, class subsets, re-assessed labels, corruptions, several processes."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,9 @@ from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.evaluate import ClassificationScores, mean_corruption_error, read_real_labels
 from modeling_lvvit.evaluate.__main__ import MODULE, main
 from modeling_lvvit.evaluate.classifier import InputOptions, load_classifier
-from modeling_lvvit.evaluate.scores import ALEXNET_ERRORS, imagenet_real_labels
+from modeling_lvvit.evaluate.scores import ALEXNET_ERRORS, find_real_labels, imagenet_real_labels
 from modeling_lvvit.evaluate.test_sets import classes_of, corruption_folders, open_test_set, real_labels_of
-from modeling_lvvit.variants import evaluation_image_processor
+from modeling_lvvit.variants import crop_fraction_of, evaluation_image_processor
 
 
 NAMES = [f"class {letter}" for letter in "abcdefgh"]
@@ -41,7 +42,11 @@ def test_scores_by_hand():
         "top5_accuracy": 1.0,
         "images": 3,
     }
-    assert "top5_accuracy" not in ClassificationScores(5).compute(predictions=ranked, references=[0, 5, 1])
+    assert "top5_accuracy" not in ClassificationScores(5).compute(predictions=ranked, references=[0, 4, 1])
+    scores.add(prediction=[3, 1, 2, 4, 5], reference=3, real={3})
+    assert scores.compute()["images"] == 1
+    with pytest.raises(ValueError, match=r"True classes lie in \[0, 8\), got -1 to 2: a split without labels"):
+        scores.add_batch(predictions=ranked, references=[0, -1, 2])
     with pytest.raises(ValueError, match="Expected ranked classes"):
         scores.add_batch(predictions=[1, 2], references=[1, 2])
 
@@ -148,6 +153,8 @@ def test_folders_called_by_numbers_name_class_ids(tmp_path):
     assert test_set.class_names == ["0", "10", "2"]
     found = classes_of([f"thing {index}" for index in range(11)], test_set)
     assert found.groups == ((0,), (10,), (2,))
+    assert classes_of(["0", "10", "2"], test_set) is None  # a model that was trained on such folders has their names
+    assert classes_of(["10", "2", "5", "0"], test_set).groups == ((3,), (0,), (1,))
     with pytest.raises(ValueError, match="class folder 10; the model has the classes 0 to 9"):
         classes_of([f"thing {index}" for index in range(10)], test_set)
 
@@ -156,19 +163,45 @@ def test_real_labels_follow_the_numbers_of_the_files(tmp_path):
     paths = [f"val/ILSVRC2012_val_{number:08d}_n01440764.JPEG" for number in (3, 1)]
     rows_of(NAMES, 2, paths=paths).to_parquet(tmp_path / "validation.parquet")
     test_set = open_test_set(str(tmp_path))
-    assert real_labels_of(test_set, "image", [[1, 2], [3], []]) == [None, frozenset({1, 2})]
+    assert real_labels_of(test_set, "image", "label", [[1, 2], [3], []]) == [None, frozenset({1, 2})]
     with pytest.raises(ValueError, match="images up to 3 and 8 classes"):
-        real_labels_of(test_set, "image", [[1], [2]])
+        real_labels_of(test_set, "image", "label", [[1], [2]])
     with pytest.raises(ValueError, match="at least 9 classes"):
-        real_labels_of(test_set, "image", [[1], [2], [8]])
+        real_labels_of(test_set, "image", "label", [[1], [2], [8]])
     rows_of(NAMES, 2).to_parquet(tmp_path / "validation.parquet")
     test_set = open_test_set(str(tmp_path))
-    assert real_labels_of(test_set, "image", [[1], [2, 3]]) == [
+    assert real_labels_of(test_set, "image", "label", [[1], [2, 3]]) == [
         frozenset({1}),
         frozenset({2, 3}),
     ]  # as many: by their place
     with pytest.raises(ValueError, match="nobody can tell which label is whose"):
-        real_labels_of(test_set, "image", [[1], [2], [3]])
+        real_labels_of(test_set, "image", "label", [[1], [2], [3]])
+
+
+def test_real_labels_of_other_images_are_refused(tmp_path):
+    rows_of(NAMES, 60).to_parquet(tmp_path / "validation.parquet")
+    test_set = open_test_set(str(tmp_path))
+    human = test_set.rows["label"]
+    assert len(real_labels_of(test_set, "image", "label", [[label] for label in human])) == 60
+    with pytest.raises(ValueError, match="Only 0 % of the re-assessed labels hold the label of their image"):
+        real_labels_of(test_set, "image", "label", [[(label + 1) % 8] for label in human])
+    first = open_test_set(str(tmp_path), max_samples=3)  # the first labels are those of the first rows
+    assert real_labels_of(first, "image", "label", [[label] for label in human]) == [
+        frozenset({label}) for label in human[:3]
+    ]
+
+
+def test_real_labels_are_found_by_name_path_and_url(tmp_path, monkeypatch):
+    (tmp_path / "real.json").write_text("[[1], []]")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_real_labels("~/real.json") == [[1], []] and len(find_real_labels("imagenet")) == 50_000
+    asked = []
+    monkeypatch.setattr(
+        datasets.DownloadManager, "download", lambda self, url: asked.append(url) or str(tmp_path / "real.json")
+    )
+    assert find_real_labels("https://example.org/real.json") == [[1], []] and asked == [
+        "https://example.org/real.json"
+    ]
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '[["a"]]', "[1]", "[[-1]]"])
@@ -190,7 +223,10 @@ def make_corruptions(folder: Path, names: tuple[str, ...], severities: str = "12
 
 def test_corruptions_are_evaluated(model, tmp_path, capsys):
     make_corruptions(tmp_path / "c", ("fog", "noise/shot_noise"))
-    (record,) = results_of(tmp_path, "--model", model, "--corruptions", tmp_path / "c")
+    renamed = rows_of(NAMES).rename_columns({"image": "picture", "label": "kind"})
+    renamed.to_parquet(tmp_path / "test.parquet")
+    columns = ("--dataset", tmp_path / "test.parquet", "--image_column", "picture", "--label_column", "kind")
+    (record,) = results_of(tmp_path, "--model", model, *columns, "--corruptions", tmp_path / "c")
     errors = record["corruptions"]["errors"]
     assert set(errors) == {"fog", "shot_noise"} and all(len(values) == 5 for values in errors.values())
     assert record["corruptions"]["ce_fog"] == pytest.approx(np.mean(errors["fog"]) / ALEXNET_ERRORS["fog"])
@@ -224,9 +260,51 @@ def test_other_sizes_and_crops(model, tmp_path):
         middle = picture.crop((30, 15, 60, 45)).resize((48, 48), Image.Resampling.BICUBIC)
         shown = torch.from_numpy(np.array(middle)).permute(2, 0, 1).float()
         assert np.corrcoef(pixels.flatten().numpy(), shown.flatten().numpy())[0, 1] > 0.9
+        assert (
+            pickle.loads(pickle.dumps(classifier.transform))(picture).shape == pixels.shape
+        )  # for workers that are spawned
     own = load_classifier("timm/resnet18", InputOptions(), random_weights=True)
     settings = timm.data.resolve_model_data_config(own.model, use_test_size=True)
     assert own.facts["input_size"] == list(settings["input_size"][1:]) and len(own.class_names) == 1000
+
+
+def test_models_keep_their_view_of_pictures_at_other_sizes(model, tmp_path):
+    """A processor that squashes pictures squashes them at another size too; that of LV-ViT keeps its crop of 0.8."""
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8, num_labels=8
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    for size in (None, (32, 32), (48, 48)):
+        assert load_classifier(str(tmp_path / "vit"), InputOptions(size)).view == pytest.approx((1, 1), abs=0.01)
+    own, other = (load_classifier(str(model), InputOptions(size)) for size in (None, (64, 64)))
+    assert own.view[1] == pytest.approx(0.8, abs=0.02) and other.facts["preprocessing"]["size"] == {
+        "shortest_edge": 80
+    }
+
+
+@pytest.mark.parametrize(
+    ("side", "fraction", "shortest"), [(224, 0.9, 248), (224, 0.875, 256), (384, 1.0, 384), (32, 0.8, 40)]
+)
+def test_crop_fractions_are_read_exactly(side, fraction, shortest):
+    processor = evaluation_image_processor((side, side), fraction)
+    assert processor.size["shortest_edge"] == shortest and crop_fraction_of(processor) == fraction
+
+
+def test_what_was_measured_is_kept_when_a_later_picture_is_broken(model, data, tmp_path):
+    table = rows_of(NAMES, 3).cast_column("image", datasets.Image(decode=False)).to_list()
+    table[1]["image"]["bytes"] = b"no picture"
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    datasets.Dataset.from_list(table, features=features).to_parquet(tmp_path / "broken.parquet")
+    with pytest.raises(SystemExit, match="Row 1 of the .*broken.parquet data.*cannot be decoded"):
+        results_of(tmp_path, "--model", model, "--dataset", data, tmp_path / "broken.parquet")
+    (record,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [found["images"] for found in record["results"].values()] == [11]
+
+
+def test_models_that_do_not_take_their_pictures_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"on pictures of \[100, 100\] pixels|cannot be evaluated"):
+        load_classifier("timm/test_vit", InputOptions((100, 100)), random_weights=True)
 
 
 def test_models_are_compared_on_several_sets(model, data, tmp_path, capsys):

@@ -8,6 +8,8 @@ import torch
 from conftest import NUM_CLASSES, encode_picture, tiny_config
 from PIL import Image
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     SwinConfig,
@@ -96,6 +98,12 @@ def test_networks_without_a_class_token_are_refused():
     swin = SwinForImageClassification(
         SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4)
     ).eval()
+    with pytest.raises(ValueError, match="is no model of transformers"):
+        relevance_maps(torch.nn.Linear(1, 1), torch.rand(1, 3, 32, 32))
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    beit = BeitForImageClassification(BeitConfig(**shape, image_size=32, patch_size=8)).eval()
+    with pytest.raises(ValueError, match="does not come from its class token alone"):
+        relevance_maps(beit, torch.rand(1, 3, 32, 32))
     for model in (resnet, swin):
         with pytest.raises(ValueError, match="relevance needs a plain vision transformer"):
             relevance_maps(model, torch.rand(1, 3, 32, 32))
@@ -107,9 +115,16 @@ def test_localization_by_hand():
     masks = torch.zeros(2, 2, 4, dtype=torch.bool)
     masks[0, 0, :2] = masks[1, 0, :2] = True
     hits, overlap = localization_scores(maps, masks)
-    assert hits.tolist() == [True, False] and overlap.tolist() == pytest.approx([1 / 3, 0.0])
+    assert hits.tolist() == [1.0, 0.0] and overlap.tolist() == pytest.approx([1 / 3, 0.0])
     share, chance = chance_scores(masks)
     assert share.tolist() == [0.25] * 2 and chance.tolist() == pytest.approx([0.25 / 1.75] * 2)
+
+
+def test_maps_that_say_nothing_get_what_chance_does():
+    masks = torch.zeros(1, 2, 4, dtype=torch.bool)
+    masks[0, 0, 0] = True
+    hits, overlap = localization_scores(torch.ones(1, 2, 2), masks)
+    assert hits.item() == 0.125 and overlap.item() == pytest.approx(0.125 / 1.875)
 
 
 def test_chance_is_what_random_maps_reach():
@@ -166,7 +181,10 @@ def test_localization_program(model, tmp_path, capsys):
     measure(["--model", str(model), "--dataset", str(tmp_path / "test.parquet"), "--batch_size", "2"])
     table = capsys.readouterr().out
     assert "| tiny | relevance |" in table and "| tiny | patch predictions |" in table
-    assert "| tiny | chance | 25.0 | 14.3 |" in table
+    assert "| tiny | chance | 25.0 | 14.3 |" in table and "5 of 5 images" in table
+    masked(lambda label: np.zeros((40, 40), dtype=np.uint8) + NUM_CLASSES).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(SystemExit, match="No mask of .* has the label of its image"):
+        measure(["--model", str(model), "--dataset", str(tmp_path / "test.parquet")])
 
 
 @pytest.mark.parametrize(
@@ -174,6 +192,7 @@ def test_localization_program(model, tmp_path, capsys):
     [
         (["--mask_column", "masks"], 40, "no column 'masks'"),
         ([], 36, "all must have one shape"),
+        (["--crop_fraction", "0.9"], 40, "does not see whole pictures"),
         (["--model", "./nowhere"], 40, "There is no model folder"),
     ],
 )

@@ -20,18 +20,18 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from ..launching import end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
+from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
 from ..token_labeling.dataset import TokenLabelDataset
 from ..token_labeling.pictures import SampleError
 from ..token_labeling.shared_rows import SharedSampler
 from .classifier import Classifier, InputOptions, load_classifier
 from .report import markdown_table, save_results
-from .scores import ClassificationScores, imagenet_real_labels, mean_corruption_error, read_real_labels
+from .scores import ClassificationScores, find_real_labels, mean_corruption_error
 from .test_sets import TestSet, classes_of, corruption_folders, open_test_set, real_labels_of
 
 
 MODULE = "modeling_lvvit.evaluate"
-SHIPPED = "imagenet"  # the re-assessed labels that timm has
+FOLDER_COLUMNS = ("image", "label")  # of image folders
 RANKS = 5
 
 
@@ -46,7 +46,7 @@ class EvaluationArguments:
         dataset_config_name, dataset_revision: Configuration and revision on the Hub.
         image_column, label_column: Column names.
         class_map: Which class of a model is which of the data: `identity`, or a file; default: by name, synonym or WordNet id.
-        real_labels: Re-assessed labels of the first test set: `imagenet`, those of its validation set, or a JSON file.
+        real_labels: Re-assessed labels of the first test set: `imagenet`, those of its validation set, or a JSON file or its URL.
         corruptions: Folder of ImageNet-C.
         image_size: Side of the input in pixels, or height and width; default: that of each model.
         crop_fraction: Share of the resized picture that the centre crop keeps; default: that of each model.
@@ -67,7 +67,7 @@ class EvaluationArguments:
     image_column: str = field(default="image", metadata={"help": "Column of pictures."})
     label_column: str = field(default="label", metadata={"help": "Column of class ids or names."})
     class_map: str | None = field(default=None, metadata={"help": "identity, or a file."})
-    real_labels: str | None = field(default=None, metadata={"help": "imagenet, or a JSON file."})
+    real_labels: str | None = field(default=None, metadata={"help": "imagenet, or a JSON file or URL."})
     corruptions: str | None = field(default=None, metadata={"help": "Folder of ImageNet-C."})
     image_size: list[int] | None = field(default=None, metadata={"help": "Input side in pixels, or height and width."})
     crop_fraction: float | None = field(default=None, metadata={"help": "Share kept by the centre crop."})
@@ -106,6 +106,7 @@ def evaluate(
     test_set: TestSet,
     args: EvaluationArguments,
     state: PartialState,
+    columns: tuple[str, str],
     real: Sequence[frozenset[int] | None] | None = None,
 ) -> dict[str, float]:
     """Scores of a classifier on a test set; every process takes its share of the rows and gets the scores of all.
@@ -113,16 +114,16 @@ def evaluate(
     Args:
         classifier: On the device of the process.
         test_set: Rows.
-        args: Column names, batch size, precision, class map.
+        args: Batch size, precision, class map.
         state: Which process this is.
+        columns: Names of the columns of pictures and labels.
         real: Re-assessed labels of the rows.
     """
     class_map = classes_of(classifier.class_names, test_set, args.class_map)
     samples = TokenLabelDataset(
         test_set.rows,
         partial(_as_sample, classifier.transform),
-        args.image_column,
-        args.label_column,
+        *columns,
         name=test_set.name,
     )
     sampler = SharedSampler(len(samples), state.process_index, state.num_processes)
@@ -173,7 +174,8 @@ def evaluate_corruptions(
         for severity, folder in severities.items():
             test_set = open_test_set(str(folder), max_samples=args.max_samples)
             test_set.name = f"{corruption}/{severity}"
-            errors.setdefault(corruption, []).append(1 - evaluate(classifier, test_set, args, state)["accuracy"])
+            found = evaluate(classifier, test_set, args, state, FOLDER_COLUMNS)
+            errors.setdefault(corruption, []).append(1 - found["accuracy"])
     return {**mean_corruption_error(errors), "errors": errors}
 
 
@@ -188,8 +190,10 @@ def prepare(args: EvaluationArguments) -> tuple[list[Classifier], list[TestSet],
         open_test_set(name, args.split, args.dataset_config_name, args.dataset_revision, *columns, args.max_samples)
         for name in args.dataset
     ]
+    folders = corruption_folders(Path(args.corruptions).expanduser()) if args.corruptions is not None else {}
+    corrupted = [open_test_set(str(severities["1"])) for severities in list(folders.values())[:1]]
     for classifier in classifiers:
-        for test_set in test_sets:
+        for test_set in [*test_sets, *corrupted]:
             try:
                 classes_of(classifier.class_names, test_set, args.class_map)
             except ValueError as error:
@@ -197,9 +201,7 @@ def prepare(args: EvaluationArguments) -> tuple[list[Classifier], list[TestSet],
                 raise ValueError(f"{classifier.name} on {test_set.name}: {reason}") from error
     real = None
     if args.real_labels is not None:
-        labels = imagenet_real_labels() if args.real_labels == SHIPPED else read_real_labels(Path(args.real_labels))
-        real = real_labels_of(test_sets[0], args.image_column, labels)
-    folders = corruption_folders(Path(args.corruptions).expanduser()) if args.corruptions is not None else {}
+        real = real_labels_of(test_sets[0], *columns, find_real_labels(args.real_labels))
     return classifiers, test_sets, real, folders
 
 
@@ -214,24 +216,47 @@ def main(arguments: list[str]) -> None:
         (args,) = HfArgumentParser(EvaluationArguments, prog=MODULE).parse_args_into_dataclasses(arguments)
         with state.main_process_first():
             classifiers, test_sets, real, folders = prepare(args)
-        results = []
-        for classifier in classifiers:
-            classifier.model.to(state.device)
-            record = {"model": classifier.name, **classifier.facts, "results": {}}
-            for test_set in test_sets:
-                found = evaluate(classifier, test_set, args, state, real if test_set is test_sets[0] else None)
-                about = {"split": test_set.split, "classes": len(test_set.class_names)}
-                record["results"][test_set.name] = {**about, **found}
-            if folders:
-                record["corruptions"] = evaluate_corruptions(classifier, folders, args, state)
-            results.append(record)
-            classifier.model.to("cpu")
-    except (ValueError, OSError, SampleError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{MODULE}: {error}" if is_main_process() else 1)
+    try:
+        results = evaluate_all(args, state, classifiers, test_sets, real, folders)
+    except SampleError as error:
+        sys.exit(f"{MODULE}: {error}")  # only the process that has the row knows of it
     if state.is_main_process:
         print(markdown_table(results))
-        if args.output is not None:
+    end_together()
+
+
+def evaluate_all(
+    args: EvaluationArguments,
+    state: PartialState,
+    classifiers: list[Classifier],
+    test_sets: list[TestSet],
+    real: Sequence[frozenset[int] | None] | None,
+    folders: dict[str, dict[str, Path]],
+) -> list[dict[str, Any]]:
+    """Every classifier on every test set; what is there is saved after each of them."""
+    results: list[dict[str, Any]] = []
+
+    def save() -> None:
+        if state.is_main_process and args.output is not None:
             save_results(Path(args.output), results, args)
+
+    columns = (args.image_column, args.label_column)
+    for classifier in classifiers:
+        classifier.model.to(state.device)
+        record = {"model": classifier.name, **classifier.facts, "results": {}}
+        results.append(record)
+        for test_set in test_sets:
+            found = evaluate(classifier, test_set, args, state, columns, real if test_set is test_sets[0] else None)
+            about = {"split": test_set.split, "classes": len(test_set.class_names)}
+            record["results"][test_set.name] = {**about, **found}
+            save()
+        if folders:
+            record["corruptions"] = evaluate_corruptions(classifier, folders, args, state)
+            save()
+        classifier.model.to("cpu")
+    return results
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..configuration_lvvit import LVViTConfig
+from ..processors import fitted_processor
 from ..token_labeling.annotators import (
     TIMM_PREFIX,
     create_timm_model,
@@ -27,13 +28,16 @@ from ..token_labeling.annotators import (
 from ..token_labeling.data_sources import looks_local
 from ..token_labeling.dataset import ImageProcessorTransform
 from ..token_labeling.input_size import must_interpolate, own_image_size, resize_classifier
-from ..token_labeling.preprocessing import fixed_size_of, probe_processor
-from ..variants import crop_fraction_of, evaluation_image_processor
+from ..token_labeling.preprocessing import fixed_size_of, view_of
 
 
 LOADING_ERRORS = (
-    OSError, RuntimeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError
+    OSError, RuntimeError, AssertionError, TypeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError
 )  # fmt: skip
+
+
+TRIAL_ERRORS = (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, IndexError)
+TRIAL_SIZE = (320, 200)  # of the picture that every classifier is tried with
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Classifier:
         class_names: By id.
         facts: What a record says of it: library, parameters, resolution, crop, ...
         forward_options: Arguments of every forward pass.
+        view: Shares of width and height of a picture of 8:5 that it sees (`preprocessing.view_of`); `None` if that is not known.
     """
 
     name: str
@@ -73,11 +78,22 @@ class Classifier:
     class_names: list[str]
     facts: dict[str, Any]
     forward_options: dict[str, Any] = field(default_factory=dict)
+    view: tuple[float, float] | None = None
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(B, 3, height, width)` to `(B, classes)`, float32."""
         output = self.model(pixel_values, **self.forward_options)
         return (output if isinstance(output, torch.Tensor) else output.logits).float()
+
+
+class ProcessorTransform:
+    """From a picture to what an image processor makes of it, float32 `(3, height, width)`."""
+
+    def __init__(self, processor: Any):
+        self.transform = ImageProcessorTransform(processor)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.transform(image)["pixel_values"]
 
 
 def load_classifier(
@@ -112,6 +128,16 @@ def load_classifier(
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{name} cannot be evaluated: {reason}") from error
     classifier.model.eval().requires_grad_(False)
+    try:
+        with torch.inference_mode():
+            found = classifier.logits(classifier.transform(Image.new("RGB", TRIAL_SIZE))[None]).shape[-1]
+    except TRIAL_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{name} cannot be evaluated on pictures of {classifier.facts['input_size']} pixels: {reason}"
+        ) from error
+    if found != len(classifier.class_names):
+        raise ValueError(f"{name} gives {found} scores and has names for {len(classifier.class_names)} classes.")
     classifier.facts = {
         "library": "timm" if is_timm else "transformers",
         "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
@@ -125,30 +151,29 @@ def _load_transformers(name: str, options: InputOptions, source: dict[str, Any],
     model, _ = create_transformers_model(name, source, random_weights)
     processor = AutoImageProcessor.from_pretrained(name, **source)
     if options.are_given:
-        own = probe_processor(processor, own_image_size(model))
-        size = options.image_size or own.image_size
-        mean, std = (tuple(value) for value in _statistics(own))
-        fraction = options.crop_fraction or crop_fraction_of(processor) or 1.0
-        processor = evaluation_image_processor(size, fraction, mean, std, own.resample)
+        processor = fitted_processor(processor, options.image_size, options.crop_fraction, own_image_size(model))
     size = fixed_size_of(processor)
-    forward_options = {}
-    if size is not None:
-        model, forward_options = _fitted(model, size)
-    transform = ImageProcessorTransform(processor)
+    if size is None:
+        raise ValueError(
+            "its image processor gives pictures of several sizes; say which height and width they shall have (--image_size)."
+        )
+    model, forward_options = _fitted(model, size)
     settings = {
         key: getattr(processor, key, None) for key in ("size", "crop_size", "do_center_crop", "resample", "crop_pct")
     }
     facts = {
-        "input_size": None if size is None else list(size),
+        "input_size": list(size),
         "preprocessing": {key: _plain(value) for key, value in settings.items() if value is not None},
     }
+    facts["preprocessing"] |= getattr(processor, "data_config", {})  # of timm
     return Classifier(
         name,
         model,
-        lambda image: transform(image)["pixel_values"],
+        ProcessorTransform(processor),
         transformers_class_names(model),
         facts,
         forward_options,
+        view_of(processor),
     )
 
 
@@ -179,12 +204,6 @@ def _load_timm(name: str, options: InputOptions, source: dict[str, Any], random_
         "preprocessing": {key: settings[key] for key in kept},
     }
     return Classifier(name, model, transform, timm_class_names(model), facts)
-
-
-def _statistics(own: Any) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation, for images in [0, 1], of a preprocessing that scales and shifts."""
-    std = [1 / (255 * scale) for scale in own.scale]
-    return [-offset * deviation for offset, deviation in zip(own.offset, std)], std
 
 
 def _plain(value: Any) -> Any:

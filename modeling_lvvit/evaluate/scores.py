@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from timm.data import RealLabelsImagenet
@@ -13,6 +14,7 @@ from ..token_labeling.counted_metric import CountedMetric
 
 
 TOP_K = 5
+SHIPPED = "imagenet"  # the re-assessed labels that timm has
 IMAGENET_VALIDATION_IMAGES = 50_000
 # what is counted, in this order
 COUNTS = ("images", "hits", "top5_hits", "real_images", "real_hits")
@@ -60,6 +62,10 @@ class ClassificationScores(CountedMetric):
             raise ValueError(
                 f"Expected ranked classes (B, k) and classes (B,), got {tuple(ranked.shape)} and {tuple(truth.shape)}."
             )
+        if len(truth) and not 0 <= truth.min() <= truth.max() < self.num_labels:
+            raise ValueError(
+                f"True classes lie in [0, {self.num_labels}), got {int(truth.min())} to {int(truth.max())}: a split without labels?"
+            )
         hits = ranked == truth[:, None]
         self.counts[0] += len(truth)
         self.counts[1] += hits[:, 0].sum()
@@ -85,6 +91,20 @@ def imagenet_real_labels() -> list[list[int]]:
     """The re-assessed labels of the 50,000 validation images of ImageNet, as timm ships them; see `read_real_labels`."""
     shipped = RealLabelsImagenet([""] * IMAGENET_VALIDATION_IMAGES).real_labels
     return [shipped[name] for name in sorted(shipped)]
+
+
+def find_real_labels(name: str) -> list[list[int]]:
+    """Re-assessed labels by name: `imagenet`, a file, or a URL, which is downloaded to the cache of `datasets`.
+
+    Raises:
+        FileNotFoundError: If there are none.
+        ValueError: If the file holds something else.
+    """
+    if name == SHIPPED:
+        return imagenet_real_labels()
+    if name.startswith(("http://", "https://")):
+        return read_real_labels(Path(datasets.DownloadManager().download(name)))
+    return read_real_labels(Path(name).expanduser())
 
 
 def read_real_labels(path: Path) -> list[list[int]]:

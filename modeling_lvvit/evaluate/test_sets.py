@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 
 from ..token_labeling.class_labels import check_columns, names_in_data, pair_classes, with_class_ids
 from ..token_labeling.class_matching import ClassMap
@@ -15,6 +16,10 @@ from ..token_labeling.data_sources import open_splits
 
 VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 SEVERITIES = ("1", "2", "3", "4", "5")
+MIN_COMPARED, MIN_AGREEMENT = (
+    50,
+    0.3,
+)  # images, and share of them whose label people see too, below which something is mixed up
 
 
 @dataclass
@@ -27,6 +32,7 @@ class TestSet:
         class_names: Names of its classes, by id.
         are_named: Whether they are more than numbers.
         split: Name of the split.
+        num_rows: Rows of the split, also where only the first of them are evaluated.
     """
 
     __test__ = False  # not a test of pytest
@@ -36,6 +42,7 @@ class TestSet:
     class_names: list[str]
     are_named: bool
     split: str
+    num_rows: int
 
 
 def open_test_set(
@@ -74,19 +81,20 @@ def open_test_set(
         rows = rows.cast_column(image_column, datasets.Image())
     _, are_named = names_in_data(rows, name, label_column)
     rows = with_class_ids(rows, name, label_column)
-    class_names = rows.features[label_column].names
+    class_names, num_rows = rows.features[label_column].names, len(rows)
     if max_samples is not None:
         rows = rows.select(range(min(max(max_samples, 0), len(rows))))
     if not len(rows):
         raise ValueError(f"{name} has no rows in split {wanted[0]}.")
-    return TestSet(name, rows, class_names, are_named, wanted[0])
+    return TestSet(name, rows, class_names, are_named, wanted[0], num_rows)
 
 
 def classes_of(model_names: Sequence[str], test_set: TestSet, class_map: str | None = None) -> ClassMap | None:
     """Which classes of a model those of a test set are; `None` if both number them alike.
 
     Classes are paired by name, synonym or WordNet id; a test set of fewer classes (ImageNet-A, ImageNet-R) takes the best of these
-    only, as usual for such sets. Folders that are called by numbers (ImageNet-V2) name class ids.
+    only, as usual for such sets. Folders that are called by numbers (ImageNet-V2) name class ids, unless the classes of the model are
+    called so.
 
     Args:
         model_names: Class names of the model, by id.
@@ -97,8 +105,13 @@ def classes_of(model_names: Sequence[str], test_set: TestSet, class_map: str | N
         ValueError: If classes do not match or cannot be compared.
     """
     numbers = [name for name in test_set.class_names if name.isdecimal()]
-    if class_map is None and test_set.are_named and len(numbers) == len(test_set.class_names):
-        ids = [int(name) for name in numbers]
+    are_numbers = test_set.are_named and len(numbers) == len(test_set.class_names)
+    if class_map is None and are_numbers:
+        names = list(model_names)
+        # a model that was trained on such folders has their names, in their order; others count their classes
+        ids = [names.index(name) if set(numbers) <= set(names) else int(name) for name in numbers]
+        if ids == list(range(len(names))):
+            return None
         if max(ids) >= len(model_names):
             raise ValueError(
                 f"{test_set.name} has a class folder {max(ids)}; the model has the classes 0 to {len(model_names) - 1}."
@@ -109,28 +122,38 @@ def classes_of(model_names: Sequence[str], test_set: TestSet, class_map: str | N
 
 
 def real_labels_of(
-    test_set: TestSet, image_column: str, labels: Sequence[Sequence[int]]
+    test_set: TestSet, image_column: str, label_column: str, labels: Sequence[Sequence[int]]
 ) -> list[frozenset[int] | None]:
     """Re-assessed labels of every row: by the number in its file name (`ILSVRC2012_val_00000001`), else by its place.
 
     Args:
         test_set: Of the classes of ImageNet-1k in their order.
-        image_column: Its column of pictures.
+        image_column, label_column: Its columns.
         labels: See `scores.read_real_labels`.
 
     Raises:
-        ValueError: If they do not belong to the rows, or name other classes.
+        ValueError: If they do not belong to the rows, or name other classes; in ImageNet nine in ten hold the label of their image.
     """
-    column = test_set.rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
-    paths = column.with_format("arrow")[:][image_column].combine_chunks().field("path").to_pylist()
+    rows = test_set.rows.select_columns([image_column, label_column]).cast_column(
+        image_column, datasets.Image(decode=False)
+    )
+    table = rows.with_format("arrow")
+    # chunk by chunk: all pictures in one array would be copied, and 2 GB are the most it can hold
+    paths = [
+        path
+        for batch in table.iter(batch_size=1000)
+        for chunk in batch[image_column].chunks
+        for path in chunk.field("path").to_pylist()
+    ]
+    human = [label for batch in table.iter(batch_size=1000) for label in batch[label_column].to_pylist()]
     found = [VALIDATION_NUMBER.search(path or "") for path in paths]
     if all(found):
         numbers = [int(match.group(1)) - 1 for match in found]
-    elif len(labels) == len(paths):
+    elif len(labels) == test_set.num_rows:
         numbers = list(range(len(paths)))
     else:
         raise ValueError(
-            f"{test_set.name} has {len(paths)} images, there are {len(labels)} re-assessed labels, and files are not called "
+            f"{test_set.name} has {test_set.num_rows} images, there are {len(labels)} re-assessed labels, and files are not called "
             "ILSVRC2012_val_00000001...: nobody can tell which label is whose."
         )
     highest = max((index for classes in labels for index in classes), default=0)
@@ -139,7 +162,14 @@ def real_labels_of(
             f"The re-assessed labels are of {len(labels)} images and at least {highest + 1} classes; {test_set.name} has images up to "
             f"{max(numbers) + 1} and {len(test_set.class_names)} classes."
         )
-    return [frozenset(labels[number]) or None for number in numbers]
+    real = [frozenset(labels[number]) or None for number in numbers]
+    agree = [label in classes for label, classes in zip(human, real) if classes]
+    if len(agree) >= MIN_COMPARED and np.mean(agree) < MIN_AGREEMENT:
+        raise ValueError(
+            f"Only {100 * np.mean(agree):.0f} % of the re-assessed labels hold the label of their image in {test_set.name}: they belong to "
+            "other images, or its classes are not in the order of ImageNet-1k."
+        )
+    return real
 
 
 def corruption_folders(root: Path) -> dict[str, dict[str, Path]]:
@@ -155,12 +185,15 @@ def corruption_folders(root: Path) -> dict[str, dict[str, Path]]:
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder of corruptions {root}.")
     found = {}
-    for folder in sorted({path.parent for path in root.rglob("1") if path.is_dir()}):
+    first_severities = [*root.glob("*/1"), *root.glob("*/*/1")]  # no deeper: there are a million files
+    for folder in sorted({path.parent for path in first_severities if path.is_dir()}):
         severities = {severity: folder / severity for severity in SEVERITIES if (folder / severity).is_dir()}
         if any(name.name not in SEVERITIES for name in folder.iterdir() if name.is_dir()):
             continue  # a class folder that is called 1
         if len(severities) != len(SEVERITIES):
             raise ValueError(f"{folder} has the severities {', '.join(severities)}; expected {', '.join(SEVERITIES)}.")
+        if folder.name in found:
+            raise ValueError(f"{root} has {folder.name} twice: {found[folder.name]['1'].parent} and {folder}.")
         found[folder.name] = severities
     if not found:
         raise ValueError(f"{root} has no folders CORRUPTION/SEVERITY/CLASS.")

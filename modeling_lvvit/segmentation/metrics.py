@@ -97,10 +97,6 @@ class SegmentationScores(CountedMetric):
 
     def add_batch(self, *, predictions: Any, references: Any, **kwargs: Any) -> None:
         """Counts maps of class ids: arrays or tensors of one shape, or lists of such of any sizes."""
-        for prediction, reference in zip(predictions, references, strict=True):
-            self.add(prediction=prediction, reference=reference)
-
-    def add(self, *, prediction: Any, reference: Any, **kwargs: Any) -> None:
-        """Counts one map."""
-        maps = (torch.as_tensor(part) for part in (prediction, reference))
-        self.counts += confusion_matrix(*maps, self.num_labels, self.ignore_index).cpu()
+        for maps in zip(predictions, references, strict=True):
+            matrix = confusion_matrix(*map(torch.as_tensor, maps), self.num_labels, self.ignore_index)
+            self.counts += matrix.cpu()

@@ -23,7 +23,7 @@ from dataset_scripts import digit_scenes
 
 from ..checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from ..command_line import Program, parse
-from ..launching import end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
+from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
 from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
 from ..token_labeling.callbacks import end_after_signal
 from ..token_labeling.data_sources import looks_local
@@ -277,6 +277,7 @@ def main(arguments: list[str]) -> None:
         print(f"saved to {training_args.output_dir}")
     if training_args.push_to_hub and trainer.train_dataset is not None:
         trainer.push_to_hub()
+    end_together()
 
 
 def train(trainer: SegmentationTrainer) -> None:

@@ -46,6 +46,12 @@ class CountedMetric(evaluate.Metric):
             ),
         )
 
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Counts a single one; see `add_batch`."""
+        self.add_batch(
+            predictions=[prediction], references=[reference], **{name: [value] for name, value in kwargs.items()}
+        )
+
     def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, Any] | None:
         """The measures of all that was added in all processes; begins anew. Where `evaluate` combines processes, only the first gets
         them.

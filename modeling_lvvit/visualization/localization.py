@@ -29,6 +29,7 @@ from .relevance import relevance_maps
 
 
 MODULE = "modeling_lvvit.visualization.localization"
+WHOLE_VIEW = 0.99  # share of the height that a model must see of pictures of its own shape
 TITLES = {
     "relevance": "relevance", "attention": "attention of the class token", "rollout": "attention rollout",
     "patches": "patch predictions", "chance": "chance",
@@ -44,6 +45,7 @@ class LocalizationArguments:
         dataset: Images with labels and masks; default: the embedded digit scenes.
         split, image_column, label_column, mask_column: Where they are; masks hold the ids of the label column.
         max_samples: First rows only.
+        crop_fraction: Share of the resized picture that the centre crop of the models keeps; default: theirs, which must be 1.
         batch_size: Images at a time.
         trust_remote_code: See `from_pretrained`.
     """
@@ -55,6 +57,7 @@ class LocalizationArguments:
     label_column: str = field(default="label", metadata={"help": "Column of class ids."})
     mask_column: str = field(default="mask", metadata={"help": "Column of masks."})
     max_samples: int | None = field(default=None, metadata={"help": "First rows only."})
+    crop_fraction: float | None = field(default=None, metadata={"help": "Share kept by the centre crop."})
     batch_size: int = field(default=50, metadata={"help": "Images at a time."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
 
@@ -68,17 +71,21 @@ def localization_scores(maps: torch.Tensor, masks: torch.Tensor) -> tuple[torch.
         masks: bool `(B, height, width)`, where it is; none is empty.
 
     Returns:
-        Hits, bool `(B,)`; and intersection over union, float32 `(B,)`, of the mask and as many of the largest pixels of the map.
+        Hits, 0 or 1, float32 `(B,)`; and intersection over union, float32 `(B,)`, of the mask and as many of the largest pixels of the
+        map. A map of a single value gets what chance does.
     """
     size = masks.shape[-2:]
     wide = nn.functional.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)
     values, inside = wide.flatten(1), masks.flatten(1)
-    hits = inside.gather(1, values.argmax(dim=1, keepdim=True))[:, 0]
+    hits = inside.gather(1, values.argmax(dim=1, keepdim=True))[:, 0].float()
     order = values.argsort(dim=1, descending=True, stable=True)
     areas = inside.sum(dim=1)
     is_strongest = torch.arange(order.shape[1], device=order.device) < areas[:, None]
     common = (inside.gather(1, order) & is_strongest).sum(dim=1)
-    return hits, common / (2 * areas - common)
+    overlap = common / (2 * areas - common)
+    says_nothing = values.amax(dim=1) == values.amin(dim=1)
+    chance = chance_scores(masks)
+    return torch.where(says_nothing, chance[0], hits), torch.where(says_nothing, chance[1], overlap)
 
 
 def chance_scores(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,6 +107,10 @@ def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, t
     if args.mask_column not in test_set.rows.column_names:
         raise ValueError(f"{name} has no column {args.mask_column!r}; it has {test_set.rows.column_names}.")
     class_map = classes_of(classifier.class_names, test_set)
+    if classifier.view is None or classifier.view[1] < WHOLE_VIEW:
+        raise ValueError(
+            f"{classifier.name} does not see whole pictures, a centre crop cuts off what the masks show. Use --crop_fraction 1."
+        )
     rows = test_set.rows.select_columns([args.image_column, args.label_column, args.mask_column]).with_format("arrow")
     totals: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for start in tqdm(range(0, len(rows), args.batch_size), desc=classifier.name, unit="batch"):
@@ -107,25 +118,41 @@ def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, t
         labels = table[args.label_column].to_pylist()
         pixel_values, masks = _read(table, args, classifier, start)
         wanted = torch.tensor(labels)
-        present = (masks == wanted[:, None, None]).flatten(1).any(dim=1)
-        ids = wanted if class_map is None else torch.tensor([class_map.groups[label][0] for label in labels])
+        ids = wanted if class_map is None else torch.tensor([_single(class_map.groups[label]) for label in labels])
         maps = relevance_maps(classifier.model, pixel_values, ids, classifier.forward_options)
         found = {"relevance": maps.relevance, "attention": maps.attention, "rollout": maps.rollout}
         if maps.patch_logits is not None:
             shares = maps.patch_logits.softmax(dim=-1)[torch.arange(len(ids)), :, ids]
             found["patches"] = shares.unflatten(1, maps.relevance.shape[1:])
-        things = masks[present] == wanted[present][:, None, None]
-        for kind, values in found.items():
-            totals.setdefault(kind, []).append(localization_scores(values[present], things))
-        totals.setdefault("chance", []).append(chance_scores(things))
+        for position, (mask, label) in enumerate(zip(masks, labels)):
+            thing = (mask == label)[None]
+            if not thing.any():
+                continue
+            for kind, values in found.items():
+                totals.setdefault(kind, []).append(localization_scores(values[position : position + 1], thing))
+            totals.setdefault("chance", []).append(chance_scores(thing))
+    used = len(totals.get("chance", ()))
+    if not used:
+        raise ValueError(f"No mask of {name} has the label of its image.")
+    print(f"{classifier.name}: {used:,} of {len(rows):,} images have their label in the mask", flush=True)
     return {
         kind: tuple(float(torch.cat([part[index].float() for part in parts]).mean()) for index in (0, 1))
         for kind, parts in totals.items()
     }
 
 
-def _read(table, args: LocalizationArguments, classifier: Classifier, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input `(B, 3, h, w)` and masks `(B, height, width)` of some rows; masks must be of one size and show what the model sees."""
+def _single(group: tuple[int, ...]) -> int:
+    if len(group) != 1:
+        raise ValueError(
+            f"Classes {group} of the model stand for one class of the data; relevance is about a single one."
+        )
+    return group[0]
+
+
+def _read(
+    table, args: LocalizationArguments, classifier: Classifier, start: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Input `(B, 3, h, w)` and masks `(height, width)` of some rows, which must show what the model sees."""
     pictures, masks = [], []
     for offset, (image, mask) in enumerate(zip(table[args.image_column], table[args.mask_column])):
         try:
@@ -143,7 +170,7 @@ def _read(table, args: LocalizationArguments, classifier: Classifier, start: int
             )
         pictures.append(pixels)
         masks.append(torch.from_numpy(ids.astype(np.int64)))
-    return torch.stack(pictures), torch.stack(masks)
+    return torch.stack(pictures), masks
 
 
 def markdown_table(results: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
@@ -161,7 +188,9 @@ def main(arguments: list[str]) -> None:
         (args,) = HfArgumentParser(LocalizationArguments, prog=MODULE).parse_args_into_dataclasses(arguments)
         results = {}
         for name in args.model:
-            classifier = load_classifier(name, InputOptions(), trust_remote_code=args.trust_remote_code)
+            classifier = load_classifier(
+                name, InputOptions(None, args.crop_fraction), trust_remote_code=args.trust_remote_code
+            )
             results[name] = localize(classifier, args)
     except (ValueError, OSError) as error:
         sys.exit(f"{MODULE}: {error}")

@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 from ..token_labeling.feature_layout import MAX_PREFIX_TOKENS
 
 
+CLASS_TOKEN_SHARE = 0.99  # of the gradient that a score from the class token alone has at least in its row
+
+
 @dataclass
 class RelevanceMaps:
     """Maps over the patch tokens, each float32 `(B, rows, columns)`, at least 0.
@@ -75,7 +78,7 @@ def relevance_maps(
     class_ids: torch.Tensor | None = None,
     forward_options: dict[str, Any] | None = None,
 ) -> RelevanceMaps:
-    """Maps of a classifier with a class token: LV-ViT, ViT, DeiT and their relatives in transformers.
+    """Maps of a classifier whose score comes from its class token: LV-ViT, ViT, DeiT and others of transformers.
 
     The score that is explained is that of the class token (`cls_logits` of LV-ViT), because the maps are those of its attention.
 
@@ -86,8 +89,10 @@ def relevance_maps(
         forward_options: Arguments of the forward pass, such as `interpolate_pos_encoding`.
 
     Raises:
-        ValueError: If the model gives no attention of a class token over a grid of patches.
+        ValueError: If the model gives no attention of a class token over a grid of patches, or its score comes from other tokens.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is no model of transformers, whose attention could be read.")
     with torch.enable_grad(), _trainable_input(model), _eager_attention(model):
         output = model(pixel_values, output_attentions=True, **(forward_options or {}))
         attentions = getattr(output, "attentions", None)
@@ -98,6 +103,7 @@ def relevance_maps(
             class_ids = output.logits.argmax(dim=-1)
         chosen = scores.gather(1, class_ids.to(scores.device)[:, None]).sum()
         gradients = torch.autograd.grad(chosen, attentions)
+    _check_class_token(model, gradients[-1])
     attentions = [attention.detach() for attention in attentions]
     num_patches = grid[0] * grid[1]
 
@@ -115,6 +121,21 @@ def relevance_maps(
         class_ids,
         None if patch_logits is None else patch_logits.detach(),
     )
+
+
+def _check_class_token(model: PreTrainedModel, gradient: torch.Tensor) -> None:
+    """Raises a `ValueError` if a score hangs on what other tokens than the first one receive in the last layer, for example on the mean
+    of the patch tokens: the row of the class token is then not all that speaks for the class.
+
+    Args:
+        model: For the message.
+        gradient: Of the score by the attention of the last layer, `(B, heads, N, N)`.
+    """
+    received = gradient.float().abs().sum(dim=(0, 1, 3))  # (N,)
+    if received.sum() > 0 and received[0] < CLASS_TOKEN_SHARE * received.sum():
+        raise ValueError(
+            f"The score of {type(model).__name__} does not come from its class token alone; relevance is defined for such models."
+        )
 
 
 def _grid_of(

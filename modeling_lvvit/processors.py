@@ -1,0 +1,65 @@
+"""Image processors for pictures of another size than they were made for."""
+
+from typing import Any
+
+import numpy as np
+from transformers import DeiTImageProcessor
+
+from .token_labeling.preprocessing import fixed_size_of, probe_processor, view_of
+from .variants import DEFAULT_CROP_FRACTION, crop_fraction_of, evaluation_image_processor
+
+
+SAME_VIEW = 0.05  # shares of width and height that are closer are equal: pictures are squashed
+
+
+def fitted_processor(
+    processor: Any,
+    image_size: tuple[int, int] | None,
+    crop_fraction: float | None,
+    own_size: tuple[int, int] | None,
+) -> Any:
+    """An image processor as it is, if nothing else was asked for and it says how it normalises; or one of the asked-for size and crop,
+    with its normalisation, filter and view of the picture.
+
+    Args:
+        processor: Image processor of transformers.
+        image_size: Asked-for height and width in pixels; default: its own.
+        crop_fraction: Share of the resized picture that a centre crop shall keep; default: its view of the picture.
+        own_size: Size for which its model was made, for processors that give several sizes.
+    """
+    own = probe_processor(processor, image_size or own_size)
+    image_size = image_size or own.image_size
+    std = [1 / (255 * scale) for scale in own.scale]
+    mean = [-offset * deviation for offset, deviation in zip(own.offset, std)]
+    if crop_fraction is not None:
+        return evaluation_image_processor(image_size, crop_fraction, mean, std, own.resample)
+    if fixed_size_of(processor) is None:
+        return evaluation_image_processor(image_size, DEFAULT_CROP_FRACTION, mean, std, own.resample)
+    if image_size == own.image_size and _states_normalisation(processor, mean, std):
+        return processor
+    across, down = view_of(processor)
+    if abs(across - down) > SAME_VIEW:
+        exact = getattr(processor, "data_config", {}).get("crop_pct") or crop_fraction_of(
+            processor
+        )  # first that of timm
+        return evaluation_image_processor(image_size, exact or max(across, down), mean, std, own.resample)
+    # it squashes pictures, and perhaps leaves a border away
+    squashed, crop = (
+        {"height": round(height), "width": round(width)}
+        for height, width in ((side / down for side in image_size), image_size)
+    )
+    return DeiTImageProcessor(
+        size=squashed,
+        crop_size=crop,
+        do_center_crop=squashed != crop,
+        resample=own.resample,
+        image_mean=mean,
+        image_std=std,
+    )
+
+
+def _states_normalisation(processor: Any, mean: list[float], std: list[float]) -> bool:
+    """Whether an image processor says how it normalises, which training repeats."""
+    stated = [getattr(processor, name, None) for name in ("image_mean", "image_std")]
+    is_complete = all(isinstance(values, (list, tuple)) and len(values) == len(mean) for values in stated)
+    return is_complete and np.allclose(stated, [mean, std], atol=1e-3)
