@@ -77,6 +77,13 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+def save_vit(folder: Path) -> None:
+    """A tiny ViT of eight classes whose processor squashes pictures to 32 x 32 pixels."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTForImageClassification(ViTConfig(**shape, image_size=32, patch_size=8, num_labels=8)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
 def rows_of(names: list[str], number: int = 11, seed: int = 0, paths: list[str] | None = None) -> datasets.Dataset:
     rng = np.random.default_rng(seed)
     pictures = [
@@ -245,11 +252,7 @@ def test_unfit_folders_of_corruptions_are_named(tmp_path):
 
 def test_other_sizes_and_crops(model, tmp_path):
     """LV-ViT, a ViT of transformers and a timm model on pictures of 48 x 48; the crop keeps half."""
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8, num_labels=8
-    )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    save_vit(tmp_path / "vit")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
     for name, random in ((str(model), False), (str(tmp_path / "vit"), False), ("timm/test_vit", True)):
         classifier = load_classifier(name, InputOptions((48, 48), 0.5), random_weights=random)
@@ -270,11 +273,7 @@ def test_other_sizes_and_crops(model, tmp_path):
 
 def test_models_keep_their_view_of_pictures_at_other_sizes(model, tmp_path):
     """A processor that squashes pictures squashes them at another size too; that of LV-ViT keeps its crop of 0.8."""
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8, num_labels=8
-    )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    save_vit(tmp_path / "vit")
     for size in (None, (32, 32), (48, 48)):
         assert load_classifier(str(tmp_path / "vit"), InputOptions(size)).view == pytest.approx((1, 1), abs=0.01)
     own, other = (load_classifier(str(model), InputOptions(size)) for size in (None, (64, 64)))
