@@ -39,10 +39,13 @@ def fitted_processor(
         return processor
     across, down = view_of(processor)
     if abs(across - down) > SAME_VIEW:
-        exact = getattr(processor, "data_config", {}).get("crop_pct") or crop_fraction_of(
-            processor
-        )  # first that of timm
-        return evaluation_image_processor(image_size, exact or max(across, down), mean, std, own.resample)
+        seen = max(across, down)
+        stated = getattr(processor, "data_config", {}).get("crop_pct")  # of timm
+        if stated is None:
+            stated = crop_fraction_of(processor)
+            # what was measured is not exact, but some processors (LeViT's) resize to more than they say
+            stated = stated if stated is not None and abs(stated - seen) < SAME_VIEW else seen
+        return evaluation_image_processor(image_size, stated, mean, std, own.resample)
     # it squashes pictures, and perhaps leaves a border away
     squashed, crop = (
         {"height": round(height), "width": round(width)}
