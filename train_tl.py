@@ -43,7 +43,7 @@ from modeling_lvvit.token_labeling.data import (
     has_dense_columns,
     open_datasets,
 )
-from modeling_lvvit.token_labeling.data_sources import looks_local
+from modeling_lvvit.token_labeling.data_sources import short_name
 from modeling_lvvit.token_labeling.live_labels import open_annotator
 from modeling_lvvit.token_labeling.pictures import SampleError
 from modeling_lvvit.visualization import save_prediction_figure
@@ -215,8 +215,7 @@ def main(arguments: list[str]) -> None:
     has_picture = model_args.save_picture and trainer.trains_patches
     picture = draw_predictions(trainer, data_args, opened.evaluation) if has_picture else None
     if is_main:
-        name = data_args.dataset_name or EMBEDDED_RECIPE
-        name = Path(name).name if looks_local(name) else name
+        name = short_name(data_args.dataset_name or EMBEDDED_RECIPE)
         is_own = model_args.model_name_or_path is None
         write_model_card(CARD_TEMPLATE, trainer, name, opened.eval_name, metrics, picture, is_own)
         if "eval_accuracy" in metrics:

@@ -40,6 +40,7 @@ from modeling_lvvit.token_labeling.label_set_writer import (
     versions_of,
 )
 from modeling_lvvit.token_labeling.label_sets import LabelSetLayout
+from modeling_lvvit.token_labeling.sides import height_width
 
 
 logger = logging.get_logger(__name__)
@@ -105,8 +106,7 @@ class AnnotateArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
-        if self.image_size is not None and (len(self.image_size) > 2 or min(self.image_size) < 1):
-            raise ValueError(f"--image_size is one side or height and width, got {self.image_size}.")
+        height_width(self.image_size, "--image_size")
 
 
 def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.IterableDataset:
@@ -207,7 +207,7 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     """Writes the shards of this process; the main process completes the set."""
     main = accelerator.is_main_process
     dataset = open_images(args)
-    image_size = None if args.image_size is None else (args.image_size[0], args.image_size[-1])
+    image_size = height_width(args.image_size, "--image_size")
     annotator = load_annotator(
         args.annotator, image_size, args.fit, accelerator.device, args.annotator_revision, args.trust_remote_code,
         args.random_weights,

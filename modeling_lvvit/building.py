@@ -11,13 +11,14 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     TimmWrapperConfig,
 )
 from transformers.utils import logging
 
 from .configuration_lvvit import LVViTConfig
-from .model_arguments import ModelArguments, check_config_fields
+from .model_arguments import ModelArguments, ModelSourceArguments, check_config_fields
 from .modeling_lvvit import LVViTForImageClassification
 from .other_models import BUILDING_ERRORS, finish_pretrained, random_classifier
 from .token_labeling.data_sources import looks_local
@@ -62,17 +63,26 @@ def picture_size_of(model: PreTrainedModel) -> tuple[int, int]:
     return model.config.image_height_width if tap is None else tap.image_size
 
 
-def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[str, Any]):
+def read_config(args: ModelSourceArguments) -> PreTrainedConfig:
+    """Configuration of the checkpoint to start from.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
     path = args.model_name_or_path
     if looks_local(path) and not Path(path).expanduser().is_dir():
         raise FileNotFoundError(f"There is no model folder {path}.")
-    source = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(path, **source)
+        return AutoConfig.from_pretrained(path, **args.source)
     except OSError as error:
         raise FileNotFoundError(
             f"{path} is neither a model folder (seen from {Path.cwd()}) nor a model that the Hub gives: {error}"
         ) from error
+
+
+def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[str, Any]):
+    path = args.model_name_or_path
+    config, source = read_config(args), args.source
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and not hasattr(config, "auto_map"):
         raise ValueError(f"{path} is a {config.model_type!r} model, which is no image classifier.")
     check_config_fields(type(config), args.config_overrides or {})

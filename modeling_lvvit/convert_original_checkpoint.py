@@ -60,11 +60,6 @@ ADE20K_CLASSES = 150
 SEGMENTATION_RESIDUAL_DIVISORS = {384: 2.0, 512: 2.0, 768: 1.0}
 
 
-def load_original_state_dict(path: Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
-    """The tensors of `load_original_checkpoint`."""
-    return load_original_checkpoint(path, use_ema)[0]
-
-
 def load_original_checkpoint(path: Path, use_ema: bool = True) -> tuple[dict[str, torch.Tensor], list[str] | None]:
     """Reads the tensors of an authors' checkpoint, and the class names that MMSegmentation stores with them (else `None`), without
     running code from it.

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from .configuration_lvvit import LVViTConfig
+from .token_labeling.sides import height_width
 
 
 # configuration fields that follow from the data or have an option of their own
@@ -43,8 +44,7 @@ class ModelSourceArguments:
         if self.variant and self.model_name_or_path:
             raise ValueError("Give --variant (random weights) or --model_name_or_path (pretrained), not both.")
         self._check_config_overrides()
-        if self.image_size is not None and (len(self.image_size) not in (1, 2) or min(self.image_size) < 1):
-            raise ValueError(f"`image_size` is one side or height and width, got {self.image_size}.")
+        height_width(self.image_size, "`image_size`")
 
     @property
     def makes_lvvit(self) -> bool:
@@ -72,7 +72,12 @@ class ModelSourceArguments:
     @property
     def image_height_width(self) -> tuple[int, int] | None:
         """Input height and width in pixels, `None` for the model's own."""
-        return None if self.image_size is None else (self.image_size[0], self.image_size[-1])
+        return height_width(self.image_size, "`image_size`")
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Arguments of every `from_pretrained`."""
+        return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass

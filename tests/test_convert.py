@@ -8,7 +8,7 @@ import torch
 from original_layout import original_shapes, original_state_dict, recipe_images
 
 from modeling_lvvit import LVViTConfig, LVViTForImageClassification
-from modeling_lvvit.convert_original_checkpoint import convert_checkpoint, load_original_state_dict, main
+from modeling_lvvit.convert_original_checkpoint import convert_checkpoint, load_original_checkpoint, main
 from modeling_lvvit.variants import variant_config
 
 
@@ -79,10 +79,10 @@ class Harmful:
 def test_pickled_code_never_runs(tmp_path, capsys):
     torch.save({"state_dict": Harmful()}, tmp_path / "harmful.pth")
     with pytest.raises(ValueError, match="never loaded"):
-        load_original_state_dict(tmp_path / "harmful.pth")
+        load_original_checkpoint(tmp_path / "harmful.pth")
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(ValueError, match="raw.pth"):
-        load_original_state_dict(tmp_path / "raw.pth")
+        load_original_checkpoint(tmp_path / "raw.pth")
     assert "must not run" not in capsys.readouterr().out
 
 

@@ -24,6 +24,7 @@ from ..launching import end_together, end_with_launcher, is_main_process, set_up
 from ..token_labeling.dataset import TokenLabelDataset
 from ..token_labeling.pictures import SampleError
 from ..token_labeling.shared_rows import SharedSampler
+from ..token_labeling.sides import height_width
 from .classifier import Classifier, InputOptions, load_classifier
 from .report import markdown_table, save_results
 from .scores import ClassificationScores, find_real_labels, mean_corruption_error
@@ -85,8 +86,7 @@ class EvaluationArguments:
             raise ValueError("Give test sets (--dataset) or a folder of corruptions (--corruptions).")
         if self.real_labels is not None and not self.dataset:
             raise ValueError("--real_labels belong to a test set: give --dataset.")
-        if self.image_size is not None and (len(self.image_size) not in (1, 2) or min(self.image_size) < 1):
-            raise ValueError(f"`image_size` is one side or height and width, got {self.image_size}.")
+        height_width(self.image_size, "`image_size`")
         if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
             raise ValueError(f"`crop_fraction` must lie in (0, 1], got {self.crop_fraction}.")
         if self.batch_size < 1:
@@ -96,8 +96,7 @@ class EvaluationArguments:
 
     def input_options(self) -> InputOptions:
         """Changes of the models' preprocessing."""
-        size = None if self.image_size is None else (self.image_size[0], self.image_size[-1])
-        return InputOptions(size, self.crop_fraction)
+        return InputOptions(height_width(self.image_size, "`image_size`"), self.crop_fraction)
 
 
 @torch.inference_mode()

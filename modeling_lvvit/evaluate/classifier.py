@@ -21,6 +21,7 @@ from ..token_labeling.annotators import (
     TIMM_PREFIX,
     create_timm_model,
     create_transformers_model,
+    first_line,
     is_timm_folder,
     timm_class_names,
     transformers_class_names,
@@ -34,8 +35,6 @@ from ..token_labeling.preprocessing import fixed_size_of, view_of
 LOADING_ERRORS = (
     OSError, RuntimeError, AssertionError, TypeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError
 )  # fmt: skip
-
-
 TRIAL_ERRORS = (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, IndexError)
 TRIAL_SIZE = (320, 200)  # of the picture that every classifier is tried with
 
@@ -125,16 +124,14 @@ def load_classifier(
             load = _load_timm if is_timm else _load_transformers
             classifier = load(name, options, source, random_weights)
     except LOADING_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name} cannot be evaluated: {reason}") from error
+        raise ValueError(f"{name} cannot be evaluated: {first_line(error)}") from error
     classifier.model.eval().requires_grad_(False)
     try:
         with torch.inference_mode():
             found = classifier.logits(classifier.transform(Image.new("RGB", TRIAL_SIZE))[None]).shape[-1]
     except TRIAL_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{name} cannot be evaluated on pictures of {classifier.facts['input_size']} pixels: {reason}"
+            f"{name} cannot be evaluated on pictures of {classifier.facts['input_size']} pixels: {first_line(error)}"
         ) from error
     if found != len(classifier.class_names):
         raise ValueError(f"{name} gives {found} scores and has names for {len(classifier.class_names)} classes.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model_card import library_versions
-from ..token_labeling.data_sources import looks_local
+from ..token_labeling.data_sources import short_name
 
 
 MEASURES = {"accuracy": "top-1", "top5_accuracy": "top-5", "real_accuracy": "ReaL"}
@@ -19,12 +19,11 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
     lines = ["| model | parameters | input | test set | images | top-1 | top-5 | ReaL | mCE |"]
     lines.append("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for record in results:
-        size = record["input_size"]
-        shape = "as it is" if size is None else " x ".join(map(str, size))
-        head = f"| {_short(record['model'])} | {record['parameters'] / 1e6:.1f}M | {shape}"
+        shape = " x ".join(map(str, record["input_size"]))
+        head = f"| {short_name(record['model'])} | {record['parameters'] / 1e6:.1f}M | {shape}"
         for name, found in record["results"].items():
             values = " | ".join(_percent(found.get(measure)) for measure in MEASURES)
-            lines.append(f"{head} | {_short(name)} ({found['split']}) | {found['images']:,} | {values} | |")
+            lines.append(f"{head} | {short_name(name)} ({found['split']}) | {found['images']:,} | {values} | |")
         if "corruptions" in record:
             number = len(record["corruptions"]["errors"])
             lines.append(f"{head} | {number} corruptions | | | | | {_percent(record['corruptions'].get('mce'))} |")
@@ -38,11 +37,6 @@ def save_results(path: Path, results: Sequence[dict[str, Any]], args: Any) -> No
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def _short(name: str) -> str:
-    """A Hub name, or the last part of a path."""
-    return Path(name).name if looks_local(name) else name
 
 
 def _percent(value: float | None) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..token_labeling.class_labels import check_columns, names_in_data, pair_classes, with_class_ids
 from ..token_labeling.class_matching import ClassMap
-from ..token_labeling.data import EVALUATION_SPLITS
+from ..token_labeling.data import split_to_evaluate
 from ..token_labeling.data_sources import open_splits
 
 
@@ -68,14 +68,12 @@ def open_test_set(
         ValueError: If split or columns are missing or unfit.
     """
     splits = open_splits(name, config_name, revision)
-    wanted = (
-        [split] if split is not None else [*(known for known in EVALUATION_SPLITS if known in splits), *splits][:1]
-    )
-    if split is None and len(splits) > 1 and wanted[0] not in EVALUATION_SPLITS:
+    found = split_to_evaluate(splits, split)
+    if found is None and split is None:
         raise ValueError(f"{name} has the splits {list(splits)}. Say which one with --split.")
-    if wanted[0] not in splits:
+    if found is None:
         raise ValueError(f"{name} has no split {split!r}; it has {list(splits)}.")
-    rows = splits[wanted[0]]
+    rows = splits[found]
     check_columns(rows, name, image_column, label_column)
     if not isinstance(rows.features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image())
@@ -85,8 +83,8 @@ def open_test_set(
     if max_samples is not None:
         rows = rows.select(range(min(max(max_samples, 0), len(rows))))
     if not len(rows):
-        raise ValueError(f"{name} has no rows in split {wanted[0]}.")
-    return TestSet(name, rows, class_names, are_named, wanted[0], num_rows)
+        raise ValueError(f"{name} has no rows in split {found}.")
+    return TestSet(name, rows, class_names, are_named, found, num_rows)
 
 
 def classes_of(model_names: Sequence[str], test_set: TestSet, class_map: str | None = None) -> ClassMap | None:
@@ -137,15 +135,11 @@ def real_labels_of(
     rows = test_set.rows.select_columns([image_column, label_column]).cast_column(
         image_column, datasets.Image(decode=False)
     )
-    table = rows.with_format("arrow")
+    paths, human = [], []
     # chunk by chunk: all pictures in one array would be copied, and 2 GB are the most it can hold
-    paths = [
-        path
-        for batch in table.iter(batch_size=1000)
-        for chunk in batch[image_column].chunks
-        for path in chunk.field("path").to_pylist()
-    ]
-    human = [label for batch in table.iter(batch_size=1000) for label in batch[label_column].to_pylist()]
+    for batch in rows.with_format("arrow").iter(batch_size=1000):
+        paths += [path for chunk in batch[image_column].chunks for path in chunk.field("path").to_pylist()]
+        human += batch[label_column].to_pylist()
     found = [VALIDATION_NUMBER.search(path or "") for path in paths]
     if all(found):
         numbers = [int(match.group(1)) - 1 for match in found]

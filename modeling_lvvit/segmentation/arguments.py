@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from ..model_arguments import ModelSourceArguments
 from ..token_labeling.run_arguments import RunArguments
+from ..token_labeling.sides import height_width
 from .inference import SCALES, InferenceSettings
 from .masks import IGNORED
 from .transforms import SegmentationAugmentation
@@ -112,9 +113,7 @@ class SegmentationDataArguments:
         if self.long_side is not None and (self.short_side is None or self.long_side < self.short_side):
             raise ValueError(f"`long_side` ({self.long_side}) needs a `short_side` that is not larger.")
         for name in ("window", "stride"):
-            value = getattr(self, name)
-            if value is not None and (len(value) not in (1, 2) or min(value) < 1):
-                raise ValueError(f"`{name}` is one length or two in pixels, got {value}.")
+            height_width(getattr(self, name), f"`{name}`", "length or two in pixels")
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"`scales` must be positive factors, got {self.scales}.")
 
@@ -148,10 +147,8 @@ class SegmentationDataArguments:
         Args:
             crop_size: Height and width of the training crops in pixels.
         """
-        window = tuple(crop_size) if self.window is None else (self.window[0], self.window[-1])
-        stride = tuple(max(1, 2 * side // 3) for side in window)
-        if self.stride is not None:
-            stride = (self.stride[0], self.stride[-1])
+        window = height_width(self.window, "`window`") or tuple(crop_size)
+        stride = height_width(self.stride, "`stride`") or tuple(max(1, 2 * side // 3) for side in window)
         if any(step > side for step, side in zip(stride, window)):
             raise ValueError(f"`stride` {stride} is larger than the windows, {window}: pixels would be left out.")
         single = InferenceSettings(window, stride, self.short_side, self.long_side)

@@ -1,19 +1,18 @@
 """The segmentation model of a run: new, with a classifier as its trunk, or one to go on with."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, SegformerImageProcessor
+from transformers import AutoImageProcessor, SegformerImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
+from ..building import read_config
 from ..configuration_lvvit import LVViTConfig
 from ..model_arguments import check_config_fields
 from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
-from ..token_labeling.data_sources import looks_local
 from ..variants import variant_config
 from .arguments import SegmentationDataArguments, SegmentationModelArguments
 
@@ -38,14 +37,7 @@ def pretrained_config(args: SegmentationModelArguments) -> LVViTConfig | None:
     path = args.model_name_or_path
     if path is None:
         return None
-    if looks_local(path) and not Path(path).expanduser().is_dir():
-        raise FileNotFoundError(f"There is no model folder {path}.")
-    try:
-        config = AutoConfig.from_pretrained(path, **_source(args))
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{path} is neither a model folder (seen from {Path.cwd()}) nor a model that the Hub gives: {error}"
-        ) from error
+    config = read_config(args)
     if config.model_type != LVViTConfig.model_type:
         raise ValueError(f"{path} is a {config.model_type!r} model; this program trains LV-ViT.")
     if config.fused:
@@ -111,7 +103,7 @@ def _load(
     try:
         model, loading = LVViTForSemanticSegmentation.from_pretrained(
             path, output_loading_info=True, dtype=torch.float32,
-            ignore_mismatched_sizes=args.ignore_mismatched_sizes, **_source(args), **settings,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes, **args.source, **settings,
         )  # fmt: skip
     except LOADING_ERRORS as error:
         raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
@@ -146,7 +138,7 @@ def pretrained_processor(args: SegmentationModelArguments) -> Any | None:
     if args.model_name_or_path is None:
         return None
     try:
-        return AutoImageProcessor.from_pretrained(args.model_name_or_path, **_source(args))
+        return AutoImageProcessor.from_pretrained(args.model_name_or_path, **args.source)
     except OSError:
         logger.warning("%s has no image processor: pictures are normalised as on ImageNet.", args.model_name_or_path)
         return None
@@ -212,7 +204,3 @@ def _check_classes(args: SegmentationModelArguments, config: LVViTConfig, class_
             "%s calls class %d %r, the data %r: are they the same classes?",
             args.model_name_or_path, differing, old[differing], class_names[differing],
         )  # fmt: skip
-
-
-def _source(args: SegmentationModelArguments) -> dict[str, Any]:
-    return {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}

@@ -8,7 +8,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
-from ..token_labeling.data import EVALUATION_SPLITS, find_eval_split, hold_out
+from ..token_labeling.data import EVALUATION_SPLITS, find_eval_split, hold_out, split_to_evaluate
 from ..token_labeling.data_sources import looks_local, open_splits
 from .arguments import SegmentationDataArguments
 from .class_names import read_class_names
@@ -71,7 +71,12 @@ def open_segmentation_data(
     if args.test_split is not None and args.test_split not in splits:
         raise ValueError(f"{args.dataset_name} has no split {args.test_split!r}; it has {list(splits)}.")
     if evaluate_only:
-        train, eval_name = None, _split_to_evaluate(splits, args)
+        train, eval_name = None, split_to_evaluate(splits, args.eval_split)
+        if eval_name is None:
+            wanted = args.eval_split or " or ".join(EVALUATION_SPLITS)
+            raise ValueError(
+                f"{args.dataset_name} has no split {wanted}; it has {list(splits)}. Name it with --eval_split."
+            )
     else:
         train, eval_name = splits.get(args.train_split), find_eval_split(splits, args)
     if eval_name is not None:
@@ -90,19 +95,6 @@ def open_segmentation_data(
     return OpenedSegmentationData(
         rows["training"], rows["evaluation"], eval_name, mask_column, class_names, coding, rows["test"]
     )
-
-
-def _split_to_evaluate(splits: datasets.DatasetDict, args: SegmentationDataArguments) -> str:
-    """The split to evaluate a trained model on: the one that was named, else one that is called so, else the only one."""
-    wanted = [args.eval_split] if args.eval_split is not None else EVALUATION_SPLITS
-    found = [name for name in wanted if name in splits]
-    if not found and args.eval_split is None and len(splits) == 1:
-        found = list(splits)
-    if not found:
-        raise ValueError(
-            f"{args.dataset_name} has no split {' or '.join(wanted)}; it has {list(splits)}. Name it with --eval_split."
-        )
-    return found[0]
 
 
 def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) -> str:

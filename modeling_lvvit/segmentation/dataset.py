@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from ..token_labeling.picture_dataset import PictureDataset, check_has_columns, with_image_column
+from ..token_labeling.picture_dataset import PictureDataset, with_image_column
 from ..token_labeling.pictures import IMAGE_ERRORS, SampleError, picture_size
 from .masks import MAX_VALUE, UNKNOWN, MaskCoding, read_mask
 
@@ -78,7 +78,6 @@ class SegmentationDataset(PictureDataset):
         mask_column: str = "mask",
         name: str = "training",
     ):
-        check_has_columns(dataset, [image_column, mask_column], name)
         for column in (image_column, mask_column):
             dataset = with_image_column(dataset, column)
         super().__init__(dataset, [image_column, mask_column], name)

@@ -26,7 +26,7 @@ from ..command_line import Program, parse
 from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
 from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
 from ..token_labeling.callbacks import end_after_signal
-from ..token_labeling.data_sources import looks_local
+from ..token_labeling.data_sources import short_name
 from ..token_labeling.pictures import SampleError
 from .arguments import (
     BALANCED,
@@ -270,8 +270,7 @@ def main(arguments: list[str]) -> None:
         print(table)
         picture = draw_predictions(trainer, names) if model_args.save_picture else None
         if trainer.train_dataset is not None:
-            name = data_args.dataset_name or EMBEDDED_RECIPE
-            name = Path(name).name if looks_local(name) else name
+            name = short_name(data_args.dataset_name or EMBEDDED_RECIPE)
             is_own = model_args.model_name_or_path is None
             write_segmentation_card(CARD_TEMPLATE, trainer, name, evaluations, table, picture, is_own)
         print(f"saved to {training_args.output_dir}")

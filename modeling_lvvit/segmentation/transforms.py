@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from ..token_labeling.transforms import Normalisation
+
 
 CROP_TRIES = 10  # crops that are drawn until one has several classes; as in MMSegmentation
 
@@ -177,19 +179,3 @@ class SegmentationEvalTransform:
         """`pixel_values` float32 `[3, height, width]` and `labels` int32 `[height, width]`."""
         pixels = v2.functional.pil_to_tensor(image)
         return {"pixel_values": self.normalise(pixels), "labels": torch.from_numpy(mask.astype(np.int32))}
-
-
-class Normalisation:
-    """8-bit values to normalised ones in one pass, `(x / 255 - mean) / std`.
-
-    Args:
-        mean, std: Of each channel, for images in [0, 1].
-    """
-
-    def __init__(self, mean: list[float], std: list[float]):
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-        self.scale, self.shift = 1 / (255 * std), -mean / std
-
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 `[3, height, width]` to float32 of the same shape."""
-        return pixels.float().mul_(self.scale).add_(self.shift)

@@ -107,8 +107,7 @@ def load_annotator(
                 name, image_size, {"revision": revision, "trust_remote_code": trust_remote_code}, random_weights
             )
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]  # the libraries go on with advice of their own
-        raise ValueError(f"The annotator {name} cannot be loaded: {reason}") from error
+        raise ValueError(f"The annotator {name} cannot be loaded: {first_line(error)}") from error
     if random_weights:
         logger.warning("%s has random weights: its labels mean nothing.", name)
     preprocessing = replace(preprocessing, fit=fit)
@@ -128,6 +127,11 @@ def load_annotator(
         "pixel_offset": list(preprocessing.offset),
     }
     return Annotator(name, dense, class_names, preprocessing, provenance)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says first; it goes on with advice of its own."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _make_dense(name: str, model: nn.Module, image_size: tuple[int, int], grid_of: Any) -> nn.Module:

@@ -138,6 +138,15 @@ def find_eval_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict,
     return args.eval_split or next(iter(others), None)
 
 
+def split_to_evaluate(splits: datasets.DatasetDict, wanted: str | None) -> str | None:
+    """Name of the split that a trained model is evaluated on: the wanted one, else one that is called so, else the only one; `None` if
+    there is none of these."""
+    found = [name for name in (EVALUATION_SPLITS if wanted is None else [wanted]) if name in splits]
+    if not found and wanted is None and len(splits) == 1:
+        found = list(splits)
+    return found[0] if found else None
+
+
 def hold_out(num_rows: int, args: DataArguments, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
     """Training rows that stay, those that are kept for evaluation, and what these are called.
 

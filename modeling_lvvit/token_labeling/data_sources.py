@@ -17,6 +17,11 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "~", os.sep)) or name.endswith(".parquet") or name.count("/") > 1
 
 
+def short_name(name: str) -> str:
+    """A Hub name, or the last part of a path."""
+    return Path(name).name if looks_local(name) else name
+
+
 def open_splits(
     name: str,
     config_name: str | None = None,

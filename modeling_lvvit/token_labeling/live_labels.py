@@ -15,6 +15,7 @@ from .annotators import Annotator, load_annotator
 from .class_labels import pair_classes
 from .label_crops import CropGeometry, targets_of_scores
 from .label_maps import SparseTargets
+from .sides import height_width
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,9 +56,7 @@ class AnnotatorArguments:
             raise ValueError(f"`annotator_dtype` must be one of {', '.join(DTYPES)}, got {self.annotator_dtype!r}.")
         if self.annotator_sampling not in ("soft", "hard"):
             raise ValueError(f"`annotator_sampling` must be soft or hard, got {self.annotator_sampling!r}.")
-        size = self.annotator_image_size
-        if size is not None and (len(size) > 2 or min(size) < 1):
-            raise ValueError(f"`annotator_image_size` is one side or height and width, got {size}.")
+        height_width(self.annotator_image_size, "`annotator_image_size`")
 
 
 class DeviceClock:
@@ -218,10 +217,9 @@ def open_annotator(
     Raises:
         ValueError: If it cannot be loaded, cannot label cells, or its classes do not match.
     """
-    size = args.annotator_image_size
     annotator = load_annotator(
         args.annotator,
-        None if size is None else (size[0], size[-1]),
+        height_width(args.annotator_image_size, "`annotator_image_size`"),
         device=device,
         revision=args.annotator_revision,
         trust_remote_code=args.annotator_trust_remote_code,

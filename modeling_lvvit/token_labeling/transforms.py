@@ -94,6 +94,23 @@ def crop_of_moved_picture(
     return image.transform(size, Image.Transform.AFFINE, data, resample, fillcolor=fill)
 
 
+class Normalisation:
+    """8-bit values to normalised ones in one pass, `(x / 255 - mean) / std`.
+
+    Args:
+        mean, std: Of each channel, for images in [0, 1].
+    """
+
+    def __init__(self, mean: list[float], std: list[float]):
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 `[3, height, width]` to float32 of the same shape."""
+        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return pixels.mul_(self.scale).add_(self.shift)
+
+
 class TrainTransform:
     """Random flip, RandAugment, random resized crop, colour jitter, normalisation and random erasing.
 
@@ -119,9 +136,7 @@ class TrainTransform:
         self.image_size = tuple(image_size)
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.augmentation = augmentation or AugmentationConfig()
-        std = torch.tensor(self.image_std).view(3, 1, 1)
-        # 8-bit values to normalised ones in one pass: (x / 255 - mean) / std
-        self.scale, self.shift = 1 / (255 * std), -torch.tensor(self.image_mean).view(3, 1, 1) / std
+        self.normalise = Normalisation(self.image_mean, self.image_std)
         policy = self.augmentation.rand_augment
         self.rand_augment = RandAugment(policy, self.image_mean) if policy != "none" else None
         jitter = self.augmentation.color_jitter
@@ -167,7 +182,7 @@ class TrainTransform:
             image = operation(image)
         if self.color_jitter is not None:
             image = self.color_jitter(image)
-        pixel_values = self._normalised(image)
+        pixel_values = self.normalise(v2.functional.pil_to_tensor(image))
         if self.random_erasing is not None:
             pixel_values = self.random_erasing(pixel_values)
         return {"pixel_values": pixel_values, **sample}
@@ -189,10 +204,6 @@ class TrainTransform:
         if moved is None:
             return image.resize(size, resample, box=box)
         return crop_of_moved_picture(image, moved, box, size, resample, self.rand_augment.fill)
-
-    def _normalised(self, image: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # uint8 [3, height, width]
-        return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(self.scale).add_(self.shift)
 
     def _places(
         self,

@@ -21,6 +21,7 @@ from ..launching import set_up_cpu
 from ..token_labeling.annotators import load_annotator
 from ..token_labeling.class_matching import normalized
 from ..token_labeling.pictures import IMAGE_ERRORS, decode_picture
+from ..token_labeling.sides import height_width
 from .figures import class_colors, heat, overlay, save_relevance_figure
 from .relevance import relevance_maps
 
@@ -147,7 +148,7 @@ def main(arguments: list[str]) -> None:
             picture = decode_picture({"bytes": None, "path": str(path)})
         except IMAGE_ERRORS as error:
             raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-        size = None if args.image_size is None else (args.image_size[0], args.image_size[-1])
+        size = height_width(args.image_size, "`image_size`")
         rows = []
         for name in args.model:
             classifier = load_classifier(name, InputOptions(size), trust_remote_code=args.trust_remote_code)
