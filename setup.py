@@ -28,14 +28,17 @@ INSTALL_REQUIRES = [
     "PyYAML>=6.0,<7",
     "safetensors>=0.8,<1",
     "scikit-learn>=1.6,<2",  # `evaluate` computes with it, and the embedded digits come from it
+    "scipy>=1.11",  # intervals of the study
     "tensorboard>=2.18,<3",  # logs of training runs
     "timm>=1.0.20,<2",  # annotators, operations of RandAugment
     "torch>=2.11,<3",
     "torchvision>=0.26,<1",
     "transformers>=5.19,<6",
 ]
+DEMO = ["gradio>=6,<7"]
 EXTRAS_REQUIRE = {
-    "dev": ["pytest>=8.4,<10", "ruff>=0.14,<1", "parameterized>=0.9,<1"],
+    "demo": DEMO,
+    "dev": ["pytest>=8.4,<10", "ruff>=0.14,<1", "parameterized>=0.9,<1", *DEMO],
 }
 
 setup(

@@ -11,10 +11,13 @@ import torch
 from conftest import tiny_config
 
 from modeling_lvvit import LVViTForImageClassification
-from modeling_lvvit.benchmark import measure, turns
+from modeling_lvvit.benchmark import measure, published_comparison, turns
 from modeling_lvvit.benchmark.__main__ import main
+from modeling_lvvit.benchmark.comparison import size_of
 from modeling_lvvit.benchmark.contestants import Contestant
 from modeling_lvvit.benchmark.data_path import synthetic_label_map, synthetic_rows
+from modeling_lvvit.benchmark.published import COMPETITORS, PublishedRow, lvvit_rows, published_rows
+from modeling_lvvit.benchmark.published_comparison import contestant_of
 from modeling_lvvit.benchmark.report import table
 
 
@@ -139,12 +142,6 @@ def test_flops_of_a_layer_by_hand():
     assert counted == 2 * (stem + layer + heads)
 
 
-def test_published_flops_of_small():
-    """The paper counts 6.6 G multiply-adds for S."""
-    counted = measure.count_flops(lambda: Contestant.parse("lvvit_s_224").build(), (224, 224))
-    assert counted / 2e9 == pytest.approx(6.6, abs=0.1)
-
-
 def note_turns(file: Path, name: str):
     """Prepares a call that writes its name and process to a file."""
 
@@ -181,3 +178,100 @@ def test_synthetic_maps_name_a_few_classes_and_repeat():
 def test_table_has_the_columns_that_rows_have():
     lines = table([{"contestant": "a", "ratio": 1.0}, {"contestant": "longer", "ratio": 12.351}]).splitlines()
     assert lines == ["contestant  ratio", "a            1.00", "longer      12.35"]
+
+
+def test_side_of_pictures_behind_the_name():
+    assert Contestant.parse("timm/cait_xxs24_224@96").build(5).patch_embed.img_size == (96, 96)
+    assert Contestant.parse("timm/resnet18@96").image_size() == (96, 96)  # whose constructor takes no size
+    ours = Contestant.parse("lvvit_t_224@64+fused")
+    assert ours.build().config.image_size == 64 and ours.grid_size() == (4, 4) and ours.options == {"fused"}
+    for text in ("lvvit_t_224@", "lvvit_t_224@0", "timm/resnet18@big"):
+        with pytest.raises(ValueError, match="expected the side of its pictures in pixels behind the @"):
+            Contestant.parse(text)
+
+
+def test_every_published_row_has_a_model_or_says_why_not():
+    rows = published_rows([])
+    assert {row.network for row in rows if contestant_of(row) is None} == {"DeepViT-S", "DeepViT-L"}
+    assert all(row.note for row in rows if contestant_of(row) is None)
+    assert len({(row.network, row.train_size, row.test_size) for row in rows}) == len(rows)
+
+
+def counted_gmacs(row: PublishedRow) -> float:
+    return size_of(contestant_of(row), None)[1] / 2e9
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("lvvit_s_224", 6.6),
+        ("lvvit_s_384", 22.2),
+        ("lvvit_m_384", 42.2),
+        ("lvvit_l_288", 59.0),
+        ("lvvit_l_448", 157.2),
+        ("lvvit_l_512", 214.8),
+    ],
+)
+def test_flops_of_lvvit_are_the_published_ones(name, published):
+    row = next(row for row in lvvit_rows() if row.model == name)
+    assert row.gmacs == published
+    assert counted_gmacs(row) == pytest.approx(published, rel=0.02)
+
+
+def test_flops_of_m_at_224_are_not_the_published_ones_and_the_table_says_so():
+    row = next(row for row in lvvit_rows() if row.model == "lvvit_m_224")
+    assert row.gmacs == 16.0 and "16.0 G does not follow" in row.note
+    assert counted_gmacs(row) == pytest.approx(12.7, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row", [row for row in COMPETITORS if row.gmacs and row.model and "counted and timed" not in row.note], ids=str
+)
+def test_competitors_are_the_published_networks(row):
+    """Papers count a little differently; another network would be further off."""
+    parameters, flops = size_of(contestant_of(row), None)
+    assert flops / 2e9 == pytest.approx(row.gmacs, rel=0.04)
+    assert parameters / 1e6 == pytest.approx(row.million_parameters, rel=0.02)
+
+
+def test_table_counts_without_timing_and_keeps_rows(capsys, tmp_path, monkeypatch):
+    file = tmp_path / "table.json"
+    arguments = ["--table", "deit-s", "DeepViT", "LV-ViT-M", "--rounds", "0", "--device", "cpu", "--json", str(file)]
+    main(arguments)
+    printed = capsys.readouterr().out
+    assert "| DeiT-S distilled | 224, 224 | 81.2 | 86.8 | 22M | 4.6G |" in printed
+    assert "| DeepViT-S [1] | 224, 224 | 82.3 | - | 27M | 6.2G |  | - | - | - |" in printed
+    assert "| LV-ViT-M [2] | 224, 224 | 84.1 | 88.4 | 56M | 16.0G | `lvvit_m_224` | 55.8M | 12.7G | 223 |" in printed
+    assert "images/s" not in printed
+    monkeypatch.setattr(published_comparison, "_measured", lambda *_: pytest.fail("measured again"))
+    main(arguments)
+    assert capsys.readouterr().out == printed
+    monkeypatch.setattr(published_comparison, "_measured", lambda *_: {"note": "new"})
+    file.write_text("{}")  # of another program
+    main(arguments)
+    assert "1. new" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_table_times_each_beside_lvvit_s(capsys, tmp_path):
+    arguments = ["--table", "LV-ViT-T", "--rounds", "2", "--batch_sizes", "1", "--device", "cpu"]
+    main([*arguments, "--options", "bfloat16", "--json", str(tmp_path / "table.json")])
+    (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert row["ratio"] > 1 and row["images_per_second"] > 0 and len(row["seconds"]) == 2
+    assert "times LV-ViT-S" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--table", "ResNet"], "no row is called so"),
+        (["inference", "--table"], "leave out inference"),
+        (["--table", "--batch_sizes", "1", "2"], "takes one batch size"),
+        (["--table", "--options", "deployed"], "is for our models only"),
+        (["--table", "--rounds", "-1"], "at least 0"),
+    ],
+)
+def test_wrong_tables_end_with_a_message(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        main(arguments)

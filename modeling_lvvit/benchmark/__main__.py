@@ -5,8 +5,9 @@
     python -m modeling_lvvit.benchmark training original/lvvit_t_224 lvvit_t_224 lvvit_t_224+bfloat16
     python -m modeling_lvvit.benchmark run lvvit_t_224 lvvit_t_224+plain        # steps that wait for their data
     python -m modeling_lvvit.benchmark data token_labels plain_labels timm torchvision --threads 1
+    python -m modeling_lvvit.benchmark --table                                  # the paper's comparison; --rounds 0: without speed
 
-Models are written NAME+OPTION+OPTION. Each of a comparison has a process of its own; they are warmed up and then taken in turn, round
+Models are written NAME@SIDE+OPTION+OPTION. Each of a comparison has a process of its own; they are warmed up and then taken in turn, round
 after round. Figures are medians; `ratio` is images a second against the first of the list, the median over the rounds; the peak of
 memory is that of the process (or device) above what it had before the model was built.
 """
@@ -19,11 +20,16 @@ import sys
 import warnings
 from pathlib import Path
 
+import timm
 import torch
+from tqdm.auto import tqdm
 
+from ..token_labeling.whole_files import write_json
 from .comparison import compare_loaders, compare_models
 from .contestants import OPTIONS, Contestant, Setting
 from .data_path import LOADERS
+from .published import published_rows
+from .published_comparison import compare_published, published_table
 from .report import table
 
 
@@ -49,10 +55,16 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("mode", nargs="?", choices=MODES, help="what to measure; default: a quick look at all")
     parser.add_argument("contestants", nargs="*", help=f"models; in mode data some of {', '.join(LOADERS)}")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16])
+    parser.add_argument(
+        "--table", nargs="*", metavar="NETWORK", help="the published comparison, or some networks of it"
+    )
+    parser.add_argument(
+        "--options", nargs="+", default=["kept_memory"], help="of every model of --table; default: kept_memory"
+    )
+    parser.add_argument("--batch_sizes", type=int, nargs="+", help="default: 16; with --table one, 4")
     parser.add_argument("--num_classes", type=int, help="outputs of all models; default: their own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, help="times that each is taken; default: 7, in the quick look 3")
+    parser.add_argument("--rounds", type=int, help="times that each is taken; default: 7, else 3")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
     parser.add_argument("--images", help="image folder or Parquet for data and run; default: synthetic photographs")
     parser.add_argument("--ceiling", action="store_true", help="share of the fastest matrix product of the device")
@@ -62,10 +74,10 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises a `ValueError` before anything is measured."""
-    for name in ("rounds", "threads", "num_classes"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if min(args.batch_sizes) < 1:
+    for name, least in (("rounds", 0 if args.table is not None else 1), ("threads", 1), ("num_classes", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
+    if min(args.batch_sizes or [1]) < 1:
         raise ValueError(f"--batch_sizes must be at least 1, got {args.batch_sizes}.")
     try:
         device = torch.device(args.device)
@@ -73,7 +85,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device}: {error}") from error
     if device.type != "cpu" and not torch.accelerator.is_available():
         raise ValueError(f"--device {args.device}: PyTorch sees no accelerator here.")
-    if args.mode == "data":
+    if args.table is not None:
+        check_table(args)
+    elif args.mode == "data":
         unknown = [name for name in args.contestants if name not in LOADERS]
         if unknown:
             raise ValueError(f"Unknown loader {unknown[0]!r}; expected some of {', '.join(LOADERS)}.")
@@ -82,10 +96,22 @@ def check(args: argparse.Namespace) -> None:
             Contestant.parse(text).check_mode(args.mode)
 
 
+def check_table(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` if `--table` stands beside a mode, or has unknown networks or options."""
+    if args.mode is not None:
+        raise ValueError(f"--table measures models of its own: leave out {args.mode}.")
+    if len(args.batch_sizes or [1]) > 1:
+        raise ValueError(f"--table takes one batch size, got {args.batch_sizes}.")
+    published_rows(args.table)
+    for option in args.options:
+        Contestant.parse(f"timm/resnet50+{option}").check_mode("inference")
+
+
 def environment(args: argparse.Namespace) -> dict[str, object]:
     """Hardware and versions, for the record."""
     device = torch.device(args.device)
-    names = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
+    names = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    names |= {"cores": os.cpu_count()}
     names |= {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
     names["device"] = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return names
@@ -93,11 +119,13 @@ def environment(args: argparse.Namespace) -> dict[str, object]:
 
 def run(args: argparse.Namespace) -> list[dict[str, object]]:
     """Measures what was asked for and prints a table for each comparison."""
+    if args.table is not None:
+        return run_table(args)
     plan = [(args.mode, args.contestants)] if args.mode else QUICK
     rounds = args.rounds or (7 if args.mode else 3)
     rows = []
     for mode, contestants in plan:
-        for batch_size in args.batch_sizes:
+        for batch_size in args.batch_sizes or [16]:
             setting = Setting(torch.device(args.device), batch_size, args.num_classes)
             if mode == "data":
                 found = compare_loaders(contestants or list(LOADERS), setting, rounds, args.images)
@@ -107,6 +135,26 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
             print(f"\n{mode}, batch size {batch_size}, {args.device}\n{table(found)}", flush=True)
             rows += found
     return rows
+
+
+def run_table(args: argparse.Namespace) -> list[dict[str, object]]:
+    """Prints the published comparison as Markdown, with what was counted and timed here."""
+    rows = published_rows(args.table)
+    setting = Setting(torch.device(args.device), (args.batch_sizes or [4])[0], args.num_classes)
+    rounds = 3 if args.rounds is None else args.rounds
+    compared = compare_published(rows, setting, rounds, frozenset(args.options), args.json)
+    found = list(tqdm(compared, total=len(rows), unit="model"))
+    heading = "As published; and as counted here, FLOPs as multiply-adds of convolutions and matrix products."
+    if rounds:
+        heading += (
+            f" Speed: {setting.batch_size} images at a time, median of {rounds} rounds, {' '.join(args.options)}, "
+        )
+        heading += "each in turn with LV-ViT-S at 224 pixels: " + ", ".join(
+            f"{name} {value}" for name, value in environment(args).items()
+        )
+        heading += "."
+    print(f"\n{published_table(found, heading)}", flush=True)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,8 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows = run(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(str(error))
-    if args.json:
-        args.json.write_text(json.dumps({"environment": environment(args), "rows": rows}, indent=1) + "\n")
+    if args.json and args.table is None:  # the table writes its own, row by row
+        write_json(args.json, {"environment": environment(args), "rows": rows})
 
 
 if __name__ == "__main__":

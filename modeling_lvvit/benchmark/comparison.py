@@ -43,17 +43,12 @@ def compare_models(
         `images_per_second`, `ratio`, `peak_megabytes` and asked for `ceiling_share`.
     """
     contestants = {text: Contestant.parse(text) for text in specifications}
-    entries = {
-        text: Entry(
-            partial(_call, mode, contestant, setting, images), torch.get_num_threads(), contestant.keeps_memory
-        )
-        for text, contestant in contestants.items()
-    }
+    entries = {text: model_entry(mode, contestant, setting, images) for text, contestant in contestants.items()}
     times = take_turns(entries, setting.device, rounds)
     first = times[specifications[0]]
     rows = []
     for text, contestant in contestants.items():
-        parameters, flops = _size(contestant, setting.num_classes)
+        parameters, flops = size_of(contestant, setting.num_classes)
         row = {"mode": mode, "contestant": text, "batch_size": setting.batch_size, "parameters": parameters}
         row |= {"gflops": flops / 1e9, **_speed(times[text], first, setting.batch_size)}
         row["ratio_per_flop"] = row["ratio"] * row["gflops"] / (rows[0]["gflops"] if rows else row["gflops"])
@@ -84,7 +79,12 @@ def compare_loaders(
     ]
 
 
-def _size(contestant: Contestant, num_classes: int | None) -> tuple[int, float]:
+def model_entry(mode: str, contestant: Contestant, setting: Setting, images: str | None = None) -> Entry:
+    """A model that takes part, see `compare_models`."""
+    return Entry(partial(_call, mode, contestant, setting, images), torch.get_num_threads(), contestant.keeps_memory)
+
+
+def size_of(contestant: Contestant, num_classes: int | None) -> tuple[int, float]:
     """Parameters, and FLOPs of one image forward, before any option."""
     plain = replace(contestant, options=frozenset())
     with torch.device("meta"):

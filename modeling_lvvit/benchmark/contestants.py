@@ -1,9 +1,10 @@
 """Who takes part in a benchmark: a model with its options, and what it does in a step."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -64,26 +65,33 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model and how it runs, written `NAME+option+option`.
+    """A model and how it runs, written `NAME@SIDE+option+option`.
 
     Args:
         source: `"ours"`, `"timm"` or `"original"` (the authors' model and step, rendered plainly).
         name: A published size, a folder with a saved model of ours, or a model of timm.
         options: Of `OPTIONS`.
+        side: Of its square pictures in pixels; default: its own size.
+        arguments: Further ones for the constructor of timm, as pairs.
     """
 
     source: str
     name: str
-    options: frozenset[str]
+    options: frozenset[str] = frozenset()
+    side: int | None = None
+    arguments: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "Contestant":
-        """Reads `lvvit_s_224+fused+bfloat16`, `timm/deit_small_patch16_224`, `original/lvvit_s_224`, `path/to/folder`.
+        """Reads `lvvit_s_224+fused+bfloat16`, `timm/cait_m36_384@448`, `original/lvvit_s_224`, `path/to/folder`.
 
         Raises:
             ValueError: If the model or an option is unknown, or they do not fit.
         """
         name, *options = text.split("+")
+        name, has_side, side = name.partition("@")
+        if has_side and not (side.isdecimal() and int(side)):
+            raise ValueError(f"{text!r}: expected the side of its pictures in pixels behind the @, got {side!r}.")
         source, _, rest = name.partition("/")
         if source in ("timm", "original"):
             name = rest
@@ -103,7 +111,7 @@ class Contestant:
         for kind, names in (("precision", PRECISIONS), ("attention", ATTENTIONS)):
             if len(set(names) & set(options)) > 1:
                 raise ValueError(f"{text!r} has more than one {kind}.")
-        return cls(source, name, frozenset(options))
+        return cls(source, name, frozenset(options), int(side) if has_side else None)
 
     def check_mode(self, mode: str) -> None:
         """Raises a `ValueError` if an option does nothing in a mode."""
@@ -123,6 +131,8 @@ class Contestant:
 
     def image_size(self) -> tuple[int, int]:
         """Height and width of its pictures."""
+        if self.side is not None:
+            return self.side, self.side
         if self.source == "timm":
             return timm.get_pretrained_cfg(self.name).input_size[1:]
         return self._config(None).image_height_width
@@ -141,7 +151,11 @@ class Contestant:
     def build(self, num_classes: int | None = None) -> nn.Module:
         """The model with random weights in float32."""
         if self.source == "timm":
-            return timm.create_model(self.name, num_classes=num_classes or 1000)
+            create = {"num_classes": num_classes or 1000, **dict(self.arguments)}
+            if self.side is not None:
+                with suppress(TypeError):  # a network for pictures of any size
+                    return timm.create_model(self.name, img_size=self.side, **create)
+            return timm.create_model(self.name, **create)
         config = self._config(num_classes)
         if self.source == "original":
             return OriginalLVViT(config)
@@ -149,6 +163,8 @@ class Contestant:
 
     def _config(self, num_classes: int | None):
         overrides = {} if num_classes is None else {"num_labels": num_classes}
+        if self.side is not None:
+            overrides["image_size"] = self.side
         if self.name in VARIANTS:
             config = variant_config(self.name, **overrides)
         else:

@@ -63,7 +63,7 @@ def count_flops(build: Callable[[], nn.Module], image_size: tuple[int, int]) -> 
     """
     # fused attention is not counted on every device, so that it is written out here
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model = build().eval()
+        model = build().eval().requires_grad_(False)  # the counter cannot follow parameters that go through modules
         counter = FlopCounterMode(display=False)
         with counter:
             model(torch.randn(1, 3, *image_size))

@@ -1,14 +1,13 @@
 """Results of an evaluation as a Markdown table and as JSON."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..model_card import library_versions
 from ..token_labeling.data_sources import short_name
+from ..token_labeling.whole_files import write_json
 
 
 MEASURES = {"accuracy": "top-1", "top5_accuracy": "top-5", "real_accuracy": "ReaL"}
@@ -32,11 +31,8 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
 
 def save_results(path: Path, results: Sequence[dict[str, Any]], args: Any) -> None:
     """Writes results, options and versions as JSON; an older file is replaced when the new one is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {"results": list(results), "options": dataclasses.asdict(args), "versions": library_versions()}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, record)
 
 
 def _percent(value: float | None) -> str:

@@ -1,8 +1,6 @@
 """What a segmentation run writes about itself: the table of classes, the picture of predictions and the model card."""
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from ..model_card import library_versions
+from ..token_labeling.whole_files import write_json
 from ..visualization import panel_step, save_segmentation_figure
 from .arguments import SCORES
 from .trainer import SegmentationTrainer
@@ -55,9 +54,7 @@ def save_class_scores(
         }
         for title, found in scores.items()
     }
-    partial = output_dir / f"{CLASS_SCORES}.partial"
-    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, output_dir / CLASS_SCORES)
+    write_json(output_dir / CLASS_SCORES, record)
 
 
 def draw_predictions(trainer: SegmentationTrainer, class_names: list[str]) -> str:

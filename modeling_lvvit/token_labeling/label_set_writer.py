@@ -32,9 +32,9 @@ from .label_sets import (
     OUTSIDE_COLUMN,
     PALETTE_COLUMN,
     LabelSetLayout,
-    write_atomically,
     write_shard,
 )
+from .whole_files import write_atomically, write_json, write_text
 
 
 logger = logging.get_logger(__name__)
@@ -227,8 +227,7 @@ class LabelSetWriter:
         }
 
     def _write_record(self, record: dict[str, Any]) -> None:
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.record, lambda file: file.write(text.encode("utf-8")))
+        write_json(self.record, record)
 
     def write_card(self, template: Path, record: dict[str, Any], title: str) -> None:
         """Writes README.md: how the set was made and how to use it.
@@ -258,7 +257,7 @@ class LabelSetWriter:
             columns=[KEY_COLUMN, HASH_COLUMN, PALETTE_COLUMN, INDEX_COLUMN, SCORES_COLUMN],
             class_names=self.layout.class_names[:MAX_NAMED],
         )
-        write_atomically(self.folder / CARD, lambda file: file.write(str(card).encode("utf-8")))
+        write_text(self.folder / CARD, str(card))
 
 
 def push_label_set(folder: Path, repo_id: str, private: bool | None = None) -> str:

@@ -16,8 +16,6 @@ The class names are those of the palette's `ClassLabel`. Sorting the classes of 
 positions instead of ids makes smooth maps cheap: neighbouring cells name the same classes in the same order.
 """
 
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ import pyarrow.parquet as pq
 
 from .label_columns import SCORES_COLUMN, LabelMapError, nested_feature, to_arrow, to_numpy
 from .label_maps import id_dtype
+from .whole_files import write_atomically
 
 
 KEY_COLUMN, HASH_COLUMN, BOX_COLUMN = "image_key", "image_hash", "map_box"
@@ -268,18 +267,3 @@ def write_shard(path: Path, table: pa.Table) -> None:
         )
 
     write_atomically(path, write)
-
-
-def write_atomically(path: Path, write) -> None:
-    """Calls `write` with an open binary file and puts it in place of `path` once it is on the disk."""
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise

@@ -22,7 +22,8 @@ from ..token_labeling.annotators import load_annotator
 from ..token_labeling.class_matching import normalized
 from ..token_labeling.pictures import IMAGE_ERRORS, decode_picture
 from ..token_labeling.sides import height_width
-from .figures import class_colors, heat, overlay, save_relevance_figure
+from .figures import heat, save_relevance_figure
+from .panels import cells_panel, short, shown_picture
 from .relevance import relevance_maps
 
 
@@ -72,12 +73,6 @@ def class_id(wanted: str, names: list[str]) -> int:
     return found[0]
 
 
-def shown_picture(pixel_values: torch.Tensor) -> np.ndarray:
-    """The picture as the model sees it, `(height, width, 3)` in [0, 1], each channel stretched to its range."""
-    low, high = (getattr(pixel_values, extreme)(dim=(1, 2), keepdim=True) for extreme in ("amin", "amax"))
-    return ((pixel_values - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).numpy()
-
-
 def panels_of(classifier: Classifier, picture: Image.Image, wanted: list[str] | None) -> list[tuple[str, np.ndarray]]:
     """Titles and pictures of one model."""
     pixel_values = classifier.transform(picture)[None]
@@ -95,10 +90,8 @@ def panels_of(classifier: Classifier, picture: Image.Image, wanted: list[str] | 
             panels.append(("attention of the class token", heat(shown, maps.attention[0].numpy())))
         panels.append((f"relevance\n{_title(names, probabilities, index)}", heat(shown, maps.relevance[0].numpy())))
     if maps.patch_logits is not None:
-        best, best_ids = maps.patch_logits[0].softmax(dim=-1).unflatten(0, maps.relevance.shape[1:]).max(dim=-1)
-        strengths = ((best - 1 / len(names)) / (1 - 1 / len(names))).clamp(0, 1)
-        painted = overlay(_as_image(shown), best_ids.numpy(), strengths.numpy(), class_colors(len(names)))
-        panels.append((f"patch predictions\nmost: {_most_frequent(best_ids, names)}", painted))
+        cells = maps.patch_logits[0].unflatten(0, maps.relevance.shape[1:])
+        panels.append(cells_panel(shown, cells, names, "patch predictions"))
     return panels
 
 
@@ -108,28 +101,12 @@ def dense_label_panel(name: str, picture: Image.Image, trust_remote_code: bool) 
     pixels, _ = annotator.preprocessing(picture)
     with torch.inference_mode():
         scores = annotator.score_map(pixels[None])[0]  # (classes, rows, columns)
-    best, ids = scores.softmax(dim=0).max(dim=0)
-    shown = picture.resize(pixels.shape[:0:-1])
-    number = len(annotator.class_names)
-    strengths = ((best - 1 / number) / (1 - 1 / number)).clamp(0, 1)
-    painted = overlay(shown, ids.numpy(), strengths.numpy(), class_colors(number))
-    return f"dense labels\nmost: {_most_frequent(ids, annotator.class_names)}", painted
+    shown = np.asarray(picture.resize(pixels.shape[:0:-1])) / 255.0
+    return cells_panel(shown, scores.permute(1, 2, 0), annotator.class_names, "dense labels")
 
 
 def _title(names: list[str], probabilities: torch.Tensor, index: int) -> str:
-    return f"{_short(names[index])} {100 * probabilities[index]:.0f} %"
-
-
-def _most_frequent(ids: torch.Tensor, names: list[str]) -> str:
-    return _short(names[int(ids.flatten().mode().values)])
-
-
-def _short(name: str) -> str:
-    return name.split(",")[0][:24]
-
-
-def _as_image(shown: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.uint8(255 * shown))
+    return f"{short(names[index])} {100 * probabilities[index]:.0f} %"
 
 
 def main(arguments: list[str]) -> None:

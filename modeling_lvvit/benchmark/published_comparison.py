@@ -1,0 +1,144 @@
+"""The published comparison, with what is counted and timed here beside it."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from ..token_labeling.whole_files import write_json
+from .comparison import model_entry, size_of
+from .contestants import Contestant, Setting
+from .published import PublishedRow
+from .turns import median_ratio, take_turns
+
+
+REFERENCE = "lvvit_s_224"
+MEGABYTES_A_PARAMETER = 4e-6  # float32
+
+
+def compare_published(
+    rows: tuple[PublishedRow, ...], setting: Setting, rounds: int, options: frozenset[str], record: Path | None = None
+) -> Iterator[dict[str, object]]:
+    """Counts and times the model of each row.
+
+    A model is taken in turn with LV-ViT-S alone, because all of them together do not fit into memory.
+
+    Args:
+        rows: Of the published table.
+        setting: Device and batch size.
+        rounds: Times that each is taken; 0: nothing is timed.
+        options: Of every model, see `OPTIONS`.
+        record: JSON file that is written after each row; a row that stands in it already, measured in the same way, is taken from there.
+
+    Yields:
+        One after the other the fields of each `PublishedRow`, with `parameters`, `counted_gmacs` (multiply-adds in 10^9 of convolutions
+        and matrix products), `megabytes` of the weights in float32, and where it was timed `images_per_second`, `ratio` to LV-ViT-S in the
+        same rounds and `peak_megabytes`; a row whose model cannot be had has only a note besides its own fields.
+    """
+    settings = {name: str(value) for name, value in asdict(setting).items()} | {"rounds": rounds}
+    settings |= {"options": sorted(options), "torch": torch.__version__, "timm": version("timm")}
+    settings["threads"] = torch.get_num_threads()
+    known = {_key(row): row for row in _rows_of(record, settings)}
+    found = []
+    for row in rows:
+        published = asdict(row)
+        found.append(known.get(_key(published)) or published | _measured(row, setting, rounds, options))
+        if record is not None:
+            write_json(record, {"settings": settings, "rows": found})
+        yield found[-1]
+
+
+def _key(row: dict[str, object]) -> tuple[object, ...]:
+    return row["network"], row["train_size"], row["test_size"], row["model"]
+
+
+def _rows_of(record: Path | None, settings: dict[str, object]) -> list[dict[str, object]]:
+    """Those of an earlier run with the same settings; none where the file is another one."""
+    if record is None or not record.is_file():
+        return []
+    try:
+        earlier = json.loads(record.read_text(encoding="utf-8"))
+        return earlier["rows"] if earlier["settings"] == settings else []
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def _measured(row: PublishedRow, setting: Setting, rounds: int, options: frozenset[str]) -> dict[str, object]:
+    contestant = contestant_of(row, options)
+    if contestant is None:
+        return {"note": row.note or f"timm {version('timm')} has no {row.model}"}
+    parameters, flops = size_of(contestant, setting.num_classes)
+    found = {"parameters": parameters, "counted_gmacs": flops / 2e9, "megabytes": parameters * MEGABYTES_A_PARAMETER}
+    return found | (_speed(contestant, setting, rounds, options) if rounds else {})
+
+
+def contestant_of(row: PublishedRow, options: frozenset[str] = frozenset()) -> Contestant | None:
+    """The model of a row; `None` if there is none, or not in the installed version of timm."""
+    if row.model is None:
+        return None
+    try:
+        return replace(Contestant.parse(row.model), options=options, arguments=row.arguments)
+    except ValueError:
+        return None
+
+
+def _speed(contestant: Contestant, setting: Setting, rounds: int, options: frozenset[str]) -> dict[str, object]:
+    reference = Contestant.parse(REFERENCE)
+    entries = {
+        name: model_entry("inference", each, setting)
+        for name, each in (("reference", replace(reference, options=options)), ("model", contestant))
+    }
+    times = take_turns(entries, setting.device, rounds)
+    return {
+        "images_per_second": setting.batch_size / statistics.median(times["model"].seconds),
+        "ratio": median_ratio(times["reference"].seconds, times["model"].seconds),
+        "peak_megabytes": times["model"].peak_bytes / 1e6,
+        "seconds": times["model"].seconds,
+    }
+
+
+# heading -> what stands below it
+COLUMNS: dict[str, Callable[[dict], str]] = {
+    "network": lambda row: row["network"],
+    "train, test size": lambda row: f"{row['train_size']}, {row['test_size']}",
+    "top-1": lambda row: f"{row['top1']:.1f}",
+    "ReaL": lambda row: _number(row["real_top1"], ".1f"),
+    "parameters": lambda row: f"{row['million_parameters']:g}M",
+    "FLOPs": lambda row: _number(row["gmacs"], ".1f", "G"),
+    "measured": lambda row: f"`{row['model']}`" if "parameters" in row else "",
+    "its parameters": lambda row: _number(row.get("parameters", 0) / 1e6 or None, ".1f", "M"),
+    "its FLOPs": lambda row: _number(row.get("counted_gmacs"), ".1f", "G"),
+    "MB": lambda row: _number(row.get("megabytes"), ",.0f"),
+    "images/s": lambda row: _number(row.get("images_per_second"), ".3g"),
+    "times LV-ViT-S": lambda row: _number(row.get("ratio"), ".2g"),
+}
+
+
+def published_table(rows: list[dict[str, object]], heading: str) -> str:
+    """Markdown: what is published and what was measured, and below it what is to be said about single rows.
+
+    Args:
+        rows: Of `compare_published`.
+        heading: How they were timed, in a few words.
+    """
+    names = [
+        name for name in COLUMNS if name not in ("images/s", "times LV-ViT-S") or any("ratio" in row for row in rows)
+    ]
+    notes = list(dict.fromkeys(row["note"] for row in rows if row["note"]))
+    lines = ["| " + " | ".join(names) + " |", "| --- " * 2 + "| ---: " * (len(names) - 2) + "|"]
+    for row in rows:
+        cells = [COLUMNS[name](row) for name in names]
+        if row["note"]:
+            cells[0] += f" [{notes.index(row['note']) + 1}]"
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"{heading} [n]: see below.", ""]
+    lines += [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"

@@ -1,0 +1,130 @@
+"""What the page shows of a picture: classes, relevance and cells."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..evaluate.classifier import Classifier, InputOptions, load_classifier
+from ..token_labeling.annotators import load_annotator
+from ..visualization.figures import heat
+from ..visualization.panels import best_cells, short, shown_picture
+from ..visualization.relevance import relevance_maps
+
+
+MIN_SIDE = 448  # pixels of pictures on the page
+NUM_CELL_CLASSES = 12  # that are told apart
+
+# picture (height, width, 3) uint8; masks (height, width) in [0, 1] with their names
+Annotated = tuple[np.ndarray, list[tuple[np.ndarray, str]]]
+
+
+@dataclass
+class Explanation:
+    """Why a class.
+
+    Args:
+        relevance, attention: Pictures uint8 `(height, width, 3)`; `None` where the model has none.
+        note: What is missing and why, `""` if nothing is.
+    """
+
+    relevance: np.ndarray | None
+    attention: np.ndarray | None
+    note: str
+
+
+class Explainer:
+    """A classifier that is asked about single pictures.
+
+    Args:
+        name: See `load_classifier`.
+        trust_remote_code: See `from_pretrained`.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+
+    def __init__(self, name: str, trust_remote_code: bool = False):
+        self.name, self.trust_remote_code = name, trust_remote_code
+        self.classifier: Classifier = load_classifier(name, InputOptions(), trust_remote_code=trust_remote_code)
+
+    @property
+    def class_names(self) -> list[str]:
+        """By id."""
+        return self.classifier.class_names
+
+    @property
+    def description(self) -> str:
+        """Kind, size and input of the model in one line."""
+        facts = self.classifier.facts
+        shape = " x ".join(map(str, facts["input_size"]))
+        kind = type(self.classifier.model).__name__
+        return f"{kind}, {facts['parameters'] / 1e6:.1f} million parameters, {len(self.class_names):,} classes, {shape} pixels"
+
+    @torch.no_grad()
+    def probabilities(self, picture: Image.Image) -> torch.Tensor:
+        """Of all classes, `(C,)`."""
+        return self.classifier.logits(self.classifier.transform(picture)[None])[0].softmax(dim=0)
+
+    def explain(self, picture: Image.Image, class_id: int) -> Explanation:
+        """Relevance for a class, and attention."""
+        pixel_values = self.classifier.transform(picture)[None]
+        shown = shown_picture(pixel_values[0])
+        try:
+            maps = relevance_maps(
+                self.classifier.model, pixel_values, torch.tensor([class_id]), self.classifier.forward_options
+            )
+        except ValueError as error:
+            return Explanation(None, None, f"No relevance: {error}")
+        large = _enlarged(shown)
+        relevance, attention = (
+            np.uint8(255 * heat(large, found[0].numpy()).clip(0, 1)) for found in (maps.relevance, maps.attention)
+        )
+        return Explanation(relevance, attention, "")
+
+    def cells(self, picture: Image.Image) -> tuple[Annotated | None, str]:
+        """The picture with the classes of its cells, by the patch head or, where none was trained, by the classifier at each cell; or
+        why there are none."""
+        if isinstance(self._dense, str):
+            return None, f"No cells: {self._dense}"
+        pixels, _ = self._dense.preprocessing(picture)
+        with torch.inference_mode():
+            scores = self._dense.score_map(pixels[None])[0].permute(1, 2, 0)  # (rows, columns, classes)
+        return annotated(_enlarged(shown_picture(pixels)), *best_cells(scores), self.class_names), ""
+
+    @cached_property
+    def _dense(self):
+        """The model as an annotator, or what keeps it from being one."""
+        try:
+            return load_annotator(self.name, trust_remote_code=self.trust_remote_code)
+        except ValueError as error:
+            return str(error)
+
+
+def annotated(picture: np.ndarray, ids: np.ndarray, strengths: np.ndarray, class_names: list[str]) -> Annotated:
+    """A picture with a mask for each of its most frequent classes.
+
+    Args:
+        picture: `(height, width, 3)` in [0, 1].
+        ids, strengths: Class and opacity in [0, 1] of each cell, `(rows, columns)`.
+        class_names: By id.
+    """
+    weights = np.bincount(ids.ravel(), weights=strengths.ravel(), minlength=len(class_names))
+    order = [index for index in np.argsort(-weights, kind="stable")[:NUM_CELL_CLASSES] if weights[index] > 0]
+    size = picture.shape[1::-1]
+    sections = []
+    for index in order:
+        mask = Image.fromarray(np.where(ids == index, strengths, 0).astype(np.float32))
+        share = 100 * (ids == index).mean()
+        sections.append(
+            (np.asarray(mask.resize(size, Image.Resampling.NEAREST)), f"{short(class_names[index])} {share:.0f} %")
+        )
+    return np.uint8(255 * picture), sections
+
+
+def _enlarged(shown: np.ndarray) -> np.ndarray:
+    """A small picture at a size that can be seen, a whole number of times as large."""
+    factor = max(1, -(-MIN_SIDE // max(shown.shape[:2])))
+    return shown.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -1,0 +1,76 @@
+"""What the page shows of a picture by a segmentation model."""
+
+import numpy as np
+from PIL import Image
+from torchvision.transforms import v2
+from transformers import AutoConfig, AutoImageProcessor
+
+from ..evaluate.classifier import LOADING_ERRORS
+from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..segmentation.building import is_segmenter
+from ..segmentation.inference import InferenceSettings, predict_classes
+from ..token_labeling.annotators import first_line
+from ..token_labeling.transforms import Normalisation
+from .explanation import Annotated, annotated
+
+
+MAX_SIDE = 1024  # of a picture that is segmented without the model saying at which size
+STRIDE_SHARE = 2 / 3  # of the window, as in the published evaluation
+
+
+def is_segmentation_model(name: str) -> bool:
+    """Whether a Hub name or folder is one of our segmentation models. A model that cannot be read is none."""
+    try:
+        return is_segmenter(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError, KeyError):  # of timm, or of a repository with code of its own
+        return False
+
+
+class Segmenter:
+    """A segmentation model that is asked about single pictures, in windows of the size it was trained on.
+
+    Args:
+        name: Hub name or folder.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+
+    def __init__(self, name: str):
+        try:
+            self.model = LVViTForSemanticSegmentation.from_pretrained(name).eval().requires_grad_(False)
+            processor = AutoImageProcessor.from_pretrained(name)
+        except LOADING_ERRORS as error:
+            raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
+        self.normalise = Normalisation(processor.image_mean, processor.image_std)
+        window = tuple(self.model.config.image_height_width)
+        size = processor.size if processor.do_resize else {}
+        self.settings = InferenceSettings(
+            window=window,
+            stride=tuple(max(1, round(STRIDE_SHARE * side)) for side in window),
+            short_side=size.get("shortest_edge"),
+            long_side=size.get("longest_edge"),
+        )
+
+    @property
+    def class_names(self) -> list[str]:
+        """By id."""
+        return [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
+
+    @property
+    def description(self) -> str:
+        """Kind and size of the model in one line."""
+        height, width = self.settings.window
+        return (
+            f"{type(self.model).__name__}, {self.model.num_parameters() / 1e6:.1f} million parameters, "
+            f"{len(self.class_names)} classes, windows of {height} x {width} pixels"
+        )
+
+    def segment(self, picture: Image.Image) -> Annotated:
+        """The picture with a mask for each of its most frequent classes."""
+        picture = picture.copy()
+        if self.settings.short_side is None:
+            picture.thumbnail((MAX_SIDE, MAX_SIDE))
+        pixel_values = self.normalise(v2.functional.pil_to_tensor(picture))[None]
+        classes = predict_classes(lambda pixels: self.model(pixels).logits, pixel_values, self.settings)[0].numpy()
+        return annotated(np.asarray(picture) / 255.0, classes, np.full(classes.shape, 0.8), self.class_names)

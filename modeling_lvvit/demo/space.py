@@ -1,0 +1,93 @@
+"""A demo as a folder that can be uploaded as a Space."""
+
+import re
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from huggingface_hub import RepoCard, SpaceCardData
+
+
+PACKAGE = Path(__file__).parents[1]
+MODEL_FOLDER = "model"
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
+MODEL_LEFT_OUT = shutil.ignore_patterns(
+    "checkpoint-*", "runs", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state*", ".*", "log.txt"
+)
+APP = '''"""Starts the page."""
+
+from modeling_lvvit.demo.__main__ import main
+
+
+if __name__ == "__main__":
+    main(["--model", {model!r}, "--host", "0.0.0.0"{options}])
+'''
+TEXT = """
+# {title}
+
+Drop a picture to see its classes, where the model looks for each of them, and what it says of single patches. The model is {model}.
+
+Upload this folder with `hf upload NAME . --repo-type space`, or start it here: `pip install -r requirements.txt && python app.py`.
+"""
+
+
+def export_space(model: str, folder: Path, trust_remote_code: bool = False) -> None:
+    """Writes a folder with everything that a Space needs: program, this package, requirements, card, and the model if it is a folder.
+
+    Args:
+        model: Hub name or folder.
+        folder: New or empty.
+        trust_remote_code: Whether the Space may run code of the model's repository.
+
+    Raises:
+        ValueError: If the folder holds something, or the requirements of this package are not known.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--export_space {folder}: there is something already. Name a new folder.")
+    requirements = space_requirements()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
+        space = Path(partial) / "space"
+        shutil.copytree(PACKAGE, space / PACKAGE.name, ignore=LEFT_OUT)
+        is_folder = Path(model).is_dir()
+        if is_folder:
+            shutil.copytree(model, space / MODEL_FOLDER, ignore=MODEL_LEFT_OUT)
+        where = MODEL_FOLDER if is_folder else model
+        options = ', "--trust_remote_code"' if trust_remote_code else ""
+        (space / "app.py").write_text(APP.format(model=where, options=options), encoding="utf-8")
+        (space / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
+        _card(Path(model).resolve().name if is_folder else model, None if is_folder else model).save(
+            space / "README.md"
+        )
+        if folder.exists():
+            folder.rmdir()
+        space.rename(folder)
+
+
+def space_requirements() -> list[str]:
+    """Those of this package and of its extra `demo`, without gradio, which the card asks for.
+
+    Raises:
+        ValueError: If the package is not installed, so that nobody knows them.
+    """
+    try:
+        lines = requires("modeling-lvvit") or []
+    except PackageNotFoundError as error:
+        raise ValueError(
+            "The requirements of a Space are those of this package: install it first (`pip install -e .`)."
+        ) from error
+    plain = [line for line in lines if "extra ==" not in line]
+    return [*sorted(plain), f"gradio=={version('gradio')}"]
+
+
+def _card(title: str, model_id: str | None) -> RepoCard:
+    data = SpaceCardData(
+        title=re.sub(r"[^\w .-]+", " ", title)[-40:],
+        sdk="gradio",
+        sdk_version=version("gradio"),
+        app_file="app.py",
+        models=[model_id] if model_id else None,
+        license="apache-2.0",
+    )
+    return RepoCard(f"---\n{data.to_yaml()}\n---\n" + TEXT.format(title=title, model=f"`{model_id or MODEL_FOLDER}`"))

@@ -1,0 +1,1 @@
+"""Studies: the same training in several ways, over several seeds."""

@@ -1,0 +1,161 @@
+"""What a study found: the table, the record and the picture of the curves."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..model_card import library_versions
+from ..token_labeling.whole_files import write_json, write_text
+from .arms import Arm
+from .intervals import Estimate, estimate, paired_difference
+from .runs import Run
+
+
+TABLE, RECORD, PICTURE = "study.md", "study.json", "curves.png"
+TITLES = {"eval_accuracy": "top-1", "eval_top5_accuracy": "top-5"}
+
+
+@dataclass
+class ArmResults:
+    """What the runs of an arm reached, by seed.
+
+    Args:
+        arm: The arm.
+        finals: Value of the metric at the end.
+        curves: Epochs and values of the metric at every evaluation, the last one included.
+        steps: Optimiser steps.
+        seconds: Duration of the training.
+    """
+
+    arm: Arm
+    finals: dict[int, float] = field(default_factory=dict)
+    curves: dict[int, tuple[list[float], list[float]]] = field(default_factory=dict)
+    steps: dict[int, int] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+
+    def add(self, run: Run, metric: str) -> None:
+        """Reads a finished run.
+
+        Raises:
+            ValueError: If it has no such metric.
+        """
+        state = run.state()
+        entries = [entry for entry in state["log_history"] if metric in entry]
+        if not entries:
+            known = sorted({key for entry in state["log_history"] for key in entry if key.startswith("eval_")})
+            raise ValueError(f"{run.folder} has no metric {metric}; it has {', '.join(known)}.")
+        by_step = {entry["step"]: entry for entry in entries}  # the end may have been evaluated twice
+        self.finals[run.seed] = entries[-1][metric]
+        self.curves[run.seed] = (
+            [entry["epoch"] for entry in by_step.values()],
+            [entry[metric] for entry in by_step.values()],
+        )
+        self.steps[run.seed] = state["global_step"]
+        self.seconds[run.seed] = next(
+            (entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry), math.nan
+        )
+
+    def values(self) -> list[float]:
+        """Finals in the order of the seeds."""
+        return [self.finals[seed] for seed in sorted(self.finals)]
+
+
+def has_equal_budgets(results: Sequence[ArmResults]) -> bool:
+    """Whether all runs made the same number of steps."""
+    return len({steps for found in results for steps in found.steps.values()}) == 1
+
+
+def study_table(results: Sequence[ArmResults], metric: str) -> str:
+    """Markdown: a row for each arm, metric in per cent; `a ± b` are mean and half the 95 % interval of Student's t; gains are differences
+    of the first arm and this one between runs of the same seed."""
+    first = results[0]
+    title = TITLES.get(metric, metric)
+    lines = [
+        f"| arm | seeds | {title} | lowest to highest | gain of {first.arm.title} | steps | minutes a run |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for found in results:
+        values = found.values()
+        gain = "" if found is first else _percent(paired_difference(first.values(), values), signed=True)
+        steps = sorted(set(found.steps.values()))
+        lines.append(
+            f"| {found.arm.title} | {len(values)} | {_percent(estimate(values))} | {100 * min(values):.1f} to {100 * max(values):.1f} "
+            f"| {gain} | {', '.join(map(str, steps))} | {np.mean(list(found.seconds.values())) / 60:.1f} |"
+        )
+    if not has_equal_budgets(results):
+        lines += ["", "**The budgets differ**: see the steps."]
+    return "\n".join(lines)
+
+
+def _percent(found: Estimate, signed: bool = False) -> str:
+    mean = f"{100 * found.mean:{'+' if signed else ''}.1f}"
+    return mean if math.isnan(found.half_width) else f"{mean} ± {100 * found.half_width:.1f}"
+
+
+def save_report(folder: Path, results: Sequence[ArmResults], metric: str, options: Sequence[str]) -> str:
+    """Writes table, record and picture, and returns the table."""
+    table = study_table(results, metric)
+    write_text(folder / TABLE, table + "\n")
+    first = results[0]
+    arms = [
+        {
+            "name": found.arm.name,
+            "options": found.arm.options,
+            "values": found.finals,
+            "steps": found.steps,
+            "seconds": found.seconds,
+            "estimate": _plain(estimate(found.values())),
+            "gain_of_first": _plain(paired_difference(first.values(), found.values())),
+        }
+        for found in results
+    ]
+    write_json(
+        folder / RECORD, {"metric": metric, "options": list(options), "arms": arms, "versions": library_versions()}
+    )
+    save_curves(folder / PICTURE, results, TITLES.get(metric, metric))
+    return table
+
+
+def _plain(found: Estimate) -> Mapping[str, Any]:
+    return {name: None if math.isnan(value) else value for name, value in asdict(found).items()}
+
+
+def save_curves(path: Path, results: Sequence[ArmResults], title: str) -> None:
+    """Left the metric over the epochs, a line for each run and a thick one for their mean; right the ends with mean and interval.
+
+    Args:
+        path: PNG to write.
+        results: Of each arm.
+        title: Of the metric.
+    """
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    curves, ends = figure.subplots(1, 2, width_ratios=(2, 1))
+    for position, found in enumerate(results):
+        color = matplotlib.colormaps["tab10"](position % 10)
+        for epochs, values in found.curves.values():
+            curves.plot(epochs, 100 * np.array(values), color=color, alpha=0.3, linewidth=0.8)
+        if len({tuple(epochs) for epochs, _ in found.curves.values()}) == 1:
+            epochs = next(iter(found.curves.values()))[0]
+            mean = 100 * np.mean([values for _, values in found.curves.values()], axis=0)
+            curves.plot(epochs, mean, color=color, linewidth=2, marker="o", markersize=3, label=found.arm.title)
+        values = 100 * np.array(found.values())
+        middle = estimate(found.values())
+        ends.scatter(np.full(len(values), position), values, color=color, alpha=0.5, s=16)
+        half = 0.0 if math.isnan(middle.half_width) else 100 * middle.half_width
+        ends.errorbar([position + 0.2], [100 * middle.mean], yerr=[[half], [half]], color=color, fmt="D", capsize=4)
+    curves.set_xlabel("epoch")
+    curves.set_ylabel(f"{title} (%)")
+    curves.grid(alpha=0.3)
+    curves.legend(fontsize=8)
+    ends.set_xticks(range(len(results)), [found.arm.title.replace(", ", ",\n") for found in results], fontsize=8)
+    ends.set_xlim(-0.5, len(results) - 0.5)
+    ends.set_title("at the end: runs, mean, 95 % interval", fontsize=9)
+    ends.grid(axis="y", alpha=0.3)
+    FigureCanvasAgg(figure).print_png(path)
