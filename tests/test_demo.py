@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import tiny_config
 from gradio_client import Client, handle_file
 from PIL import Image
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import ResNetConfig, ResNetForImageClassification, SegformerImageProcessor
 
-from modeling_lvvit import LVViTForImageClassification
+from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation
 from modeling_lvvit.demo.__main__ import main
 from modeling_lvvit.demo.explanation import Explainer, annotated
-from modeling_lvvit.demo.page import build_page
+from modeling_lvvit.demo.page import build_page, build_segmentation_page
+from modeling_lvvit.demo.segmentation import Segmenter, is_segmentation_model
 from modeling_lvvit.demo.space import export_space
 from modeling_lvvit.variants import evaluation_image_processor
 
@@ -27,7 +29,10 @@ NAMES = {0: "tabby, tabby cat", 1: "tiger", 2: "crane", 3: "crane", 4: "drake"}
 
 def save_model(folder: Path, **overrides) -> str:
     config = tiny_config(num_labels=len(NAMES), id2label=NAMES, **overrides)
-    LVViTForImageClassification(config).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = LVViTForImageClassification(config)
+    torch.nn.init.normal_(model.patch_classifier.weight)  # cells that are sure of something
+    model.save_pretrained(folder)
     evaluation_image_processor((32, 48), 1.0).save_pretrained(folder)
     return str(folder)
 
@@ -76,6 +81,19 @@ def test_cells_of_the_strongest_classes_come_first():
     picture, sections = annotated(np.zeros((4, 4, 3)), ids, strengths, ["a", "b", "c"])
     assert [name for _, name in sections] == ["b 50 %", "a 25 %"]  # c is at chance
     assert sections[0][0][0, 3] == pytest.approx(0.5) and sections[0][0][3, 3] == 0
+
+
+def test_segmentation_model_paints_classes(tmp_path, picture):
+    config = tiny_config(segmentation_head="fcn", num_hidden_layers=4, num_labels=len(NAMES), id2label=NAMES)
+    LVViTForSemanticSegmentation(config).save_pretrained(tmp_path)
+    SegformerImageProcessor(do_resize=True, size={"shortest_edge": 32}).save_pretrained(tmp_path)
+    assert is_segmentation_model(str(tmp_path))
+    segmenter = Segmenter(str(tmp_path))
+    assert segmenter.settings.window == (32, 48) and segmenter.settings.short_side == 32
+    shown, sections = segmenter.segment(picture)
+    assert shown.shape == (40, 70, 3)
+    assert sum((mask > 0).astype(int) for mask, _ in sections).tolist() == np.ones((40, 70), int).tolist()
+    build_segmentation_page(segmenter)
 
 
 @pytest.fixture

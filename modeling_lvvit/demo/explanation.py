@@ -16,6 +16,7 @@ from ..visualization.relevance import relevance_maps
 
 MIN_SIDE = 448  # pixels of pictures on the page
 NUM_CELL_CLASSES = 12  # that are told apart
+MIN_STRENGTH = 0.1  # of cells that are counted: below it they are about at chance
 
 # picture (height, width, 3) uint8; masks (height, width) in [0, 1] with their names
 Annotated = tuple[np.ndarray, list[tuple[np.ndarray, str]]]
@@ -104,24 +105,26 @@ class Explainer:
 
 
 def annotated(picture: np.ndarray, ids: np.ndarray, strengths: np.ndarray, class_names: list[str]) -> Annotated:
-    """A picture with a mask for each of its most frequent classes.
+    """A grey copy of a picture with a mask for each of its most frequent classes.
 
     Args:
         picture: `(height, width, 3)` in [0, 1].
         ids, strengths: Class and opacity in [0, 1] of each cell, `(rows, columns)`.
         class_names: By id.
     """
+    strengths = np.where(strengths < MIN_STRENGTH, 0, strengths)
     weights = np.bincount(ids.ravel(), weights=strengths.ravel(), minlength=len(class_names))
     order = [index for index in np.argsort(-weights, kind="stable")[:NUM_CELL_CLASSES] if weights[index] > 0]
+    grey = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
     size = picture.shape[1::-1]
     sections = []
     for index in order:
-        mask = Image.fromarray(np.where(ids == index, strengths, 0).astype(np.float32))
-        share = 100 * (ids == index).mean()
+        own = np.where(ids == index, strengths, 0).astype(np.float32)
+        mask, share = Image.fromarray(own), 100 * (own > 0).mean()
         sections.append(
             (np.asarray(mask.resize(size, Image.Resampling.NEAREST)), f"{short(class_names[index])} {share:.0f} %")
         )
-    return np.uint8(255 * picture), sections
+    return np.uint8(255 * grey), sections
 
 
 def _enlarged(shown: np.ndarray) -> np.ndarray:

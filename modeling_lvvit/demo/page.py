@@ -30,7 +30,7 @@ def read_path(payload: Any) -> str | None:
         decode_picture({"bytes": None, "path": payload.path})
     except IMAGE_ERRORS as error:
         reason = str(error).replace(payload.path, name)
-        raise gr.Error(f"{name} cannot be read as a picture: {reason}", title="Not a picture") from error
+        raise gr.Error(f"{name} cannot be read as a picture: {reason}", print_exception=False) from error
     return payload.path
 
 
@@ -45,7 +45,8 @@ def build_segmentation_page(segmenter: Segmenter) -> gr.Blocks:
         with gr.Row():
             picture = picture_input()
             classes = gr.AnnotatedImage(label="Classes", height=480)
-        picture.change(look, picture, classes, **ONE_AT_A_TIME, api_name="segment")
+        looked = gr.on([picture.upload, picture.clear], look, picture, classes, **ONE_AT_A_TIME, api_name="segment")
+        looked.failure(lambda: None, outputs=classes, api_visibility="private")
     return page
 
 
@@ -63,7 +64,7 @@ def build_page(explainer: Explainer) -> gr.Blocks:
     def look(path: str | None):
         """Everything about a new picture."""
         if path is None:
-            return {}, gr.Dropdown(choices=[], value=None), None, None, None, ""
+            return nothing()
         picture = decode_picture({"bytes": None, "path": path})
         probabilities = explainer.probabilities(picture)
         order = probabilities.argsort(descending=True).tolist()
@@ -73,6 +74,9 @@ def build_page(explainer: Explainer) -> gr.Blocks:
         cells, missing = explainer.cells(picture)
         notes = "\n\n".join(note for note in (found.note, missing) if note)
         return best, gr.Dropdown(choices=choices, value=order[0]), found.relevance, found.attention, cells, notes
+
+    def nothing():
+        return None, gr.Dropdown(choices=[], value=None), None, None, None, ""
 
     def look_for(path: str | None, class_id: int | None):
         """Relevance for another class."""
@@ -94,9 +98,17 @@ def build_page(explainer: Explainer) -> gr.Blocks:
                 attention = gr.Image(label="Attention of the class token", interactive=False, height=360)
         notes = gr.Markdown()
         gr.Markdown(HOW_TO_READ)
-        picture.change(
-            look, picture, [best, chosen, relevance, attention, cells, notes], **ONE_AT_A_TIME, api_name="classify"
+        shown = [best, chosen, relevance, attention, cells, notes]
+        looked = gr.on(
+            [picture.upload, picture.clear],
+            look,
+            picture,
+            shown,
+            **ONE_AT_A_TIME,
+            show_progress_on=best,
+            api_name="classify",
         )
+        looked.failure(nothing, outputs=shown, api_visibility="private")  # nothing of the picture before stays
         chosen.input(look_for, [picture, chosen], relevance, **ONE_AT_A_TIME, api_name="relevance")
     return page
 

@@ -17,11 +17,13 @@ MODEL_LEFT_OUT = shutil.ignore_patterns(
 )
 APP = '''"""Starts the page."""
 
+from pathlib import Path
+
 from modeling_lvvit.demo.__main__ import main
 
 
 if __name__ == "__main__":
-    main(["--model", {model!r}, "--host", "0.0.0.0"{options}])
+    main(["--model", {model}, "--host", "0.0.0.0"{options}])
 '''
 TEXT = """
 # {title}
@@ -53,7 +55,7 @@ def export_space(model: str, folder: Path, trust_remote_code: bool = False) -> N
         is_folder = Path(model).is_dir()
         if is_folder:
             shutil.copytree(model, space / MODEL_FOLDER, ignore=MODEL_LEFT_OUT)
-        where = MODEL_FOLDER if is_folder else model
+        where = f'str(Path(__file__).parent / "{MODEL_FOLDER}")' if is_folder else repr(model)
         options = ', "--trust_remote_code"' if trust_remote_code else ""
         (space / "app.py").write_text(APP.format(model=where, options=options), encoding="utf-8")
         (space / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
