@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+import timm
 import torch
 from conftest import NUM_CLASSES, encode_picture, tiny_config
 from PIL import Image
@@ -81,6 +82,57 @@ def test_maps_of_a_batch_are_those_of_its_pictures(tiny_model):
     assert not torch.allclose(others[0], together[0]) and torch.allclose(others[2], together[2], atol=1e-6)
 
 
+def timm_vit() -> torch.nn.Module:
+    shape = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0, "img_size": (32, 48), "patch_size": 8}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape).eval()
+
+
+def with_weights_of(theirs: torch.nn.Module) -> ViTForImageClassification:
+    """The model of transformers that computes the same."""
+    model = vit()
+    model.config.layer_norm_eps = 1e-6
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.LayerNorm):
+            layer.eps = 1e-6
+    names = [
+        ("cls_token", "vit.embeddings.cls_token"),
+        ("pos_embed", "vit.embeddings.position_embeddings"),
+        ("patch_embed.proj", "vit.embeddings.patch_embeddings.projection"),
+        ("norm.", "vit.layernorm."),
+        ("head.", "classifier."),
+    ]
+    values = {}
+    for key, value in theirs.state_dict().items():
+        if ".attn.qkv." in key:
+            layer, part = key.split(".")[1], key.split(".")[-1]
+            for name, third in zip("qkv", value.chunk(3)):
+                values[f"vit.layers.{layer}.attention.{name}_proj.{part}"] = third
+            continue
+        for old, new in (
+            ("blocks.", "vit.layers."),
+            ("attn.proj", "attention.o_proj"),
+            ("norm1", "layernorm_before"),
+            ("norm2", "layernorm_after"),
+        ):
+            key = key.replace(old, new)
+        for old, new in names:
+            key = new + key.removeprefix(old) if key.startswith(old) else key
+        values[key] = value
+    model.load_state_dict(values)
+    return model
+
+
+def test_timm_and_transformers_give_the_same_maps():
+    theirs = timm_vit()
+    switches = [block.attn.fused_attn for block in theirs.blocks]
+    pixel_values, ids = torch.rand(2, 3, 32, 48), torch.tensor([1, 3])
+    maps, same = relevance_maps(theirs, pixel_values, ids), relevance_maps(with_weights_of(theirs), pixel_values, ids)
+    for name in ("relevance", "attention", "rollout", "logits"):
+        assert torch.allclose(getattr(maps, name), getattr(same, name), atol=1e-5), name
+    assert [block.attn.fused_attn for block in theirs.blocks] == switches
+    assert not any(block.attn.attn_drop._forward_hooks for block in theirs.blocks)
+
+
 def test_the_model_stays_as_it_was(tiny_model):
     tiny_model.eval().requires_grad_(False)
     tiny_model.classifier.requires_grad_(True)
@@ -98,8 +150,9 @@ def test_networks_without_a_class_token_are_refused():
     swin = SwinForImageClassification(
         SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4)
     ).eval()
-    with pytest.raises(ValueError, match="is no model of transformers"):
-        relevance_maps(torch.nn.Linear(1, 1), torch.rand(1, 3, 32, 32))
+    for name in ("resnet10t", "cait_xxs24_224", "swin_tiny_patch4_window7_224", "mobilevit_xxs", "volo_d1_224"):
+        with pytest.raises(ValueError, match="relevance needs a plain vision transformer"):
+            relevance_maps(timm.create_model(name).eval(), torch.rand(1, 3, 224, 224))
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     beit = BeitForImageClassification(BeitConfig(**shape, image_size=32, patch_size=8)).eval()
     with pytest.raises(ValueError, match="does not come from its class token alone"):

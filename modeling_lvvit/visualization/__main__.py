@@ -36,7 +36,7 @@ class VisualizationArguments:
     """Options of the program, behind the picture.
 
     Args:
-        model: Classifiers of transformers with a class token.
+        model: Classifiers of transformers or timm with a class token.
         classes: Names or ids of classes to explain; default: the two best ones of each model.
         annotator: A classifier whose scores of the cells are shown as dense labels; see `load_annotator`.
         image_size: Side of the input in pixels, or height and width; default: that of each model.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..token_labeling.feature_layout import MAX_PREFIX_TOKENS
@@ -73,12 +74,12 @@ def class_relevance(attentions: Sequence[torch.Tensor], gradients: Sequence[torc
 
 
 def relevance_maps(
-    model: PreTrainedModel,
+    model: nn.Module,
     pixel_values: torch.Tensor,
     class_ids: torch.Tensor | None = None,
     forward_options: dict[str, Any] | None = None,
 ) -> RelevanceMaps:
-    """Maps of a classifier whose score comes from its class token: LV-ViT, ViT, DeiT and others of transformers.
+    """Maps of a classifier whose score comes from its class token: LV-ViT, ViT, DeiT and others of transformers and timm.
 
     The score that is explained is that of the class token (`cls_logits` of LV-ViT), because the maps are those of its attention.
 
@@ -91,16 +92,14 @@ def relevance_maps(
     Raises:
         ValueError: If the model gives no attention of a class token over a grid of patches, or its score comes from other tokens.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{type(model).__name__} is no model of transformers, whose attention could be read.")
-    with torch.enable_grad(), _trainable_input(model), _eager_attention(model):
-        output = model(pixel_values, output_attentions=True, **(forward_options or {}))
-        attentions = getattr(output, "attentions", None)
+    with torch.enable_grad(), _trainable_input(model):
+        output, attentions = _forward(model, pixel_values, forward_options or {})
         grid = _grid_of(model, pixel_values, attentions)
+        logits = output if isinstance(output, torch.Tensor) else output.logits
         scores = getattr(output, "cls_logits", None)
-        scores = output.logits if scores is None else scores
+        scores = logits if scores is None else scores
         if class_ids is None:
-            class_ids = output.logits.argmax(dim=-1)
+            class_ids = logits.argmax(dim=-1)
         chosen = scores.gather(1, class_ids.to(scores.device)[:, None]).sum()
         gradients = torch.autograd.grad(chosen, attentions)
     _check_class_token(model, gradients[-1])
@@ -111,19 +110,37 @@ def relevance_maps(
         return matrix[:, 0, -num_patches:].float().unflatten(1, grid)  # (B, rows, columns)
 
     # a patch head that was not trained has weight 0 in the prediction
-    is_trained = getattr(model.config, "patch_logits_weight", 1) != 0
+    is_trained = getattr(getattr(model, "config", None), "patch_logits_weight", 1) != 0
     patch_logits = getattr(output, "patch_logits", None) if is_trained else None
     return RelevanceMaps(
         of_class_token(class_relevance(attentions, gradients)),
         of_class_token(attentions[-1].mean(dim=1)),
         of_class_token(attention_rollout(attentions)),
-        output.logits.detach(),
+        logits.detach(),
         class_ids,
         None if patch_logits is None else patch_logits.detach(),
     )
 
 
-def _check_class_token(model: PreTrainedModel, gradient: torch.Tensor) -> None:
+def _forward(
+    model: nn.Module, pixel_values: torch.Tensor, forward_options: dict[str, Any]
+) -> tuple[Any, list[torch.Tensor]]:
+    """Output of a model, and the attention probabilities of its layers, as far as they can be had."""
+    network = _network_of(model)
+    if isinstance(network, PreTrainedModel):
+        with _eager_attention(network):
+            output = network(pixel_values, output_attentions=True, **forward_options)
+        return output, list(getattr(output, "attentions", None) or ())
+    with _recorded_attention(network) as attentions:
+        return network(pixel_values), attentions
+
+
+def _network_of(model: nn.Module) -> nn.Module:
+    """The model, or the one of timm that it wraps."""
+    return getattr(model, "timm_model", model)
+
+
+def _check_class_token(model: nn.Module, gradient: torch.Tensor) -> None:
     """Raises a `ValueError` if a score hangs on what other tokens than the first one receive in the last layer, for example on the mean
     of the patch tokens: the row of the class token is then not all that speaks for the class.
 
@@ -138,22 +155,24 @@ def _check_class_token(model: PreTrainedModel, gradient: torch.Tensor) -> None:
         )
 
 
-def _grid_of(
-    model: PreTrainedModel, pixel_values: torch.Tensor, attentions: Sequence[torch.Tensor] | None
-) -> tuple[int, int]:
+def _grid_of(model: nn.Module, pixel_values: torch.Tensor, attentions: Sequence[torch.Tensor]) -> tuple[int, int]:
     """Rows and columns of the patch tokens, which are the last ones.
 
     Raises:
         ValueError: If the attentions are not those of a class token and such a grid.
     """
-    patch_size = getattr(model.config, "patch_size", None)
-    name = type(model).__name__
+    network = _network_of(model)
+    about = network.config if isinstance(network, PreTrainedModel) else getattr(network, "patch_embed", None)
+    patch_size = getattr(about, "patch_size", None)
+    if isinstance(patch_size, (list, tuple)) and len(set(patch_size)) == 1:
+        patch_size = patch_size[0]
+    name = type(network).__name__
     if not attentions or not isinstance(patch_size, int) or attentions[0].ndim != 4:
         raise ValueError(
             f"{name} gives no attention over a grid of patches; relevance needs a plain vision transformer."
         )
     grid = tuple(side // patch_size for side in pixel_values.shape[-2:])
-    tokens = {attention.shape[-1] for attention in attentions}
+    tokens = {side for attention in attentions for side in attention.shape[-2:]}
     if len(tokens) != 1 or not 0 < tokens.pop() - grid[0] * grid[1] <= MAX_PREFIX_TOKENS:
         raise ValueError(
             f"{name} has no class token before {grid[0]} x {grid[1]} patch tokens; relevance needs a plain vision transformer."
@@ -173,7 +192,31 @@ def _eager_attention(model: PreTrainedModel):
 
 
 @contextmanager
-def _trainable_input(model: PreTrainedModel):
+def _recorded_attention(network: nn.Module):
+    """A list that the attention layers of a model of timm fill in a forward pass with their probabilities.
+
+    They have a switch for fused attention (`fused_attn`); without that the probabilities go through a module, `attn_drop`.
+    """
+    layers = [module for module in network.modules() if hasattr(module, "fused_attn") and hasattr(module, "attn_drop")]
+    if not layers:
+        raise ValueError(
+            f"{type(network).__name__} has no attention that can be read; relevance needs a plain vision transformer."
+        )
+    switches = [layer.fused_attn for layer in layers]
+    attentions: list[torch.Tensor] = []
+    hooks = [layer.attn_drop.register_forward_hook(lambda *call: attentions.append(call[-1])) for layer in layers]
+    for layer in layers:
+        layer.fused_attn = False
+    try:
+        yield attentions
+    finally:
+        for layer, switch, hook in zip(layers, switches, hooks):
+            layer.fused_attn = switch
+            hook.remove()
+
+
+@contextmanager
+def _trainable_input(model: nn.Module):
     """A graph to differentiate, also through frozen weights."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     for parameter in frozen:
