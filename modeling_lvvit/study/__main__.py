@@ -1,6 +1,6 @@
 """Trains with and without token labels over several seeds at equal budget, and says what the labels are worth.
 
-    python -m modeling_lvvit.study                                             embedded data, about 15 minutes on two CPU cores
+    python -m modeling_lvvit.study                                             embedded data, about 25 minutes on two CPU cores
     python -m modeling_lvvit.study --dataset_name DATA --token_labels LABELS --variant lvvit_t_224 --num_train_epochs 30
     python -m modeling_lvvit.study cifar10 --dataset_name FOLDER --arms token_labels plain_labels "half=--dense_weight 0.5"
 
