@@ -158,6 +158,11 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
             processing_class=image_processor,
             annotator=annotator,
         )
+        if data_args.require_token_labels and not trainer.trains_patches:
+            raise ValueError(
+                "--require_token_labels: the data has no dense labels. Give --token_labels, --annotator or data with "
+                f"columns {data_args.token_label_ids_column} and {data_args.token_label_scores_column}."
+            )
         if "patch_logits_weight" in (model_args.config_overrides or {}):  # the user's word over the Trainer's rule
             model.config.patch_logits_weight = model_args.config_overrides["patch_logits_weight"]
         if data_args.check_data and training_args.should_save:

@@ -247,10 +247,13 @@ def test_table_counts_without_timing_and_keeps_rows(capsys, tmp_path, monkeypatc
     monkeypatch.setattr(published_comparison, "_measured", lambda *_: pytest.fail("measured again"))
     main(arguments)
     assert capsys.readouterr().out == printed
-    monkeypatch.setattr(published_comparison, "_measured", lambda *_: {"note": "new"})
+    main(["--table", "DeepViT", *arguments[4:]])  # rows of a smaller table are added, not taken instead
+    assert len(json.loads(file.read_text())["rows"]) == 7
+    with pytest.raises(SystemExit, match="was measured in another way"):
+        main([*arguments, "--num_classes", "10"])
     file.write_text("{}")  # of another program
-    main(arguments)
-    assert "1. new" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is no record of such a table"):
+        main(arguments)
 
 
 @pytest.mark.slow
@@ -269,6 +272,8 @@ def test_table_times_each_beside_lvvit_s(capsys, tmp_path):
         (["inference", "--table"], "leave out inference"),
         (["--table", "--batch_sizes", "1", "2"], "takes one batch size"),
         (["--table", "--options", "deployed"], "is for our models only"),
+        (["--table", "--options", "bfloat16", "float16"], "more than one precision"),
+        (["--table", "--ceiling"], "do nothing with --table"),
         (["--table", "--rounds", "-1"], "at least 0"),
     ],
 )

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, SegformerIm
 from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation
 from modeling_lvvit.demo.__main__ import main
 from modeling_lvvit.demo.explanation import Explainer, annotated
-from modeling_lvvit.demo.page import build_page, build_segmentation_page
+from modeling_lvvit.demo.page import build_page, build_segmentation_page, read_path
 from modeling_lvvit.demo.segmentation import Segmenter, is_segmentation_model
 from modeling_lvvit.demo.space import export_space
 from modeling_lvvit.variants import evaluation_image_processor
@@ -109,7 +111,7 @@ def test_page_classifies_and_explains(client, picture, tmp_path):
     file = handle_file(str(tmp_path / "scene.png"))
     best, dropdown, relevance, attention, cells, notes = client.predict(file, api_name="/classify")
     assert len(best["confidences"]) == 5 and best["label"] == dropdown["choices"][0][0]
-    assert {"crane (2)", "crane (3)"} < {label for label, _ in dropdown["choices"]}
+    assert {"crane [2]", "crane [3]", "tiger"} < {label for label, _ in dropdown["choices"]}
     assert Path(relevance).is_file() and Path(attention).is_file() and cells["annotations"] and not notes
     other = client.predict(file, dropdown["choices"][1][1], api_name="/relevance")
     assert Path(other).read_bytes() != Path(relevance).read_bytes()
@@ -120,6 +122,25 @@ def test_page_says_that_a_file_is_no_picture(client, tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(Exception, match=f"{name} cannot be read as a picture"):
             client.predict(handle_file(str(tmp_path / name)), api_name="/classify")
+
+
+def test_page_opens_uploaded_files_only(client, picture, tmp_path):
+    picture.save(tmp_path / "private.png")
+    for path in (str(tmp_path / "private.png"), "/etc/hostname", "http://127.0.0.1:9/a.png"):
+        with pytest.raises(gr.Error, match="Upload a picture first"):
+            read_path(SimpleNamespace(path=path, orig_name=None))
+    assert read_path(None) is None
+
+
+def test_relevance_alone(client, picture, tmp_path):
+    picture.save(tmp_path / "scene.png")
+    assert Path(client.predict(handle_file(str(tmp_path / "scene.png")), 1, api_name="/relevance")).is_file()
+
+
+def test_names_that_look_alike_are_numbered(folder):
+    explainer = Explainer(folder)
+    explainer.classifier.class_names = ["crane", "crane", "crane [0]", "", ", odd"]
+    assert explainer.distinct_names == ["crane [0]", "crane [1]", "crane [0] [2]", " [3]", " [4]"]
 
 
 def _jpeg() -> bytes:
@@ -139,6 +160,9 @@ def test_space_has_program_package_requirements_and_model(folder, tmp_path, caps
     assert "torch" in requirements and "gradio==" in requirements and "pytest" not in requirements
     assert (space / "model" / "model.safetensors").is_file() and not (space / "model" / "checkpoint-3").exists()
     assert not list(space.rglob("__pycache__")) and not list(tmp_path.glob(".space*"))
+    for inside in (Path(folder) / "space", Path(folder).parent):
+        with pytest.raises(SystemExit, match="lie in one another"):
+            main(["--model", folder, "--export_space", str(inside)])
     with pytest.raises(SystemExit, match="there is something already"):
         main(["--model", folder, "--export_space", str(space)])
 

@@ -28,6 +28,7 @@ from ..token_labeling.whole_files import write_json
 from .comparison import compare_loaders, compare_models
 from .contestants import OPTIONS, Contestant, Setting
 from .data_path import LOADERS
+from .measure import device_name
 from .published import published_rows
 from .published_comparison import compare_published, published_table
 from .report import table
@@ -103,8 +104,9 @@ def check_table(args: argparse.Namespace) -> None:
     if len(args.batch_sizes or [1]) > 1:
         raise ValueError(f"--table takes one batch size, got {args.batch_sizes}.")
     published_rows(args.table)
-    for option in args.options:
-        Contestant.parse(f"timm/resnet50+{option}").check_mode("inference")
+    if args.ceiling or args.images:
+        raise ValueError("--ceiling and --images do nothing with --table.")
+    Contestant.parse("+".join(["timm/resnet50", *args.options])).check_mode("inference")
 
 
 def environment(args: argparse.Namespace) -> dict[str, object]:
@@ -113,7 +115,7 @@ def environment(args: argparse.Namespace) -> dict[str, object]:
     names = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
     names |= {"cores": os.cpu_count()}
     names |= {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
-    names["device"] = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    names["device"] = device_name(device)
     return names
 
 

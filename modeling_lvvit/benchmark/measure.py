@@ -1,6 +1,7 @@
 """Clocks and gauges: alternating timing, peak memory, FLOPs, and what the device can do at best."""
 
 import functools
+import platform
 import re
 import resource
 import sys
@@ -16,6 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # the first round warms up; a GPU is given enough work that waiting for it does not count
 CEILING_ROUNDS, CEILING_REPEATS = 6, 3
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the kind of CPU, or the name of the GPU."""
+    return platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def synchronize(device: torch.device) -> None:

@@ -94,6 +94,7 @@ COMPETITORS = (
     PublishedRow("VOLO-D3", 86, None, 224, 448, 86.3, None, "timm/volo_d3_448"),
     PublishedRow("VOLO-D4", 193, 43.8, 224, 224, 85.7, None, "timm/volo_d4_224"),
     PublishedRow("VOLO-D4", 193, None, 224, 448, 86.8, None, "timm/volo_d4_448"),
+    PublishedRow("VOLO-D5", 296, None, 224, 224, 86.1, None, "timm/volo_d5_224"),
     PublishedRow("VOLO-D5", 296, None, 224, 448, 87.0, None, "timm/volo_d5_448"),
     PublishedRow("VOLO-D5", 296, 412, 224, 512, 87.1, None, "timm/volo_d5_512"),
 )

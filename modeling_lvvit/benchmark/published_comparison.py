@@ -12,6 +12,7 @@ import torch
 from ..token_labeling.whole_files import write_json
 from .comparison import model_entry, size_of
 from .contestants import Contestant, Setting
+from .measure import device_name
 from .published import PublishedRow
 from .turns import median_ratio, take_turns
 
@@ -32,7 +33,7 @@ def compare_published(
         setting: Device and batch size.
         rounds: Times that each is taken; 0: nothing is timed.
         options: Of every model, see `OPTIONS`.
-        record: JSON file that is written after each row; a row that stands in it already, measured in the same way, is taken from there.
+        record: JSON file that is written after each row; a row that stands in it already is taken from there.
 
     Yields:
         One after the other the fields of each `PublishedRow`, with `parameters`, `counted_gmacs` (multiply-adds in 10^9 of convolutions
@@ -41,30 +42,39 @@ def compare_published(
     """
     settings = {name: str(value) for name, value in asdict(setting).items()} | {"rounds": rounds}
     settings |= {"options": sorted(options), "torch": torch.__version__, "timm": version("timm")}
-    settings["threads"] = torch.get_num_threads()
+    settings |= {"threads": torch.get_num_threads(), "device_name": device_name(setting.device)}
     known = {_key(row): row for row in _rows_of(record, settings)}
-    found = []
     for row in rows:
         published = asdict(row)
-        found.append(known.get(_key(published)) or published | _measured(row, setting, rounds, options))
+        key = _key(published)
+        measured = known.get(key) or _measured(row, setting, rounds, options)
+        known[key] = {**measured, **published, "note": measured.get("note", published["note"])}
         if record is not None:
-            write_json(record, {"settings": settings, "rows": found})
-        yield found[-1]
+            write_json(record, {"settings": settings, "rows": list(known.values())})
+        yield known[key]
 
 
 def _key(row: dict[str, object]) -> tuple[object, ...]:
-    return row["network"], row["train_size"], row["test_size"], row["model"]
+    arguments = json.dumps(row["arguments"])  # tuples become lists in the file
+    return row["network"], row["train_size"], row["test_size"], row["model"], arguments
 
 
 def _rows_of(record: Path | None, settings: dict[str, object]) -> list[dict[str, object]]:
-    """Those of an earlier run with the same settings; none where the file is another one."""
+    """Those of an earlier run with the same settings.
+
+    Raises:
+        ValueError: If the file is something else.
+    """
     if record is None or not record.is_file():
         return []
     try:
         earlier = json.loads(record.read_text(encoding="utf-8"))
-        return earlier["rows"] if earlier["settings"] == settings else []
-    except (ValueError, KeyError, TypeError):
-        return []
+        rows, before = earlier["rows"], earlier["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--json {record} is no record of such a table. Name another file.") from error
+    if before != settings:
+        raise ValueError(f"--json {record} was measured in another way: {before}, now {settings}. Name another file.")
+    return rows
 
 
 def _measured(row: PublishedRow, setting: Setting, rounds: int, options: frozenset[str]) -> dict[str, object]:
@@ -135,7 +145,7 @@ def published_table(rows: list[dict[str, object]], heading: str) -> str:
         if row["note"]:
             cells[0] += f" [{notes.index(row['note']) + 1}]"
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"{heading} [n]: see below.", ""]
+    lines += ["", heading + (" [n]: see below." if notes else ""), ""]
     lines += [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     return "\n".join(lines)
 

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
             return
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
         build(model).launch(server_name=args.host, server_port=args.port, share=args.share, theme=theme)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:  # the last for impossible ports
         sys.exit(f"{MODULE}: {error}")
 
 

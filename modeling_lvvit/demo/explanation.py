@@ -1,5 +1,6 @@
 """What the page shows of a picture: classes, relevance and cells."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -7,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..evaluate.classifier import Classifier, InputOptions, load_classifier
-from ..token_labeling.annotators import load_annotator
+from ..evaluate.classifier import TRIAL_ERRORS, Classifier, InputOptions, load_classifier
+from ..token_labeling.annotators import first_line, load_annotator
 from ..visualization.figures import heat
 from ..visualization.panels import best_cells, short, shown_picture
 from ..visualization.relevance import relevance_maps
@@ -56,6 +57,18 @@ class Explainer:
         """By id."""
         return self.classifier.class_names
 
+    @cached_property
+    def distinct_names(self) -> list[str]:
+        """Class names, those that several classes have, or that look so when they are cut, with the number of the class."""
+        counts = Counter(short(name) for name in self.class_names)
+        numbered = [
+            name if counts[short(name)] == 1 else f"{short(name)} [{index}]"
+            for index, name in enumerate(self.class_names)
+        ]
+        if len(set(numbered)) == len(numbered):
+            return numbered
+        return [f"{short(name)} [{index}]" for index, name in enumerate(self.class_names)]
+
     @property
     def description(self) -> str:
         """Kind, size and input of the model in one line."""
@@ -77,8 +90,8 @@ class Explainer:
             maps = relevance_maps(
                 self.classifier.model, pixel_values, torch.tensor([class_id]), self.classifier.forward_options
             )
-        except ValueError as error:
-            return Explanation(None, None, f"No relevance: {error}")
+        except TRIAL_ERRORS as error:
+            return Explanation(None, None, f"No relevance: {first_line(error)}")
         large = _enlarged(shown)
         relevance, attention = (
             np.uint8(255 * heat(large, found[0].numpy()).clip(0, 1)) for found in (maps.relevance, maps.attention)
@@ -91,9 +104,12 @@ class Explainer:
         if isinstance(self._dense, str):
             return None, f"No cells: {self._dense}"
         pixels, _ = self._dense.preprocessing(picture)
-        with torch.inference_mode():
-            scores = self._dense.score_map(pixels[None])[0].permute(1, 2, 0)  # (rows, columns, classes)
-        return annotated(_enlarged(shown_picture(pixels)), *best_cells(scores), self.class_names), ""
+        try:
+            with torch.inference_mode():
+                scores = self._dense.score_map(pixels[None])[0].permute(1, 2, 0)  # (rows, columns, classes)
+        except TRIAL_ERRORS as error:
+            return None, f"No cells: {first_line(error)}"
+        return annotated(_enlarged(shown_picture(pixels)), *best_cells(scores), self.distinct_names), ""
 
     @cached_property
     def _dense(self):
@@ -122,9 +138,14 @@ def annotated(picture: np.ndarray, ids: np.ndarray, strengths: np.ndarray, class
         own = np.where(ids == index, strengths, 0).astype(np.float32)
         mask, share = Image.fromarray(own), 100 * (own > 0).mean()
         sections.append(
-            (np.asarray(mask.resize(size, Image.Resampling.NEAREST)), f"{short(class_names[index])} {share:.0f} %")
+            (np.asarray(mask.resize(size, Image.Resampling.NEAREST)), f"{_first(class_names[index])} {share:.0f} %")
         )
     return np.uint8(255 * grey), sections
+
+
+def _first(name: str) -> str:
+    """The first of a class's names, or all of it where that is nothing."""
+    return name.split(",")[0].strip() or name
 
 
 def _enlarged(shown: np.ndarray) -> np.ndarray:

@@ -1,9 +1,13 @@
 """The page."""
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder, is_in_or_equal
+from PIL import Image
 
+from ..token_labeling.annotators import first_line
 from ..token_labeling.pictures import IMAGE_ERRORS, decode_picture
 from .explanation import Explainer
 from .segmentation import Segmenter
@@ -18,27 +22,38 @@ HOW_TO_READ = (
 
 
 def read_path(payload: Any) -> str | None:
-    """The path of an uploaded file that is a picture.
+    """The path of an uploaded file that is a picture. Only files that were uploaded are opened, and never an address.
 
     Raises:
         gr.Error: If it is none; the page shows the message.
     """
     if payload is None:
         return None
+    if not payload.path or not is_in_or_equal(payload.path, get_upload_folder()) or not Path(payload.path).is_file():
+        raise gr.Error("Upload a picture first.", print_exception=False)
     name = payload.orig_name or "The file"
     try:
-        decode_picture({"bytes": None, "path": payload.path})
+        open_picture(payload.path)
     except IMAGE_ERRORS as error:
-        reason = str(error).replace(payload.path, name)
+        reason = first_line(error).partition("<")[0].rstrip()
         raise gr.Error(f"{name} cannot be read as a picture: {reason}", print_exception=False) from error
     return payload.path
+
+
+def open_picture(path: str) -> Image.Image:
+    """The upright RGB picture of a file.
+
+    Raises:
+        IMAGE_ERRORS: If it is none.
+    """
+    return decode_picture({"bytes": Path(path).read_bytes(), "path": None})
 
 
 def build_segmentation_page(segmenter: Segmenter) -> gr.Blocks:
     """The page of a segmentation model."""
 
     def look(path: str | None):
-        return None if path is None else segmenter.segment(decode_picture({"bytes": None, "path": path}))
+        return None if path is None else segmenter.segment(open_picture(path))
 
     with gr.Blocks(title="LV-ViT", analytics_enabled=False) as page:
         gr.Markdown(f"# What is where?\n{segmenter.description}")
@@ -59,30 +74,31 @@ def picture_input() -> gr.Image:
 
 def build_page(explainer: Explainer) -> gr.Blocks:
     """The page of a classifier."""
-    names = explainer.class_names
+    names = explainer.distinct_names
+    every_class = [(name, index) for index, name in enumerate(names)]
 
     def look(path: str | None):
         """Everything about a new picture."""
         if path is None:
             return nothing()
-        picture = decode_picture({"bytes": None, "path": path})
+        picture = open_picture(path)
         probabilities = explainer.probabilities(picture)
         order = probabilities.argsort(descending=True).tolist()
-        best = {_label(names, index): float(probabilities[index]) for index in order[:NUM_CLASSES]}
-        choices = [(_label(names, index), index) for index in order]
+        best = {names[index]: float(probabilities[index]) for index in order[:NUM_CLASSES]}
+        choices = [(names[index], index) for index in order]
         found = explainer.explain(picture, order[0])
         cells, missing = explainer.cells(picture)
         notes = "\n\n".join(note for note in (found.note, missing) if note)
         return best, gr.Dropdown(choices=choices, value=order[0]), found.relevance, found.attention, cells, notes
 
     def nothing():
-        return None, gr.Dropdown(choices=[], value=None), None, None, None, ""
+        return None, gr.Dropdown(value=None), None, None, None, ""
 
     def look_for(path: str | None, class_id: int | None):
         """Relevance for another class."""
         if path is None or class_id is None:
             return None
-        return explainer.explain(decode_picture({"bytes": None, "path": path}), class_id).relevance
+        return explainer.explain(open_picture(path), class_id).relevance
 
     with gr.Blocks(title="LV-ViT", analytics_enabled=False) as page:
         gr.Markdown(f"# What does it see?\n{explainer.description}")
@@ -91,7 +107,9 @@ def build_page(explainer: Explainer) -> gr.Blocks:
                 picture = picture_input()
                 best = gr.Label(label="Classes", num_top_classes=NUM_CLASSES)
             with gr.Column():
-                chosen = gr.Dropdown(label="Show relevance for", choices=[], interactive=True, filterable=True)
+                chosen = gr.Dropdown(
+                    label="Show relevance for", choices=every_class, value=None, interactive=True, filterable=True
+                )
                 relevance = gr.Image(label="Relevance", interactive=False, height=360)
             with gr.Column():
                 cells = gr.AnnotatedImage(label="Cells", height=360)
@@ -111,9 +129,3 @@ def build_page(explainer: Explainer) -> gr.Blocks:
         looked.failure(nothing, outputs=shown, api_visibility="private")  # nothing of the picture before stays
         chosen.input(look_for, [picture, chosen], relevance, **ONE_AT_A_TIME, api_name="relevance")
     return page
-
-
-def _label(names: list[str], index: int) -> str:
-    """A name that no other class has."""
-    is_unique = names.count(names[index]) == 1
-    return names[index] if is_unique else f"{names[index]} ({index})"

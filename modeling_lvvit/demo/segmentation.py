@@ -14,14 +14,14 @@ from ..token_labeling.transforms import Normalisation
 from .explanation import Annotated, annotated
 
 
-MAX_SIDE = 1024  # of a picture that is segmented without the model saying at which size
+MAX_SIDE = 1024  # pixels of a picture on the page
 STRIDE_SHARE = 2 / 3  # of the window, as in the published evaluation
 
 
 def is_segmentation_model(name: str) -> bool:
     """Whether a Hub name or folder is one of our segmentation models. A model that cannot be read is none."""
     try:
-        return is_segmenter(AutoConfig.from_pretrained(name))
+        return is_segmenter(AutoConfig.from_pretrained(name, trust_remote_code=False))
     except (OSError, ValueError, KeyError):  # of timm, or of a repository with code of its own
         return False
 
@@ -39,7 +39,7 @@ class Segmenter:
     def __init__(self, name: str):
         try:
             self.model = LVViTForSemanticSegmentation.from_pretrained(name).eval().requires_grad_(False)
-            processor = AutoImageProcessor.from_pretrained(name)
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         except LOADING_ERRORS as error:
             raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
         self.normalise = Normalisation(processor.image_mean, processor.image_std)
@@ -69,8 +69,7 @@ class Segmenter:
     def segment(self, picture: Image.Image) -> Annotated:
         """The picture with a mask for each of its most frequent classes."""
         picture = picture.copy()
-        if self.settings.short_side is None:
-            picture.thumbnail((MAX_SIDE, MAX_SIDE))
+        picture.thumbnail((MAX_SIDE, MAX_SIDE))
         pixel_values = self.normalise(v2.functional.pil_to_tensor(picture))[None]
         classes = predict_classes(lambda pixels: self.model(pixels).logits, pixel_values, self.settings)[0].numpy()
         return annotated(np.asarray(picture) / 255.0, classes, np.full(classes.shape, 0.8), self.class_names)

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 TEXT = """
 # {title}
 
-Drop a picture to see its classes, where the model looks for each of them, and what it says of single patches. The model is {model}.
+Drop a picture to see what the model finds in it. The model is {model}.
 
 Upload this folder with `hf upload NAME . --repo-type space`, or start it here: `pip install -r requirements.txt && python app.py`.
 """
@@ -43,8 +43,15 @@ def export_space(model: str, folder: Path, trust_remote_code: bool = False) -> N
         trust_remote_code: Whether the Space may run code of the model's repository.
 
     Raises:
-        ValueError: If the folder holds something, or the requirements of this package are not known.
+        ValueError: If the folder holds something or lies in the model or the package, or the requirements are not known.
     """
+    folder, model_folder = folder.expanduser().resolve(), Path(model).expanduser().resolve()
+    is_folder = model_folder.is_dir()
+    for source in (PACKAGE, model_folder):
+        if folder.is_relative_to(source) or source.is_relative_to(folder):
+            raise ValueError(
+                f"--export_space {folder} and {source}, which is copied, lie in one another. Name another folder."
+            )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--export_space {folder}: there is something already. Name a new folder.")
     requirements = space_requirements()
@@ -52,23 +59,20 @@ def export_space(model: str, folder: Path, trust_remote_code: bool = False) -> N
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
         space = Path(partial) / "space"
         shutil.copytree(PACKAGE, space / PACKAGE.name, ignore=LEFT_OUT)
-        is_folder = Path(model).is_dir()
         if is_folder:
-            shutil.copytree(model, space / MODEL_FOLDER, ignore=MODEL_LEFT_OUT)
+            shutil.copytree(model_folder, space / MODEL_FOLDER, ignore=MODEL_LEFT_OUT)
         where = f'str(Path(__file__).parent / "{MODEL_FOLDER}")' if is_folder else repr(model)
         options = ', "--trust_remote_code"' if trust_remote_code else ""
         (space / "app.py").write_text(APP.format(model=where, options=options), encoding="utf-8")
         (space / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
-        _card(Path(model).resolve().name if is_folder else model, None if is_folder else model).save(
-            space / "README.md"
-        )
+        _card(model_folder.name if is_folder else model, None if is_folder else model).save(space / "README.md")
         if folder.exists():
             folder.rmdir()
         space.rename(folder)
 
 
 def space_requirements() -> list[str]:
-    """Those of this package and of its extra `demo`, without gradio, which the card asks for.
+    """Those of this package, and gradio in the version that is installed.
 
     Raises:
         ValueError: If the package is not installed, so that nobody knows them.
@@ -90,6 +94,5 @@ def _card(title: str, model_id: str | None) -> RepoCard:
         sdk_version=version("gradio"),
         app_file="app.py",
         models=[model_id] if model_id else None,
-        license="apache-2.0",
     )
     return RepoCard(f"---\n{data.to_yaml()}\n---\n" + TEXT.format(title=title, model=f"`{model_id or MODEL_FOLDER}`"))

@@ -1,31 +1,32 @@
 """Trains with and without token labels over several seeds at equal budget, and says what the labels are worth.
 
-    python -m modeling_lvvit.study                                             embedded data, about 25 minutes on two CPU cores
+    python -m modeling_lvvit.study                                             embedded data, about 21 minutes on two CPU cores
     python -m modeling_lvvit.study --dataset_name DATA --token_labels LABELS --variant lvvit_t_224 --num_train_epochs 30
     python -m modeling_lvvit.study cifar10 --dataset_name FOLDER --arms token_labels plain_labels "half=--dense_weight 0.5"
 
-Recipes and options of train_tl.py come first or stand between those of the study, and hold for all runs. Written to --output_dir: a
+Recipes of train_tl.py come first; its options may stand between those of the study. They hold for all runs. Written to --output_dir: a
 folder for each run, study.md (the table), study.json, and curves.png. Started again, it goes on where it was stopped.
 """
 
 import argparse
-import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 
-from ..command_line import parse
+from ..launching import num_cpu_cores
 from .arms import ARMS, Arm, check_options, parse_arm
 from .report import ArmResults, save_report
-from .runs import PROGRAM, Run, RunError, run_all
+from .runs import PROGRAM, Run, RunError, Runner
 
 
 MODULE = "modeling_lvvit.study"
-EMBEDDED_RECIPE = "study"
+EMBEDDED_RECIPE, LOCK = "study", ".lock"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"), help="default: %(default)s")
     parser.add_argument("--metric", default="eval_accuracy", help="what is compared; default: %(default)s")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one for each CPU core, with a GPU 1")
-    parser.add_argument("--launcher", default=sys.executable, help="stands before train_tl.py; default: this Python")
+    parser.add_argument("--launcher", help="stands before train_tl.py; default: this Python")
     return parser
 
 
@@ -68,35 +69,47 @@ def plan(args: argparse.Namespace, shared: tuple[str, ...]) -> tuple[list[Arm], 
     for name, values in (("--arms", [arm.name for arm in arms]), ("--seeds", args.seeds)):
         if len(set(values)) < len(values):
             raise ValueError(f"{name} names something twice: {' '.join(map(str, values))}.")
-    if not shared or (shared[0].startswith("-") and not any(word.startswith("--dataset_name") for word in shared)):
+    has_recipe = bool(shared) and not shared[0].startswith("-")
+    given = {word.partition("=")[0].replace("-", "_").lstrip("_") for word in shared if word.startswith("--")}
+    if not has_recipe and "dataset_name" not in given:
+        if chosen := sorted(given & {"variant", "architecture", "model_name_or_path"}):
+            raise ValueError(
+                f"The embedded study has a model of its own: give --dataset_name or a recipe with --{chosen[0]}."
+            )
         shared = (EMBEDDED_RECIPE, *shared)
     runs = [Run(arm, seed, args.output_dir / arm.name / f"seed_{seed}", shared) for seed in args.seeds for arm in arms]
     for run in runs[: len(arms)]:
-        parse(run.arguments)
+        run.settings()
     for run in runs:
-        run.is_finished()
+        run.read_record()
     return arms, runs
 
 
 def main(arguments: list[str]) -> None:
     args, shared = parser().parse_known_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs are ended too
     has_gpu = torch.accelerator.is_available()
     try:
         arms, runs = plan(args, tuple(shared))
-        jobs = args.jobs or (1 if has_gpu else os.cpu_count() or 1)
-        threads = None if has_gpu else max(1, (os.cpu_count() or 1) // jobs)
+        missing = sum(not run.is_finished() for run in runs)
+        jobs = args.jobs or (1 if has_gpu else max(1, min(num_cpu_cores(), missing)))
+        threads = None if has_gpu else max(1, num_cpu_cores() // jobs)
+        runner = Runner(jobs, threads, shlex.split(args.launcher) if args.launcher else (sys.executable,))
         results = {arm: ArmResults(arm) for arm in arms}
         print(f"{len(runs)} runs, {jobs} at a time, of train_tl.py {shlex.join(runs[0].options)}", flush=True)
-        with tqdm(total=len(runs), unit="run") as bar:
-            for run in run_all(runs, jobs, threads, shlex.split(args.launcher)):
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(args.output_dir / LOCK, timeout=0), tqdm(total=len(runs), unit="run") as bar:
+            for run in runner.run_all(runs):
                 results[run.arm].add(run, args.metric)
                 bar.set_postfix_str(f"{run.arm.name}, seed {run.seed}: {results[run.arm].finals[run.seed]:.3f}")
                 bar.update()
+        print(save_report(args.output_dir, list(results.values()), args.metric, runs[0].options))
+    except Timeout:
+        sys.exit(f"{MODULE}: another study writes to {args.output_dir}.")
     except (ValueError, OSError, RunError, StrictDataclassError) as error:
         sys.exit(f"{MODULE}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{MODULE}: stopped; the same command goes on from here.")
-    print(save_report(args.output_dir, list(results.values()), args.metric, runs[0].options))
     print(f"saved to {args.output_dir}")
 
 

@@ -12,21 +12,20 @@ class Arm:
         name: Of its folder.
         title: In tables and pictures.
         options: Those of `train_tl.py` that tell it from the others.
-        needs_token_labels: Whether it is nothing without dense labels.
     """
 
     name: str
     title: str
     options: tuple[str, ...] = ()
-    needs_token_labels: bool = False
 
 
+REQUIRED = ("--require_token_labels", "true")
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("token_labels", "token labels", needs_token_labels=True),
+        Arm("token_labels", "token labels", REQUIRED),
         Arm("plain_labels", "plain labels", ("--use_token_labels", "false")),
-        Arm("authors_crop", "token labels, authors' crop", ("--label_crop", "authors"), needs_token_labels=True),
+        Arm("authors_crop", "token labels, authors' crop", ("--label_crop", "authors", *REQUIRED)),
     )
 }
 OWN_OPTIONS = ("--output_dir", "--seed", "--overwrite_output_dir", "--resume_from_checkpoint", "--push_to_hub")
@@ -45,6 +44,8 @@ def parse_arm(text: str) -> Arm:
                 f"Unknown arm {name!r}; expected {', '.join(ARMS)}, or one of your own, written 'NAME=--option value'."
             )
         return ARMS[name]
+    if name in ARMS:
+        raise ValueError(f"{name} is an arm that the study has already; give yours another name.")
     if not name.replace("_", "").replace("-", "").isalnum():
         raise ValueError(f"The name of an arm has letters, digits, _ and - only, got {name!r}.")
     try:
@@ -58,5 +59,6 @@ def parse_arm(text: str) -> Arm:
 def check_options(words: tuple[str, ...]) -> None:
     """Raises a `ValueError` if an option of `train_tl.py` is one that the study sets for each run."""
     for word in words:
-        if word.partition("=")[0] in OWN_OPTIONS:
-            raise ValueError(f"{word.partition('=')[0]} is set by the study for each run: leave it out.")
+        option = word.partition("=")[0]
+        if word.startswith("--") and option.replace("-", "_").replace("__", "--", 1) in OWN_OPTIONS:
+            raise ValueError(f"{option} is set by the study for each run: leave it out.")

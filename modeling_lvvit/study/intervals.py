@@ -27,8 +27,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = float(np.mean(values))
     if len(values) < 2:
         return Estimate(mean, math.nan)
-    interval = stats.ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE) if np.ptp(values) else None
-    return Estimate(mean, 0.0 if interval is None else float(interval.high - interval.low) / 2)
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Estimate(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error)
 
 
 def paired_difference(values: Sequence[float], others: Sequence[float]) -> Estimate:

@@ -22,6 +22,27 @@ TABLE, RECORD, PICTURE = "study.md", "study.json", "curves.png"
 TITLES = {"eval_accuracy": "top-1", "eval_top5_accuracy": "top-5"}
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How values of a metric are written: times `factor`, with so many `decimals`."""
+
+    factor: float
+    decimals: int
+    unit: str = ""
+
+    def text(self, value: float, sign: str = "") -> str:
+        """The value as it stands in tables."""
+        return f"{self.factor * value:{sign}.{self.decimals}f}"
+
+
+PER_CENT, PLAIN = Scale(100, 1, " (%)"), Scale(1, 4)
+
+
+def scale_of(metric: str) -> Scale:
+    """Accuracies are shares; of other metrics that is not known."""
+    return PER_CENT if metric.endswith("accuracy") else PLAIN
+
+
 @dataclass
 class ArmResults:
     """What the runs of an arm reached, by seed.
@@ -31,7 +52,7 @@ class ArmResults:
         finals: Value of the metric at the end.
         curves: Epochs and values of the metric at every evaluation, the last one included.
         steps: Optimiser steps.
-        seconds: Duration of the training.
+        seconds: Duration of its processes, loading and evaluation included.
     """
 
     arm: Arm
@@ -58,9 +79,7 @@ class ArmResults:
             [entry[metric] for entry in by_step.values()],
         )
         self.steps[run.seed] = state["global_step"]
-        self.seconds[run.seed] = next(
-            (entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry), math.nan
-        )
+        self.seconds[run.seed] = run.read_record()["seconds"]
 
     def values(self) -> list[float]:
         """Finals in the order of the seeds."""
@@ -73,20 +92,21 @@ def has_equal_budgets(results: Sequence[ArmResults]) -> bool:
 
 
 def study_table(results: Sequence[ArmResults], metric: str) -> str:
-    """Markdown: a row for each arm, metric in per cent; `a ± b` are mean and half the 95 % interval of Student's t; gains are differences
-    of the first arm and this one between runs of the same seed."""
-    first = results[0]
+    """Markdown: a row for each arm, accuracies in per cent; `a ± b` are mean and half the 95 % interval of Student's t; differences are
+    those of the first arm and this one between runs of the same seed."""
+    first, scale = results[0], scale_of(metric)
     title = TITLES.get(metric, metric)
+    word = "gain" if scale == PER_CENT else "difference"
     lines = [
-        f"| arm | seeds | {title} | lowest to highest | gain of {first.arm.title} | steps | minutes a run |",
+        f"| arm | seeds | {title} | lowest to highest | {word} of {first.arm.title} | steps | minutes a run |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for found in results:
         values = found.values()
-        gain = "" if found is first else _percent(paired_difference(first.values(), values), signed=True)
+        gain = "" if found is first else _text(paired_difference(first.values(), values), scale, signed=True)
         steps = sorted(set(found.steps.values()))
         lines.append(
-            f"| {found.arm.title} | {len(values)} | {_percent(estimate(values))} | {100 * min(values):.1f} to {100 * max(values):.1f} "
+            f"| {found.arm.title} | {len(values)} | {_text(estimate(values), scale)} | {scale.text(min(values))} to {scale.text(max(values))} "
             f"| {gain} | {', '.join(map(str, steps))} | {np.mean(list(found.seconds.values())) / 60:.1f} |"
         )
     if not has_equal_budgets(results):
@@ -94,9 +114,9 @@ def study_table(results: Sequence[ArmResults], metric: str) -> str:
     return "\n".join(lines)
 
 
-def _percent(found: Estimate, signed: bool = False) -> str:
-    mean = f"{100 * found.mean:{'+' if signed else ''}.1f}"
-    return mean if math.isnan(found.half_width) else f"{mean} ± {100 * found.half_width:.1f}"
+def _text(found: Estimate, scale: Scale, signed: bool = False) -> str:
+    mean = scale.text(found.mean, "+" if signed else "")
+    return mean if math.isnan(found.half_width) else f"{mean} ± {scale.text(found.half_width)}"
 
 
 def save_report(folder: Path, results: Sequence[ArmResults], metric: str, options: Sequence[str]) -> str:
@@ -108,7 +128,7 @@ def save_report(folder: Path, results: Sequence[ArmResults], metric: str, option
         {
             "name": found.arm.name,
             "options": found.arm.options,
-            "values": found.finals,
+            "values": {seed: value if math.isfinite(value) else None for seed, value in found.finals.items()},
             "steps": found.steps,
             "seconds": found.seconds,
             "estimate": _plain(estimate(found.values())),
@@ -119,39 +139,41 @@ def save_report(folder: Path, results: Sequence[ArmResults], metric: str, option
     write_json(
         folder / RECORD, {"metric": metric, "options": list(options), "arms": arms, "versions": library_versions()}
     )
-    save_curves(folder / PICTURE, results, TITLES.get(metric, metric))
+    scale = scale_of(metric)
+    save_curves(folder / PICTURE, results, TITLES.get(metric, metric) + scale.unit, scale.factor)
     return table
 
 
 def _plain(found: Estimate) -> Mapping[str, Any]:
-    return {name: None if math.isnan(value) else value for name, value in asdict(found).items()}
+    return {name: value if math.isfinite(value) else None for name, value in asdict(found).items()}
 
 
-def save_curves(path: Path, results: Sequence[ArmResults], title: str) -> None:
+def save_curves(path: Path, results: Sequence[ArmResults], title: str, factor: float) -> None:
     """Left the metric over the epochs, a line for each run and a thick one for their mean; right the ends with mean and interval.
 
     Args:
         path: PNG to write.
         results: Of each arm.
         title: Of the metric.
+        factor: What its values are multiplied by.
     """
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     curves, ends = figure.subplots(1, 2, width_ratios=(2, 1))
     for position, found in enumerate(results):
         color = matplotlib.colormaps["tab10"](position % 10)
         for epochs, values in found.curves.values():
-            curves.plot(epochs, 100 * np.array(values), color=color, alpha=0.3, linewidth=0.8)
+            curves.plot(epochs, factor * np.array(values), color=color, alpha=0.3, linewidth=0.8)
         if len({tuple(epochs) for epochs, _ in found.curves.values()}) == 1:
             epochs = next(iter(found.curves.values()))[0]
-            mean = 100 * np.mean([values for _, values in found.curves.values()], axis=0)
+            mean = factor * np.mean([values for _, values in found.curves.values()], axis=0)
             curves.plot(epochs, mean, color=color, linewidth=2, marker="o", markersize=3, label=found.arm.title)
-        values = 100 * np.array(found.values())
+        values = factor * np.array(found.values())
         middle = estimate(found.values())
         ends.scatter(np.full(len(values), position), values, color=color, alpha=0.5, s=16)
-        half = 0.0 if math.isnan(middle.half_width) else 100 * middle.half_width
-        ends.errorbar([position + 0.2], [100 * middle.mean], yerr=[[half], [half]], color=color, fmt="D", capsize=4)
+        half = 0.0 if math.isnan(middle.half_width) else factor * middle.half_width
+        ends.errorbar([position + 0.2], [factor * middle.mean], yerr=[[half], [half]], color=color, fmt="D", capsize=4)
     curves.set_xlabel("epoch")
-    curves.set_ylabel(f"{title} (%)")
+    curves.set_ylabel(title)
     curves.grid(alpha=0.3)
     curves.legend(fontsize=8)
     ends.set_xticks(range(len(results)), [found.arm.title.replace(", ", ",\n") for found in results], fontsize=8)

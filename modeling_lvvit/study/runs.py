@@ -1,23 +1,29 @@
 """The runs of a study: each an own process of `train_tl.py`, begun, continued or found finished."""
 
+import dataclasses
 import json
 import os
-import shlex
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoints import last_whole_checkpoint
+from ..command_line import parse
 from ..token_labeling.whole_files import write_json
 from .arms import Arm
 
 
 PROGRAM = Path(__file__).parents[2] / "train_tl.py"
-LOG, DONE = "log.txt", "study_run.json"
+LOG, RECORD = "log.txt", "study_run.json"
 LINES_OF_ERROR = 12
-PATCH_LOSS = "token_loss"  # of the Trainer's log
+MAX_NAMED = 3  # options that a message names
+# options that say where a run lies or how it goes on, not what it is
+PLACES = ("output_dir", "run_name", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm")
 
 
 class RunError(RuntimeError):
@@ -45,88 +51,127 @@ class Run:
         """What stands behind `train_tl.py`, without what says where the run goes on."""
         return [*self.options, *self.arm.options, "--seed", str(self.seed), "--output_dir", str(self.folder)]
 
-    @property
-    def record(self) -> dict[str, object]:
-        """What the finished run is known by."""
-        return {"options": [*self.options, *self.arm.options], "seed": self.seed}
+    def settings(self) -> dict[str, str]:
+        """Every option with its value, recipes resolved.
 
-    def is_finished(self) -> bool:
-        """Whether it ended as it should.
+        Raises:
+            ValueError: If an option is unknown or does not fit a study.
+        """
+        parsed = parse(self.arguments)
+        found = {field.name: str(getattr(part, field.name)) for part in parsed for field in dataclasses.fields(part)}
+        if found["push_to_hub"] == "True" or found["resume_from_checkpoint"] != "None":
+            raise ValueError("A recipe sets push_to_hub or resume_from_checkpoint, which a study sets for each run.")
+        if found["label_crop"] == "authors" and found["annotator"] != "None":
+            raise ValueError(
+                f"Arm {self.arm.name}: an annotator labels the crops themselves, so that label_crop changes nothing. Leave the arm out."
+            )
+        return {name: value for name, value in found.items() if name not in PLACES}
+
+    def read_record(self) -> dict[str, object]:
+        """What is known of the run: `settings`, `is_finished` and `seconds` of its processes; empty where it has not begun.
 
         Raises:
             ValueError: If another run, with other options, stands in its folder.
         """
-        file = self.folder / DONE
+        file = self.folder / RECORD
         if not file.is_file():
-            return False
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found != self.record:
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                raise ValueError(
+                    f"{self.folder} holds something that is no run of a study. Choose another --output_dir."
+                )
+            return {}
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            before, now = record["settings"], self.settings()
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.folder} holds a run with {shlex.join(found['options'])}, wanted: {shlex.join(self.record['options'])}. "
-                "Choose another --output_dir, or delete that folder."
+                f"{file} cannot be read ({error}). Delete its folder, and the run is made anew."
+            ) from error
+        differing = [name for name in now if before.get(name) != now[name]]
+        if differing:
+            about = "; ".join(f"{name} {before.get(name)}, now {now[name]}" for name in differing[:MAX_NAMED])
+            raise ValueError(
+                f"{self.folder} holds a run with other options ({about}). Choose another --output_dir, or delete that folder."
             )
-        return True
+        return record
+
+    def is_finished(self) -> bool:
+        """Whether it ended as it should; see `read_record`."""
+        return bool(self.read_record().get("is_finished"))
 
     def state(self) -> dict[str, object]:
         """`trainer_state.json` of the finished run."""
         return json.loads((self.folder / "trainer_state.json").read_text(encoding="utf-8"))
 
 
-def run_all(
-    runs: Sequence[Run], jobs: int, threads: int | None = None, launcher: Sequence[str] = (sys.executable,)
-) -> Iterator[Run]:
+class Runner:
     """Trains what is not finished yet, several at a time.
 
     Args:
-        runs: In the order in which they are begun.
         jobs: Processes at a time.
         threads: Of PyTorch in each of them; default: their own choice.
         launcher: What stands before `train_tl.py` on the command line.
-
-    Yields:
-        Each run when it is finished, in the order in which they are.
-
-    Raises:
-        RunError: If one fails; those beside it are ended.
     """
-    processes: dict[Run, subprocess.Popen] = {}
-    waiting = [run for run in runs if not run.is_finished()]
-    yield from (run for run in runs if run not in waiting)
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(_train, run, threads, launcher, processes): run for run in waiting}
-        try:
-            while futures:
-                done, _ = wait(futures, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                    yield futures.pop(future)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes.values():
+
+    def __init__(self, jobs: int, threads: int | None = None, launcher: Sequence[str] = (sys.executable,)):
+        self.jobs, self.threads, self.launcher = jobs, threads, launcher
+        self._processes: list[subprocess.Popen] = []
+        self._lock, self._is_stopping = threading.Lock(), False
+
+    def run_all(self, runs: Sequence[Run]) -> Iterator[Run]:
+        """Yields each run when it is finished, those first that were before.
+
+        Raises:
+            RunError: If one fails; those beside it are ended, as they are when this is interrupted.
+        """
+        waiting = [run for run in runs if not run.is_finished()]
+        yield from (run for run in runs if run not in waiting)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = {pool.submit(self._train, run): run for run in waiting}
+            try:
+                while futures:
+                    done, _ = wait(futures, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                        yield futures.pop(future)
+            except BaseException:
+                self._stop()
+                raise
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._is_stopping = True
+            for process in self._processes:
                 process.terminate()
-            raise
 
-
-def _train(run: Run, threads: int | None, launcher: Sequence[str], processes: dict[Run, subprocess.Popen]) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    command = [*launcher, str(PROGRAM), *run.arguments, *_continuation(run), "--disable_tqdm", "true"]
-    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
-    with (run.folder / LOG).open("w", encoding="utf-8") as log:
-        processes[run] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        status = processes[run].wait()
-    if status != 0:
-        end = (run.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_ERROR:]
-        raise RunError(
-            f"arm {run.arm.name}, seed {run.seed} ended with status {status}; {run.folder / LOG} ends with:\n"
-            + "\n".join(end)
-        )
-    if run.arm.needs_token_labels and not any(PATCH_LOSS in entry for entry in run.state()["log_history"]):
-        raise RunError(f"arm {run.arm.name} trained with plain labels: the data has no dense labels.")
-    write_json(run.folder / DONE, run.record)
+    def _train(self, run: Run) -> None:
+        record = run.read_record() or {"settings": run.settings(), "seconds": 0.0}
+        command = [*self.launcher, str(PROGRAM), *run.arguments, *_continuation(run), "--disable_tqdm", "true"]
+        threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        start = time.monotonic()
+        with self._lock:
+            if self._is_stopping:
+                return
+            write_json(run.folder / RECORD, record | {"is_finished": False})
+            with (run.folder / LOG).open("a", encoding="utf-8") as log:
+                process = subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **threads}
+                )
+            self._processes.append(process)
+        status = process.wait()
+        record["seconds"] += time.monotonic() - start
+        write_json(run.folder / RECORD, record | {"is_finished": status == 0})
+        if status != 0:
+            self._stop()  # at once, so that this thread does not begin the next one
+            end = (run.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_ERROR:]
+            raise RunError(
+                f"arm {run.arm.name}, seed {run.seed} ended with status {status}; {run.folder / LOG} ends with:\n"
+                + "\n".join(end)
+            )
 
 
 def _continuation(run: Run) -> list[str]:
-    """Options that let a run go on from its last checkpoint, or begin anew where there is none."""
-    if any(run.folder.glob("checkpoint-*/trainer_state.json")):
+    """Options that let a run go on from its last whole checkpoint, or begin anew where there is none."""
+    if last_whole_checkpoint(run.folder, needs_average=False) is not None:
         return ["--resume_from_checkpoint", "last"]
     return ["--overwrite_output_dir", "true"]

@@ -26,6 +26,7 @@ class DataArguments(AnnotatorArguments):
         key_pattern: Regular expression that cuts the key out of both; see `label_join.join_label_set`.
         token_label_ids_column, token_label_scores_column: Dense-label columns.
         use_token_labels: Whether to train with dense labels where the data has them.
+        require_token_labels: Whether to stop where they are missing, instead of training with plain labels.
         streaming: Whether to read training images one after another, from the Hub or from files, without preparing all of
             them first. Needs `--max_steps`, a `ClassLabel` column and an evaluation split, which is prepared as usual.
         shuffle_buffer: Images among which a stream draws the next one.
@@ -49,6 +50,7 @@ class DataArguments(AnnotatorArguments):
     token_label_ids_column: str = field(default=IDS_COLUMN, metadata={"help": "Dense-label ids."})
     token_label_scores_column: str = field(default=SCORES_COLUMN, metadata={"help": "Dense-label scores."})
     use_token_labels: bool = field(default=True, metadata={"help": "Train with dense labels where there are any."})
+    require_token_labels: bool = field(default=False, metadata={"help": "Stop where dense labels are missing."})
     streaming: bool = field(default=False, metadata={"help": "Read training images one after another."})
     shuffle_buffer: int = field(default=1000, metadata={"help": "Images among which a stream draws the next one."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only."})

@@ -130,7 +130,8 @@ def _forward(
     if isinstance(network, PreTrainedModel):
         with _eager_attention(network):
             output = network(pixel_values, output_attentions=True, **forward_options)
-        return output, list(getattr(output, "attentions", None) or ())
+        attentions = getattr(output, "attentions", None) or ()
+        return output, [attention for attention in attentions if attention is not None]
     with _recorded_attention(network) as attentions:
         return network(pixel_values), attentions
 
