@@ -116,7 +116,10 @@ def test_study_from_runs_to_report(stand_in, capsys):
     record = json.loads((stand_in / "study.json").read_text())
     assert record["arms"][0]["values"] == {"0": 0.75, "1": 0.77, "2": 0.79}
     assert (stand_in / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "--label_crop authors --require_token_labels true --seed 1" in calls_of(stand_in / "authors_crop" / "seed_1")[0]
+    assert (
+        "--label_crop authors --require_token_labels true --seed 1"
+        in calls_of(stand_in / "authors_crop" / "seed_1")[0]
+    )
     main([*arguments, "--arms", "token_labels", "half=--dense_weight 0.5"])  # finished runs are not made again
     assert len(calls_of(stand_in / "token_labels" / "seed_0")) == 1
     assert "| half |" in (stand_in / "study.md").read_text()
