@@ -159,7 +159,7 @@ def _without_replaced(options: dict[str, Any], later: dict[str, Any]) -> dict[st
     return {name: value for name, value in options.items() if name not in replaced}
 
 
-def _given_options(arguments: list[str], program: Program) -> dict[str, Any]:
+def given_options(arguments: list[str], program: Program = TRAIN_TL) -> dict[str, Any]:
     """Options that stand on the command line."""
     parser, unset = program.parser(), object()  # one of its own: several actions with other defaults share a name
     parser.set_defaults(**{action.dest: unset for action in parser._actions if action.dest != "help"})
@@ -187,7 +187,7 @@ def parse(arguments: list[str], program: Program = TRAIN_TL) -> tuple[Any, ...]:
     parser = program.parser()
     recipes = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     arguments = arguments[len(recipes) :]
-    given = _given_options(arguments, program)
+    given = given_options(arguments, program)
     options: dict[str, Any] = {}
     for recipe in recipes:
         options = _merged(options, read_recipe(find_recipe(recipe, program), program))

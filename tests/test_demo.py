@@ -20,7 +20,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, SegformerIm
 from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation
 from modeling_lvvit.demo.__main__ import main
 from modeling_lvvit.demo.explanation import Explainer, annotated
-from modeling_lvvit.demo.page import build_page, build_segmentation_page, read_path
+from modeling_lvvit.demo.page import build_page, build_segmentation_page, read_picture
 from modeling_lvvit.demo.segmentation import Segmenter, is_segmentation_model
 from modeling_lvvit.demo.space import export_space
 from modeling_lvvit.variants import evaluation_image_processor
@@ -128,8 +128,8 @@ def test_page_opens_uploaded_files_only(client, picture, tmp_path):
     picture.save(tmp_path / "private.png")
     for path in (str(tmp_path / "private.png"), "/etc/hostname", "http://127.0.0.1:9/a.png"):
         with pytest.raises(gr.Error, match="Upload a picture first"):
-            read_path(SimpleNamespace(path=path, orig_name=None))
-    assert read_path(None) is None
+            read_picture(SimpleNamespace(path=path, orig_name=None))
+    assert read_picture(None) is None
 
 
 def test_relevance_alone(client, picture, tmp_path):

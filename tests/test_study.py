@@ -193,7 +193,7 @@ def test_sigterm_ends_the_runs_too(stand_in):
 def test_stopped_run_goes_on_from_its_checkpoint(stand_in):
     run = Run(ARMS["plain_labels"], 0, stand_in / "run", ("study",))
     (run.folder / "checkpoint-5").mkdir(parents=True)  # that was being written
-    (run.folder / "study_run.json").write_text(json.dumps({"settings": run.settings(), "seconds": 7.0}))
+    (run.folder / "study_run.json").write_text(json.dumps({"settings": run.settings, "seconds": 7.0}))
     assert study_runs._continuation(run) == ["--overwrite_output_dir", "true"]
     (run.folder / "checkpoint-5" / "trainer_state.json").write_text("{}")
     (run.folder / "checkpoint-5" / "scheduler.pt").touch()

@@ -50,7 +50,7 @@ def compare_models(
     for text, contestant in contestants.items():
         parameters, flops = size_of(contestant, setting.num_classes)
         row = {"mode": mode, "contestant": text, "batch_size": setting.batch_size, "parameters": parameters}
-        row |= {"gflops": flops / 1e9, **_speed(times[text], first, setting.batch_size)}
+        row |= {"gflops": flops / 1e9, **speed_of(times[text], first, setting.batch_size)}
         row["ratio_per_flop"] = row["ratio"] * row["gflops"] / (rows[0]["gflops"] if rows else row["gflops"])
         if with_ceiling:
             speed = flops * row["images_per_second"] * (1 if mode == "inference" else TRAINING_FLOPS)
@@ -74,7 +74,7 @@ def compare_loaders(
     images_an_epoch = len(rows) // setting.batch_size * setting.batch_size
     return [
         {"mode": "data", "contestant": name, "batch_size": setting.batch_size}
-        | _speed(times[name], times[names[0]], images_an_epoch)
+        | speed_of(times[name], times[names[0]], images_an_epoch)
         for name in names
     ]
 
@@ -92,7 +92,8 @@ def size_of(contestant: Contestant, num_classes: int | None) -> tuple[int, float
     return parameters, count_flops(lambda: plain.build(num_classes), plain.image_size())
 
 
-def _speed(times: Times, reference: Times, images: int) -> dict[str, object]:
+def speed_of(times: Times, reference: Times, images: int) -> dict[str, object]:
+    """What is said of the speed of a contestant that takes so many images a turn."""
     median = statistics.median(times.seconds)
     return {
         "milliseconds": 1000 * median,

@@ -1,7 +1,6 @@
 """The published comparison, with what is counted and timed here beside it."""
 
 import json
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -10,11 +9,11 @@ from pathlib import Path
 import torch
 
 from ..token_labeling.whole_files import write_json
-from .comparison import model_entry, size_of
+from .comparison import model_entry, size_of, speed_of
 from .contestants import Contestant, Setting
 from .measure import device_name
 from .published import PublishedRow
-from .turns import median_ratio, take_turns
+from .turns import take_turns
 
 
 REFERENCE = "lvvit_s_224"
@@ -103,12 +102,7 @@ def _speed(contestant: Contestant, setting: Setting, rounds: int, options: froze
         for name, each in (("reference", replace(reference, options=options)), ("model", contestant))
     }
     times = take_turns(entries, setting.device, rounds)
-    return {
-        "images_per_second": setting.batch_size / statistics.median(times["model"].seconds),
-        "ratio": median_ratio(times["reference"].seconds, times["model"].seconds),
-        "peak_megabytes": times["model"].peak_bytes / 1e6,
-        "seconds": times["model"].seconds,
-    }
+    return speed_of(times["model"], times["reference"], setting.batch_size)
 
 
 # heading -> what stands below it

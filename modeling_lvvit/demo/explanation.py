@@ -10,8 +10,8 @@ from PIL import Image
 
 from ..evaluate.classifier import TRIAL_ERRORS, Classifier, InputOptions, load_classifier
 from ..token_labeling.annotators import first_line, load_annotator
-from ..visualization.figures import heat
-from ..visualization.panels import best_cells, short, shown_picture
+from ..visualization.figures import best_cells, heat
+from ..visualization.panels import short, shown_picture
 from ..visualization.relevance import relevance_maps
 
 

@@ -21,8 +21,8 @@ HOW_TO_READ = (
 )
 
 
-def read_path(payload: Any) -> str | None:
-    """The path of an uploaded file that is a picture. Only files that were uploaded are opened, and never an address.
+def read_picture(payload: Any) -> Image.Image | None:
+    """The upright RGB picture of an uploaded file. Only files that were uploaded are opened, and never an address.
 
     Raises:
         gr.Error: If it is none; the page shows the message.
@@ -33,27 +33,17 @@ def read_path(payload: Any) -> str | None:
         raise gr.Error("Upload a picture first.", print_exception=False)
     name = payload.orig_name or "The file"
     try:
-        open_picture(payload.path)
+        return decode_picture({"bytes": Path(payload.path).read_bytes(), "path": None})
     except IMAGE_ERRORS as error:
         reason = first_line(error).partition("<")[0].rstrip()
         raise gr.Error(f"{name} cannot be read as a picture: {reason}", print_exception=False) from error
-    return payload.path
-
-
-def open_picture(path: str) -> Image.Image:
-    """The upright RGB picture of a file.
-
-    Raises:
-        IMAGE_ERRORS: If it is none.
-    """
-    return decode_picture({"bytes": Path(path).read_bytes(), "path": None})
 
 
 def build_segmentation_page(segmenter: Segmenter) -> gr.Blocks:
     """The page of a segmentation model."""
 
-    def look(path: str | None):
-        return None if path is None else segmenter.segment(open_picture(path))
+    def look(image: Image.Image | None):
+        return None if image is None else segmenter.segment(image)
 
     with gr.Blocks(title="LV-ViT", analytics_enabled=False) as page:
         gr.Markdown(f"# What is where?\n{segmenter.description}")
@@ -68,7 +58,7 @@ def build_segmentation_page(segmenter: Segmenter) -> gr.Blocks:
 def picture_input() -> gr.Image:
     """Where a picture is dropped; files that are none get a message."""
     picture = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=360)
-    picture.preprocess = read_path
+    picture.preprocess = read_picture
     return picture
 
 
@@ -77,28 +67,27 @@ def build_page(explainer: Explainer) -> gr.Blocks:
     names = explainer.distinct_names
     every_class = [(name, index) for index, name in enumerate(names)]
 
-    def look(path: str | None):
+    def look(image: Image.Image | None):
         """Everything about a new picture."""
-        if path is None:
+        if image is None:
             return nothing()
-        picture = open_picture(path)
-        probabilities = explainer.probabilities(picture)
+        probabilities = explainer.probabilities(image)
         order = probabilities.argsort(descending=True).tolist()
         best = {names[index]: float(probabilities[index]) for index in order[:NUM_CLASSES]}
         choices = [(names[index], index) for index in order]
-        found = explainer.explain(picture, order[0])
-        cells, missing = explainer.cells(picture)
+        found = explainer.explain(image, order[0])
+        cells, missing = explainer.cells(image)
         notes = "\n\n".join(note for note in (found.note, missing) if note)
         return best, gr.Dropdown(choices=choices, value=order[0]), found.relevance, found.attention, cells, notes
 
     def nothing():
         return None, gr.Dropdown(value=None), None, None, None, ""
 
-    def look_for(path: str | None, class_id: int | None):
+    def look_for(image: Image.Image | None, class_id: int | None):
         """Relevance for another class."""
-        if path is None or class_id is None:
+        if image is None or class_id is None:
             return None
-        return explainer.explain(open_picture(path), class_id).relevance
+        return explainer.explain(image, class_id).relevance
 
     with gr.Blocks(title="LV-ViT", analytics_enabled=False) as page:
         gr.Markdown(f"# What does it see?\n{explainer.description}")

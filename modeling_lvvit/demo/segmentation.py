@@ -9,7 +9,7 @@ from ..evaluate.classifier import LOADING_ERRORS
 from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
 from ..segmentation.building import is_segmenter
 from ..segmentation.inference import InferenceSettings, predict_classes
-from ..token_labeling.annotators import first_line
+from ..token_labeling.annotators import first_line, transformers_class_names
 from ..token_labeling.transforms import Normalisation
 from .explanation import Annotated, annotated
 
@@ -55,7 +55,7 @@ class Segmenter:
     @property
     def class_names(self) -> list[str]:
         """By id."""
-        return [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
+        return transformers_class_names(self.model)
 
     @property
     def description(self) -> str:

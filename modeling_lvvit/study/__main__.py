@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 
+from ..command_line import given_options
 from ..launching import num_cpu_cores
 from .arms import ARMS, Arm, check_options, parse_arm
 from .report import ArmResults, save_report
@@ -70,7 +71,7 @@ def plan(args: argparse.Namespace, shared: tuple[str, ...]) -> tuple[list[Arm], 
         if len(set(values)) < len(values):
             raise ValueError(f"{name} names something twice: {' '.join(map(str, values))}.")
     has_recipe = bool(shared) and not shared[0].startswith("-")
-    given = {word.partition("=")[0].replace("-", "_").lstrip("_") for word in shared if word.startswith("--")}
+    given = given_options(list(shared)).keys()
     if not has_recipe and "dataset_name" not in given:
         if chosen := sorted(given & {"variant", "architecture", "model_name_or_path"}):
             raise ValueError(
@@ -79,7 +80,7 @@ def plan(args: argparse.Namespace, shared: tuple[str, ...]) -> tuple[list[Arm], 
         shared = (EMBEDDED_RECIPE, *shared)
     runs = [Run(arm, seed, args.output_dir / arm.name / f"seed_{seed}", shared) for seed in args.seeds for arm in arms]
     for run in runs[: len(arms)]:
-        run.settings()
+        _ = run.settings  # raises if they are wrong
     for run in runs:
         run.read_record()
     return arms, runs

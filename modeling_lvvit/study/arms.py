@@ -3,6 +3,8 @@
 import shlex
 from dataclasses import dataclass
 
+from ..command_line import given_options
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -28,7 +30,7 @@ ARMS = {
         Arm("authors_crop", "token labels, authors' crop", ("--label_crop", "authors", *REQUIRED)),
     )
 }
-OWN_OPTIONS = ("--output_dir", "--seed", "--overwrite_output_dir", "--resume_from_checkpoint", "--push_to_hub")
+OWN_OPTIONS = {"output_dir", "seed", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub"}
 
 
 def parse_arm(text: str) -> Arm:
@@ -58,7 +60,5 @@ def parse_arm(text: str) -> Arm:
 
 def check_options(words: tuple[str, ...]) -> None:
     """Raises a `ValueError` if an option of `train_tl.py` is one that the study sets for each run."""
-    for word in words:
-        option = word.partition("=")[0]
-        if word.startswith("--") and option.replace("-", "_").replace("__", "--", 1) in OWN_OPTIONS:
-            raise ValueError(f"{option} is set by the study for each run: leave it out.")
+    if own := sorted(OWN_OPTIONS & given_options(list(words)).keys()):
+        raise ValueError(f"--{own[0]} is set by the study for each run: leave it out.")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..checkpoints import last_whole_checkpoint
@@ -51,6 +52,7 @@ class Run:
         """What stands behind `train_tl.py`, without what says where the run goes on."""
         return [*self.options, *self.arm.options, "--seed", str(self.seed), "--output_dir", str(self.folder)]
 
+    @cached_property
     def settings(self) -> dict[str, str]:
         """Every option with its value, recipes resolved.
 
@@ -82,7 +84,7 @@ class Run:
             return {}
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            before, now = record["settings"], self.settings()
+            before, now = record["settings"], self.settings
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} cannot be read ({error}). Delete its folder, and the run is made anew."
@@ -145,7 +147,7 @@ class Runner:
                 process.terminate()
 
     def _train(self, run: Run) -> None:
-        record = run.read_record() or {"settings": run.settings(), "seconds": 0.0}
+        record = run.read_record() or {"settings": run.settings, "seconds": 0.0}
         command = [*self.launcher, str(PROGRAM), *run.arguments, *_continuation(run), "--disable_tqdm", "true"]
         threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
         start = time.monotonic()

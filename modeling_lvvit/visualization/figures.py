@@ -62,6 +62,14 @@ def label_map_strengths(scores: np.ndarray, num_classes: int) -> np.ndarray:
     return np.clip((probability - 1 / num_classes) / (1 - 1 / num_classes), 0, 1)
 
 
+def best_cells(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of cells `(..., classes)` to the best class of each, and by how much its probability lies above chance in [0, 1], both
+    `(...)`."""
+    number = logits.shape[-1]
+    best, ids = logits.float().softmax(dim=-1).max(dim=-1)
+    return ids.numpy(), ((best - 1 / number) / (1 - 1 / number)).clamp(0, 1).numpy()
+
+
 def save_prediction_figure(
     path: Path,
     pictures: Sequence[Image.Image],
@@ -89,15 +97,13 @@ def save_prediction_figure(
     names = ["image"] + (["dense labels"] if label_maps is not None else []) + ["patch predictions"]
     figure = Figure(figsize=(1.5 * len(pictures) + 0.6, 1.6 * len(names) + 0.5), layout="constrained")
     axes = np.atleast_2d(figure.subplots(len(names), len(pictures), squeeze=False))
-    probabilities = patch_logits.float().softmax(dim=-1).unflatten(1, grid_size)  # (B, rows, columns, C)
-    best, best_ids = probabilities.max(dim=-1)
+    ids_of_cells, strengths = best_cells(patch_logits.unflatten(1, grid_size))  # (B, rows, columns)
     for column, picture in enumerate(pictures):
         panels = [np.asarray(picture)]
         if label_maps is not None:
             ids, scores = label_maps[column]
             panels.append(overlay(picture, ids[0], label_map_strengths(scores, num_classes), colors))
-        strengths = ((best[column] - 1 / num_classes) / (1 - 1 / num_classes)).clamp(0, 1)
-        panels.append(overlay(picture, best_ids[column].numpy(), strengths.numpy(), colors))
+        panels.append(overlay(picture, ids_of_cells[column], strengths[column], colors))
         for row, panel in enumerate(panels):
             axes[row, column].imshow(panel)
             axes[row, column].set(xticks=[], yticks=[])

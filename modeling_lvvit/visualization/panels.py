@@ -4,21 +4,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .figures import class_colors, overlay
+from .figures import best_cells, class_colors, overlay
 
 
 def shown_picture(pixel_values: torch.Tensor) -> np.ndarray:
     """The picture as a model sees it, `(3, height, width)` to `(height, width, 3)` in [0, 1], each channel stretched to its range."""
     low, high = (getattr(pixel_values, extreme)(dim=(1, 2), keepdim=True) for extreme in ("amin", "amax"))
     return ((pixel_values - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).numpy()
-
-
-def best_cells(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of cells `(rows, columns, classes)` to the best class of each, and by how much its probability lies above chance in
-    [0, 1], both `(rows, columns)`."""
-    number = logits.shape[-1]
-    best, ids = logits.float().softmax(dim=-1).max(dim=-1)
-    return ids.numpy(), ((best - 1 / number) / (1 - 1 / number)).clamp(0, 1).numpy()
 
 
 def cells_panel(shown: np.ndarray, logits: torch.Tensor, names: list[str], kind: str) -> tuple[str, np.ndarray]:
