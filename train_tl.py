@@ -27,7 +27,7 @@ from modeling_lvvit.launching import (
     start_missing_processes,
 )
 from modeling_lvvit.model_arguments import ModelArguments
-from modeling_lvvit.model_card import write_model_card
+from modeling_lvvit.model_card import origin_of, write_model_card
 from modeling_lvvit.token_labeling import (
     ImageProcessorTransform,
     TokenLabelDataset,
@@ -43,9 +43,9 @@ from modeling_lvvit.token_labeling.data import (
     has_dense_columns,
     open_datasets,
 )
-from modeling_lvvit.token_labeling.data_sources import short_name
 from modeling_lvvit.token_labeling.live_labels import open_annotator
 from modeling_lvvit.token_labeling.pictures import SampleError
+from modeling_lvvit.token_labeling.publishing import push_finished_run
 from modeling_lvvit.visualization import save_prediction_figure
 
 
@@ -212,7 +212,7 @@ def main(arguments: list[str]) -> None:
         end_after_signal(trainer)
     if not model_args.save_patch_head:
         trainer.model.saves_patch_head = False
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # it is published at the end, with evaluation and card
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
@@ -220,14 +220,12 @@ def main(arguments: list[str]) -> None:
     has_picture = model_args.save_picture and trainer.trains_patches
     picture = draw_predictions(trainer, data_args, opened.evaluation) if has_picture else None
     if is_main:
-        name = short_name(data_args.dataset_name or EMBEDDED_RECIPE)
-        is_own = model_args.model_name_or_path is None
-        write_model_card(CARD_TEMPLATE, trainer, name, opened.eval_name, metrics, picture, is_own)
+        origin = origin_of(model_args, data_args.dataset_name, data_args.token_labels, EMBEDDED_RECIPE)
+        write_model_card(CARD_TEMPLATE, trainer, origin, opened.eval_name, metrics, picture)
         if "eval_accuracy" in metrics:
             print(f"top-1 on {len(opened.evaluation):,} evaluation images: {100 * metrics['eval_accuracy']:.2f} %")
         print(f"saved to {training_args.output_dir}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
+    push_finished_run(trainer, "train_tl.py")
 
 
 if __name__ == "__main__":

@@ -31,12 +31,13 @@ from modeling_lvvit.token_labeling.annotators import Annotator, load_annotator
 from modeling_lvvit.token_labeling.class_labels import names_in_data, pair_classes
 from modeling_lvvit.token_labeling.class_matching import ClassMap
 from modeling_lvvit.token_labeling.data_sources import open_splits, state_of
+from modeling_lvvit.token_labeling.hub import HubError, HubTarget
 from modeling_lvvit.token_labeling.image_keys import ImageKeys
 from modeling_lvvit.token_labeling.image_rows import StoredRows, StreamedRows
+from modeling_lvvit.token_labeling.label_set_publishing import finish_label_set
 from modeling_lvvit.token_labeling.label_set_writer import (
     LabelSetWriter,
     default_rows_per_shard,
-    finish_label_set,
     versions_of,
 )
 from modeling_lvvit.token_labeling.label_sets import LabelSetLayout
@@ -99,7 +100,8 @@ class AnnotateArguments:
     )
     rows_per_shard: int | None = field(default=None, metadata={"help": "Rows of a Parquet file."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Hub name to upload the finished set to."})
-    private: bool | None = field(default=None, metadata={"help": "Whether that repository is private."})
+    private: bool | None = field(default=None, metadata={"help": "Whether that repository, if it is new, is private."})
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch of it, made if there is none."})
 
     def __post_init__(self):
         for name in ("top_k", "batch_size", "max_samples", "num_workers", "rows_per_shard"):
@@ -222,10 +224,14 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     settings = {**about, **annotator.provenance, **options, "max_samples": args.max_samples}
     versions = versions_of(torch, transformers, timm, PIL)
     writer = LabelSetWriter(Path(args.output_dir), args.split, layout, settings, versions, rows.rows_per_shard)
-    problem = [None]
+    problem, target = [None], None
     if main:
         try:
+            if args.push_to_hub is not None:
+                target = HubTarget(args.push_to_hub, "dataset", args.private, args.hub_revision).open()
             writer.begin()
+        except HubError as error:
+            problem = [str(error)]
         except (ValueError, OSError) as error:
             problem = [f"Nothing can be written: {error}" if isinstance(error, OSError) else str(error)]
     broadcast_object_list(problem)
@@ -237,7 +243,7 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
         if not main:
             return
         title = f"Token labels of {about['dataset']} ({args.split}) by {annotator.provenance['annotator']}"
-        lines = finish_label_set(writer, rows.num_shards, CARD_TEMPLATE, title, args.push_to_hub, args.private)
+        lines = finish_label_set(writer, rows.num_shards, CARD_TEMPLATE, title, target)
         print("\n".join(lines))
     finally:
         writer.release()

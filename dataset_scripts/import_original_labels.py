@@ -26,10 +26,11 @@ from transformers import HfArgumentParser
 
 from modeling_lvvit.launching import num_cpu_cores
 from modeling_lvvit.token_labeling.class_matching import imagenet_class_names
+from modeling_lvvit.token_labeling.hub import HubTarget
+from modeling_lvvit.token_labeling.label_set_publishing import finish_label_set
 from modeling_lvvit.token_labeling.label_set_writer import (
     LabelSetWriter,
     default_rows_per_shard,
-    finish_label_set,
     versions_of,
 )
 from modeling_lvvit.token_labeling.label_sets import LabelMaps, LabelSetLayout
@@ -58,7 +59,8 @@ class ImportArguments:
         on_error: Damaged file: `stop`, or an `empty` label.
         rows_per_shard: Rows of a Parquet file.
         push_to_hub: Hub name to upload the finished set to.
-        private: Whether that repository is private.
+        private: Whether that repository, if it is new, is private.
+        hub_revision: Branch of it, made if there is none.
     """
 
     label_dir: str
@@ -72,6 +74,7 @@ class ImportArguments:
     rows_per_shard: int | None = None
     push_to_hub: str | None = None
     private: bool | None = None
+    hub_revision: str | None = None
 
     def __post_init__(self):
         for name, choices in (("score_type", ("float16", "int8")), ("on_error", ("stop", "empty"))):
@@ -217,11 +220,14 @@ def import_labels(args: ImportArguments) -> list[str]:
     }
     per_shard = args.rows_per_shard or default_rows_per_shard(len(files))
     writer = LabelSetWriter(Path(args.output_dir), args.split, layout, settings, versions_of(torch), per_shard)
+    target = None
+    if args.push_to_hub is not None:
+        target = HubTarget(args.push_to_hub, "dataset", args.private, args.hub_revision).open()
     try:
         writer.begin()
         num_shards = import_shards(folder, files, writer, args)
         title = f"Token labels from {settings['label_dir']}"
-        return list(finish_label_set(writer, num_shards, CARD_TEMPLATE, title, args.push_to_hub, args.private))
+        return list(finish_label_set(writer, num_shards, CARD_TEMPLATE, title, target))
     finally:
         writer.release()
 

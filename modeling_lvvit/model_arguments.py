@@ -28,6 +28,8 @@ class ModelSourceArguments:
         config_overrides: Fields of the model's configuration (a mapping; on the command line JSON).
         overwrite_output_dir: Whether `output_dir` may hold another run, which is then written over.
         save_picture: Whether to write a picture of predictions.
+        license: Licence of the weights for the model card, as a name of the Hub (`mit`, `cc-by-4.0`); default: that of the card of the
+            model to start from, `apache-2.0` for random weights.
     """
 
     variant: str | None = field(default=None, metadata={"help": "Published size, e.g. lvvit_s_224."})
@@ -39,6 +41,7 @@ class ModelSourceArguments:
     config_overrides: dict | str | None = field(default=None, metadata={"help": "Configuration fields as JSON."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over another run."})
     save_picture: bool = field(default=True, metadata={"help": "Write a picture of predictions."})
+    license: str | None = field(default=None, metadata={"help": "Licence of the weights, for the card: mit, ..."})
 
     def __post_init__(self):
         if self.variant and self.model_name_or_path:

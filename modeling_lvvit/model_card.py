@@ -1,46 +1,181 @@
 """The model card that a training run writes about itself."""
 
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError
+from transformers import Trainer
+from transformers.modelcard import make_markdown_table
 
 from .building import picture_size_of
+from .model_arguments import ModelSourceArguments
 from .token_labeling import TokenLabelTrainer
+from .token_labeling.data_sources import looks_local, short_name
+from .token_labeling.publishing import PublishingTrainer
 
 
+OWN_LICENSE = "apache-2.0"
 REPORTED_OPTIONS = (
     "learning_rate", "num_train_epochs", "images_per_step", "weight_decay", "label_smoothing_factor", "seed",
     "lr_schedule", "cls_weight", "dense_weight", "cls_target", "patch_target", "mix_methods", "mix_probability", "ema_decay",
     "base_ema_decay", "batch_norm", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
+MAX_TABLE_ROWS = 30
+NOT_SCORES = ("runtime", "per_second")  # endings of logged figures
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where data and model of a run come from, for its card.
+
+    Args:
+        data: What the data is called: Hub name, or the last part of a local path.
+        datasets: Hub names of images and label sets; local ones are not named.
+        start: The model that it started from: Hub name, or the last part of a path; `None` if its weights were random.
+        base_model: The same if it is on the Hub, else `None`.
+        license: Of the weights, as a name of the Hub; `None` if it is not known.
+    """
+
+    data: str
+    datasets: tuple[str, ...]
+    start: str | None
+    base_model: str | None
+    license: str | None
+
+
+def origin_of(args: ModelSourceArguments, data: str | None, label_set: str | None, embedded: str) -> Origin:
+    """Where a run comes from.
+
+    Args:
+        args: Options of its model.
+        data: Option that names the images.
+        label_set: Option that names a label set.
+        embedded: Name of the embedded data, which is no data set of the Hub.
+    """
+    start = args.model_name_or_path
+    is_local = start is None or looks_local(start) or Path(start).is_dir()
+    hub_names = [name for name in (data, label_set) if name not in (None, embedded) and not _is_local_data(name)]
+    license_name = args.license or (OWN_LICENSE if start is None else license_of(start))
+    return Origin(
+        short_name(data or embedded),
+        tuple(hub_names),
+        None if start is None else short_name(start),
+        None if is_local else start,
+        license_name,
+    )
+
+
+def _is_local_data(name: str) -> bool:
+    return looks_local(name) or Path(name).expanduser().exists()
+
+
+def license_of(model: str) -> str | None:
+    """Licence that the card of a model states, `None` if it has no card or cannot be reached."""
+    card = Path(model).expanduser() / "README.md"
+    if looks_local(model) and not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card if card.is_file() else model, ignore_metadata_errors=True).data.license
+    except (OSError, ValueError, HTTPError):
+        return None
+
+
+def run_metadata(
+    name: str, task: str, origin: Origin, metrics: Sequence[str], tags: Sequence[str], results: Sequence[EvalResult]
+) -> ModelCardData:
+    """Metadata of a run's card: what the model is, what it was made of and what it reached on which data."""
+    return ModelCardData(
+        library_name="transformers",
+        license=origin.license,
+        pipeline_tag=task,
+        tags=[*tags, "vision"],
+        datasets=list(origin.datasets) or None,
+        base_model=origin.base_model,
+        metrics=list(metrics),
+        model_name=name,
+        eval_results=list(results) or None,
+    )
+
+
+def published_name(trainer: PublishingTrainer) -> dict[str, str | None]:
+    """What a run and its example are called: by its repository if it has one, else by its folder."""
+    name = trainer.hub_model_id or trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name
+    return {"model_name": name.rpartition("/")[2], "model_id": name, "revision": trainer.args.hub_revision}
+
+
+def training_facts(trainer: Trainer, options: Sequence[str]) -> dict[str, Any]:
+    """What the cards of all programs say of the training: options, table, machine, time and versions."""
+    args, history = trainer.args, trainer.state.log_history
+    seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
+    return {
+        "hyperparameters": {option: getattr(args, option) for option in options},
+        "training_table": training_table(history),
+        "hardware": hardware_of(trainer),
+        "duration": None if seconds is None else duration_in_words(seconds),
+        "is_continued": args.resume_from_checkpoint is not None,
+        "steps": trainer.state.global_step,
+        "versions": library_versions(),
+    }
+
+
+def training_table(history: Sequence[dict[str, float]]) -> str:
+    """A Markdown table of the evaluations in training and the loss before them, or of the loss alone; at most 30 rows, evenly spread.
+
+    Args:
+        history: `log_history` of a `TrainerState`.
+    """
+    rows: list[dict[str, Any]] = []
+    losses: list[dict[str, Any]] = []
+    for entry in history:
+        if "train_runtime" in entry:
+            break
+        where = {"Epoch": entry.get("epoch"), "Step": entry.get("step")}
+        if "loss" in entry:
+            losses.append({**where, "Training loss": entry["loss"]})
+        scores = {
+            key.replace("_", " ").replace("eval", "evaluation").capitalize(): value
+            for key, value in entry.items()
+            if key.startswith("eval_") and not key.endswith(NOT_SCORES)
+        }
+        if not scores:
+            continue
+        if rows and rows[-1]["Step"] == where["Step"]:  # several entries of one evaluation
+            rows[-1] |= scores
+        else:
+            rows.append({**where, "Training loss": losses[-1]["Training loss"] if losses else "", **scores})
+    rows = rows or losses
+    step = -(-len(rows) // MAX_TABLE_ROWS) or 1
+    shown = rows[::-step][::-1]  # with the last one
+    columns = list(dict.fromkeys(column for row in shown for column in row))
+    return make_markdown_table([{column: row.get(column, "") for column in columns} for row in shown])
+
+
+def hardware_of(trainer: Trainer) -> str:
+    """Number and name of the devices of a run."""
+    number = trainer.args.world_size
+    if trainer.args.device.type == "cuda":
+        return f"{number} x {torch.cuda.get_device_name(trainer.args.device)}"
+    if trainer.args.device.type == "cpu":
+        return f"a CPU (processes: {number}, threads of each: {torch.get_num_threads()})"
+    return f"{number} x {trainer.args.device.type}"
+
+
+def duration_in_words(seconds: float) -> str:
+    """Hours, minutes or seconds."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
 def accuracies_of(metrics: dict[str, float]) -> dict[str, float]:
     """The accuracies among the evaluation metrics, in [0, 1], without the library's prefix."""
     return {key.removeprefix("eval_"): value for key, value in metrics.items() if key.endswith("accuracy")}
-
-
-def card_data(
-    name: str, dataset_name: str, eval_name: str, metrics: dict[str, float], tags: list[str], is_own: bool
-) -> ModelCardData:
-    """Metadata of the card: what the model is, and what it reached on which data."""
-    results = [
-        EvalResult("image-classification", dataset_name, dataset_name, key, round(value, 4), dataset_split=eval_name)
-        for key, value in accuracies_of(metrics).items()
-    ]
-    return ModelCardData(
-        library_name="transformers",
-        license="apache-2.0" if is_own else None,  # that of the model it started from is not known
-        pipeline_tag="image-classification",
-        tags=[*tags, "token-labeling", "vision"],
-        metrics=["accuracy"],
-        model_name=name,
-        eval_results=results or None,
-    )
 
 
 def library_versions() -> str:
@@ -74,42 +209,46 @@ def model_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
 def write_model_card(
     template: Path,
     trainer: TokenLabelTrainer,
-    dataset_name: str,
+    origin: Origin,
     eval_name: str,
     metrics: dict[str, float],
     picture: str | None,
-    is_own: bool = True,
 ) -> None:
     """Fills the template from the finished run and saves it as README.md in the output folder.
 
     Args:
         template: Card with the variables that this module fills.
         trainer: After training and evaluation.
-        dataset_name: Hub name, or the last part of a local path.
+        origin: Where data and model come from.
         eval_name: What the evaluation rows are called.
         metrics: Result of `trainer.evaluate()`.
         picture: File name of the picture of predictions in the output folder, `None` if there is none.
-        is_own: Whether the weights were random before; else their licence is not stated.
     """
     args = trainer.args
-    name = Path(args.output_dir).resolve().name
-    facts = model_facts(trainer)
+    name = published_name(trainer)
+    facts, accuracies = model_facts(trainer), accuracies_of(metrics)
+    results = [
+        EvalResult(
+            "image-classification", origin.data, origin.data, "accuracy", round(value, 4), metric_name=key, dataset_split=eval_name
+        )
+        for key, value in accuracies.items()
+    ]  # fmt: skip
+    tags = [*(["lvvit"] if facts["is_lvvit"] else []), "token-labeling"]
     card = ModelCard.from_template(
-        card_data(name, dataset_name, eval_name, metrics, ["lvvit"] if facts["is_lvvit"] else [], is_own),
+        run_metadata(name["model_name"], "image-classification", origin, ["accuracy"], tags, results),
         template_path=str(template),
-        model_name=name,
-        model_id=args.hub_model_id or name,
+        **name,
+        origin=origin,
         token_labels=trainer.trains_patches,
         is_labeler=args.patch_target == "image",
         annotator=trainer.annotator.annotator.provenance["annotator"] if trainer.annotator is not None else None,
+        has_average=trainer.ema is not None,
         picture=picture,
         eval_split=eval_name,
-        metrics={key: f"{100 * value:.2f} %" for key, value in accuracies_of(metrics).items()},
-        dataset_name=dataset_name,
+        metrics={key: f"{100 * value:.2f} %" for key, value in accuracies.items()},
         num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed",
         num_eval=len(trainer.eval_dataset),
-        hyperparameters={option: getattr(args, option) for option in REPORTED_OPTIONS},
-        versions=library_versions(),
+        **training_facts(trainer, REPORTED_OPTIONS),
         **facts,
     )
     card.save(Path(args.output_dir) / "README.md")

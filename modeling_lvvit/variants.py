@@ -11,6 +11,7 @@ from .configuration_lvvit import LVViTConfig
 
 
 DEFAULT_CROP_FRACTION = 0.9
+ADE20K_CLASSES = 150
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class LVViTVariant:
         published_gmacs: Multiply-adds in 10^9 as published, `None` where none is.
         published_top1: ImageNet top-1 in percent as published, `None` where none is.
         published_real_top1: ImageNet ReaL top-1 in percent as published, `None` where none is.
+        counted_gmacs: Multiply-adds of convolutions and matrix products in 10^9, counted here.
+        checkpoint: Address of the authors' weights below `RELEASES`, `None` where they released none.
     """
 
     architecture: dict[str, Any]
@@ -34,6 +37,32 @@ class LVViTVariant:
     published_gmacs: float | None
     published_top1: float | None
     published_real_top1: float | None
+    counted_gmacs: float
+    checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class LVViTSegmenter:
+    """One of the published UperNets: ADE20K, 150 classes, crops of 512 pixels.
+
+    Args:
+        trunk: The row of `VARIANTS` that has the architecture of its trunk.
+        decoder_channels: See `LVViTConfig`.
+        num_parameters: With a position table for 512 pixels and the auxiliary head.
+        published_millions: Parameters in 10^6 as published.
+        published_miou, published_multi_scale_miou: Mean intersection over union in percent as published.
+        published_multi_scale_accuracy: Pixel accuracy in percent as published.
+        checkpoint: Address of the authors' weights below `RELEASES`.
+    """
+
+    trunk: str
+    decoder_channels: int
+    num_parameters: int
+    published_millions: int
+    published_miou: float
+    published_multi_scale_miou: float
+    published_multi_scale_accuracy: float
+    checkpoint: str
 
 
 def _architecture(layers: int, width: int, heads: int, residual_divisor: float, stem: int = 64) -> dict[str, Any]:
@@ -52,18 +81,41 @@ _SMALL = _architecture(layers=16, width=384, heads=6, residual_divisor=2.0)
 _MEDIUM = _architecture(layers=20, width=512, heads=8, residual_divisor=2.0)
 _LARGE = _architecture(layers=24, width=768, heads=12, residual_divisor=3.0, stem=128)
 
-# Sources: tables of the paper (NeurIPS 2021) and, for M at 448, the authors' repository. The paper gives 16.0 G for M at
-# 224; the model has 12.7 G. Crop fractions: `default_cfgs` of the authors' models, one value per size.
+# Sources: tables of the paper (NeurIPS 2021) and, for M at 448 and the single-scale figures of M and L on ADE20K, the authors'
+# repository (README), which also names the files. The paper gives 16.0 G for M at 224; the model has 12.7 G.
+# Crop fractions: `default_cfgs` of the authors' models, one value per size.
+RELEASES = "https://github.com/zihangJiang/TokenLabeling/releases/download"
 VARIANTS: dict[str, LVViTVariant] = {
-    "lvvit_t_224": LVViTVariant(_TINY, 224, 0.9, 8_534_720, None, 79.1, None),
-    "lvvit_s_224": LVViTVariant(_SMALL, 224, 0.9, 26_151_824, 6.6, 83.3, 88.1),
-    "lvvit_s_384": LVViTVariant(_SMALL, 384, 0.9, 26_297_744, 22.2, 84.4, 88.9),
-    "lvvit_m_224": LVViTVariant(_MEDIUM, 224, 1.0, 55_830_544, 16.0, 84.1, 88.4),
-    "lvvit_m_384": LVViTVariant(_MEDIUM, 384, 1.0, 56_025_104, 42.2, 85.4, 89.5),
-    "lvvit_m_448": LVViTVariant(_MEDIUM, 448, 1.0, 56_131_600, None, 85.5, None),
-    "lvvit_l_288": LVViTVariant(_LARGE, 288, 1.0, 150_120_272, 59.0, 85.3, 89.3),
-    "lvvit_l_448": LVViTVariant(_LARGE, 448, 1.0, 150_473_552, 157.2, 86.2, 89.9),
-    "lvvit_l_512": LVViTVariant(_LARGE, 512, 1.0, 150_657_872, 214.8, 86.4, 90.1),
+    "lvvit_t_224": LVViTVariant(_TINY, 224, 0.9, 8_534_720, None, 79.1, None, 2.87, "v0.2.0/lvvit_t.pth"),
+    "lvvit_s_224": LVViTVariant(
+        _SMALL, 224, 0.9, 26_151_824, 6.6, 83.3, 88.1, 6.55, "1.0/lvvit_s-26M-224-83.3.pth.tar"
+    ),
+    "lvvit_s_384": LVViTVariant(
+        _SMALL, 384, 0.9, 26_297_744, 22.2, 84.4, 88.9, 21.9, "1.0/lvvit_s-26M-384-84.4.pth.tar"
+    ),
+    "lvvit_m_224": LVViTVariant(
+        _MEDIUM, 224, 1.0, 55_830_544, 16.0, 84.1, 88.4, 12.7, "1.0/lvvit_m-56M-224-84.0.pth.tar"
+    ),
+    "lvvit_m_384": LVViTVariant(
+        _MEDIUM, 384, 1.0, 56_025_104, 42.2, 85.4, 89.5, 41.6, "1.0/lvvit_m-56M-384-85.4.pth.tar"
+    ),
+    "lvvit_m_448": LVViTVariant(
+        _MEDIUM, 448, 1.0, 56_131_600, None, 85.5, None, 60.0, "1.1/lvvit_m-56M-448-85.5.pth.tar"
+    ),
+    "lvvit_l_288": LVViTVariant(_LARGE, 288, 1.0, 150_120_272, 59.0, 85.3, 89.3, 58.7, None),
+    "lvvit_l_448": LVViTVariant(
+        _LARGE, 448, 1.0, 150_473_552, 157.2, 86.2, 89.9, 155.1, "1.0/lvvit_l-150M-448-86.2.pth.tar"
+    ),
+    "lvvit_l_512": LVViTVariant(
+        _LARGE, 512, 1.0, 150_657_872, 214.8, 86.4, 90.1, 211.6, "1.0/lvvit_l-150M-512-86.4.pth.tar"
+    ),
+}
+SEGMENTERS: dict[str, LVViTSegmenter] = {
+    "upernet_s": LVViTSegmenter("lvvit_s_224", 256, 44_452_076, 44, 47.9, 48.6, 83.1, "v1.1-seg/upernet_lvvit_s.pth"),
+    "upernet_m": LVViTSegmenter("lvvit_m_224", 256, 77_274_988, 77, 49.4, 50.6, 83.5, "v1.1-seg/upernet_lvvit_m.pth"),
+    "upernet_l": LVViTSegmenter(
+        "lvvit_l_288", 512, 208_738_476, 209, 50.9, 51.8, 84.1, "v1.1-seg/upernet_lvvit_l.pth"
+    ),
 }
 
 
@@ -87,6 +139,19 @@ def find_variant(config: LVViTConfig) -> str | None:
     names = [n for n, v in VARIANTS.items() if all(getattr(config, k) == x for k, x in v.architecture.items())]
     side = max(config.image_height_width)
     return min(names, key=lambda name: abs(VARIANTS[name].image_size - side), default=None)
+
+
+def published_row(config: LVViTConfig, is_segmenter: bool) -> str | None:
+    """Name in `VARIANTS`, or for a segmentation model in `SEGMENTERS`, of the row that a configuration is exactly, classes included."""
+    trunk = find_variant(config)
+    if trunk is None or config.patch_size != 16 or not config.conv_stem:
+        return None
+    if is_segmenter:
+        is_published = config.segmentation_head == "upernet" and config.num_labels == ADE20K_CLASSES
+        sizes = {VARIANTS[row.trunk].architecture["hidden_size"]: name for name, row in SEGMENTERS.items()}
+        return sizes.get(config.hidden_size) if is_published else None
+    side = VARIANTS[trunk].image_size
+    return trunk if config.num_labels == 1000 and config.image_height_width == (side, side) else None
 
 
 def crop_fraction_of(processor: Any) -> float | None:

@@ -1,17 +1,25 @@
 """A stand-in for the Hugging Face Hub: repositories in memory behind the routes that real clients call.
 
-Uploads (`create_repo`, `upload_file`, `upload_folder`), listings, downloads and `load_dataset`, streaming or not, work
-against it. The libraries read `HF_ENDPOINT` when they are imported, so a client is a process of its own:
+Uploads (`create_repo`, `upload_file`, `upload_folder`, `push_to_hub`) of models, datasets and Spaces, branches,
+listings, downloads and `load_dataset`, streaming or not, work against it. The libraries read `HF_ENDPOINT` when they
+are imported, so a client is a process of its own:
 
     with local_hub() as hub:
         subprocess.run([sys.executable, "client.py"], env=hub.environment(tmp_path), check=True)
         card = hub.files("user/name", "dataset")["README.md"]
 
-Left out: branches, pull requests, access rights, pages of long listings, and large-file storage, without which
-`Dataset.push_to_hub` does not work.
+Large files are uploaded by themselves before the commit that names them, by these addresses, where `oid` is the SHA256
+of the content; `Fault` makes these and other requests fail:
+
+    POST /[datasets/|spaces/]{owner/name}.git/info/lfs/objects/batch    what is missing and where to send it
+    PUT  /lfs/{models|datasets|spaces}/{owner/name}/{oid}[/{part}]      the content, or a part of it
+    POST /lfs/{models|datasets|spaces}/{owner/name}/{oid}               all parts are there
+    POST /[datasets/|spaces/]{owner/name}.git/info/lfs/objects/verify   is all of it there?
+
+Left out: Xet storage, pull requests, tags, deleted repositories and branches, copies between repositories, settings,
+gated repositories, `.gitattributes`, redirects to a store of contents, pages of long listings, and Spaces that run.
 """
 
-import base64
 import contextlib
 import hashlib
 import json
@@ -19,194 +27,260 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
+from http.server import ThreadingHTTPServer
 from types import SimpleNamespace as Request
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from local_hub_server import Fault, Handler, Reply, byte_range, refused
+from local_hub_storage import Commit, Refusal, Repository
 
-USER = "user"  # owner of repositories that are created without one
-REPO_API = r"/api/(?P<kind>datasets|models)/(?P<repo_id>[^/]+/[^/]+)"
-RESOLVE = r"/((?P<kind>datasets)/)?(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"
-ROUTES = [  # method, address, method of LocalHub; the named parts of the address become attributes of its request
-    ("GET", "/api/whoami-v2", "whoami"),
-    ("POST", "/api/validate-yaml", "validate_card"),
-    ("POST", "/api/repos/create", "create"),
-    ("GET", REPO_API + "(/revision/(?P<revision>[^/]+))?", "info"),
-    ("GET", REPO_API + "/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", "tree"),
-    ("POST", REPO_API + "/paths-info/(?P<revision>[^/]+)", "paths_info"),
-    ("POST", REPO_API + "/preupload/(?P<revision>[^/]+)", "preupload"),
-    ("POST", REPO_API + "/commit/(?P<revision>[^/]+)", "commit"),
-    ("GET", RESOLVE, "download"),
+
+USER = "user"  # whose token it is, and owner of repositories that are created without one
+ORGANIZATIONS = ("team",)  # where the user may write too
+TOKEN = "hf_test"
+# the Hub goes by .gitattributes, which every repository gets at its start; this is a part of them
+LARGE_SUFFIXES = {".arrow", ".bin", ".ckpt", ".gz", ".h5", ".npy", ".npz", ".onnx", ".parquet", ".pkl", ".pt", ".pth"}
+LARGE_SUFFIXES |= {".safetensors", ".tar", ".zip", ".gif", ".jpeg", ".jpg", ".png", ".webp", ".mp4", ".wav"}
+
+REPO_API = r"/api/(?P<kind>datasets|models|spaces)/(?P<repo_id>[^/]+/[^/]+)"
+REPO_PAGE = r"/((?P<kind>datasets|spaces)/)?(?P<repo_id>[^/]+/[^/]+)"
+LARGE_FILE = r"/lfs/(?P<kind>datasets|models|spaces)/(?P<repo_id>[^/]+/[^/]+)/(?P<oid>[0-9a-f]{64})"
+# method, address, right that it takes, method of LocalHub; named parts of the address become attributes of its request
+ROUTES = [
+    ("GET", "/api/whoami-v2", "token", "whoami"),
+    ("POST", "/api/validate-yaml", "none", "validate_card"),
+    ("POST", "/api/repos/create", "token", "create"),
+    ("GET", REPO_API + "(/revision/(?P<revision>[^/]+))?", "read", "info"),
+    ("GET", REPO_API + "/auth-check", "read", "permit"),
+    ("GET", REPO_API + "/auth-check/write", "write", "permit"),
+    ("GET", REPO_API + "/refs", "read", "refs"),
+    ("GET", REPO_API + "/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", "read", "tree"),
+    ("POST", REPO_API + "/paths-info/(?P<revision>[^/]+)", "read", "paths_info"),
+    ("POST", REPO_API + "/branch/(?P<branch>[^/]+)", "write", "create_branch"),
+    ("POST", REPO_API + "/preupload/(?P<revision>[^/]+)", "write", "preupload"),
+    ("POST", REPO_API + "/commit/(?P<revision>[^/]+)", "write", "commit"),
+    ("POST", REPO_PAGE + r"\.git/info/lfs/objects/batch", "write", "plan_large_files"),
+    ("POST", REPO_PAGE + r"\.git/info/lfs/objects/verify", "write", "verify_large_file"),
+    # as with the Hub's store, who knows the address may write: clients send no token there
+    ("PUT", LARGE_FILE + r"(/(?P<part>\d+))?", "address", "receive_large_file"),
+    ("POST", LARGE_FILE, "address", "complete_large_file"),
+    ("GET", REPO_PAGE + "/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "read", "download"),
 ]
-Files = dict[str, bytes]  # path in the repository -> content
-Commits = dict[str, Files]  # name of the commit -> all its files; the last one is the head of the main branch
 
 
-@dataclass
-class Reply:
-    """Content other than bytes is sent as JSON."""
+class Received(NamedTuple):
+    """A content, or a part of one, that a PUT brought completely."""
 
-    content: object
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-class Refusal(Exception):
-    """An answer with an error status; clients choose their exception by `code`."""
-
-    def __init__(self, status: int, code: str, message: str):
-        super().__init__(message)
-        self.reply = Reply({"error": message}, status, {"X-Error-Code": code})
-
-
-def blob_id(content: bytes) -> str:
-    """What git calls this content; clients compare it with what they compute from local files."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def listing(files: Files) -> dict[str, dict]:
-    """Every file and folder, by path, as the Hub describes it."""
-    entries = {}
-    for path, content in files.items():
-        for folder in map(str, PurePosixPath(path).parents[:-1]):
-            oid = hashlib.sha1(folder.encode()).hexdigest()
-            entries[folder] = {"type": "directory", "path": folder, "size": 0, "oid": oid}
-        entries[path] = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
-    return dict(sorted(entries.items()))
-
-
-def apply_operation(files: Files, key: str, value: dict) -> Files:
-    path = value["path"]
-    if key == "file":
-        return {**files, path: base64.b64decode(value["content"])}
-    if key == "deletedFile":
-        return {name: content for name, content in files.items() if name != path}
-    if key == "deletedFolder":
-        return {name: content for name, content in files.items() if not name.startswith(path.rstrip("/") + "/")}
-    raise Refusal(400, "BadRequest", f"this hub cannot commit {key}")
-
-
-def byte_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """First byte and end for `bytes=4-7` or `bytes=4-`, the forms that clients send; None where all is asked for."""
-    match = re.fullmatch(r"bytes=(\d+)-(\d*)", header or "")
-    if match is None:
-        return None
-    return int(match[1]), min(int(match[2]) + 1, size) if match[2] else size
+    repo_id: str
+    oid: str
+    size: int
 
 
 class LocalHub:
-    """The repositories, one method per route; `unknown` lists the requests that no route took."""
+    """The repositories, one method per route.
+
+    `unknown` lists the requests that no route took, `received` the contents that were sent by themselves: what was
+    there already is not. Add to `faults` to let requests fail. Files are large by suffix (`large_suffixes`) or above
+    `large_size` bytes, and are sent in parts above `part_size` bytes.
+    """
 
     def __init__(self, url: str):
         self.url = url
         self.unknown: list[str] = []
-        self._repositories: dict[tuple[str, str], Commits] = {}
+        self.received: list[Received] = []
+        self.faults: list[Fault] = []
+        self.large_suffixes, self.large_size, self.part_size = LARGE_SUFFIXES, 10_000_000, 50_000_000
+        self._repositories: dict[tuple[str, str], Repository] = {}
         self._lock = threading.Lock()  # every request runs in its own thread
 
-    def files(self, repo_id: str, repo_type: str = "model") -> Files:
-        """Path and content of every file on the main branch."""
-        return dict(self._find(f"{repo_type}s", repo_id, None)[1])
+    def add(self, repo_id: str, repo_type: str = "model", private: bool = False, sdk: str | None = None) -> None:
+        """Create an empty repository, whoever the owner is."""
+        self._repositories[f"{repo_type}s", repo_id] = Repository(f"{repo_type}s/{repo_id}", private, sdk)
+
+    def files(self, repo_id: str, repo_type: str = "model", revision: str = "main") -> dict[str, bytes]:
+        """Path and content of every file."""
+        files = self._repositories[f"{repo_type}s", repo_id].find(revision).files
+        return {path: file.content for path, file in files.items()}
+
+    def history(self, repo_id: str, repo_type: str = "model", branch: str = "main") -> list[Commit]:
+        """Oldest first, starting with the empty one that creates the repository."""
+        return list(self._repositories[f"{repo_type}s", repo_id].branches[branch])
+
+    def is_private(self, repo_id: str, repo_type: str = "model") -> bool:
+        return self._repositories[f"{repo_type}s", repo_id].private
 
     def environment(self, folder) -> dict[str, str]:
         """Variables with which a new process works on this hub and caches in `folder`."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         switches = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         switches |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_OFFLINE": "0", "no_proxy": "*"}
-        return {**inherited, **switches, "HF_ENDPOINT": self.url, "HF_TOKEN": "hf_test", "HF_HOME": str(folder)}
+        return {**inherited, **switches, "HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HOME": str(folder)}
 
-    def answer(self, method: str, target: str, wanted_range: str | None, body: bytes) -> Reply:
+    def fault(self, method: str, target: str) -> Fault | None:
+        with self._lock:
+            return next((fault for fault in self.faults if fault.strikes(method, urlsplit(target).path)), None)
+
+    def answer(self, method: str, target: str, headers, body: bytes) -> Reply:
         address = urlsplit(target)
-        for route_method, pattern, name in ROUTES:
+        for route_method, pattern, right, name in ROUTES:
             match = re.fullmatch(pattern, address.path)
             if match and route_method == method.replace("HEAD", "GET"):
                 # unquoted only now: a quoted slash belongs to a revision or to a path
                 parts = {key: value and unquote(value) for key, value in match.groupdict().items()}
-                request = Request(query=parse_qs(address.query), range=wanted_range, body=body, **parts)
+                request = Request(query=parse_qs(address.query), headers=headers, body=body, **parts)
                 with self._lock:
                     try:
+                        self._admit(request, right)
                         return getattr(self, name)(request)
                     except Refusal as refusal:
-                        return refusal.reply
+                        return refused(refusal)
         self.unknown.append(f"{method} {target}")
         return Reply({"error": f"no route for {method} {target}"}, 404)
 
-    def _find(self, kind: str | None, repo_id: str, revision: str | None) -> tuple[str, Files]:
-        commits = self._repositories.get((kind or "models", repo_id))
-        if commits is None:
-            raise Refusal(404, "RepoNotFound", f"no repository {repo_id}")
-        commit = list(commits)[-1] if revision in (None, "main") else revision
-        if commit not in commits:
-            raise Refusal(404, "RevisionNotFound", f"no revision {revision}")
-        return commit, commits[commit]
+    def _admit(self, request: Request, right: str) -> None:
+        """Refuse who may not do this; find the repository.
+
+        To clients every 401 about a repository is RepoNotFound, but without this code only at https addresses.
+        """
+        token = request.headers.get("Authorization")
+        if token not in (None, f"Bearer {TOKEN}"):
+            raise Refusal(401, "Unauthorized", "Invalid credentials in Authorization header")
+        if right == "token" and token is None:
+            raise Refusal(401, "Unauthorized", "Invalid username or password.")
+        if right in ("none", "token"):
+            return
+        request.kind = request.kind or "models"
+        request.repository = self._repositories.get((request.kind, request.repo_id))
+        allowed = right == "address" or (token and request.repo_id.split("/")[0] in (USER, *ORGANIZATIONS))
+        if request.repository is None or (request.repository.private and not allowed):
+            raise Refusal(404 if token else 401, "RepoNotFound", "Repository not found")
+        if right == "write" and token is None:
+            raise Refusal(401, "RepoNotFound", "Invalid username or password.")
+        if right == "write" and not allowed:
+            raise Refusal(403, "Forbidden", f"{USER} may not write to {request.repo_id}")
 
     def _page(self, kind: str, repo_id: str) -> str:
-        return f"{self.url}/{'datasets/' if kind == 'datasets' else ''}{repo_id}"
+        return f"{self.url}/{'' if kind == 'models' else kind + '/'}{repo_id}"
 
     def whoami(self, request: Request) -> Reply:
-        return Reply({"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": {"type": "access_token"}})
+        organizations = [{"type": "org", "name": name, "fullname": name} for name in ORGANIZATIONS]
+        token = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
+        return Reply({"type": "user", "name": USER, "fullname": USER, "orgs": organizations, "auth": token})
 
     def validate_card(self, request: Request) -> Reply:
         return Reply({"errors": [], "warnings": []})
 
     def create(self, request: Request) -> Reply:
         wanted = json.loads(request.body)
-        kind, repo_id = f"{wanted.get('type') or 'model'}s", f"{wanted.get('organization') or USER}/{wanted['name']}"
+        repo_type, owner = wanted.get("type") or "model", wanted.get("organization") or USER
+        kind, repo_id = f"{repo_type}s", f"{owner}/{wanted['name']}"
+        if owner not in (USER, *ORGANIZATIONS):
+            raise Refusal(403, "Forbidden", f"{USER} may not create a {repo_type} for {owner}")
         reply = Reply({"url": self._page(kind, repo_id), "name": repo_id})
         if (kind, repo_id) in self._repositories:
             reply.status = 409  # what `exist_ok` forgives
         else:
-            self._repositories[kind, repo_id] = {hashlib.sha1(f"{kind}/{repo_id}".encode()).hexdigest(): {}}
+            private = wanted.get("visibility") == "private" or bool(wanted.get("private"))  # new clients, older ones
+            self.add(repo_id, repo_type, private, wanted.get("sdk"))
         return reply
 
     def info(self, request: Request) -> Reply:
-        commit, files = self._find(request.kind, request.repo_id, request.revision)
-        siblings = [{"rfilename": path, "size": len(files[path])} for path in sorted(files)]
-        about = {"private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
-        return Reply({"id": request.repo_id, "sha": commit, "siblings": siblings, **about})
+        repository, commit = request.repository, request.repository.find(request.revision)
+        siblings = [{"rfilename": path, "size": len(file.content)} for path, file in sorted(commit.files.items())]
+        about = {"private": repository.private, "gated": False, "disabled": False, "tags": [], "sdk": repository.sdk}
+        return Reply({"id": request.repo_id, "sha": commit.name, "siblings": siblings, "downloads": 0, **about})
+
+    def permit(self, request: Request) -> Reply:
+        return Reply({"success": True})  # else the request would have been refused
+
+    def refs(self, request: Request) -> Reply:
+        branches = [
+            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": history[-1].name}
+            for name, history in request.repository.branches.items()
+        ]
+        return Reply({"branches": branches, "converts": [], "tags": [], "pullRequests": []})
 
     def tree(self, request: Request) -> Reply:
-        files = self._find(request.kind, request.repo_id, request.revision)[1]
         prefix = f"{request.path}/" if request.path else ""
         recursive = request.query.get("recursive", [""])[0].lower() in ("true", "1")
-        inside = {path: entry for path, entry in listing(files).items() if path.startswith(prefix)}
+        entries = request.repository.find(request.revision).listing()
+        inside = {path: entry for path, entry in entries.items() if path.startswith(prefix)}
         if prefix and not inside:
-            raise Refusal(404, "EntryNotFound", f"no folder {request.path}")
+            raise Refusal(404, "EntryNotFound", f"no folder {request.path!a}")
         return Reply([entry for path, entry in inside.items() if recursive or "/" not in path[len(prefix) :]])
 
     def paths_info(self, request: Request) -> Reply:
-        files = self._find(request.kind, request.repo_id, request.revision)[1]
-        entries, asked = listing(files), parse_qs(request.body.decode()).get("paths", [])
+        entries = request.repository.find(request.revision).listing()
+        asked = parse_qs(request.body.decode()).get("paths", [])
         return Reply([entries[path] for path in asked if path in entries])
 
+    def create_branch(self, request: Request) -> Reply:
+        request.repository.add_branch(request.branch, json.loads(request.body).get("startingPoint"))
+        return Reply(b"", 201)
+
     def preupload(self, request: Request) -> Reply:
-        files = self._find(request.kind, request.repo_id, request.revision)[1]
-        entries, plans = listing(files), []
-        for path in [file["path"] for file in json.loads(request.body)["files"]]:
-            oid = entries[path]["oid"] if path in entries else None  # lets clients leave out unchanged files
+        files, plans = request.repository.find(request.revision).files, []
+        for wanted in json.loads(request.body)["files"]:
+            path = wanted["path"]
+            large = os.path.splitext(path)[1] in self.large_suffixes or wanted["size"] > self.large_size
+            oid = files[path].etag if path in files else None  # lets clients leave out unchanged files
             # "regular" contents travel inside the commit request
-            plans.append({"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": oid})
+            mode = "lfs" if large else "regular"
+            plans.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return Reply({"files": plans})
 
+    def plan_large_files(self, request: Request) -> Reply:
+        plans = [{"oid": wanted["oid"], "size": wanted["size"]} for wanted in json.loads(request.body)["objects"]]
+        for plan in plans:
+            if plan["oid"] in request.repository.large:
+                continue  # nothing to do for this one
+            request.repository.parts.pop(plan["oid"], None)  # of an upload that was given up
+            address = f"{self.url}/lfs/{request.kind}/{request.repo_id}/{plan['oid']}"
+            upload = {"href": address}
+            if plan["size"] > self.part_size:
+                parts = range(1, -(-plan["size"] // self.part_size) + 1)
+                upload["header"] = {"chunk_size": str(self.part_size), **{str(n): f"{address}/{n}" for n in parts}}
+            verify = {"href": f"{self._page(request.kind, request.repo_id)}.git/info/lfs/objects/verify"}
+            plan["actions"] = {"upload": upload, "verify": verify}
+        return Reply({"transfer": "basic", "objects": plans})
+
+    def receive_large_file(self, request: Request) -> Reply:
+        if request.part:
+            request.repository.parts.setdefault(request.oid, {})[int(request.part)] = request.body
+        else:
+            request.repository.store(request.oid, request.body)
+        self.received.append(Received(request.repo_id, request.oid, len(request.body)))
+        return Reply(b"", 200, {"ETag": f'"{hashlib.md5(request.body).hexdigest()}"'})
+
+    def complete_large_file(self, request: Request) -> Reply:
+        request.repository.join_parts(request.oid)
+        return Reply({"success": True})
+
+    def verify_large_file(self, request: Request) -> Reply:
+        wanted = json.loads(request.body)
+        content = request.repository.large.get(wanted["oid"])
+        if content is None or len(content) != wanted["size"]:
+            raise Refusal(404, "EntryNotFound", f"{wanted['oid']} has not arrived")
+        return Reply({"success": True})
+
     def commit(self, request: Request) -> Reply:
-        parent, files = self._find(request.kind, request.repo_id, request.revision)
-        if request.revision != "main" or "create_pr" in request.query:
-            raise Refusal(400, "BadRequest", "this hub commits to main only")
-        for line in request.body.splitlines()[1:]:  # the first line is the message
-            files = apply_operation(files, **json.loads(line))
-        commit = hashlib.sha1(parent.encode() + request.body).hexdigest()
-        self._repositories[request.kind, request.repo_id][commit] = files
-        url = f"{self._page(request.kind, request.repo_id)}/commit/{commit}"
-        return Reply({"success": True, "commitOid": commit, "commitUrl": url})
+        if "create_pr" in request.query:
+            raise Refusal(400, "BadRequest", "this hub has no pull requests")
+        commit = request.repository.commit(request.revision, request.body)
+        url = f"{self._page(request.kind, request.repo_id)}/commit/{commit.name}"
+        return Reply({"success": True, "commitOid": commit.name, "commitUrl": url, "hookOutput": ""})
 
     def download(self, request: Request) -> Reply:
-        commit, files = self._find(request.kind, request.repo_id, request.revision)
-        if request.path not in files:
-            raise Refusal(404, "EntryNotFound", f"no file {request.path}")
-        content = files[request.path]
-        headers = {"ETag": f'"{blob_id(content)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        wanted = byte_range(request.range, len(content))
+        commit = request.repository.find(request.revision)
+        if request.path not in commit.files:
+            raise Refusal(404, "EntryNotFound", f"no file {request.path!a}")
+        file = commit.files[request.path]
+        content, headers = file.content, {"ETag": f'"{file.etag}"', "X-Repo-Commit": commit.name}
+        headers["Accept-Ranges"] = "bytes"
+        if file.large:
+            headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(content))}
+        wanted = byte_range(request.headers.get("Range"), len(content))
         if wanted is None:
             return Reply(content, 200, headers)
         start, end = wanted
@@ -215,33 +289,10 @@ class LocalHub:
         return Reply(content[start:end], 206, {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(content)}"})
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # clients reuse connections
-    disable_nagle_algorithm = True  # head and content are two writes; the second must not wait for the first's receipt
-
-    def _answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        reply = self.server.hub.answer(self.command, self.path, self.headers.get("Range"), body)
-        content = reply.content if isinstance(reply.content, bytes) else json.dumps(reply.content).encode()
-        kind = "application/octet-stream" if isinstance(reply.content, bytes) else "application/json"
-        with contextlib.suppress(ConnectionError):  # streaming clients hang up when they have read enough
-            self.send_response(reply.status)
-            for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **reply.headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _answer
-
-    def log_message(self, *args) -> None:
-        """Quiet: tests print what they need."""
-
-
 @contextlib.contextmanager
 def local_hub() -> Iterator[LocalHub]:
     """A running hub on a free port of this computer; nothing is left of it afterwards."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.hub = LocalHub(f"http://127.0.0.1:{server.server_port}")
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         try:

@@ -371,9 +371,11 @@ def test_label_set_goes_to_the_hub_and_comes_back_by_name(images, annotator, lab
         )
         output, _ = process.communicate()
         assert process.returncode == 0, f"{output[-3000:]}\n{hub.unknown}"
-        assert "uploaded to" in output
+        assert "published: " in output
         uploaded = hub.files("user/labels", "dataset")
-        assert {name: uploaded[name] for name in everything(labels)} == everything(labels)
+        expected = everything(labels)
+        card = expected.pop("README.md").replace(b"THIS_FOLDER", b"user/labels")  # its example names the repository
+        assert {name: uploaded[name] for name in expected} == expected and uploaded["README.md"] == card
         command = ["dataset_scripts/check_token_labels.py", "user/labels", "--dataset", str(images)]
         check = subprocess.run(
             [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False

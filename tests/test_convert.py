@@ -8,7 +8,8 @@ import torch
 from original_layout import original_shapes, original_state_dict, recipe_images
 
 from modeling_lvvit import LVViTConfig, LVViTForImageClassification
-from modeling_lvvit.convert_original_checkpoint import convert_checkpoint, load_original_checkpoint, main
+from modeling_lvvit.convert_original_checkpoint import convert_checkpoint, main
+from modeling_lvvit.original_checkpoint import load_original_checkpoint
 from modeling_lvvit.variants import variant_config
 
 

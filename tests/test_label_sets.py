@@ -20,10 +20,10 @@ from modeling_lvvit.token_labeling.label_columns import (
     label_map_features,
     to_arrow,
 )
+from modeling_lvvit.token_labeling.label_set_publishing import finish_label_set
 from modeling_lvvit.token_labeling.label_set_writer import (
     LabelSetWriter,
     default_rows_per_shard,
-    finish_label_set,
     versions_of,
 )
 from modeling_lvvit.token_labeling.label_sets import (
@@ -90,7 +90,7 @@ def write_label_set(
     starts = range(0, len(table), rows_per_shard)
     for shard, start in enumerate(starts):
         writer.write(shard, table.slice(start, rows_per_shard))
-    finish_label_set(writer, len(starts), TEMPLATE, "Dice", None, None)
+    finish_label_set(writer, len(starts), TEMPLATE, "Dice", None)
     return folder
 
 

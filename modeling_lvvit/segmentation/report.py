@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedModel
 
-from ..model_card import library_versions
+from ..model_card import Origin, published_name, run_metadata, training_facts
 from ..token_labeling.whole_files import write_json
 from ..visualization import panel_step, save_segmentation_figure
 from .arguments import SCORES
@@ -91,47 +91,37 @@ def headline(metrics: Mapping[str, float], prefix: str) -> str:
 def write_segmentation_card(
     template: Path,
     trainer: SegmentationTrainer,
-    dataset_name: str,
+    origin: Origin,
     evaluations: Mapping[str, tuple[str, dict[str, float]]],
     table: str,
     picture: str | None,
-    is_own: bool,
 ) -> None:
     """Fills the template from the finished run and saves it as README.md in the output folder.
 
     Args:
         template: Card with the variables that this function fills.
         trainer: After training and evaluation.
-        dataset_name: Hub name, or the last part of a local path.
+        origin: Where data and model come from.
         evaluations: Prefix of the metrics -> split in words, and the metrics.
         table: Scores of the classes.
         picture: File name of the picture of predictions, `None` if there is none.
-        is_own: Whether the weights were random before; else their licence is not stated.
     """
     args, model = trainer.args, trainer.model
-    name = Path(args.output_dir).resolve().name
+    name = published_name(trainer)
     results = [
         EvalResult(
-            "image-segmentation", dataset_name, dataset_name, f"{_mode(prefix)} {score}".strip(),
-            round(metrics[f"{prefix}_{score}"], 4), dataset_split=split,
+            "image-segmentation", origin.data, origin.data, "mean_iou" if score == "mean_iou" else "accuracy",
+            round(metrics[f"{prefix}_{score}"], 4), metric_name=f"{_mode(prefix)} {score}".strip(), dataset_split=split,
         )
         for prefix, (split, metrics) in evaluations.items()
         for score in SCORES
     ]  # fmt: skip
+    tags = ["lvvit", "semantic-segmentation"]
     card = ModelCard.from_template(
-        ModelCardData(
-            library_name="transformers",
-            license="apache-2.0" if is_own else None,  # that of the model it started from is not known
-            pipeline_tag="image-segmentation",
-            tags=["lvvit", "semantic-segmentation", "vision"],
-            metrics=["mean_iou"],
-            model_name=name,
-            eval_results=results,
-        ),
+        run_metadata(name["model_name"], "image-segmentation", origin, ["mean_iou", "accuracy"], tags, results),
         template_path=str(template),
-        model_name=name,
-        model_id=args.hub_model_id or name,
-        dataset_name=dataset_name,
+        **name,
+        origin=origin,
         evaluations=[
             (split, _mode(prefix) or "single scale", headline(metrics, prefix))
             for prefix, (split, metrics) in evaluations.items()
@@ -140,8 +130,7 @@ def write_segmentation_card(
         picture=picture,
         num_train=len(trainer.train_dataset),
         inference=_inference_facts(trainer),
-        hyperparameters={option: getattr(args, option) for option in REPORTED_OPTIONS},
-        versions=library_versions(),
+        **training_facts(trainer, REPORTED_OPTIONS),
         **_model_facts(model),
     )
     card.save(Path(args.output_dir) / "README.md")

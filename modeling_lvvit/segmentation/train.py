@@ -24,10 +24,11 @@ from dataset_scripts import digit_scenes
 from ..checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from ..command_line import Program, parse
 from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
+from ..model_card import origin_of
 from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
 from ..token_labeling.callbacks import end_after_signal
-from ..token_labeling.data_sources import short_name
 from ..token_labeling.pictures import SampleError
+from ..token_labeling.publishing import push_finished_run
 from .arguments import (
     BALANCED,
     SegmentationDataArguments,
@@ -270,12 +271,11 @@ def main(arguments: list[str]) -> None:
         print(table)
         picture = draw_predictions(trainer, names) if model_args.save_picture else None
         if trainer.train_dataset is not None:
-            name = short_name(data_args.dataset_name or EMBEDDED_RECIPE)
-            is_own = model_args.model_name_or_path is None
-            write_segmentation_card(CARD_TEMPLATE, trainer, name, evaluations, table, picture, is_own)
+            origin = origin_of(model_args, data_args.dataset_name, None, EMBEDDED_RECIPE)
+            write_segmentation_card(CARD_TEMPLATE, trainer, origin, evaluations, table, picture)
         print(f"saved to {training_args.output_dir}")
-    if training_args.push_to_hub and trainer.train_dataset is not None:
-        trainer.push_to_hub()
+    if trainer.train_dataset is not None:
+        push_finished_run(trainer, MODULE)
     end_together()
 
 
@@ -284,7 +284,7 @@ def train(trainer: SegmentationTrainer) -> None:
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.stop_on_signal.received:
         end_after_signal(trainer)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # it is published at the end, with evaluation and card
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
 

@@ -2,7 +2,7 @@
 
     FOLDER/token_labels.json           settings, versions, and in the end a report
     FOLDER/data/train-00000.parquet    rows 0 to rows_per_shard - 1, and so on
-    FOLDER/README.md                   card, written last
+    FOLDER/README.md                   card, written last (`label_set_publishing`)
 
 A shard depends on the settings and its rows alone, not on who writes it or when. Whatever was finished when a run was
 killed is kept, and the result is the same, byte for byte, as that of a run that was not.
@@ -10,7 +10,6 @@ killed is kept, and the result is the same, byte for byte, as that of a run that
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from transformers.utils import logging
 
 from .image_keys import MAX_NAMED, hashes_of, repeated_keys
-from .label_columns import SCORES_COLUMN
 from .label_sets import (
-    HASH_COLUMN,
-    INDEX_COLUMN,
     KEY_COLUMN,
     NOTE_COLUMN,
     OUTSIDE_COLUMN,
@@ -34,7 +29,7 @@ from .label_sets import (
     LabelSetLayout,
     write_shard,
 )
-from .whole_files import write_atomically, write_json, write_text
+from .whole_files import write_atomically, write_json
 
 
 logger = logging.get_logger(__name__)
@@ -229,69 +224,7 @@ class LabelSetWriter:
     def _write_record(self, record: dict[str, Any]) -> None:
         write_json(self.record, record)
 
-    def write_card(self, template: Path, record: dict[str, Any], title: str) -> None:
-        """Writes README.md: how the set was made and how to use it.
-
-        Args:
-            template: Card with the variables that this method fills.
-            record: What `finish` returned.
-            title: Name of the set.
-        """
-        # Named in the card, local files would share one cache entry with those of any other folder of the same name: the
-        # library (5.2) then identifies them by their pattern alone. It finds these splits by itself.
-        configs = None
-        if self.split not in ("train", "validation", "test"):
-            split = {"split": self.split, "path": f"{DATA}/{self.split}-*.parquet"}
-            configs = [{"config_name": "default", "data_files": [split]}]
-        data = DatasetCardData(
-            configs=configs,
-            tags=["token-labeling", "lvvit", "dense-labels"],
-            task_categories=["image-classification"],
-            pretty_name=title,
-        )
-        card = DatasetCard.from_template(
-            data,
-            template_path=str(template),
-            title=title,
-            **record,
-            columns=[KEY_COLUMN, HASH_COLUMN, PALETTE_COLUMN, INDEX_COLUMN, SCORES_COLUMN],
-            class_names=self.layout.class_names[:MAX_NAMED],
-        )
-        write_text(self.folder / CARD, str(card))
-
-
-def push_label_set(folder: Path, repo_id: str, private: bool | None = None) -> str:
-    """Uploads a finished label set and returns its address."""
-    api = HfApi()
-    repo = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo.repo_id,
-        repo_type="dataset",
-        folder_path=folder,
-        commit_message="Upload label set",
-        ignore_patterns=[".*", "*.partial"],
-    )
-    return str(repo)
-
 
 def versions_of(*modules: Any) -> dict[str, str]:
     """Versions of modules, and of the libraries on which the bytes of a shard depend."""
     return {module.__name__: module.__version__ for module in (*modules, datasets, np, pa)}
-
-
-def finish_label_set(
-    writer: LabelSetWriter, num_shards: int, template: Path, title: str, push_to: str | None, private: bool | None
-) -> Sequence[str]:
-    """Completes a label set whose shards are all there, and uploads it if asked; returns lines for the user."""
-    record = writer.finish(num_shards)
-    writer.write_card(template, record, title)
-    report = record["report"]
-    lines = [
-        f"{report['num_images']:,} label maps of {writer.layout.k} x {writer.layout.map_size[0]} x "
-        f"{writer.layout.map_size[1]}, {report['bytes_per_image']:,.0f} bytes an image -> {writer.folder}"
-    ]
-    for note, about in report["notes"].items():
-        lines.append(f"  {about['count']:,} x {note}: {', '.join(about['first'])}")
-    if push_to is not None:
-        lines.append(f"uploaded to {push_label_set(writer.folder, push_to, private)}")
-    return lines

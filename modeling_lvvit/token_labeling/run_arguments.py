@@ -78,6 +78,11 @@ class RunArguments(TrainingArguments):
             1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
         )
         self.check_choice("batch_norm", "local", "synchronized", "frozen")
+        if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
+            raise ValueError(
+                f"`hub_strategy` {self.hub_strategy!r} would publish the state of the optimiser, which is a pickle. Use `end`, or "
+                "`every_save`, which publishes the weights of every checkpoint."
+            )
         if self.learning_rate is not None and not self.learning_rate >= 0:
             raise ValueError(f"`learning_rate` must be at least 0, got {self.learning_rate}.")
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .batch_norm import set_batch_norm
 from .callbacks import EpochCallback, EpochSampler, StopOnSignal, leave_signals_to_main_process
 from .patch_head import weights_by_own_names
 from .picture_dataset import PictureDataset
+from .publishing import PublishingTrainer
 from .randomness import seeded
 from .run_arguments import RunArguments
 from .schedule import decayed_parameters
@@ -22,7 +22,7 @@ from .sharding import own_class, set_up_sharding, share_statistics
 from .throughput import Throughput
 
 
-class RunTrainer(Trainer):
+class RunTrainer(PublishingTrainer):
     """A `Trainer` that ends with a checkpoint when it is told to stop, writes checkpoints that are whole or known not to be, draws the
     samples of a `PictureDataset` as functions of seed, epoch and row, trains sharded (FSDP2) on any device, and logs its speed.
 
@@ -158,12 +158,9 @@ class RunTrainer(Trainer):
         own = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with self.throughput.paused(), weights_by_own_names(own):
             super()._save_checkpoint(model, trial)
+        with self.throughput.paused():
+            self.publish_in_background()
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # before the main process writes the state that makes the checkpoint whole
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`, but a card that is already there stays: a push would otherwise replace it by a draft."""
-        if not (Path(self.args.output_dir) / "README.md").exists():
-            super().create_model_card(*args, **kwargs)

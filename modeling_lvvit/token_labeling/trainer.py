@@ -1,12 +1,15 @@
 """A `Trainer` that learns from dense labels."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import TokenLabelTrainingArguments
 from .callbacks import leave_signals_to_main_process
@@ -193,5 +196,17 @@ class TokenLabelTrainer(RunTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `RunTrainer`; a checkpoint also gets the weight average, before any older one is deleted."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self.ema is not None and self.ema.average is not None:
+        is_checkpoint = output_dir is not None and Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
+        if is_checkpoint and self.ema is not None and self.ema.average is not None:
             self.ema.save(output_dir, self.args.should_save)
+
+    @contextmanager
+    def published_weights(self) -> Iterator[None]:
+        """Puts the weight average, where there is one, into the model."""
+        with nullcontext() if self.ema is None else self.ema.average_in_model():
+            yield
+
+    @property
+    def published_kind(self) -> str:
+        """Which weights are published in training, in words."""
+        return "of training" if self.ema is None else "of the moving average"

@@ -1,0 +1,216 @@
+"""Model cards of the published family, and of checkpoints of the authors' code that were converted.
+
+    python -m modeling_lvvit.family_cards
+
+writes the card of every published row to `model_cards/`. Accuracies are those that the authors published, and say so; parameters
+and multiply-adds were counted here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .token_labeling.whole_files import write_text
+from .variants import RELEASES, SEGMENTERS, VARIANTS, LVViTSegmenter, LVViTVariant
+
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+TEMPLATE = CARDS / "family_template.md"
+PAPER, PAPER_URL = "All Tokens Matter (NeurIPS 2021), as published", "https://arxiv.org/abs/2104.10858"
+IMAGENET, ADE20K = ("ILSVRC/imagenet-1k", "ImageNet"), ("zhoubolei/scene_parse_150", "ADE20K")  # Hub name, in words
+PUBLISHED, COUNTED = "published", "counted here"
+MEASURED = "measured: `modeling_lvvit.evaluate`"
+NOTES = {
+    "lvvit_m_224": "The paper says 84.1, the name of the authors' file 84.0; the published 16.0 billion multiply-adds do not follow from the model.",
+    "lvvit_m_448": "The accuracy at 448 pixels is that of the authors' repository; the paper has none.",
+    "lvvit_l_448": "Trained at 448 pixels from the start. Fine-tuned from 288 pixels the paper reports 85.9 (ReaL 89.7), a model that was not released.",
+    "upernet_m": "The single-scale figure is that of the authors' repository; the paper has none.",
+    "upernet_l": "The single-scale figure is that of the authors' repository; the paper has none. The published run divided no residual branch, and so do "
+    "its converted weights (`residual_divisor` 1).",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How weights came from a file of the authors' code.
+
+    Args:
+        file: Its name.
+        sha256: Of its content.
+        difference: Largest difference of the logits, see `convert_checkpoint`.
+    """
+
+    file: str
+    sha256: str
+    difference: float
+
+
+def family_card(
+    name: str,
+    model_id: str | None = None,
+    conversion: Conversion | None = None,
+    measured: dict[str, dict[str, Any]] | None = None,
+) -> ModelCard:
+    """The card of a published row.
+
+    Args:
+        name: Of `VARIANTS` or `SEGMENTERS`.
+        model_id: What its example loads; default: `name`, the folder that its conversion command writes.
+        conversion: Where the weights beside the card come from.
+        measured: Results of `modeling_lvvit.evaluate` for these weights: name of the test set -> accuracies in [0, 1].
+
+    Raises:
+        ValueError: If there is no such row.
+        FileNotFoundError: If the template is missing.
+    """
+    if name not in {**VARIANTS, **SEGMENTERS}:
+        raise ValueError(f"Unknown row {name!r}; expected one of {', '.join((*VARIANTS, *SEGMENTERS))}.")
+    row = SEGMENTERS.get(name)
+    facts = _classifier(name, VARIANTS[name]) if row is None else _segmenter(name, row)
+    for test_set, found in (measured or {}).items():
+        facts["figures"] += [
+            (f"{test_set}, {measure}", f"{100 * value:.2f} %", MEASURED) for measure, value in found.items()
+        ]
+        facts["results"] += [
+            EvalResult("image-classification", test_set, test_set, measure, round(value, 4))
+            for measure, value in found.items()
+        ]
+    return _fill(facts, name, model_id or name, conversion)
+
+
+def converted_card(config: Any, name: str, is_segmenter: bool, conversion: Conversion) -> ModelCard:
+    """The card of a converted checkpoint that is no published row, because of its size or its classes.
+
+    Args:
+        config: Its `LVViTConfig`.
+        name: What it is called.
+        is_segmenter: Whether it is a segmentation model.
+        conversion: Where its weights come from.
+    """
+    size = f"LV-ViT with {config.num_hidden_layers} layers, {config.hidden_size} wide"
+    facts = {
+        "title": size,
+        "size": size,
+        "is_segmenter": is_segmenter,
+        "is_published": False,
+        "num_classes": config.num_labels,
+        "side": max(config.image_height_width),
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "figures": [("classes", f"{config.num_labels:,}", COUNTED)],
+        "results": [],
+        "data": None,
+    }
+    return _fill(facts, name, name, conversion)
+
+
+def _classifier(name: str, variant: LVViTVariant) -> dict[str, Any]:
+    architecture, side = variant.architecture, variant.image_size
+    size = f"LV-ViT-{name.split('_')[1].upper()}"
+    figures = [("ImageNet top-1", f"{variant.published_top1} %", PUBLISHED)]
+    if variant.published_real_top1 is not None:
+        figures.append(("ImageNet ReaL top-1", f"{variant.published_real_top1} %", PUBLISHED))
+    figures += [
+        ("parameters", f"{variant.num_parameters:,}", COUNTED),
+        ("multiply-adds a picture", f"{variant.counted_gmacs} billion", COUNTED),
+    ]
+    if variant.published_gmacs is not None:
+        figures.append(("multiply-adds a picture", f"{variant.published_gmacs} billion", PUBLISHED))
+    recipe = name if name != "lvvit_m_448" else "lvvit_m_384 --image_size 448 --output_dir runs/lvvit_m_448"
+    accuracies = {"top-1 accuracy": variant.published_top1, "ReaL top-1 accuracy": variant.published_real_top1}
+    return {
+        "title": f"{size} at {side} pixels",
+        "size": size,
+        "is_segmenter": False,
+        "is_published": True,
+        "num_classes": 1000,
+        "side": side,
+        "layers": architecture["num_hidden_layers"],
+        "width": architecture["hidden_size"],
+        "heads": architecture["num_attention_heads"],
+        "figures": figures,
+        "gmacs": variant.counted_gmacs,
+        "checkpoint": variant.checkpoint,
+        "recipe": f"accelerate launch train_tl.py {recipe}",
+        "data": IMAGENET,
+        "results": [
+            _published("image-classification", IMAGENET, "accuracy", title, value)
+            for title, value in accuracies.items()
+            if value is not None
+        ],
+    }
+
+
+def _segmenter(name: str, row: LVViTSegmenter) -> dict[str, Any]:
+    size = f"LV-ViT-{name[-1].upper()}"
+    scores = {
+        "mean IoU": row.published_miou,
+        "mean IoU, several scales": row.published_multi_scale_miou,
+        "pixel accuracy, several scales": row.published_multi_scale_accuracy,
+    }
+    return {
+        "title": f"{size} with UperNet for ADE20K",
+        "size": size,
+        "is_segmenter": True,
+        "is_published": True,
+        "num_classes": 150,
+        "figures": [
+            *((f"ADE20K validation, {title}", f"{value} %", PUBLISHED) for title, value in scores.items()),
+            ("parameters", f"{row.published_millions} million", PUBLISHED),
+            ("parameters, with the auxiliary head of training", f"{row.num_parameters:,}", COUNTED),
+        ],
+        "checkpoint": row.checkpoint,
+        "recipe": f"accelerate launch -m modeling_lvvit.segmentation.train {name}",
+        "data": ADE20K,
+        "results": [
+            _published("image-segmentation", ADE20K, "mean_iou" if "IoU" in title else "accuracy", title, value)
+            for title, value in scores.items()
+        ],
+    }
+
+
+def _published(task: str, data: tuple[str, str], metric: str, title: str, percent: float) -> EvalResult:
+    return EvalResult(
+        task, data[0], data[1], metric, round(percent / 100, 4), metric_name=title, dataset_split="validation",
+        source_name=PAPER, source_url=PAPER_URL,
+    )  # fmt: skip
+
+
+def _fill(facts: dict[str, Any], name: str, model_id: str, conversion: Conversion | None) -> ModelCard:
+    if not TEMPLATE.is_file():
+        raise FileNotFoundError(f"There is no {TEMPLATE}: install the project from its folder (pip install -e .).")
+    task = "image-segmentation" if facts["is_segmenter"] else "image-classification"
+    results, data = facts.pop("results"), facts.pop("data")
+    metadata = ModelCardData(
+        library_name="transformers",
+        license="apache-2.0",
+        pipeline_tag=task,
+        tags=["lvvit", "token-labeling", "vision"],
+        datasets=[data[0]] if data else None,
+        metrics=["mean_iou" if facts["is_segmenter"] else "accuracy"] if data else None,
+        model_name=facts["title"] if results else None,
+        eval_results=results or None,
+    )
+    checkpoint = facts.pop("checkpoint", None)
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        name=name,
+        model_id=model_id,
+        notes=[NOTES[name]] if name in NOTES else [],
+        checkpoint=checkpoint and f"{RELEASES}/{checkpoint}",
+        conversion=conversion and {**vars(conversion), "difference": f"{conversion.difference:.1e}"},
+        **facts,
+    )
+
+
+def main() -> None:
+    for name in (*VARIANTS, *SEGMENTERS):
+        write_text(CARDS / f"{name}.md", str(family_card(name)))
+
+
+if __name__ == "__main__":
+    main()

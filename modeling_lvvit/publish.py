@@ -1,0 +1,79 @@
+"""Publishes models and label sets on the Hugging Face Hub.
+
+    python -m modeling_lvvit.publish --variant lvvit_s_224 --checkpoint lvvit_s-26M-224-83.3.pth.tar --repo_id OWNER/NAME
+    python -m modeling_lvvit.publish --folder runs/mine --repo_id OWNER/NAME
+
+The first converts a checkpoint of the authors' code to a complete repository: weights as safetensors, configuration, modelling code,
+image processor and card. The second uploads a folder that was written here, or repeats an upload that broke off: large files that had
+arrived are not sent again.
+"""
+
+import argparse
+from pathlib import Path
+
+from .convert_original_checkpoint import check_paths, convert_checkpoint
+from .hub_folders import add_target_options, check_model_folder, is_label_set, publish_folder
+from .token_labeling.hub import HubTarget
+from .token_labeling.label_set_publishing import check_finished
+from .variants import SEGMENTERS, VARIANTS
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Options of the program; ends it if they do not fit each other."""
+    parser = argparse.ArgumentParser(
+        prog="modeling_lvvit.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variant", choices=[*VARIANTS, *SEGMENTERS], metavar="ROW", help="published row that it is")
+    parser.add_argument("--checkpoint", type=Path, help="authors' .pth or .pth.tar file")
+    parser.add_argument("--output_dir", type=Path, help="folder to write; default: the name of the row")
+    parser.add_argument(
+        "--no_ema", action="store_true", help="take the raw weights where the file also has averaged ones"
+    )
+    parser.add_argument("--folder", type=Path, help="instead, a finished model, exported model or label set")
+    parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME", help="repository; made if there is none")
+    add_target_options(parser)
+    args = parser.parse_args(arguments)
+    if (args.folder is None) == (args.checkpoint is None) or (args.variant is None) != (args.checkpoint is None):
+        parser.error("give --variant and --checkpoint, or --folder")
+    if args.folder is not None and (args.output_dir is not None or args.no_ema):
+        parser.error("--output_dir and --no_ema belong to --checkpoint")
+    return args
+
+
+def publish(args: argparse.Namespace) -> str:
+    """Does what the options say; returns the address of the commit.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: If files are missing, damaged or of another kind.
+        HubError: If the Hub cannot be reached or refuses.
+    """
+    folder, repo_type = args.folder or args.output_dir or Path(args.variant), "model"
+    if args.checkpoint is not None:
+        check_paths(args.checkpoint, folder)
+    elif is_label_set(folder):
+        repo_type = "dataset"
+        check_finished(folder)
+    else:
+        check_model_folder(folder)
+    target = HubTarget(args.repo_id, repo_type, args.private, args.revision).open()
+    if args.checkpoint is not None:
+        difference = convert_checkpoint(
+            args.checkpoint, folder, not args.no_ema, model_id=target.repo_id, expected_row=args.variant
+        )
+        print(
+            f"{args.variant} -> {folder}, largest logits difference to the original tensors {difference:.2e}",
+            flush=True,
+        )
+    return publish_folder(folder, target)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    try:
+        print(f"published: {publish(args)}")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"modeling_lvvit.publish: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
