@@ -3,15 +3,19 @@
 import copy
 import io
 import os
+import time
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from huggingface_hub import constants
+from local_hub import local_hub
 from PIL import Image
 
 from modeling_lvvit import LVViTConfig, LVViTForImageClassification
@@ -90,3 +94,16 @@ def labelled_table(num_rows: int = 12, seed: int = 0) -> pa.Table:
 @pytest.fixture
 def labelled_rows() -> datasets.Dataset:
     return datasets.Dataset(labelled_table())
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that the clients of this process take for the real one."""
+    with local_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's own repetitions
+        huggingface_hub.close_session()
+        yield hub
+        huggingface_hub.close_session()

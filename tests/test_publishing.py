@@ -1,0 +1,221 @@
+"""What runs, converter and publish program put on the Hub; the hub is the local one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from huggingface_hub import ModelCard
+from local_hub import Fault
+from original_layout import original_state_dict
+from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file
+from test_trainer import trainer_for
+from transformers import AutoModelForImageClassification
+
+from modeling_lvvit import LVViTForImageClassification, publish
+from modeling_lvvit.convert_original_checkpoint import main as convert
+from modeling_lvvit.token_labeling import TokenLabelTrainingArguments, publishing
+from modeling_lvvit.token_labeling.hub import HubError
+from modeling_lvvit.token_labeling.publishing import push_finished_run
+from modeling_lvvit.variants import evaluation_image_processor, variant_config
+
+
+CODE = {"configuration_lvvit.py", "modeling_lvvit.py", "modeling_lvvit_segmentation.py"}
+MODEL = {"config.json", "model.safetensors", "README.md", *CODE}
+PUSH = {"push_to_hub": True, "hub_model_id": "user/run", "hub_token": "hf_test"}
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+
+
+@pytest.fixture
+def processor():
+    return evaluation_image_processor((32, 48), 0.9)
+
+
+def test_end_of_training_publishes_the_average_once(hub, tiny_model, labelled_rows, processor, tmp_path):
+    options = {
+        **PUSH,
+        "max_steps": 3,
+        "ema_decay": 0.5,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "hub_strategy": "end",
+    }
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, **options)
+    trainer.processing_class = processor
+    trainer.train()
+    assert len(hub.history("user/run")) == 1  # made when the Trainer was, and empty until the end
+    push_finished_run(trainer, "a program")
+    files = hub.files("user/run")
+    assert MODEL | {"preprocessor_config.json", "training_args.json"} <= set(files)
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth")) or "checkpoint" in name]
+    assert [commit.message for commit in hub.history("user/run")][1:] == ["End of training"]
+    average = load_file(tmp_path / "checkpoint-3" / "ema.safetensors")
+    raw = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    for name, value in load_tensors(files["model.safetensors"]).items():
+        torch.testing.assert_close(value, average[name])
+    assert any(not torch.equal(average[name], raw[name]) for name in raw)
+    arguments = json.loads(files["training_args.json"])
+    assert (arguments["ema_decay"], arguments["hub_token"]) == (0.5, "<HUB_TOKEN>")
+    assert b"hf_test" not in b"".join(files.values())
+
+
+def test_every_checkpoint_is_published_with_the_average_of_its_step(
+    hub, tiny_model, labelled_rows, processor, tmp_path
+):
+    options = {**PUSH, "max_steps": 3, "ema_decay": 0.5, "save_strategy": "steps", "save_steps": 1}
+    options |= {"hub_strategy": "every_save", "hub_always_push": True, "hub_private_repo": True, "hub_revision": "wip"}
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, **options)
+    trainer.processing_class = processor
+    trainer.train()
+    trainer.push_to_hub()
+    history = hub.history("user/run", branch="wip")[1:]
+    assert [commit.message for commit in history] == [
+        *(f"Training in progress, step {step}" for step in (1, 2, 3)),
+        "End of training",
+    ]
+    assert hub.is_private("user/run") and hub.files("user/run") == {}
+    for step, commit in enumerate(history[:3], start=1):
+        average = load_file(tmp_path / f"checkpoint-{step}" / "ema.safetensors")
+        for name, value in load_tensors(commit.files["model.safetensors"].content).items():
+            torch.testing.assert_close(value, average[name])
+        assert f"step {step} of 3" in commit.files["README.md"].content.decode()
+        assert MODEL | {"preprocessor_config.json"} <= set(commit.files)
+        assert "ema.safetensors" not in commit.files
+    assert not (tmp_path / "_published").exists()
+
+
+def test_failed_push_in_training_is_a_warning_and_the_end_sends_all(
+    hub, tiny_model, labelled_rows, tmp_path, monkeypatch
+):
+    options = {**PUSH, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "hub_strategy": "every_save"}
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, **options, hub_always_push=True)
+    hub.faults.append(Fault("POST", ".*/commit/main", status=503, times=2))
+    warnings = []
+    monkeypatch.setattr(publishing.logger, "warning", lambda message, *values: warnings.append(message % values))
+    trainer.train()
+    trainer.push_to_hub()
+    assert [commit.message for commit in hub.history("user/run")][1:] == ["End of training"]
+    failures = [message for message in warnings if message.startswith("An upload in training failed. The upload of ")]
+    assert len(failures) == 2 and all("(status 503" in message and "\n" not in message for message in failures)
+
+
+def test_failed_push_at_the_end_says_how_to_repeat_it(hub, tiny_model, labelled_rows, processor, tmp_path, capsys):
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path / "run", **PUSH, max_steps=1)
+    trainer.processing_class = processor
+    trainer.train()
+    hub.faults.append(Fault("PUT", "/lfs/.*", drop_after=1000, times=None))
+    with pytest.raises(SystemExit, match="a program: The upload of .* failed: .*it broke off") as caught:
+        push_finished_run(trainer, "a program")
+    assert hub.files("user/run") == {}
+    AutoModelForImageClassification.from_pretrained(tmp_path / "run")  # complete
+    hub.faults.clear()
+    command = str(caught.value).rpartition("python -m modeling_lvvit.publish ")[2].split()
+    publish.main(command)
+    assert "published: http" in capsys.readouterr().out
+    assert set(hub.files("user/run")) >= MODEL
+
+
+def test_without_permission_nothing_is_trained(hub, tiny_model, labelled_rows, tmp_path):
+    with pytest.raises(HubError, match=r"stranger/run cannot be opened for an upload: the token may not write there"):
+        trainer_for(tiny_model, labelled_rows, tmp_path, **{**PUSH, "hub_model_id": "stranger/run"})
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_strategies_that_publish_pickles_are_refused(strategy, tmp_path):
+    with pytest.raises(ValueError, match="which is a pickle. Use `end`, or `every_save`"):
+        TokenLabelTrainingArguments(str(tmp_path), **PUSH, hub_strategy=strategy)
+
+
+def test_training_arguments_are_no_pickle(tiny_model, labelled_rows, tmp_path):
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert not list(tmp_path.rglob("training_args.bin"))
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        assert json.loads((folder / "training_args.json").read_text())["max_steps"] == 1
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """LV-ViT-T as the authors' code stores it."""
+    path = tmp_path_factory.mktemp("authors") / "lvvit_t.pth"
+    torch.save({"state_dict": original_state_dict(variant_config("lvvit_t_224"))}, path)
+    return path
+
+
+def test_authors_checkpoint_to_a_complete_repository_in_one_command(hub, checkpoint, tmp_path, capsys):
+    options = ["--variant", "lvvit_t_224", "--checkpoint", str(checkpoint), "--repo_id", "team/lvvit-t"]
+    publish.main([*options, "--output_dir", str(tmp_path / "out"), "--private", "--revision", "candidate"])
+    files = hub.files("team/lvvit-t", revision="candidate")
+    assert set(files) == MODEL | {"preprocessor_config.json"}
+    assert hub.is_private("team/lvvit-t") and hub.files("team/lvvit-t") == {}
+    assert "published: " in capsys.readouterr().out
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", "image-classification")
+    assert {result.metric_value for result in card.data.eval_results} == {0.791}
+    assert 'name = "team/lvvit-t"' in card.text and "file `lvvit_t.pth` (SHA-256 `" in card.text
+    auto_map = json.loads(files["config.json"])["auto_map"]
+    assert set(auto_map) == {
+        "AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoModelForSemanticSegmentation", "AutoBackbone"
+    }  # fmt: skip
+
+
+def test_wrong_row_and_missing_file_leave_no_trace(hub, checkpoint, tmp_path):
+    options = ["--repo_id", "user/none", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"lvvit_t.pth is lvvit_t_224 \(12 layers.*not lvvit_s_224"):
+        publish.main(["--variant", "lvvit_s_224", "--checkpoint", str(checkpoint), *options])
+    assert hub.files("user/none") == {} and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="No checkpoint file at"):
+        publish.main(["--variant", "lvvit_s_224", "--checkpoint", "nowhere.pth", "--repo_id", "user/other"])
+    with pytest.raises(KeyError):
+        hub.files("user/other")
+
+
+def test_converter_publishes(hub, tmp_path, capsys):
+    """Five classes at 32 pixels are no published row: the card claims no accuracy."""
+    config = variant_config("lvvit_t_224", image_size=32, num_labels=5)
+    torch.save(original_state_dict(config), tmp_path / "mine.pth")
+    convert([str(tmp_path / "mine.pth"), str(tmp_path / "out"), "--push_to_hub", "mine"])
+    files = hub.files("user/mine")
+    assert set(files) == MODEL | {"preprocessor_config.json"}
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.eval_results is None and "no accuracy of" in card.text and 'name = "user/mine"' in card.text
+    assert "published: http" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "missing", ["config.json", "preprocessor_config.json", "model.safetensors", "README.md", "modeling_lvvit.py"]
+)
+def test_incomplete_folders_are_refused(missing, tiny_model, processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# Model")
+    (tmp_path / missing).unlink()
+    with pytest.raises(SystemExit, match=f"is no complete model: it lacks .*{missing}"):
+        publish.main(["--folder", str(tmp_path), "--repo_id", "user/net"])
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--variant", "lvvit_s_224"], ["--folder", "a", "--checkpoint", "b", "--variant", "lvvit_s_224"]]
+)
+def test_options_that_do_not_fit(options, capsys):
+    with pytest.raises(SystemExit):
+        publish.main([*options, "--repo_id", "user/net"])
+    assert "give --variant and --checkpoint, or --folder" in capsys.readouterr().err
+
+
+def test_weights_in_another_number_of_files_replace_the_old_ones(hub, processor, tmp_path):
+    model = LVViTForImageClassification(tiny_config())
+    for name, size in (("shards", "20KB"), ("whole", "1GB")):
+        model.save_pretrained(tmp_path / name, max_shard_size=size)
+        processor.save_pretrained(tmp_path / name)
+        (tmp_path / name / "README.md").write_text("# Model")
+        publish.main(["--folder", str(tmp_path / name), "--repo_id", "user/net"])
+    assert [name for name in hub.files("user/net") if "safetensors" in name] == ["model.safetensors"]
+    assert "model.safetensors.index.json" in hub.history("user/net")[1].files
