@@ -82,10 +82,10 @@ def check_paths(checkpoint: Path, output_dir: Path) -> None:
         FileNotFoundError: If there is no such file.
         FileExistsError: If the folder holds something.
     """
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"No checkpoint file at {checkpoint}.")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} exists and is not empty; choose another output directory.")
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"No checkpoint file at {checkpoint}.")
 
 
 def convert_checkpoint(

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from huggingface_hub import RepoCard, SpaceCardData
 
+from ..token_labeling.published_files import published_files
+
 
 PACKAGE = Path(__file__).parents[1]
 MODEL_FOLDER = "model"
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
-MODEL_LEFT_OUT = shutil.ignore_patterns(
-    "checkpoint-*", "runs", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state*", ".*", "log.txt"
-)
+LOGS = "runs/"
 APP = '''"""Starts the page."""
 
 from pathlib import Path
@@ -43,7 +43,8 @@ def export_space(model: str, folder: Path, trust_remote_code: bool = False) -> N
         trust_remote_code: Whether the Space may run code of the model's repository.
 
     Raises:
-        ValueError: If the folder holds something or lies in the model or the package, or the requirements are not known.
+        ValueError: If the folder holds something or lies in the model or the package, a file of the model is damaged, or the
+            requirements are not known.
     """
     folder, model_folder = folder.expanduser().resolve(), Path(model).expanduser().resolve()
     is_folder = model_folder.is_dir()
@@ -60,7 +61,10 @@ def export_space(model: str, folder: Path, trust_remote_code: bool = False) -> N
         space = Path(partial) / "space"
         shutil.copytree(PACKAGE, space / PACKAGE.name, ignore=LEFT_OUT)
         if is_folder:
-            shutil.copytree(model_folder, space / MODEL_FOLDER, ignore=MODEL_LEFT_OUT)
+            for name in published_files(model_folder)[0]:
+                if not name.startswith(LOGS):
+                    (space / MODEL_FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(model_folder / name, space / MODEL_FOLDER / name)
         where = f'str(Path(__file__).parent / "{MODEL_FOLDER}")' if is_folder else repr(model)
         options = ', "--trust_remote_code"' if trust_remote_code else ""
         (space / "app.py").write_text(APP.format(model=where, options=options), encoding="utf-8")
