@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import encode_picture, labelled_table
+from huggingface_hub import ModelCard
+from local_hub import local_hub
 from pyarrow import parquet
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -197,3 +200,64 @@ def test_two_processes_share_the_images_and_end_with_equal_weights(tmp_path):
     assert first["seen"][:8] != first["seen"][8:]
     assert first["weights"] == second["weights"]
     assert all(a != b for a, b in zip(first["crops"], second["crops"]))
+
+
+def test_two_processes_publish_one_repository_with_a_card(data, tmp_path):
+    with local_hub() as hub:
+        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train_tl.py"]
+        more = [
+            "--max_steps",
+            "4",
+            "--ema_decay",
+            "0.5",
+            "--save_strategy",
+            "steps",
+            "--save_steps",
+            "2",
+            "--eval_strategy",
+            "steps",
+        ]
+        more += [
+            "--eval_steps",
+            "2",
+            "--logging_steps",
+            "1",
+            "--push_to_hub",
+            "--hub_strategy",
+            "every_save",
+            "--hub_always_push",
+        ]
+        more += ["--hub_model_id", "team/pets", "--license", "mit"]
+        environment = {
+            name: value for name, value in hub.environment(tmp_path / "home").items() if name.startswith("HF_")
+        }
+        result = run([*launch, *options(data, tmp_path / "out", *more)], data, **environment)
+        assert result.returncode == 0, f"{result.stderr[-3000:]}\n{hub.unknown}"
+        messages = [commit.message for commit in hub.history("team/pets")]
+        files = hub.files("team/pets")
+    assert messages[1:] == ["Training in progress, step 2", "Training in progress, step 4", "End of training"]
+    assert result.stdout.count("published: http") == 1
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.license, card.data.model_name, card.data.datasets) == ("mit", "pets", None)
+    metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert found["accuracy"] == pytest.approx(metrics["eval_accuracy"], abs=1e-4)
+    assert 'model="team/pets"' in card.text and "moving average of the weights" in card.text
+    table = [line for line in card.text.splitlines() if line.startswith(("| 0.", "| 1."))]
+    assert len(table) == 2  # an evaluation each 2 of 4 steps
+    assert not [name for name in files if name.endswith((".bin", ".pt"))]
+
+
+def test_fine_tuning_names_its_start_and_takes_over_the_licence(trained, data, tmp_path):
+    (tmp_path / "start").mkdir()
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        shutil.copy(trained / name, tmp_path / "start" / name)
+    (tmp_path / "start" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Start\n")
+    start = ["--model_name_or_path", str(tmp_path / "start"), "--max_steps", "1"]
+    command = [*options(data, tmp_path / "out", *start)]
+    command = [word for word in command if word not in ("--config_overrides", TINY, "--image_size", "32")]
+    result = run(["train_tl.py", *command], data)
+    assert result.returncode == 0, result.stderr[-3000:]
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "cc-by-4.0" and card.data.base_model is None  # a folder is no name of the Hub
+    assert "Started from `start`." in card.text and "and of the model it started from" in card.text

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from huggingface_hub import ModelCard
 from PIL import Image
 from segmentation_rows import (
     NAMES,
@@ -509,3 +510,22 @@ def test_published_recipes_run(name, tmp_path, monkeypatch):
         [name, "try_out", "--report_to", "none", "--disable_tqdm", "true", "--output_dir", str(tmp_path / "run")]
     )
     assert (tmp_path / "run" / "README.md").is_file()
+
+
+def test_run_is_published_with_its_card(hub, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    program.main(
+        options_of(data, tmp_path / "run", push_to_hub="true", hub_model_id="segmenter", hub_private_repo="true")
+    )
+    files = hub.files("user/segmenter")
+    assert hub.is_private("user/segmenter")
+    assert {
+        "model.safetensors",
+        "modeling_lvvit_segmentation.py",
+        "preprocessor_config.json",
+        "class_scores.json",
+    } <= set(files)
+    assert not [name for name in files if name.endswith((".bin", ".pt")) or name.startswith("checkpoint-")]
+    card = ModelCard(files["README.md"].decode())
+    assert 'model="user/segmenter"' in card.text and card.data.pipeline_tag == "image-segmentation"
+    assert {result.metric_name for result in card.data.eval_results} == {"mean_iou", "pixel_accuracy", "mean_accuracy"}
