@@ -9,6 +9,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from .token_labeling.hub import HubTarget
 from .token_labeling.label_set_publishing import push_label_set
 from .token_labeling.label_set_writer import RECORD
+from .token_labeling.published_files import published_files
 from .token_labeling.publishing import CARD, WEIGHTS
 
 
@@ -36,7 +37,7 @@ def check_model_folder(folder: Path) -> None:
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If something is missing; the message says what.
+        ValueError: If something is missing or damaged; the message says what.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
@@ -52,6 +53,7 @@ def check_model_folder(folder: Path) -> None:
         missing += [f"modelling code ({name})" for name in files if needs_code and not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is no complete model: it lacks {', '.join(missing)}.")
+    published_files(folder)
 
 
 def publish_folder(folder: Path, target: HubTarget) -> str:

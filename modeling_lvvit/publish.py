@@ -71,6 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     try:
         print(f"published: {publish(args)}")
+    except FileExistsError as error:
+        raise SystemExit(f"modeling_lvvit.publish: {error} Or upload what is there with --folder.") from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"modeling_lvvit.publish: {error}") from error
 

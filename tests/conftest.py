@@ -101,6 +101,8 @@ def hub(monkeypatch):
     """A hub that the clients of this process take for the real one."""
     with local_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's own repetitions

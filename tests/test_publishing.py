@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from local_hub import Fault
 from original_layout import original_state_dict
 from safetensors.torch import load as load_tensors
@@ -16,8 +16,10 @@ from transformers import AutoModelForImageClassification
 
 from modeling_lvvit import LVViTForImageClassification, publish
 from modeling_lvvit.convert_original_checkpoint import main as convert
+from modeling_lvvit.model_arguments import ModelArguments
+from modeling_lvvit.model_card import Origin, origin_of, run_metadata, training_table
 from modeling_lvvit.token_labeling import TokenLabelTrainingArguments, publishing
-from modeling_lvvit.token_labeling.hub import HubError
+from modeling_lvvit.token_labeling.hub import HubError, HubTarget
 from modeling_lvvit.token_labeling.publishing import push_finished_run
 from modeling_lvvit.variants import evaluation_image_processor, variant_config
 
@@ -219,3 +221,51 @@ def test_weights_in_another_number_of_files_replace_the_old_ones(hub, processor,
         publish.main(["--folder", str(tmp_path / name), "--repo_id", "user/net"])
     assert [name for name in hub.files("user/net") if "safetensors" in name] == ["model.safetensors"]
     assert "model.safetensors.index.json" in hub.history("user/net")[1].files
+
+
+def test_card_names_data_base_model_and_its_licence(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Start\n")
+    HubTarget("user/start", token="hf_test").open().upload(tmp_path / "start", "First")
+    HubTarget("user/bare", token="hf_test").open()
+    args = ModelArguments(model_name_or_path="user/start")
+    origin = origin_of(args, "user/images", "user/labels", "digit_scenes")
+    assert origin == Origin("user/images", ("user/images", "user/labels"), "user/start", "user/start", "cc-by-4.0")
+    data = run_metadata("mine", "image-classification", origin, ["accuracy"], ["lvvit"], [])
+    assert (data.datasets, data.base_model) == (["user/images", "user/labels"], "user/start")
+    for start, license_name in (("user/bare", None), (str(tmp_path / "nowhere"), None), (None, "apache-2.0")):
+        assert origin_of(ModelArguments(model_name_or_path=start), None, None, "digit_scenes").license == license_name
+    args = ModelArguments(model_name_or_path=str(tmp_path / "start"), license="mit")
+    origin = origin_of(args, str(tmp_path / "pictures"), None, "digit_scenes")
+    assert origin == Origin("pictures", (), "start", None, "mit")
+
+
+def test_training_table_is_short_and_ends_with_the_last_evaluation():
+    history = []
+    for epoch in range(1, 101):
+        history.append({"loss": 1 / epoch, "epoch": epoch, "step": 10 * epoch})
+        history.append({"eval_raw_accuracy": 0.5, "epoch": epoch, "step": 10 * epoch})
+        history.append({"eval_accuracy": epoch / 100, "eval_runtime": 3.0, "epoch": epoch, "step": 10 * epoch})
+    history += [
+        {"train_runtime": 60.0, "epoch": 100, "step": 1000},
+        {"eval_accuracy": 0.0, "epoch": 100, "step": 1000},
+    ]
+    lines = training_table(history).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == [
+        "Epoch", "Step", "Training loss", "Evaluation raw accuracy", "Evaluation accuracy"
+    ]  # fmt: skip
+    assert len(lines) == 2 + 25 and lines[-1].split() == [
+        "|",
+        "100",
+        "|",
+        "1000",
+        "|",
+        "0.01",
+        "|",
+        "0.5",
+        "|",
+        "1.0",
+        "|",
+    ]
+    assert "Training loss" in training_table([{"loss": 2.0, "epoch": 1, "step": 1}]) and training_table([]) == ""
