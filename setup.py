@@ -36,9 +36,11 @@ INSTALL_REQUIRES = [
     "transformers>=5.19,<6",
 ]
 DEMO = ["gradio>=6,<7"]
+EXPORT = ["onnx>=1.19,<2", "onnxruntime>=1.22,<2", "onnxscript>=0.5,<1"]
 EXTRAS_REQUIRE = {
     "demo": DEMO,
-    "dev": ["pytest>=8.4,<10", "ruff>=0.14,<1", "parameterized>=0.9,<1", *DEMO],
+    "export": EXPORT,
+    "dev": ["pytest>=8.4,<10", "ruff>=0.14,<1", "parameterized>=0.9,<1", *DEMO, *EXPORT],
 }
 
 setup(

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
     BitImageProcessor,
+    BitImageProcessorPil,
 )
 
 from .configuration_lvvit import LVViTConfig
@@ -31,7 +32,8 @@ _register(AutoModel, LVViTModel)
 _register(AutoModelForImageClassification, LVViTForImageClassification)
 _register(AutoBackbone, LVViTBackbone)
 _register(AutoModelForSemanticSegmentation, LVViTForSemanticSegmentation)
-AutoImageProcessor.register(LVViTConfig, BitImageProcessor, exist_ok=True)
+_processors = {"torchvision": BitImageProcessor, "pil": BitImageProcessorPil}
+AutoImageProcessor.register(LVViTConfig, image_processor_classes=_processors, exist_ok=True)
 
 __version__ = "0.1.0"
 __all__ = [

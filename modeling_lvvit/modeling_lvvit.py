@@ -159,7 +159,7 @@ class LVViTEmbeddings(nn.Module):
         The class entry is kept; the grid is resized bicubically with unaligned corners, as the authors' fine-tuning
         code does, in float32.
         """
-        if (rows, columns) == self.grid_size:
+        if not torch.compiler.is_exporting() and (rows, columns) == self.grid_size:  # a graph for all sizes resizes
             return self.position_embeddings
         cls_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
         table = patch_positions.float().unflatten(1, self.grid_size).permute(0, 3, 1, 2)  # (1, hidden, rows, columns)

@@ -137,7 +137,7 @@ class LVViTForSemanticSegmentation(LVViTPreTrainedModel):
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
-        self._check_batch_size(len(pixel_values))
+        self._check_batch_size(pixel_values.shape[0])
         height, width = pixel_values.shape[-2:]
         patch_size = self.config.patch_size
         padded = nn.functional.pad(pixel_values, (0, -width % patch_size, 0, -height % patch_size))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..deployment import prepare_for_inference
+from ..export.checking import exported_runner
 from ..modeling_lvvit import LVViTForImageClassification
 from ..original_model import OriginalLVViT, original_loss
 from ..token_labeling import TokenLabelTrainingArguments
@@ -43,6 +44,7 @@ OPTIONS = {
     "fused": (OURS, INFERENCE, "batch norms and residual divisor folded in"),
     "deployed": (OURS, INFERENCE, "prepare_for_inference: fused, compiled, packed"),
     "int8": (OURS, INFERENCE, "deployed, with 8-bit weights; on a CPU"),
+    "onnx": (OURS, INFERENCE, "exported, fused, run by ONNX Runtime; on a CPU"),
     "plain": (OURS, TRAINING, "trained with plain labels"),
     "checkpointing": (OURS, TRAINING, "activation checkpointing"),
 }
@@ -186,6 +188,9 @@ def inference_call(contestant: Contestant, setting: Setting) -> Callable[[], tor
     model = contestant.build(setting.num_classes).eval().to(setting.device)
     options, context = contestant.options, nullcontext
     pixels = torch.randn(setting.batch_size, 3, *contestant.image_size(), device=setting.device)
+    if "onnx" in options:
+        run = exported_runner(model, contestant.dtype)
+        return lambda: run(pixels)["logits"]
     if contestant.source == "original":
         context = lambda: contestant.autocast(setting.device)  # noqa: E731  their evaluation runs under AMP
     elif options & {"deployed", "int8"}:

@@ -1,0 +1,155 @@
+"""A folder with an exported model and all that is needed to run it."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor
+
+from ..modeling_lvvit import LVViTPreTrainedModel
+from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..segmentation.building import LOADING_ERRORS
+from ..token_labeling.annotators import first_line
+from ..token_labeling.data_sources import looks_local
+from .checking import Agreement, compare, onnx_runner, program_runner
+from .onnx_file import export_onnx, require
+from .program import DTYPES, MIN_PATCHES, OUTPUTS, export_program
+
+
+FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
+SCRIPT = Path(__file__).with_name("predict.py")
+SCRIPT_CLASSES = 256  # of a picture with a palette
+PROBE_SIZE = (320, 200)  # width and height of the picture on which preparations are compared
+# grey levels by which Pillow, with which the script resizes, differs from torchvision: 2 on 50 photographs
+MAX_GREY_LEVELS = 3
+
+
+def export_folder(
+    name: str,
+    output_dir: Path,
+    file_format: str = "onnx",
+    dtype: str = "float32",
+    fuse: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Agreement:
+    """Exports a saved model, checks the file against it, and only then puts the folder in place.
+
+    The folder holds `model.onnx` or `model.pt2`, `config.json`, `preprocessor_config.json` and, for ONNX,
+    `predict.py`, which needs onnxruntime, numpy and Pillow alone.
+
+    Args:
+        name: Folder or Hub name of a classifier or a segmentation model.
+        output_dir: Must not exist, or be empty.
+        file_format: Of `FORMATS`.
+        dtype: Of `DTYPES`; input and outputs are float32.
+        fuse: Whether to fold batch norms and residual divisor into the weights.
+        revision, trust_remote_code: As in `from_pretrained`.
+
+    Returns:
+        How near the file is to the model in float32, not fused.
+
+    Raises:
+        FileExistsError: If `output_dir` is not empty; nothing in it is touched.
+        ImportError: If a package is missing.
+        ValueError: If the model cannot be loaded or exported, or the file differs from it.
+    """
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise FileExistsError(f"{output_dir} exists and is not empty; choose another output directory.")
+    if file_format == "onnx":
+        require("onnx", "onnxscript", "onnxruntime")
+    model, processor = load(name, revision, trust_remote_code)
+    if file_format == "onnx":
+        check_script(model, processor)
+    elif min(model.config.grid_size) < MIN_PATCHES:
+        raise ValueError(f"{name} has {model.config.grid_size} patches; programs need {MIN_PATCHES} on each side.")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
+    try:
+        path = partial / FORMATS[file_format]
+        if file_format == "onnx":
+            export_onnx(model, path, DTYPES[dtype], fuse)
+            shutil.copy(SCRIPT, partial)
+            run = onnx_runner(path)
+        else:
+            torch.export.save(export_program(model, DTYPES[dtype], fuse), path)
+            run = program_runner(path)
+        model.config.to_json_file(partial / "config.json")  # without the code that `save_pretrained` puts beside it
+        processor.save_pretrained(partial)
+        agreement = compare(run, model, DTYPES[dtype])
+        if not agreement.is_near:
+            raise ValueError(
+                f"The outputs of the exported file differ from the model's by up to {agreement.difference:.1e}, more "
+                f"than {agreement.bound:.1e}; not saved."
+            )
+        partial.chmod(0o755)
+        if output_dir.exists():
+            output_dir.rmdir()
+        partial.rename(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return agreement
+
+
+def load(name: str, revision: str | None, trust_remote_code: bool) -> tuple[LVViTPreTrainedModel, Any]:
+    """A model in float32 for evaluation, and its image processor.
+
+    Raises:
+        ValueError: If there is none, it is no LV-ViT with a head, weights are missing, or there is no image processor.
+    """
+    if looks_local(name) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"There is no model folder {name} (seen from {Path.cwd()}).")
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, **source)
+    except LOADING_ERRORS as error:
+        raise ValueError(f"{name} is no model: {first_line(error)}") from error
+    classes = {model_class.__name__: model_class for model_class in OUTPUTS}
+    saved = next((classes[kind] for kind in config.architectures or () if kind in classes), None)
+    if saved is None:
+        kind = ", ".join(config.architectures or ()) or f"a {config.model_type!r} model"
+        raise ValueError(f"{name} is {kind}; {' and '.join(classes)} can be exported.")
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, **source)
+    except LOADING_ERRORS as error:
+        raise ValueError(
+            f"{name} has no preprocessor_config.json, which says how pictures are prepared; save the image processor "
+            f"of its training beside the model. ({first_line(error)})"
+        ) from error
+    try:
+        model, report = saved.from_pretrained(name, revision=revision, dtype=torch.float32, output_loading_info=True)
+    except LOADING_ERRORS as error:
+        raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"{name} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])} ...")
+    return model.eval().requires_grad_(False), processor
+
+
+def check_script(model: LVViTPreTrainedModel, processor: Any) -> None:
+    """Raises a `ValueError` if `predict.py` prepares pictures in another way than their image processor, or cannot
+    paint so many classes."""
+    from .predict import prepare
+
+    if isinstance(model, LVViTForSemanticSegmentation) and model.config.num_labels > SCRIPT_CLASSES:
+        raise ValueError(
+            f"{SCRIPT.name} paints at most {SCRIPT_CLASSES} classes, the model has {model.config.num_labels}."
+        )
+    noise = np.random.default_rng(0).integers(0, 256, (*PROBE_SIZE[::-1], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    expected = np.asarray(processor(picture, return_tensors="pt")["pixel_values"])
+    settings = json.loads(processor.to_json_string())
+    try:
+        found = prepare(picture, settings)
+        is_near = found.shape == expected.shape
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{SCRIPT.name} does not know the settings of {type(processor).__name__}: {error}."
+        ) from error
+    level = settings.get("rescale_factor", 1) / min(settings.get("image_std") or [1])
+    if not is_near or np.abs(found - expected).max() > MAX_GREY_LEVELS * level:
+        raise ValueError(f"{SCRIPT.name} would prepare pictures in another way than {type(processor).__name__}.")

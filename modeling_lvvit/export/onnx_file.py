@@ -1,0 +1,74 @@
+"""A model as an ONNX file."""
+
+import importlib
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+
+from ..modeling_lvvit import LVViTPreTrainedModel
+from .program import export_program, output_names
+
+
+INPUT = "pixel_values"
+
+
+def require(*packages: str) -> None:
+    """Raises an `ImportError` that says what to install if a package of the extra `export` is missing."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(f'{error}. Install what ONNX files need: pip install -e ".[export]"') from error
+
+
+def export_onnx(
+    model: LVViTPreTrainedModel, path: str | Path, dtype: torch.dtype = torch.float32, fuse: bool = True
+) -> None:
+    """Writes a model as an ONNX file, for any batch size and any sides that are multiples of the patch size.
+
+        export_onnx(model, "model.onnx")
+        session = onnxruntime.InferenceSession("model.onnx")
+        (logits,) = session.run(["logits"], {"pixel_values": pixel_values})
+
+    Needs the extra `export`. Input and outputs are those of `export_program`, with the axes `batch`, `P*rows` and
+    `P*columns` (P: patch size). The file holds the weights; those of more than 2 GB lie beside it.
+
+    Args:
+        model: Classifier or segmentation model; stays as it is.
+        path: File to write; one that is there is overwritten.
+        dtype: Of weights and computation, float32 or float16. ONNX Runtime has few half-precision kernels for CPUs: it
+            casts to float32 and back there, so that float16 halves the file but is not faster.
+        fuse: Whether to fold batch norms and residual divisor into the weights.
+
+    Raises:
+        ImportError: If a package is missing.
+        ValueError: If the model or the type is another.
+    """
+    require("onnx", "onnxscript")
+    program = export_program(model, dtype, fuse)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=[INPUT],
+                output_names=list(output_names(model)),
+            )
+    finally:
+        logger.setLevel(level)
+    batch, _, height, width = converted.model.graph.inputs[0].shape
+    factor = f"{model.config.patch_size}*"
+    names = {
+        str(axis).removeprefix(factor): name for axis, name in ((batch, "batch"), (height, "rows"), (width, "columns"))
+    }
+    converted.rename_axes(names)
+    for node in converted.model.graph.all_nodes():
+        node.metadata_props.clear()  # lines of source code, with paths of this machine
+    converted.save(path)

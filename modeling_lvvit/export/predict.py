@@ -1,0 +1,178 @@
+"""Classes of a picture by the model that lies beside this file. Needs onnxruntime, numpy and Pillow, nothing else.
+
+    python predict.py picture.jpg --top 5                   # a classifier: its best classes
+    python predict.py picture.jpg --output classes.png      # a segmentation model: classes painted, and their shares
+
+`model.onnx` is the model, `config.json` has its class names, `preprocessor_config.json` says how pictures are
+prepared.
+"""
+
+import argparse
+import colorsys
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+FOLDER = Path(__file__).parent
+COLOURS = 256  # of a palette
+GOLDEN_RATIO = 0.618033988749895  # of the circle of hues from class to class, so that neighbours differ
+
+
+def resized_size(height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
+    """Height and width to which a picture is resized.
+
+    Args:
+        height, width: Of the picture in pixels.
+        size: `height` and `width`; or `shortest_edge`, and perhaps `longest_edge`, which the longer side will not
+            exceed.
+    """
+    if "shortest_edge" not in size:
+        return size["height"], size["width"]
+    short, long = min(height, width), max(height, width)
+    new_short, longest = size["shortest_edge"], size.get("longest_edge")
+    new_long = int(new_short * long / short)
+    if longest and long / short * new_short > longest:
+        exact = longest * short / long
+        new_short, new_long = round(exact), int(exact * long / short)
+    return (new_short, new_long) if height <= width else (new_long, new_short)
+
+
+def prepare(picture: Image.Image, processor: dict[str, Any]) -> np.ndarray:
+    """What the image processor makes of a picture: resized, cropped at its centre, normalised.
+
+    Args:
+        picture: Of any size and mode.
+        processor: Content of `preprocessor_config.json`.
+
+    Returns:
+        float32 `(1, 3, height, width)`.
+    """
+    picture = picture.convert("RGB")
+    if processor["do_resize"]:
+        height, width = resized_size(picture.height, picture.width, processor["size"])
+        picture = picture.resize((width, height), Image.Resampling(processor["resample"]))
+    if processor.get("do_center_crop"):
+        height, width = processor["crop_size"]["height"], processor["crop_size"]["width"]
+        top, left = int((picture.height - height) / 2), int((picture.width - width) / 2)
+        picture = picture.crop((left, top, left + width, top + height))  # black where the picture is smaller
+    pixels = np.asarray(picture, dtype=np.float32)
+    if processor["do_rescale"]:
+        pixels = pixels * np.float32(processor["rescale_factor"])
+    if processor["do_normalize"]:
+        pixels = (pixels - np.float32(processor["image_mean"])) / np.float32(processor["image_std"])
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+
+def padded(pixel_values: np.ndarray, patch_size: int) -> np.ndarray:
+    """Pictures `(1, 3, height, width)` with zeros at the right and lower border, up to multiples of the patch size."""
+    height, width = pixel_values.shape[2:]
+    return np.pad(pixel_values, ((0, 0), (0, 0), (0, -height % patch_size), (0, -width % patch_size)))
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax of logits `(num_labels,)`."""
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
+
+
+def class_map(logits: np.ndarray, field: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+    """The class of every pixel.
+
+    Args:
+        logits: `(num_labels, h, w)` of a padded picture.
+        field: Height and width of the part, in cells of the logits, that is the picture.
+        size: Height and width of the result in pixels; logits are resized to it, bilinear.
+
+    Returns:
+        uint8 `size`.
+    """
+    best, classes = np.full(size, -np.inf, dtype=np.float32), np.zeros(size, dtype=np.uint8)
+    for index, plane in enumerate(logits):
+        box = (0, 0, field[1], field[0])
+        wide = np.asarray(Image.fromarray(plane).resize(size[::-1], Image.Resampling.BILINEAR, box))
+        is_better = wide > best
+        best[is_better], classes[is_better] = wide[is_better], index
+    return classes
+
+
+def palette() -> list[int]:
+    """Red, green and blue of every class in turn, in [0, 255]."""
+    colours = (colorsys.hsv_to_rgb(index * GOLDEN_RATIO % 1, 0.65, 0.95) for index in range(COLOURS))
+    return [round(255 * part) for colour in colours for part in colour]
+
+
+class Model:
+    """The model of a folder.
+
+    Args:
+        folder: With `model.onnx`, `config.json` and `preprocessor_config.json`.
+    """
+
+    def __init__(self, folder: Path):
+        config, self.processor = (
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in ("config.json", "preprocessor_config.json")
+        )
+        self.names = {int(index): name for index, name in config.get("id2label", {}).items()}
+        self.patch_size = config["patch_size"]
+        # more providers, if there is a GPU: "CUDAExecutionProvider" before this one
+        self.session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        self.is_classifier = len(self.session.get_outputs()) > 1
+
+    def name(self, index: int) -> str:
+        """Of a class."""
+        return self.names.get(int(index), f"LABEL_{index}")
+
+    def logits(self, pixel_values: np.ndarray) -> np.ndarray:
+        """`(1, 3, height, width)` to `(num_labels,)`, or of a segmentation model `(num_labels, h, w)`."""
+        return self.session.run(["logits"], {"pixel_values": pixel_values})[0][0]
+
+    def best_classes(self, picture: Image.Image, count: int) -> list[tuple[str, float]]:
+        """Names and probabilities of the best classes, the best first."""
+        shares = probabilities(self.logits(prepare(picture, self.processor)))
+        return [(self.name(index), float(shares[index])) for index in np.argsort(-shares, kind="stable")[:count]]
+
+    def classes_of_pixels(self, picture: Image.Image) -> np.ndarray:
+        """The class of every pixel, uint8 `(height, width)`. The picture is looked at as a whole, not in windows."""
+        pixel_values = prepare(picture, self.processor)
+        whole = padded(pixel_values, self.patch_size)
+        logits = self.logits(whole)
+        field = [a * b / c for a, b, c in zip(logits.shape[1:], pixel_values.shape[2:], whole.shape[2:])]
+        return class_map(logits, field, (picture.height, picture.width))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path, help="file of a picture")
+    parser.add_argument("--top", type=int, default=5, help="classes to print; default: %(default)s")
+    parser.add_argument("--output", type=Path, help="picture of classes; default: NAME_classes.png where it is called")
+    args = parser.parse_args()
+    try:
+        with Image.open(args.picture) as file:
+            picture = ImageOps.exif_transpose(file)
+    except OSError as error:
+        parser.exit(1, f"{args.picture}: {error}\n")
+    model = Model(FOLDER)
+    if model.is_classifier:
+        found = model.best_classes(picture, args.top)
+    else:
+        classes = model.classes_of_pixels(picture)
+        painted = Image.fromarray(classes)
+        painted.putpalette(palette())
+        output = args.output or Path(f"{args.picture.stem}_classes.png")
+        painted.save(output)
+        print(f"saved {output}")
+        ids, counts = np.unique(classes, return_counts=True)
+        order = np.argsort(-counts, kind="stable")[: args.top]
+        found = [(model.name(ids[index]), counts[index] / classes.size) for index in order]
+    for name, share in found:
+        print(f"{share:7.2%}  {name}")
+
+
+if __name__ == "__main__":
+    main()
