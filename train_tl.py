@@ -150,24 +150,26 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
             names = [model.config.id2label[index] for index in range(model.config.num_labels)]
             statistics = (image_processor.image_mean, image_processor.image_std)
             annotator = open_annotator(data_args, names, *statistics, training_args.device)
-        trainer = TokenLabelTrainer(
-            model,
-            training_args,
-            train_dataset=samples[0],
-            eval_dataset=samples[1],
-            processing_class=image_processor,
-            annotator=annotator,
+    # by all processes together: it opens the repository of --push_to_hub
+    trainer = TokenLabelTrainer(
+        model,
+        training_args,
+        train_dataset=samples[0],
+        eval_dataset=samples[1],
+        processing_class=image_processor,
+        annotator=annotator,
+    )
+    if data_args.require_token_labels and not trainer.trains_patches:
+        raise ValueError(
+            "--require_token_labels: the data has no dense labels. Give --token_labels, --annotator or data with "
+            f"columns {data_args.token_label_ids_column} and {data_args.token_label_scores_column}."
         )
-        if data_args.require_token_labels and not trainer.trains_patches:
-            raise ValueError(
-                "--require_token_labels: the data has no dense labels. Give --token_labels, --annotator or data with "
-                f"columns {data_args.token_label_ids_column} and {data_args.token_label_scores_column}."
-            )
-        if "patch_logits_weight" in (model_args.config_overrides or {}):  # the user's word over the Trainer's rule
-            model.config.patch_logits_weight = model_args.config_overrides["patch_logits_weight"]
-        if data_args.check_data and training_args.should_save:
-            for part in samples[data_args.streaming :]:  # a stream is looked at while it is read
-                part.check_rows(model.config.num_labels)
+    if "patch_logits_weight" in (model_args.config_overrides or {}):  # the user's word over the Trainer's rule
+        model.config.patch_logits_weight = model_args.config_overrides["patch_logits_weight"]
+    if data_args.check_data:
+        with training_args.main_process_first(desc="checking the data"):
+            for part in samples[data_args.streaming :] if training_args.should_save else ():
+                part.check_rows(model.config.num_labels)  # a stream is looked at while it is read
     return trainer, opened
 
 

@@ -31,10 +31,10 @@ from modeling_lvvit.token_labeling.annotators import Annotator, load_annotator
 from modeling_lvvit.token_labeling.class_labels import names_in_data, pair_classes
 from modeling_lvvit.token_labeling.class_matching import ClassMap
 from modeling_lvvit.token_labeling.data_sources import open_splits, state_of
-from modeling_lvvit.token_labeling.hub import HubError, HubTarget
+from modeling_lvvit.token_labeling.hub import HubError
 from modeling_lvvit.token_labeling.image_keys import ImageKeys
 from modeling_lvvit.token_labeling.image_rows import StoredRows, StreamedRows
-from modeling_lvvit.token_labeling.label_set_publishing import finish_label_set
+from modeling_lvvit.token_labeling.label_set_publishing import finish_label_set, open_label_set_target
 from modeling_lvvit.token_labeling.label_set_writer import (
     LabelSetWriter,
     default_rows_per_shard,
@@ -228,7 +228,7 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     if main:
         try:
             if args.push_to_hub is not None:
-                target = HubTarget(args.push_to_hub, "dataset", args.private, args.hub_revision).open()
+                target = open_label_set_target(args.push_to_hub, args.split, args.private, args.hub_revision)
             writer.begin()
         except HubError as error:
             problem = [str(error)]

@@ -26,8 +26,7 @@ from transformers import HfArgumentParser
 
 from modeling_lvvit.launching import num_cpu_cores
 from modeling_lvvit.token_labeling.class_matching import imagenet_class_names
-from modeling_lvvit.token_labeling.hub import HubTarget
-from modeling_lvvit.token_labeling.label_set_publishing import finish_label_set
+from modeling_lvvit.token_labeling.label_set_publishing import finish_label_set, open_label_set_target
 from modeling_lvvit.token_labeling.label_set_writer import (
     LabelSetWriter,
     default_rows_per_shard,
@@ -222,7 +221,7 @@ def import_labels(args: ImportArguments) -> list[str]:
     writer = LabelSetWriter(Path(args.output_dir), args.split, layout, settings, versions_of(torch), per_shard)
     target = None
     if args.push_to_hub is not None:
-        target = HubTarget(args.push_to_hub, "dataset", args.private, args.hub_revision).open()
+        target = open_label_set_target(args.push_to_hub, args.split, args.private, args.hub_revision)
     try:
         writer.begin()
         num_shards = import_shards(folder, files, writer, args)

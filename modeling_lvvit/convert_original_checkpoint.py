@@ -21,7 +21,7 @@ from transformers import SegformerImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .configuration_lvvit import LVViTConfig
-from .family_cards import Conversion, converted_card, family_card
+from .family_cards import Conversion, converted_card, family_card, is_released
 from .hub_folders import add_target_options, publish_folder
 from .modeling_lvvit import LVViTForImageClassification, LVViTPreTrainedModel
 from .modeling_lvvit_segmentation import LVViTForSemanticSegmentation, default_stages
@@ -29,6 +29,7 @@ from .original_checkpoint import SEGMENTATION_SIGN, config_from_state_dict, load
 from .original_model import OriginalLVViT
 from .original_segmentation import OriginalSegmenter
 from .token_labeling.hub import HubTarget
+from .token_labeling.published_files import CARD
 from .variants import ADE20K_CLASSES, VARIANTS, evaluation_image_processor, find_variant, published_row
 
 
@@ -94,8 +95,7 @@ def convert_checkpoint(
     use_ema: bool = True,
     num_attention_heads: int | None = None,
     residual_divisor: float | None = None,
-    model_id: str | None = None,
-    expected_row: str | None = None,
+    released_row: str | None = None,
 ) -> float:
     """Writes configuration, safetensors weights, image-processor settings, modelling code and model card to `output_dir`.
 
@@ -104,8 +104,8 @@ def convert_checkpoint(
         output_dir: New or empty.
         use_ema: Whether to prefer the averaged weights where the file has both.
         num_attention_heads, residual_divisor: See `LVViTConfig`; only for sizes that were not published.
-        model_id: What the example of the card loads; default: the name of the folder.
-        expected_row: Published row that it must be, of `VARIANTS` or `SEGMENTERS`.
+        released_row: Row of `VARIANTS` or `SEGMENTERS` whose released weights it holds, for the card; default: known by the name of
+            the file, else the card claims nothing.
 
     Returns:
         Largest absolute difference between the reloaded model's logits and those of the original tensors, on two
@@ -113,7 +113,7 @@ def convert_checkpoint(
 
     Raises:
         FileExistsError: If `output_dir` exists and is not empty; nothing in it is touched.
-        ValueError: If the checkpoint does not fit, is another row than expected, or the logits differ by more than
+        ValueError: If the checkpoint does not fit, is no such row, or the logits differ by more than
             `MAX_LOGITS_DIFFERENCE`.
     """
     check_paths(checkpoint, output_dir)
@@ -124,10 +124,10 @@ def convert_checkpoint(
         config.label2id = {name: index for index, name in enumerate(class_names)}
     is_segmenter = SEGMENTATION_SIGN in state_dict
     row = published_row(config, is_segmenter)
-    if expected_row not in (None, row):
+    if released_row not in (None, row):
         raise ValueError(
             f"{checkpoint} is {row or 'no published row'} ({config.num_hidden_layers} layers, {config.hidden_size} wide, input "
-            f"{config.image_height_width[0]}, {config.num_labels} classes), not {expected_row}."
+            f"{config.image_height_width[0]}, {config.num_labels} classes), not {released_row}."
         )
     model_class, processor = _target(config, is_segmenter)
     with torch.device("meta"):
@@ -150,13 +150,11 @@ def convert_checkpoint(
         if not difference <= MAX_LOGITS_DIFFERENCE:
             raise ValueError(f"The converted model's logits differ from the original by {difference:.2e}; not saved.")
         conversion = Conversion(checkpoint.name, _sha256(checkpoint), difference)
-        name = model_id or output_dir.resolve().name
-        card = (
-            converted_card(config, name, is_segmenter, conversion)
-            if row is None
-            else family_card(row, name, conversion)
-        )
-        card.save(partial / "README.md")
+        if released_row is not None or is_released(row, checkpoint.name):
+            card = family_card(row, conversion)
+        else:
+            card = converted_card(config, output_dir.resolve().name, is_segmenter, conversion)
+        card.save(partial / CARD)
         partial.chmod(0o755)
         if output_dir.exists():
             output_dir.rmdir()
@@ -217,18 +215,14 @@ def main(arguments: list[str] | None = None) -> None:
     add_target_options(parser)
     args = parser.parse_args(arguments)
     try:
-        check_paths(args.checkpoint, args.output_dir)  # before a repository is made
-        target = None
-        if args.push_to_hub is not None:
-            target = HubTarget(args.push_to_hub, private=args.private, revision=args.revision).open()
         difference = convert_checkpoint(
-            args.checkpoint, args.output_dir, not args.no_ema, args.num_attention_heads, args.residual_divisor,
-            target and target.repo_id,
-        )  # fmt: skip
+            args.checkpoint, args.output_dir, not args.no_ema, args.num_attention_heads, args.residual_divisor
+        )
         config = LVViTConfig.from_pretrained(args.output_dir)
         print(f"{find_variant(config) or 'LV-ViT'}, {config.num_labels} classes -> {args.output_dir}")
         print(f"largest logits difference to the original tensors after reload: {difference:.2e}")
-        if target is not None:
+        if args.push_to_hub is not None:
+            target = HubTarget(args.push_to_hub, private=args.private, revision=args.revision)
             print(f"published: {publish_folder(args.output_dir, target)}")
     except (ValueError, OSError) as error:
         parser.exit(1, f"{error}\n")

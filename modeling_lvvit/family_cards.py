@@ -18,10 +18,13 @@ from .variants import RELEASES, SEGMENTERS, VARIANTS, LVViTSegmenter, LVViTVaria
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 TEMPLATE = CARDS / "family_template.md"
-PAPER, PAPER_URL = "All Tokens Matter (NeurIPS 2021), as published", "https://arxiv.org/abs/2104.10858"
+# where a figure was published: in words, address
+PAPER = ("All Tokens Matter (NeurIPS 2021), as published", "https://arxiv.org/abs/2104.10858")
+REPOSITORY = ("the authors' repository, as published", "https://github.com/zihangJiang/TokenLabeling")
+ONLY_IN_REPOSITORY = {("lvvit_m_448", "top-1 accuracy"), ("upernet_m", "mean IoU"), ("upernet_l", "mean IoU")}
 IMAGENET, ADE20K = ("ILSVRC/imagenet-1k", "ImageNet"), ("zhoubolei/scene_parse_150", "ADE20K")  # Hub name, in words
+REAL, SINGLE_SCALE = "ReaL top-1 accuracy", "mean IoU"
 PUBLISHED, COUNTED = "published", "counted here"
-MEASURED = "measured: `modeling_lvvit.evaluate`"
 NOTES = {
     "lvvit_m_224": "The paper says 84.1, the name of the authors' file 84.0; the published 16.0 billion multiply-adds do not follow from the model.",
     "lvvit_m_448": "The accuracy at 448 pixels is that of the authors' repository; the paper has none.",
@@ -47,19 +50,18 @@ class Conversion:
     difference: float
 
 
-def family_card(
-    name: str,
-    model_id: str | None = None,
-    conversion: Conversion | None = None,
-    measured: dict[str, dict[str, Any]] | None = None,
-) -> ModelCard:
-    """The card of a published row.
+def is_released(name: str | None, checkpoint: str) -> bool:
+    """Whether a file has the name under which the authors released the weights of a row."""
+    row = VARIANTS.get(name) or SEGMENTERS.get(name)
+    return row is not None and row.checkpoint is not None and row.checkpoint.rpartition("/")[2] == checkpoint
+
+
+def family_card(name: str, conversion: Conversion | None = None) -> ModelCard:
+    """The card of a published row. Its example loads the folder that the conversion command of the card writes.
 
     Args:
         name: Of `VARIANTS` or `SEGMENTERS`.
-        model_id: What its example loads; default: `name`, the folder that its conversion command writes.
-        conversion: Where the weights beside the card come from.
-        measured: Results of `modeling_lvvit.evaluate` for these weights: name of the test set -> accuracies in [0, 1].
+        conversion: Where the weights beside the card come from; they must be those that the authors released.
 
     Raises:
         ValueError: If there is no such row.
@@ -69,19 +71,11 @@ def family_card(
         raise ValueError(f"Unknown row {name!r}; expected one of {', '.join((*VARIANTS, *SEGMENTERS))}.")
     row = SEGMENTERS.get(name)
     facts = _classifier(name, VARIANTS[name]) if row is None else _segmenter(name, row)
-    for test_set, found in (measured or {}).items():
-        facts["figures"] += [
-            (f"{test_set}, {measure}", f"{100 * value:.2f} %", MEASURED) for measure, value in found.items()
-        ]
-        facts["results"] += [
-            EvalResult("image-classification", test_set, test_set, measure, round(value, 4))
-            for measure, value in found.items()
-        ]
-    return _fill(facts, name, model_id or name, conversion)
+    return _fill(facts, name, conversion)
 
 
 def converted_card(config: Any, name: str, is_segmenter: bool, conversion: Conversion) -> ModelCard:
-    """The card of a converted checkpoint that is no published row, because of its size or its classes.
+    """The card of a converted checkpoint of which nobody said that it is a published one: it claims nothing of its training.
 
     Args:
         config: Its `LVViTConfig`.
@@ -104,7 +98,7 @@ def converted_card(config: Any, name: str, is_segmenter: bool, conversion: Conve
         "results": [],
         "data": None,
     }
-    return _fill(facts, name, name, conversion)
+    return _fill(facts, name, conversion)
 
 
 def _classifier(name: str, variant: LVViTVariant) -> dict[str, Any]:
@@ -120,7 +114,7 @@ def _classifier(name: str, variant: LVViTVariant) -> dict[str, Any]:
     if variant.published_gmacs is not None:
         figures.append(("multiply-adds a picture", f"{variant.published_gmacs} billion", PUBLISHED))
     recipe = name if name != "lvvit_m_448" else "lvvit_m_384 --image_size 448 --output_dir runs/lvvit_m_448"
-    accuracies = {"top-1 accuracy": variant.published_top1, "ReaL top-1 accuracy": variant.published_real_top1}
+    accuracies = {"top-1 accuracy": variant.published_top1, REAL: variant.published_real_top1}
     return {
         "title": f"{size} at {side} pixels",
         "size": size,
@@ -137,7 +131,7 @@ def _classifier(name: str, variant: LVViTVariant) -> dict[str, Any]:
         "recipe": f"accelerate launch train_tl.py {recipe}",
         "data": IMAGENET,
         "results": [
-            _published("image-classification", IMAGENET, "accuracy", title, value)
+            _published(name, "image-classification", IMAGENET, "accuracy", title, value)
             for title, value in accuracies.items()
             if value is not None
         ],
@@ -147,7 +141,7 @@ def _classifier(name: str, variant: LVViTVariant) -> dict[str, Any]:
 def _segmenter(name: str, row: LVViTSegmenter) -> dict[str, Any]:
     size = f"LV-ViT-{name[-1].upper()}"
     scores = {
-        "mean IoU": row.published_miou,
+        SINGLE_SCALE: row.published_miou,
         "mean IoU, several scales": row.published_multi_scale_miou,
         "pixel accuracy, several scales": row.published_multi_scale_accuracy,
     }
@@ -166,31 +160,34 @@ def _segmenter(name: str, row: LVViTSegmenter) -> dict[str, Any]:
         "recipe": f"accelerate launch -m modeling_lvvit.segmentation.train {name}",
         "data": ADE20K,
         "results": [
-            _published("image-segmentation", ADE20K, "mean_iou" if "IoU" in title else "accuracy", title, value)
+            _published(name, "image-segmentation", ADE20K, "mean_iou" if "IoU" in title else "accuracy", title, value)
             for title, value in scores.items()
         ],
     }
 
 
-def _published(task: str, data: tuple[str, str], metric: str, title: str, percent: float) -> EvalResult:
+def _published(name: str, task: str, data: tuple[str, str], metric: str, title: str, percent: float) -> EvalResult:
+    source = REPOSITORY if (name, title) in ONLY_IN_REPOSITORY else PAPER
+    # the figures of one configuration share a source
+    config = "real" if title == REAL else "single scale" if title == SINGLE_SCALE else None
     return EvalResult(
         task, data[0], data[1], metric, round(percent / 100, 4), metric_name=title, dataset_split="validation",
-        source_name=PAPER, source_url=PAPER_URL,
+        dataset_config=config, source_name=source[0], source_url=source[1],
     )  # fmt: skip
 
 
-def _fill(facts: dict[str, Any], name: str, model_id: str, conversion: Conversion | None) -> ModelCard:
+def _fill(facts: dict[str, Any], name: str, conversion: Conversion | None) -> ModelCard:
     if not TEMPLATE.is_file():
         raise FileNotFoundError(f"There is no {TEMPLATE}: install the project from its folder (pip install -e .).")
     task = "image-segmentation" if facts["is_segmenter"] else "image-classification"
     results, data = facts.pop("results"), facts.pop("data")
     metadata = ModelCardData(
         library_name="transformers",
-        license="apache-2.0",
+        license="apache-2.0" if facts["is_published"] else None,
         pipeline_tag=task,
-        tags=["lvvit", "token-labeling", "vision"],
+        tags=["lvvit", *(["token-labeling"] if facts["is_published"] else []), "vision"],
         datasets=[data[0]] if data else None,
-        metrics=["mean_iou" if facts["is_segmenter"] else "accuracy"] if data else None,
+        metrics=sorted({result.metric_type for result in results}) or None,
         model_name=facts["title"] if results else None,
         eval_results=results or None,
     )
@@ -199,7 +196,6 @@ def _fill(facts: dict[str, Any], name: str, model_id: str, conversion: Conversio
         metadata,
         template_path=str(TEMPLATE),
         name=name,
-        model_id=model_id,
         notes=[NOTES[name]] if name in NOTES else [],
         checkpoint=checkpoint and f"{RELEASES}/{checkpoint}",
         conversion=conversion and {**vars(conversion), "difference": f"{conversion.difference:.1e}"},
@@ -209,7 +205,7 @@ def _fill(facts: dict[str, Any], name: str, model_id: str, conversion: Conversio
 
 def main() -> None:
     for name in (*VARIANTS, *SEGMENTERS):
-        write_text(CARDS / f"{name}.md", str(family_card(name)))
+        write_text(CARDS / f"{name}.md", f"{family_card(name)}\n")
 
 
 if __name__ == "__main__":

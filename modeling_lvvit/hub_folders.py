@@ -3,18 +3,21 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .token_labeling.hub import HubTarget
-from .token_labeling.label_set_publishing import push_label_set
+from .token_labeling.label_set_publishing import check_finished, push_label_set
 from .token_labeling.label_set_writer import RECORD
-from .token_labeling.published_files import published_files
-from .token_labeling.publishing import CARD, WEIGHTS
+from .token_labeling.published_files import CARD, published_files
+from .token_labeling.publishing import REPLACED
 
 
-PROCESSOR = "preprocessor_config.json"
-WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model.onnx")
+logger = logging.get_logger(__name__)
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+ONNX = "model.onnx"
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ONNX)
 
 
 def add_target_options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +36,7 @@ def is_label_set(folder: Path) -> bool:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Makes sure that a folder has all that a model needs on the Hub.
+    """Makes sure that a folder has all that a model needs on the Hub; that there is no image processor is a warning.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -41,19 +44,39 @@ def check_model_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    missing = [name for name in (CONFIG_NAME, PROCESSOR) if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+    names, _ = published_files(folder)
+    missing = [name for name in (CONFIG_NAME, CARD) if name not in names]
+    weights = [name for name in WEIGHT_FILES if name in names]
+    if not weights:
         missing.append(f"weights ({' or '.join(WEIGHT_FILES)})")
-    if not (folder / CARD).is_file():
-        missing.append(f"a model card ({CARD})")
-    if (folder / CONFIG_NAME).is_file():
-        auto_map = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("auto_map") or {}
-        needs_code = (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
-        files = sorted({f"{reference.rpartition('--')[2].partition('.')[0]}.py" for reference in auto_map.values()})
-        missing += [f"modelling code ({name})" for name in files if needs_code and not (folder / name).is_file()]
+    if SAFE_WEIGHTS_INDEX_NAME in weights and SAFE_WEIGHTS_NAME not in weights:
+        shards = set(_read(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map", {}).values())
+        missing += sorted(shards - set(names))
+    if CONFIG_NAME in names and weights and weights != [ONNX]:
+        missing += sorted(_code_of(_read(folder / CONFIG_NAME)) - set(names))
     if missing:
         raise ValueError(f"{folder} is no complete model: it lacks {', '.join(missing)}.")
-    published_files(folder)
+    if not any(name in names for name in PROCESSORS):
+        logger.warning(
+            "%s has no image processor (%s): nobody will know how to prepare pictures.", folder, PROCESSORS[0]
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def _code_of(config: dict[str, Any]) -> set[str]:
+    """Files of modelling code that a configuration names, without those of other repositories (`owner/name--file.Class`)."""
+    references = [
+        reference
+        for entry in (config.get("auto_map") or {}).values()
+        for reference in (entry if isinstance(entry, list) else [entry])
+    ]
+    return {f"{text.partition('.')[0]}.py" for text in references if isinstance(text, str) and "--" not in text}
 
 
 def publish_folder(folder: Path, target: HubTarget) -> str:
@@ -61,13 +84,14 @@ def publish_folder(folder: Path, target: HubTarget) -> str:
 
     Args:
         folder: Stays as it is.
-        target: Opened.
+        target: Opened when the folder has been checked.
 
     Raises:
         FileNotFoundError, ValueError: If the folder is not complete; nothing is uploaded then.
         HubError: If the Hub cannot be reached or refuses.
     """
     if target.repo_type == "dataset":
-        return push_label_set(folder, target)
+        check_finished(folder)
+        return push_label_set(folder, target.open())
     check_model_folder(folder)
-    return target.upload(folder, "Upload model", WEIGHTS)
+    return target.open().upload(folder, "Upload model", REPLACED)

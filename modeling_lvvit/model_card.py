@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from transformers import Trainer
 from transformers.modelcard import make_markdown_table
@@ -16,7 +16,8 @@ from transformers.modelcard import make_markdown_table
 from .building import picture_size_of
 from .model_arguments import ModelSourceArguments
 from .token_labeling import TokenLabelTrainer
-from .token_labeling.data_sources import looks_local, short_name
+from .token_labeling.data_sources import looks_local
+from .token_labeling.published_files import CARD
 from .token_labeling.publishing import PublishingTrainer
 
 
@@ -39,14 +40,15 @@ class Origin:
         datasets: Hub names of images and label sets; local ones are not named.
         start: The model that it started from: Hub name, or the last part of a path; `None` if its weights were random.
         base_model: The same if it is on the Hub, else `None`.
-        license: Of the weights, as a name of the Hub; `None` if it is not known.
+        license: Of the weights in the fields of a card: `license`, as a name of the Hub, and `license_name` and `license_link` where
+            that is `other`; empty if it is not known.
     """
 
     data: str
     datasets: tuple[str, ...]
     start: str | None
     base_model: str | None
-    license: str | None
+    license: dict[str, str]
 
 
 def origin_of(args: ModelSourceArguments, data: str | None, label_set: str | None, embedded: str) -> Origin:
@@ -59,31 +61,40 @@ def origin_of(args: ModelSourceArguments, data: str | None, label_set: str | Non
         embedded: Name of the embedded data, which is no data set of the Hub.
     """
     start = args.model_name_or_path
-    is_local = start is None or looks_local(start) or Path(start).is_dir()
-    hub_names = [name for name in (data, label_set) if name not in (None, embedded) and not _is_local_data(name)]
-    license_name = args.license or (OWN_LICENSE if start is None else license_of(start))
+    hub_names = [name for name in (data, label_set) if name not in (None, embedded) and not _is_local(name)]
+    license_fields = license_of(start, args.model_revision) if start is not None else {"license": OWN_LICENSE}
     return Origin(
-        short_name(data or embedded),
+        _in_words(data or embedded),
         tuple(hub_names),
-        None if start is None else short_name(start),
-        None if is_local else start,
-        license_name,
+        None if start is None else _in_words(start),
+        None if start is None or _is_local(start) else start,
+        license_fields if args.license is None else {"license": args.license},
     )
 
 
-def _is_local_data(name: str) -> bool:
+def _is_local(name: str) -> bool:
     return looks_local(name) or Path(name).expanduser().exists()
 
 
-def license_of(model: str) -> str | None:
-    """Licence that the card of a model states, `None` if it has no card or cannot be reached."""
-    card = Path(model).expanduser() / "README.md"
-    if looks_local(model) and not card.is_file():
-        return None
+def _in_words(name: str) -> str:
+    return Path(name).name if _is_local(name) else name
+
+
+def license_of(model: str, revision: str | None = None) -> dict[str, str]:
+    """What the card of a model says of its licence; nothing if it has no card or cannot be reached.
+
+    Args:
+        model: Folder or Hub name.
+        revision: On the Hub.
+    """
     try:
-        return ModelCard.load(card if card.is_file() else model, ignore_metadata_errors=True).data.license
+        card = Path(model).expanduser() / CARD
+        if not _is_local(model):
+            card = Path(hf_hub_download(model, CARD, revision=revision))
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, HTTPError):
-        return None
+        return {}
+    return {name: data[name] for name in ("license", "license_name", "license_link") if data.get(name) is not None}
 
 
 def run_metadata(
@@ -92,7 +103,7 @@ def run_metadata(
     """Metadata of a run's card: what the model is, what it was made of and what it reached on which data."""
     return ModelCardData(
         library_name="transformers",
-        license=origin.license,
+        **origin.license,
         pipeline_tag=task,
         tags=[*tags, "vision"],
         datasets=list(origin.datasets) or None,
@@ -111,7 +122,7 @@ def published_name(trainer: PublishingTrainer) -> dict[str, str | None]:
 
 def training_facts(trainer: Trainer, options: Sequence[str]) -> dict[str, Any]:
     """What the cards of all programs say of the training: options, table, machine, time and versions."""
-    args, history = trainer.args, trainer.state.log_history
+    args, history, best = trainer.args, trainer.state.log_history, trainer.state.best_model_checkpoint
     seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
     return {
         "hyperparameters": {option: getattr(args, option) for option in options},
@@ -120,6 +131,7 @@ def training_facts(trainer: Trainer, options: Sequence[str]) -> dict[str, Any]:
         "duration": None if seconds is None else duration_in_words(seconds),
         "is_continued": args.resume_from_checkpoint is not None,
         "steps": trainer.state.global_step,
+        "best": Path(best).name if args.load_best_model_at_end and best else None,
         "versions": library_versions(),
     }
 
@@ -243,6 +255,7 @@ def write_model_card(
         is_labeler=args.patch_target == "image",
         annotator=trainer.annotator.annotator.provenance["annotator"] if trainer.annotator is not None else None,
         has_average=trainer.ema is not None,
+        saves_patch_head=getattr(trainer.model, "saves_patch_head", True),
         picture=picture,
         eval_split=eval_name,
         metrics={key: f"{100 * value:.2f} %" for key, value in accuracies.items()},
@@ -251,4 +264,4 @@ def write_model_card(
         **training_facts(trainer, REPORTED_OPTIONS),
         **facts,
     )
-    card.save(Path(args.output_dir) / "README.md")
+    card.save(Path(args.output_dir) / CARD)

@@ -11,10 +11,9 @@ arrived are not sent again.
 import argparse
 from pathlib import Path
 
-from .convert_original_checkpoint import check_paths, convert_checkpoint
-from .hub_folders import add_target_options, check_model_folder, is_label_set, publish_folder
+from .convert_original_checkpoint import convert_checkpoint
+from .hub_folders import add_target_options, is_label_set, publish_folder
 from .token_labeling.hub import HubTarget
-from .token_labeling.label_set_publishing import check_finished
 from .variants import SEGMENTERS, VARIANTS
 
 
@@ -23,7 +22,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="modeling_lvvit.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variant", choices=[*VARIANTS, *SEGMENTERS], metavar="ROW", help="published row that it is")
+    parser.add_argument(
+        "--variant", choices=[*VARIANTS, *SEGMENTERS], metavar="ROW", help="published row whose weights these are"
+    )
     parser.add_argument("--checkpoint", type=Path, help="authors' .pth or .pth.tar file")
     parser.add_argument("--output_dir", type=Path, help="folder to write; default: the name of the row")
     parser.add_argument(
@@ -47,24 +48,15 @@ def publish(args: argparse.Namespace) -> str:
         FileNotFoundError, FileExistsError, ValueError: If files are missing, damaged or of another kind.
         HubError: If the Hub cannot be reached or refuses.
     """
-    folder, repo_type = args.folder or args.output_dir or Path(args.variant), "model"
+    folder = (args.folder or args.output_dir or Path(args.variant)).expanduser()
+    repo_type = "dataset" if args.folder is not None and is_label_set(folder) else "model"
     if args.checkpoint is not None:
-        check_paths(args.checkpoint, folder)
-    elif is_label_set(folder):
-        repo_type = "dataset"
-        check_finished(folder)
-    else:
-        check_model_folder(folder)
-    target = HubTarget(args.repo_id, repo_type, args.private, args.revision).open()
-    if args.checkpoint is not None:
-        difference = convert_checkpoint(
-            args.checkpoint, folder, not args.no_ema, model_id=target.repo_id, expected_row=args.variant
-        )
+        difference = convert_checkpoint(args.checkpoint, folder, not args.no_ema, released_row=args.variant)
         print(
             f"{args.variant} -> {folder}, largest logits difference to the original tensors {difference:.2e}",
             flush=True,
         )
-    return publish_folder(folder, target)
+    return publish_folder(folder, HubTarget(args.repo_id, repo_type, args.private, args.revision))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from modeling_lvvit.benchmark.data_path import synthetic_label_map, synthetic_ro
 from modeling_lvvit.benchmark.published import COMPETITORS, PublishedRow, lvvit_rows, published_rows
 from modeling_lvvit.benchmark.published_comparison import contestant_of
 from modeling_lvvit.benchmark.report import table
+from modeling_lvvit.variants import VARIANTS
 
 
 @pytest.fixture
@@ -216,6 +217,12 @@ def test_flops_of_lvvit_are_the_published_ones(name, published):
     row = next(row for row in lvvit_rows() if row.model == name)
     assert row.gmacs == published
     assert counted_gmacs(row) == pytest.approx(published, rel=0.02)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_multiply_adds_on_the_cards_are_counted(name):
+    row = next(row for row in lvvit_rows() if row.model == name)
+    assert counted_gmacs(row) == pytest.approx(VARIANTS[name].counted_gmacs, rel=0.005)
 
 
 def test_flops_of_m_at_224_are_not_the_published_ones_and_the_table_says_so():

@@ -14,7 +14,7 @@ from PIL import Image
 from modeling_lvvit import LVViTConfig, LVViTForSemanticSegmentation
 from modeling_lvvit.benchmark.published import LVVIT_NOTES
 from modeling_lvvit.convert_original_checkpoint import main as convert
-from modeling_lvvit.family_cards import CARDS, family_card
+from modeling_lvvit.family_cards import CARDS, ONLY_IN_REPOSITORY, Conversion, converted_card, family_card, is_released
 from modeling_lvvit.original_segmentation import OriginalSegmenter
 from modeling_lvvit.variants import RELEASES, SEGMENTERS, VARIANTS, published_row, variant_config
 
@@ -33,7 +33,7 @@ def committed(name: str) -> str:
 @pytest.mark.parametrize("name", ROWS)
 def test_card_says_what_the_table_says(name):
     """To write them anew: python -m modeling_lvvit.family_cards."""
-    assert committed(name) == str(family_card(name))
+    assert committed(name) == f"{family_card(name)}\n"
     row = VARIANTS.get(name) or SEGMENTERS[name]
     card = ModelCard(committed(name))
     found = {MEASURES[result.metric_name]: result.metric_value for result in card.data.eval_results}
@@ -58,6 +58,11 @@ def test_card_is_one_of_the_hub(name, hub):
     assert data.pipeline_tag == ("image-segmentation" if name in SEGMENTERS else "image-classification")
     again = model_index_to_eval_results(data.to_dict()["model-index"])[1]
     assert again == data.eval_results and all("published" in result.source_name for result in again)
+    assert data.metrics == sorted({result.metric_type for result in again})
+    for result in again:  # a figure that the paper lacks is not said to be from it
+        is_elsewhere = (name, result.metric_name) in ONLY_IN_REPOSITORY
+        assert ("repository" in result.source_name) == is_elsewhere
+        assert not is_elsewhere or "the paper has none" in card.text
     for title in (
         "Use",
         "Figures",
@@ -98,6 +103,21 @@ def test_notes_of_the_comparison_are_on_the_cards():
     assert "16.0 billion multiply-adds do not follow" in committed("lvvit_m_224")
 
 
+def test_rows_are_claimed_for_files_that_the_authors_released_only():
+    assert is_released("lvvit_s_224", "lvvit_s-26M-224-83.3.pth.tar") and is_released(
+        "upernet_m", "upernet_lvvit_m.pth"
+    )
+    assert not is_released("lvvit_s_224", "model_best.pth.tar") and not is_released("lvvit_l_288", "lvvit_l.pth")
+    assert not is_released(None, "lvvit_t.pth")
+    conversion = Conversion("model_best.pth.tar", "0" * 64, 1e-6)
+    for is_segmenter in (False, True):
+        card = converted_card(variant_config("lvvit_s_224"), "mine", is_segmenter, conversion)
+        assert card.data.eval_results is None and card.data.license is None and card.data.datasets is None
+        for claim in ("ImageNet", "ADE20K", "authors trained", "authors' file", "83.3", "trained with a soft label"):
+            assert claim not in card.text
+        assert "`model_best.pth.tar` (SHA-256" in card.text and 'name = "mine"' in card.text
+
+
 def checkpoint_of(name: str) -> dict[str, torch.Tensor]:
     """Tensors of the authors' layout for a row."""
     if name in VARIANTS:
@@ -122,8 +142,9 @@ def test_example_of_the_card_runs_on_a_converted_model(name, tmp_path, monkeypat
     if name not in EXAMPLES_ALWAYS_RUN and not os.environ.get("ALL_CARDS"):
         pytest.skip("runs with ALL_CARDS=1")
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": checkpoint_of(name)}, "authors.pth")
-    convert(["authors.pth", name])
+    checkpoint = ((VARIANTS.get(name) or SEGMENTERS[name]).checkpoint or "mine.pth").rpartition("/")[2]
+    torch.save({"state_dict": checkpoint_of(name)}, checkpoint)
+    convert([checkpoint, name])
     printed = capsys.readouterr().out
     assert name in SEGMENTERS or f"{name}, 1000 classes" in printed
     assert float(printed.split()[-1]) < (1e-3 if name in SEGMENTERS else 5e-5)
@@ -136,4 +157,5 @@ def test_example_of_the_card_runs_on_a_converted_model(name, tmp_path, monkeypat
     assert len(lines) == 5 or name in SEGMENTERS
     config = LVViTConfig.from_pretrained(name)
     assert name in SEGMENTERS or config.id2label[1] == "goldfish"
-    assert "(SHA-256 `" in (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    assert "(SHA-256 `" in card and ("published" in card) == (checkpoint != "mine.pth")

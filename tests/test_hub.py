@@ -53,7 +53,7 @@ def test_files_that_belong_together_are_replaced_together(hub, folder):
     opened = target().open()
     opened.upload(folder, "Two shards")
     (folder / "model-00002-of-00002.safetensors").unlink()
-    opened.upload(folder, "One file", ("model*.safetensors",))
+    opened.upload(folder, "One file", ("model.safetensors", "model-*-of-*.safetensors"))
     assert set(hub.files("user/net")) == {"model.safetensors", "config.json", "README.md"}
 
 
@@ -125,7 +125,10 @@ def test_broken_upload_loses_nothing_and_the_second_completes(name, hub, folder)
         opened.upload(folder, "First")
     message = str(caught.value)
     assert message.startswith(f"The upload of {folder} to user/net failed: ")
-    assert f"Upload it again with: python -m modeling_lvvit.publish --folder {folder} --repo_id user/net" in message
+    assert (
+        f"Upload it again with: python -m modeling_lvvit.publish --folder {folder.resolve()} --repo_id user/net"
+        in message
+    )
     if FAULTS[name].drop_after is None:
         assert f"(status {FAULTS[name].status}" in message
     else:
@@ -153,3 +156,26 @@ def test_damaged_file_stops_the_upload_before_it_starts(hub, folder):
     with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file"):
         opened.upload(folder, "First")
     assert hub.files("user/net") == {} and not hub.received
+
+
+def test_ctrl_c_is_told_like_other_failures(hub, folder, monkeypatch):
+    opened = target().open()
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", interrupted)
+    with pytest.raises(HubError, match="failed: it was interrupted.\\n.*is complete and stays as it is"):
+        opened.upload(folder, "First")
+
+
+def test_token_that_is_no_token(hub):
+    with pytest.raises(HubError, match="does not know the token"):
+        target(token="hf_ö").open()
+
+
+def test_folder_with_spaces_is_quoted_in_the_advice(hub, folder):
+    spaced = folder.rename(folder.parent / "my model")
+    hub.faults.append(Fault("POST", ".*/commit/main", status=409))
+    with pytest.raises(HubError, match="--folder '.*/my model' --repo_id user/net --revision"):
+        target(revision="main").open().upload(spaced, "First")

@@ -116,7 +116,7 @@ def publish_all(folder: Path) -> None:
         "max_steps": 3,
         "ema_decay": 0.5,
     }
-    options |= {"save_strategy": "steps", "save_steps": 1}
+    options |= {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "every_save", "hub_always_push": True}
     torch.manual_seed(0)
     trainer = trainer_for(LVViTForImageClassification(tiny_config()), rows, folder / "net", **options)
     processor = trainer.processing_class = evaluation_image_processor((32, 48), 0.9)

@@ -242,7 +242,7 @@ def test_two_processes_publish_one_repository_with_a_card(data, tmp_path):
     metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     found = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert found["accuracy"] == pytest.approx(metrics["eval_accuracy"], abs=1e-4)
-    assert 'model="team/pets"' in card.text and "moving average of the weights" in card.text
+    assert 'model="team/pets"' in card.text and "the moving average of those of training" in card.text
     table = [line for line in card.text.splitlines() if line.startswith(("| 0.", "| 1."))]
     assert len(table) == 2  # an evaluation each 2 of 4 steps
     assert not [name for name in files if name.endswith((".bin", ".pt"))]
@@ -261,3 +261,18 @@ def test_fine_tuning_names_its_start_and_takes_over_the_licence(trained, data, t
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "cc-by-4.0" and card.data.base_model is None  # a folder is no name of the Hub
     assert "Started from `start`." in card.text and "and of the model it started from" in card.text
+
+
+def test_refused_push_ends_both_processes_with_one_line(data, tmp_path):
+    with local_hub() as hub:
+        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train_tl.py"]
+        push = ["--push_to_hub", "--hub_model_id", "stranger/pets"]
+        environment = {
+            name: value for name, value in hub.environment(tmp_path / "home").items() if name.startswith("HF_")
+        }
+        result = run([*launch, *options(data, tmp_path / "out", *push)], data, **environment)
+        assert result.returncode != 0
+        assert "stranger/pets cannot be opened for an upload: the token may not write there" in result.stderr
+        assert "Connection closed" not in result.stderr  # of the other process
+        with pytest.raises(KeyError):
+            hub.files("stranger/pets")

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from local_hub import Fault
 from original_layout import original_state_dict
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
+from test_label_sets import layout_of, random_maps, table_of, write_label_set
 from test_trainer import trainer_for
 from transformers import AutoModelForImageClassification
 
@@ -19,6 +20,7 @@ from modeling_lvvit.convert_original_checkpoint import main as convert
 from modeling_lvvit.model_arguments import ModelArguments
 from modeling_lvvit.model_card import Origin, origin_of, run_metadata, training_table
 from modeling_lvvit.token_labeling import TokenLabelTrainingArguments, publishing
+from modeling_lvvit.token_labeling import hub as hub_uploads
 from modeling_lvvit.token_labeling.hub import HubError, HubTarget
 from modeling_lvvit.token_labeling.publishing import push_finished_run
 from modeling_lvvit.variants import evaluation_image_processor, variant_config
@@ -146,7 +148,7 @@ def test_training_arguments_are_no_pickle(tiny_model, labelled_rows, tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """LV-ViT-T as the authors' code stores it."""
-    path = tmp_path_factory.mktemp("authors") / "lvvit_t.pth"
+    path = tmp_path_factory.mktemp("authors") / "best.pth"
     torch.save({"state_dict": original_state_dict(variant_config("lvvit_t_224"))}, path)
     return path
 
@@ -161,7 +163,7 @@ def test_authors_checkpoint_to_a_complete_repository_in_one_command(hub, checkpo
     card = ModelCard(files["README.md"].decode())
     assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", "image-classification")
     assert {result.metric_value for result in card.data.eval_results} == {0.791}
-    assert 'name = "team/lvvit-t"' in card.text and "file `lvvit_t.pth` (SHA-256 `" in card.text
+    assert 'name = "team/lvvit-t"' in card.text and "file `best.pth` (SHA-256 `" in card.text
     auto_map = json.loads(files["config.json"])["auto_map"]
     assert set(auto_map) == {
         "AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoModelForSemanticSegmentation", "AutoBackbone"
@@ -170,13 +172,13 @@ def test_authors_checkpoint_to_a_complete_repository_in_one_command(hub, checkpo
 
 def test_wrong_row_and_missing_file_leave_no_trace(hub, checkpoint, tmp_path):
     options = ["--repo_id", "user/none", "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match=r"lvvit_t.pth is lvvit_t_224 \(12 layers.*not lvvit_s_224"):
+    with pytest.raises(SystemExit, match=r"best.pth is lvvit_t_224 \(12 layers.*not lvvit_s_224"):
         publish.main(["--variant", "lvvit_s_224", "--checkpoint", str(checkpoint), *options])
-    assert hub.files("user/none") == {} and not (tmp_path / "out").exists()
     with pytest.raises(SystemExit, match="No checkpoint file at"):
-        publish.main(["--variant", "lvvit_s_224", "--checkpoint", "nowhere.pth", "--repo_id", "user/other"])
+        publish.main(["--variant", "lvvit_s_224", "--checkpoint", "nowhere.pth", *options])
     with pytest.raises(KeyError):
-        hub.files("user/other")
+        hub.files("user/none")
+    assert not (tmp_path / "out").exists()
 
 
 def test_converter_publishes(hub, tmp_path, capsys):
@@ -187,13 +189,11 @@ def test_converter_publishes(hub, tmp_path, capsys):
     files = hub.files("user/mine")
     assert set(files) == MODEL | {"preprocessor_config.json"}
     card = ModelCard(files["README.md"].decode())
-    assert card.data.eval_results is None and "no accuracy of" in card.text and 'name = "user/mine"' in card.text
+    assert card.data.eval_results is None and card.data.license is None and 'name = "user/mine"' in card.text
     assert "published: http" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "missing", ["config.json", "preprocessor_config.json", "model.safetensors", "README.md", "modeling_lvvit.py"]
-)
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "README.md", "modeling_lvvit.py"])
 def test_incomplete_folders_are_refused(missing, tiny_model, processor, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -231,14 +231,17 @@ def test_card_names_data_base_model_and_its_licence(hub, tmp_path, monkeypatch):
     HubTarget("user/bare", token="hf_test").open()
     args = ModelArguments(model_name_or_path="user/start")
     origin = origin_of(args, "user/images", "user/labels", "digit_scenes")
-    assert origin == Origin("user/images", ("user/images", "user/labels"), "user/start", "user/start", "cc-by-4.0")
+    assert origin == Origin(
+        "user/images", ("user/images", "user/labels"), "user/start", "user/start", {"license": "cc-by-4.0"}
+    )
     data = run_metadata("mine", "image-classification", origin, ["accuracy"], ["lvvit"], [])
     assert (data.datasets, data.base_model) == (["user/images", "user/labels"], "user/start")
     for start, license_name in (("user/bare", None), (str(tmp_path / "nowhere"), None), (None, "apache-2.0")):
-        assert origin_of(ModelArguments(model_name_or_path=start), None, None, "digit_scenes").license == license_name
+        found = origin_of(ModelArguments(model_name_or_path=start), None, None, "digit_scenes").license
+        assert found.get("license") == license_name
     args = ModelArguments(model_name_or_path=str(tmp_path / "start"), license="mit")
     origin = origin_of(args, str(tmp_path / "pictures"), None, "digit_scenes")
-    assert origin == Origin("pictures", (), "start", None, "mit")
+    assert origin == Origin("pictures", (), "start", None, {"license": "mit"})
 
 
 def test_training_table_is_short_and_ends_with_the_last_evaluation():
@@ -269,3 +272,124 @@ def test_training_table_is_short_and_ends_with_the_last_evaluation():
         "|",
     ]
     assert "Training loss" in training_table([{"loss": 2.0, "epoch": 1, "step": 1}]) and training_table([]) == ""
+
+
+def test_data_in_a_folder_with_two_names_is_no_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    (tmp_path / "runs" / "base" / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: house-rules\nlicense_link: LICENSE\n---\n# Base\n"
+    )
+    origin = origin_of(ModelArguments(model_name_or_path="runs/base"), "data/pictures", None, "digit_scenes")
+    expected = {"license": "other", "license_name": "house-rules", "license_link": "LICENSE"}
+    assert origin == Origin("pictures", (), "base", None, expected)
+
+
+def test_card_in_the_repository_names_it_and_the_local_one_stays(hub, tmp_path):
+    cards = {
+        'classify = pipeline("image-classification", model="run", trust_remote_code=True)': (
+            'classify = pipeline("image-classification", model="user/net", revision="wip", trust_remote_code=True)'
+        ),
+        'segment = pipeline("image-segmentation", model="a/b", revision="old", trust_remote_code=True)': (
+            'segment = pipeline("image-segmentation", model="user/net", revision="wip", trust_remote_code=True)'
+        ),
+        'name = "lvvit_s_224"\nother = 1': 'name = "user/net"\nother = 1',
+        "accelerate launch train_tl.py --dataset_name x --token_labels THIS_FOLDER --variant v": (
+            "accelerate launch train_tl.py --dataset_name x --token_labels user/net --variant v"
+        ),
+    }
+    target = HubTarget("user/net", revision="wip", token="hf_test").open()
+    for text, expected in cards.items():
+        (tmp_path / "README.md").write_text(text)
+        target.upload(tmp_path, "Card")
+        assert hub.files("user/net", revision="wip")["README.md"].decode() == expected
+        assert (tmp_path / "README.md").read_text() == text
+
+
+def test_own_script_gets_a_card_with_its_results(hub, tiny_model, labelled_rows, tmp_path):
+    """`save_model` pushes, as in the library; a draft of it is written anew, a card that somebody wrote is kept."""
+    options = {**PUSH, "max_steps": 1}
+    trainer = trainer_for(tiny_model, labelled_rows, tmp_path, **options)
+    trainer.train()
+    trainer.save_model()
+    draft = hub.files("user/run")["README.md"].decode()
+    trainer.evaluate(trainer.train_dataset)
+    trainer.push_to_hub()
+    assert (
+        hub.files("user/run")["README.md"].decode() != draft
+        and "Accuracy" in hub.files("user/run")["README.md"].decode()
+    )
+    (tmp_path / "README.md").write_text("# My own words\n")
+    trainer.push_to_hub()
+    assert hub.files("user/run")["README.md"] == b"# My own words\n"
+
+
+def test_what_an_older_push_left_there_goes_or_is_named(hub, processor, tiny_model, tmp_path, monkeypatch):
+    api = HfApi(token="hf_test")
+    api.create_repo("user/net")
+    for name in (
+        "training_args.bin",
+        "pytorch_model.bin",
+        "model-00001-of-00002.safetensors",
+        "models/model.safetensors",
+        "old.pkl",
+    ):
+        api.upload_file(repo_id="user/net", path_or_fileobj=b"x" * 10, path_in_repo=name)
+    tiny_model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# Model")
+    warnings = []
+    monkeypatch.setattr(hub_uploads.logger, "warning", lambda message, *values: warnings.append(message % values))
+    publish.main(["--folder", str(tmp_path), "--repo_id", "user/net"])
+    assert set(hub.files("user/net")) == MODEL | {"preprocessor_config.json", "models/model.safetensors", "old.pkl"}
+    assert warnings == ["user/net also holds old.pkl, which may be pickles."]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", r"config.json must hold a JSON object, got list"),
+        ("{", r"config.json is no whole json file"),
+        ('{"auto_map": {"AutoTokenizer": ["tok.A", null], "AutoConfig": "me/other--conf.C"}}', r"it lacks tok.py\."),
+    ],
+)
+def test_odd_configurations(content, message, tiny_model, processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# Model")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        publish.main(["--folder", str(tmp_path), "--repo_id", "user/net"])
+
+
+def test_missing_shard_is_named(processor, tmp_path):
+    LVViTForImageClassification(tiny_config()).save_pretrained(tmp_path, max_shard_size="20KB")
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# Model")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(SystemExit, match=f"it lacks {shard.name}"):
+        publish.main(["--folder", str(tmp_path), "--repo_id", "user/net"])
+
+
+def test_a_repository_holds_one_split_of_labels(hub, tmp_path):
+    for split in ("train", "extra"):
+        maps = random_maps(6)
+        write_label_set(tmp_path / split, table_of(maps), layout_of(maps), split=split)
+    publish.main(["--folder", str(tmp_path / "train"), "--repo_id", "user/labels"])
+    before = hub.files("user/labels", "dataset")
+    with pytest.raises(
+        SystemExit, match="holds data/train-00000.parquet, of another split.*Publish the split 'extra' under another"
+    ):
+        publish.main(["--folder", str(tmp_path / "extra"), "--repo_id", "user/labels"])
+    assert hub.files("user/labels", "dataset") == before
+    maps = random_maps(3)  # a smaller set in the place of the larger one: no shard is left of that
+    write_label_set(tmp_path / "small", table_of(maps), layout_of(maps))
+    publish.main(["--folder", str(tmp_path / "small"), "--repo_id", "user/labels"])
+    assert [name for name in hub.files("user/labels", "dataset") if name.startswith("data/")] == [
+        "data/train-00000.parquet"
+    ]
+    (tmp_path / "train" / "data" / "train-00001.parquet").unlink()
+    with pytest.raises(SystemExit, match="lacks shards: it has 4 rows, its record says 6"):
+        publish.main(["--folder", str(tmp_path / "train"), "--repo_id", "user/labels"])

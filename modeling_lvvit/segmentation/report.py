@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedModel
 
 from ..model_card import Origin, published_name, run_metadata, training_facts
+from ..token_labeling.published_files import CARD
 from ..token_labeling.whole_files import write_json
 from ..visualization import panel_step, save_segmentation_figure
 from .arguments import SCORES
@@ -133,7 +134,7 @@ def write_segmentation_card(
         **training_facts(trainer, REPORTED_OPTIONS),
         **_model_facts(model),
     )
-    card.save(Path(args.output_dir) / "README.md")
+    card.save(Path(args.output_dir) / CARD)
 
 
 def _mode(prefix: str) -> str:

@@ -126,6 +126,8 @@ def check_options(
         )
     if data_args.class_weights == [BALANCED] and not data_args.check_data:
         raise ValueError(f"--class_weights {BALANCED} counts pixels in the check of the data: leave --check_data on.")
+    if model_args.evaluate_only and training_args.push_to_hub:
+        raise ValueError("--evaluate_only makes nothing to publish: leave out --push_to_hub.")
     if model_args.evaluate_only and training_args.resume_from_checkpoint is not None:
         raise ValueError(
             "--evaluate_only trains nothing: leave out --resume_from_checkpoint and name the checkpoint as --model_name_or_path."
@@ -274,9 +276,9 @@ def main(arguments: list[str]) -> None:
             origin = origin_of(model_args, data_args.dataset_name, None, EMBEDDED_RECIPE)
             write_segmentation_card(CARD_TEMPLATE, trainer, origin, evaluations, table, picture)
         print(f"saved to {training_args.output_dir}")
+    end_together()  # the others need not wait for an upload
     if trainer.train_dataset is not None:
         push_finished_run(trainer, MODULE)
-    end_together()
 
 
 def train(trainer: SegmentationTrainer) -> None:

@@ -14,8 +14,9 @@ from .data_sources import looks_local, open_parquet, open_splits, state_of, stre
 from .label_columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
 from .label_crops import top_classes
 from .label_join import check_class_names, join_label_set
-from .label_set_writer import CARD, DATA, RECORD
+from .label_set_writer import DATA, RECORD
 from .label_source import LabelMapSource, class_names_of
+from .published_files import CARD
 
 
 logger = logging.get_logger(__name__)

@@ -1,9 +1,10 @@
 """Uploads to the Hub: permission is asked before the long work, files are checked, and what was broken off is repeated."""
 
-from collections.abc import Iterator, Sequence
+import re
+import shlex
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import logging
 
-from .published_files import published_files
+from .published_files import CARD, PICKLE_ENDINGS, matches, published_files
 
 
 logger = logging.get_logger(__name__)
@@ -32,6 +33,11 @@ MEANINGS = {
     413: "a file is too large for the Hub",
     429: "the Hub was asked too often. Wait and try again",
 }
+
+
+CLIENT_ERRORS = (
+    HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError, RuntimeError, UnicodeError,
+)  # fmt: skip
 
 
 class HubError(OSError):
@@ -73,13 +79,14 @@ class HubTarget:
                 api.create_branch(repo.repo_id, repo_type=self.repo_type, branch=self.revision, exist_ok=True)
         return replace(self, repo_id=repo.repo_id)
 
-    def upload(self, folder: Path, message: str, replaced: Sequence[str] = ()) -> str:
-        """Uploads what may be published of a folder in one commit; what the repository has already is not sent again.
+    def upload(self, folder: Path, message: str, replaced: tuple[str, ...] = ()) -> str:
+        """Uploads what may be published of a folder in one commit; what the repository has already is not sent again. The example of
+        the card there names the repository.
 
         Args:
             folder: Stays as it is, whatever happens.
             message: Of the commit.
-            replaced: Patterns (`fnmatch`) of files that belong together: those that the folder does not have are deleted there, as
+            replaced: Patterns (see `matches`) of files that belong together: those that the folder does not have are deleted there, as
                 weights in another number of files would otherwise stay beside the new ones.
 
         Returns:
@@ -92,20 +99,47 @@ class HubTarget:
         """
         names, others = published_files(folder)
         if others:
-            logger.warning("Not uploaded, as their format is not one to publish: %s.", ", ".join(others))
+            logger.warning("Not uploaded, as they belong to no model or label set: %s.", ", ".join(others))
+        contents: dict[str, Path | bytes] = {name: folder / name for name in names}
+        if CARD in contents:
+            contents[CARD] = self.named((folder / CARD).read_text(encoding="utf-8")).encode()
         operations: list[CommitOperationAdd | CommitOperationDelete]
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in contents.items()]
         where: dict[str, Any] = {"repo_id": self.repo_id, "repo_type": self.repo_type, "revision": self.revision}
-        options = "" if self.revision is None else f" --revision {self.revision}"
-        again = f"python -m modeling_lvvit.publish --folder {folder} --repo_id {self.repo_id}{options}"
-        advice = f"{folder} is complete and stays as it is. Upload it again with: {again}"
-        with _explained(f"The upload of {folder} to {self.repo_id} failed", advice):
+        with _explained(f"The upload of {folder} to {self.repo_id} failed", self._advice(folder)):
             api = HfApi(token=self.token)
-            there = api.list_repo_files(**where) if replaced else []
-            stale = {name for name in there if any(fnmatchcase(name, pattern) for pattern in replaced)} - set(names)
+            unnamed = set(api.list_repo_files(**where)) - set(names)
+            stale = {name for name in unnamed if matches(name, replaced)}
             operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]
             commit = api.create_commit(operations=operations, commit_message=message, **where)
+        if pickles := sorted(name for name in unnamed - stale if name.endswith(PICKLE_ENDINGS)):
+            logger.warning("%s also holds %s, which may be pickles.", self.repo_id, ", ".join(pickles))
         return commit.commit_url
+
+    def files(self) -> list[str]:
+        """Paths of the files that are there.
+
+        Raises:
+            HubError: If the Hub cannot be reached or refuses.
+        """
+        with _explained(f"The files of {self.repo_id} cannot be listed"):
+            return HfApi(token=self.token).list_repo_files(
+                self.repo_id, repo_type=self.repo_type, revision=self.revision
+            )
+
+    def named(self, card: str) -> str:
+        """A card whose example loads from this repository."""
+        revision = "" if self.revision in (None, MAIN) else f', revision="{self.revision}"'
+        card = re.sub(r'(pipeline\([^)]*model=)"[^"]*"(, revision="[^"]*")?', rf'\1"{self.repo_id}"{revision}', card)
+        card = re.sub(r'^(name = )"[^"]*"$', rf'\1"{self.repo_id}"', card, flags=re.MULTILINE)
+        return re.sub(
+            r"^(accelerate launch train_tl.py .*--token_labels )\S+", rf"\1{self.repo_id}", card, flags=re.MULTILINE
+        )
+
+    def _advice(self, folder: Path) -> str:
+        command = ["--folder", str(folder.resolve()), "--repo_id", self.repo_id]
+        command += [] if self.revision is None else ["--revision", self.revision]
+        return f"{folder} is complete and stays as it is. Upload it again with: python -m modeling_lvvit.publish {shlex.join(command)}"
 
 
 @contextmanager
@@ -113,15 +147,17 @@ def _explained(what: str, advice: str = "") -> Iterator[None]:
     """Turns the errors of the Hub's client into one whose message says what to do."""
     try:
         yield
-    except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError, RuntimeError) as error:
+    except (*CLIENT_ERRORS, KeyboardInterrupt) as error:
         raise HubError(f"{what}: {_reason(error)}." + (f"\n{advice}" if advice else "")) from error
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, RuntimeError):  # of the upload of one file; the cause is what happened
         return f"{error} {_reason(error.__cause__)}" if error.__cause__ is not None else str(error)
-    if isinstance(error, LocalTokenNotFoundError):
+    if isinstance(error, (LocalTokenNotFoundError, UnicodeError)):  # a token goes into a header, in ASCII
         return MEANINGS[401]
+    if isinstance(error, KeyboardInterrupt):
+        return "it was interrupted"
     if isinstance(error, (OfflineModeIsEnabled, HFValidationError)):
         return str(error).rstrip(".")
     response: Any = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from .hub import HubTarget
 from .image_keys import MAX_NAMED
 from .label_columns import SCORES_COLUMN
-from .label_set_writer import CARD, DATA, RECORD, LabelSetWriter
+from .label_set_writer import DATA, RECORD, LabelSetWriter
 from .label_sets import HASH_COLUMN, INDEX_COLUMN, KEY_COLUMN, PALETTE_COLUMN
+from .published_files import CARD, matches
 from .whole_files import write_text
 
 
@@ -23,7 +23,7 @@ def finish_label_set(
 ) -> Sequence[str]:
     """Completes a label set whose shards are all there, and uploads it if asked; returns lines for the user."""
     record = writer.finish(num_shards)
-    write_card(writer, template, record, title, target)
+    write_card(writer, template, record, title)
     report = record["report"]
     lines = [
         f"{report['num_images']:,} label maps of {writer.layout.k} x {writer.layout.map_size[0]} x "
@@ -36,9 +36,7 @@ def finish_label_set(
     return lines
 
 
-def write_card(
-    writer: LabelSetWriter, template: Path, record: dict[str, Any], title: str, target: HubTarget | None
-) -> None:
+def write_card(writer: LabelSetWriter, template: Path, record: dict[str, Any], title: str) -> None:
     """Writes README.md: how the set was made and how to use it.
 
     Args:
@@ -46,10 +44,9 @@ def write_card(
         template: Card with the variables that this function fills.
         record: What `LabelSetWriter.finish` returned.
         title: What the set is called.
-        target: Where it is published, for the example.
     """
     # Named in the card, local files would share one cache entry with those of any other folder of the same name: the
-    # library (5.2) then identifies them by their pattern alone. It finds these splits by itwriter.
+    # library (5.2) then identifies them by their pattern alone. It finds these splits by itself.
     configs = None
     if writer.split not in ("train", "validation", "test"):
         split = {"split": writer.split, "path": f"{DATA}/{writer.split}-*.parquet"}
@@ -65,7 +62,6 @@ def write_card(
         data,
         template_path=str(template),
         title=title,
-        name=target.repo_id if target is not None else "THIS_FOLDER",  # not its name: equal sets have equal cards
         **record,
         columns=[KEY_COLUMN, HASH_COLUMN, PALETTE_COLUMN, INDEX_COLUMN, SCORES_COLUMN],
         class_names=writer.layout.class_names[:MAX_NAMED],
@@ -75,23 +71,49 @@ def write_card(
 
 def _size_category(count: int) -> str:
     """The Hub's name for a number of rows, `1K<n<10K` for example."""
-    limits = ((1_000, "1K"), (10_000, "10K"), (100_000, "100K"), (1_000_000, "1M"), (10_000_000, "10M"))
-    for (low, low_name), (high, high_name) in pairwise(limits):
-        if low <= count < high:
-            return f"{low_name}<n<{high_name}"
-    return f"n<{limits[0][1]}" if count < limits[0][0] else f"n>{limits[-1][1]}"
+    names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")
+    place = sum(count >= 10 ** (3 + index) for index in range(len(names)))
+    if place == 0:
+        return f"n<{names[0]}"
+    return f"{names[place - 1]}<n<{names[place]}" if place < len(names) else "1B<n<10B"
 
 
 def push_label_set(folder: Path, target: HubTarget) -> str:
     """Uploads a finished label set and returns the address of the commit; shards of the same split that it does not have go.
 
     Raises:
-        ValueError: If the folder holds no finished label set, or a damaged one.
+        ValueError: If the folder holds no finished label set, or a damaged one, or the repository another split.
         HubError: If the Hub cannot be reached or refuses.
     """
     check_finished(folder)
-    splits = {path.name.rpartition("-")[0] for path in (folder / DATA).glob("*.parquet")}
-    return target.upload(folder, "Upload label set", tuple(f"{DATA}/{split}-*.parquet" for split in sorted(splits)))
+    split = json.loads((folder / RECORD).read_text(encoding="utf-8"))["settings"]["split"]
+    _check_splits(target, split)
+    return target.upload(folder, "Upload label set", (f"{DATA}/{split}-*.parquet",))
+
+
+def open_label_set_target(repo_id: str, split: str, private: bool | None, revision: str | None) -> HubTarget:
+    """Where a label set will be published, opened before the long work.
+
+    Args:
+        repo_id, private, revision: See `HubTarget`.
+        split: Of the set.
+
+    Raises:
+        HubError: If the Hub cannot be reached or refuses.
+        ValueError: If the repository holds another split.
+    """
+    target = HubTarget(repo_id, "dataset", private, revision).open()
+    _check_splits(target, split)
+    return target
+
+
+def _check_splits(target: HubTarget, split: str) -> None:
+    shards = [name for name in target.files() if matches(name, (f"{DATA}/*.parquet",))]
+    if others := [name for name in shards if not matches(name, (f"{DATA}/{split}-*.parquet",))]:
+        raise ValueError(
+            f"{target.repo_id} holds {others[0]}, of another split: its card and record speak of one set only. Publish the split "
+            f"{split!r} under another name."
+        )
 
 
 def check_finished(folder: Path) -> None:

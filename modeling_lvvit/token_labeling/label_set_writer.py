@@ -33,7 +33,7 @@ from .whole_files import write_atomically, write_json
 
 
 logger = logging.get_logger(__name__)
-RECORD, CARD, DATA, LOCK = "token_labels.json", "README.md", "data", ".lock"
+RECORD, DATA, LOCK = "token_labels.json", "data", ".lock"
 
 
 def default_rows_per_shard(num_rows: int) -> int:

@@ -1,10 +1,12 @@
-"""Which files of a folder may be published: those of known formats whose content is what their name says. A pickle never is."""
+"""Which files of a folder may be published: those that belong to a model or a label set and are what their name says. A pickle never is."""
 
 import ast
+import io
 import json
 import pickletools
 import struct
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,34 +15,61 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 
-EVENTS = "tfevents"  # part of the names of TensorBoard's logs, which have no ending of their own
+CARD = "README.md"
+# weights of a model, of which a repository holds one set
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+RECORDS = ("training_args.json", "trainer_state.json", "*_results.json", "class_scores.json", "token_labels.json")
+MODEL_PARTS = ("config.json", "preprocessor_config.json", "processor_config.json", "model.onnx", "predict.py")
+# whatever else lies in a folder is the user's own
+PUBLISHED = (
+    CARD, "LICENSE*", "NOTICE*", *WEIGHTS, *RECORDS, *MODEL_PARTS, *(f"onnx/{part}" for part in MODEL_PARTS), f"onnx/{CARD}",
+    "configuration_*.py", "modeling_*.py", "image_processing_*.py", "*.png", "*.jpg", "runs/*tfevents*", "data/*.parquet",
+)  # fmt: skip
+# as they are called by libraries that load them; the old forms of what is published here, and what a Trainer leaves
+PICKLES = (
+    "training_args.bin",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state*.pth",
+)
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".pt2")
 EVENT_HEADER = struct.Struct("<QI")  # length of a record and its checksum; behind the record comes another one
 CHECKSUM_BYTES = 4
 ONNX_VERSION_FIELD = 0x08  # first field of every ONNX file (protobuf): its version, a small number
-# parts of paths that are not published: hidden files, checkpoints with the state of the optimiser, files half written
 LEFT_OUT_PREFIXES, LEFT_OUT_ENDING = (".", "_", "checkpoint-"), ".partial"
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a path in a folder or repository matches one of the patterns (`fnmatch`), in which `*` may stand for `/` only where
+    the pattern has a folder."""
+    return any(fnmatchcase(name, pattern) and ("/" in pattern or "/" not in name) for pattern in patterns)
 
 
 def published_files(folder: Path) -> tuple[list[str], list[str]]:
     """Paths in a folder that may be published, and of other files that lie there.
 
-    Hidden files, checkpoints, names that start with `_` and files half written are in neither list.
+    Hidden files, checkpoints, names that start with `_` and files half written are in neither list; links to somewhere else are among
+    the others.
 
     Args:
-        folder: Its files are read as far as their format needs; nothing in them is executed.
+        folder: Of its files, headers, ends and what is text are read; nothing in them is executed.
 
     Raises:
-        ValueError: If the content of a file is not what its name says, or it is damaged.
+        ValueError: If a file is not what its name says, or is damaged.
     """
     published, others = [], []
     for path in sorted(file for file in folder.rglob("*") if file.is_file()):
         parts = path.relative_to(folder).parts
         if path.name.endswith(LEFT_OUT_ENDING) or any(part.startswith(LEFT_OUT_PREFIXES) for part in parts):
             continue
-        check = FORMATS.get(path.suffix.lower(), _check_events if EVENTS in path.name else None)
-        (others if check is None else published).append("/".join(parts))
-        if check is not None:
-            _run(check, path)
+        name = "/".join(parts)
+        if not matches(name, PUBLISHED) or not path.resolve().is_relative_to(folder.resolve()):
+            others.append(name)
+            continue
+        published.append(name)
+        _run(_check_events if parts[0] == "runs" else FORMATS.get(path.suffix.lower(), _check_text), path)
     return published, others
 
 
@@ -49,7 +78,7 @@ def _run(check: Callable[[Path], None], path: Path) -> None:
         check(path)
     except (ValueError, SyntaxError, OSError, SafetensorError, pa.ArrowException, struct.error) as error:
         raise ValueError(
-            f"{path} is no whole {path.suffix.lstrip('.') or 'events'} file and cannot be published: {error}. Write it anew or remove it."
+            f"{path} is no whole {path.suffix.lstrip('.')} file and cannot be published: {error}. Write it anew or remove it."
         ) from error
 
 
@@ -71,10 +100,10 @@ def _check_text(path: Path) -> None:
     content = path.read_bytes()
     content.decode("utf-8")
     try:
-        count = sum(1 for _ in pickletools.genops(content))
+        pickletools.dis(content, io.StringIO())  # also follows the stack, on which ordinary text stumbles
     except (ValueError, IndexError, struct.error):
         return
-    if count > 1:
+    if sum(1 for _ in pickletools.genops(content)) > 2:  # a number with a full stop is one too, and no harm
         raise ValueError("it is a pickle")
 
 
@@ -110,7 +139,7 @@ FORMATS: dict[str, Callable[[Path], None]] = {
     ".safetensors": _check_safetensors,
     ".json": _check_json,
     ".py": _check_code,
-    **dict.fromkeys((".md", ".txt", ".yaml", ".csv"), _check_text),
+    ".md": _check_text,
     **dict.fromkeys((".png", ".jpg", ".jpeg"), _check_picture),
     ".parquet": _check_parquet,
     ".onnx": _check_onnx,

@@ -16,14 +16,15 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from .hub import HubError, HubTarget
+from .published_files import CARD, PICKLES, WEIGHTS
 from .whole_files import write_text
 
 
 logger = logging.get_logger(__name__)
+GENERATED = "generated_from_trainer"  # tag of the library's drafts
 STAGE = "_published"  # folder in `output_dir` whose content a push in the background uploads
-ARGUMENTS, CARD = "training_args.json", "README.md"
-# weights of a model; in another number of files they would stay beside the new ones
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+ARGUMENTS = "training_args.json"
+REPLACED = (*WEIGHTS, *PICKLES)  # by a push, where they are of an older one
 DRAFT = """# {name}
 
 Training in progress: step {step:,} of {steps:,}. These are the weights {kind}; a card with results replaces this page in the end.
@@ -34,7 +35,8 @@ class PublishingTrainer(Trainer):
     """A `Trainer` whose uploads anybody can load and trust. Training arguments are saved as JSON, not as a pickle; tokens are left out.
 
     `hub_strategy="end"` publishes when the run is over, `"every_save"` also at each checkpoint, in the background, without the
-    state of the optimiser. The repository is opened, and writing to it asked for, when the Trainer is made. `push_to_hub` in a
+    state of the optimiser, unless the one before is still on its way (`hub_always_push` waits for it). The repository is opened, and
+    writing to it asked for, when the Trainer is made, which all processes must do together. `push_to_hub` in a
     program comes after evaluation and card.
     """
 
@@ -50,10 +52,17 @@ class PublishingTrainer(Trainer):
         """As in `Trainer`, with the branch `hub_revision`, and whether it can be written.
 
         Raises:
-            HubError: If the Hub cannot be reached or refuses.
+            HubError: If the Hub cannot be reached or refuses; in all processes.
         """
+        answer: list[Any] = [None, None]  # full name, or what is wrong
         if self.is_world_process_zero():
-            self.hub_model_id = self._target(token, private).open().repo_id
+            try:
+                answer[0] = self._target(token, private).open().repo_id
+            except HubError as error:
+                answer[1] = str(error)
+        self.hub_model_id, problem = broadcast_object_list(answer)
+        if problem is not None:
+            raise HubError(problem)
 
     def _target(self, token: str | None = None, private: bool | None = None, revision: str | None = None) -> HubTarget:
         args = self.args
@@ -96,13 +105,13 @@ class PublishingTrainer(Trainer):
         self.create_model_card(model_name=kwargs.pop("model_name", target.repo_id.rpartition("/")[2]), **kwargs)
         self._finish_current_push()
         shutil.rmtree(Path(self.args.output_dir) / STAGE, ignore_errors=True)
-        upload = (Path(self.args.output_dir), commit_message or "End of training", WEIGHTS)
+        upload = (Path(self.args.output_dir), commit_message or "End of training", REPLACED)
         return target.upload(*upload) if blocking else HfApi().run_as_future(target.upload, *upload)
 
     def publish_in_background(self) -> None:
         """Publishes the weights of this step, unless the last ones are still on their way (`hub_always_push`: after waiting for them).
 
-        A failure is a warning: training goes on, and the push at the end sends everything. All processes must call it.
+        A failure of the upload is a warning: training goes on, and the push at the end sends everything. All processes must call it.
         """
         args = self.args
         if not args.push_to_hub or args.hub_strategy == HubStrategy.END:
@@ -124,7 +133,7 @@ class PublishingTrainer(Trainer):
         data = ModelCardData(library_name="transformers", tags=["token-labeling", "vision"])
         write_text(stage / CARD, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")))
         message = f"Training in progress, step {step}"
-        self.push_in_progress = HfApi().run_as_future(target.upload, stage, message, WEIGHTS)
+        self.push_in_progress = HfApi().run_as_future(target.upload, stage, message, REPLACED)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: the Trainer would upload the weights of the checkpoint and its pickles. See `publish_in_background`."""
@@ -136,11 +145,8 @@ class PublishingTrainer(Trainer):
             return
         if not push.done():
             logger.warning("Waiting for the upload of an earlier step.")
-        error = push.exception()
-        if isinstance(error, (HubError, ValueError)):
+        if (error := push.exception()) is not None:
             logger.warning("An upload in training failed. %s", str(error).partition("\n")[0])
-        elif error is not None:
-            raise error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -150,8 +156,11 @@ class PublishingTrainer(Trainer):
             write_text(folder / ARGUMENTS, self.args.to_json_string() + "\n")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`, but a card that is already there stays: a push would otherwise replace it by a draft."""
-        if not (Path(self.args.output_dir) / CARD).exists():
+        """As in `Trainer`, but a card that somebody wrote stays: a push would otherwise replace it by the library's draft."""
+        card = Path(self.args.output_dir) / CARD
+        is_written = card.exists() and GENERATED not in (ModelCard.load(card).data.tags or ())
+        if self.is_world_process_zero() and not is_written:
+            card.unlink(missing_ok=True)
             super().create_model_card(*args, **kwargs)
 
 

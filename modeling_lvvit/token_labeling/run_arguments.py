@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .batch_norm import BatchNormMode
 
@@ -37,6 +38,10 @@ class RunArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: samples are made of them."})
     # every parameter takes part in every loss, so that there is nothing to search for
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Search for unused parameters."})
+    # of the library: every_save, which puts drafts in the place of a finished model that is there already
+    hub_strategy: HubStrategy | str = field(
+        default="end", metadata={"help": "What --push_to_hub publishes: end, or every_save."}
+    )
     batch_norm: BatchNormMode = field(
         default="local", metadata={"help": "Batch-norm statistics: of one device, synchronized, or frozen."}
     )

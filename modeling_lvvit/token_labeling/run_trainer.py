@@ -107,6 +107,10 @@ class RunTrainer(PublishingTrainer):
             self.state.best_model_checkpoint = None
         return super()._finalize_training(*args)
 
+    def _finish_current_push(self) -> None:
+        if not self.stop_on_signal.is_stopping:  # else the user should hear first that the run has stopped
+            super()._finish_current_push()
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`, but a checkpoint is written before the evaluation, which takes long, unless it hangs on the result."""
         control, args_ = self.control, self.args
