@@ -14,9 +14,6 @@ Columns: `image`; `label`, 0 to 9; `mask`, PNG with 0 to 9 for digit pixels and 
 import argparse
 import io
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import datasets
@@ -32,6 +29,7 @@ from tqdm.auto import tqdm
 
 from modeling_lvvit.token_labeling.annotation import annotate_batches
 from modeling_lvvit.token_labeling.label_columns import label_map_features, to_arrow
+from modeling_lvvit.token_labeling.whole_files import new_folder
 
 
 VERSION = 2  # raise it when the same arguments would give other data
@@ -239,13 +237,9 @@ def build(output_dir: Path, seed: int = 0, annotator_epochs: int = 8) -> None:
     """Draws, annotates and writes the data set; the folder appears only when it is complete.
 
     Raises:
-        FileExistsError: If `output_dir` exists.
+        FileExistsError: If `output_dir` is there and not empty.
     """
-    if output_dir.exists():
-        raise FileExistsError(f"{output_dir} exists; remove it or choose another folder.")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    try:
+    with new_folder(output_dir) as partial:
         for split, count in SPLITS.items():
             pictures, masks, labels = draw_split(split, count, seed)
             if split == "train":
@@ -254,10 +248,6 @@ def build(output_dir: Path, seed: int = 0, annotator_epochs: int = 8) -> None:
             write_split(partial / f"{split}.parquet", pictures, masks, labels, maps)
         record = {"version": VERSION, "seed": seed, "annotator_epochs": annotator_epochs, "splits": SPLITS}
         (partial / "digit_scenes.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        os.rename(partial, output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def build_or_reuse() -> Path:

@@ -10,8 +10,6 @@ original tensors.
 
 import argparse
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from .original_model import OriginalLVViT
 from .original_segmentation import OriginalSegmenter
 from .token_labeling.hub import HubTarget
 from .token_labeling.published_files import CARD
+from .token_labeling.whole_files import check_new_folder, new_folder
 from .variants import ADE20K_CLASSES, VARIANTS, evaluation_image_processor, find_variant, published_row
 
 
@@ -76,19 +75,6 @@ def _renamed(key: str) -> str:
     return key
 
 
-def check_paths(checkpoint: Path, output_dir: Path) -> None:
-    """Makes sure that there is a file to read and a folder to write.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        FileExistsError: If the folder holds something.
-    """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} exists and is not empty; choose another output directory.")
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"No checkpoint file at {checkpoint}.")
-
-
 def convert_checkpoint(
     checkpoint: Path,
     output_dir: Path,
@@ -116,7 +102,7 @@ def convert_checkpoint(
         ValueError: If the checkpoint does not fit, is no such row, or the logits differ by more than
             `MAX_LOGITS_DIFFERENCE`.
     """
-    check_paths(checkpoint, output_dir)
+    check_new_folder(output_dir)
     state_dict, class_names = load_original_checkpoint(checkpoint, use_ema)
     config = config_from_state_dict(state_dict, num_attention_heads, residual_divisor)
     if class_names is not None and len(class_names) == config.num_labels:
@@ -140,9 +126,7 @@ def convert_checkpoint(
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit an LV-ViT of its size: {error}") from error
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    try:
+    with new_folder(output_dir) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         reloaded = model_class.from_pretrained(partial, dtype=torch.float32).eval()
@@ -155,12 +139,6 @@ def convert_checkpoint(
         else:
             card = converted_card(config, output_dir.resolve().name, is_segmenter, conversion)
         card.save(partial / CARD)
-        partial.chmod(0o755)
-        if output_dir.exists():
-            output_dir.rmdir()
-        partial.rename(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return difference
 
 

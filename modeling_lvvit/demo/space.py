@@ -2,13 +2,13 @@
 
 import re
 import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from huggingface_hub import RepoCard, SpaceCardData
 
-from ..token_labeling.published_files import published_files
+from ..token_labeling.published_files import CARD, published_files
+from ..token_labeling.whole_files import new_folder
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -56,23 +56,17 @@ def export_space(model: str, folder: Path, trust_remote_code: bool = False) -> N
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--export_space {folder}: there is something already. Name a new folder.")
     requirements = space_requirements()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
-        space = Path(partial) / "space"
+    with new_folder(folder) as space:
         shutil.copytree(PACKAGE, space / PACKAGE.name, ignore=LEFT_OUT)
-        if is_folder:
-            for name in published_files(model_folder)[0]:
-                if not name.startswith(LOGS):
-                    (space / MODEL_FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(model_folder / name, space / MODEL_FOLDER / name)
+        for name in published_files(model_folder)[0] if is_folder else ():
+            if not name.startswith(LOGS):
+                (space / MODEL_FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(model_folder / name, space / MODEL_FOLDER / name)
         where = f'str(Path(__file__).parent / "{MODEL_FOLDER}")' if is_folder else repr(model)
         options = ', "--trust_remote_code"' if trust_remote_code else ""
         (space / "app.py").write_text(APP.format(model=where, options=options), encoding="utf-8")
         (space / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
-        _card(model_folder.name if is_folder else model, None if is_folder else model).save(space / "README.md")
-        if folder.exists():
-            folder.rmdir()
-        space.rename(folder)
+        _card(model_folder.name if is_folder else model, None if is_folder else model).save(space / CARD)
 
 
 def space_requirements() -> list[str]:

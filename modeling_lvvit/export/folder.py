@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
 from ..segmentation.building import LOADING_ERRORS
 from ..token_labeling.annotators import first_line
 from ..token_labeling.data_sources import looks_local
+from ..token_labeling.whole_files import check_new_folder, new_folder
 from .checking import Agreement, compare, onnx_runner, program_runner
 from .onnx_file import export_onnx, require
 from .program import DTYPES, MIN_PATCHES, OUTPUTS, export_program
@@ -59,8 +59,7 @@ def export_folder(
         ImportError: If a package is missing.
         ValueError: If the model cannot be loaded or exported, or the file differs from it.
     """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} exists and is not empty; choose another output directory.")
+    check_new_folder(output_dir)
     if file_format == "onnx":
         require("onnx", "onnxscript", "onnxruntime")
     model, processor = load(name, revision, trust_remote_code)
@@ -68,9 +67,7 @@ def export_folder(
         check_script(model, processor)
     elif min(model.config.grid_size) < MIN_PATCHES:
         raise ValueError(f"{name} has {model.config.grid_size} patches; programs need {MIN_PATCHES} on each side.")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    try:
+    with new_folder(output_dir) as partial:
         path = partial / FORMATS[file_format]
         if file_format == "onnx":
             export_onnx(model, path, DTYPES[dtype], fuse)
@@ -87,12 +84,6 @@ def export_folder(
                 f"The outputs of the exported file differ from the model's by up to {agreement.difference:.1e}, more "
                 f"than {agreement.bound:.1e}; not saved."
             )
-        partial.chmod(0o755)
-        if output_dir.exists():
-            output_dir.rmdir()
-        partial.rename(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return agreement
 
 

@@ -1,9 +1,6 @@
 """Writes pictures and masks of a folder as a data set of Parquet files, which appears only when it is complete."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +14,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..token_labeling.pictures import IMAGE_ERRORS, picture_size
+from ..token_labeling.published_files import CARD
+from ..token_labeling.whole_files import new_folder
 from .masks import read_mask
 
 
@@ -122,15 +121,11 @@ def write_segmentation_set(
         extra_features: Features of the columns in `Pair.extra`.
 
     Raises:
-        FileExistsError: If `output_dir` exists.
+        FileExistsError: If `output_dir` is there and not empty.
         ValueError: If a mask cannot be read.
     """
-    if output_dir.exists():
-        raise FileExistsError(f"{output_dir} exists; remove it or choose another folder.")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
     features = {"image": datasets.Image(), "annotation": datasets.Image(), **(extra_features or {})}
-    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    try:
+    with new_folder(output_dir) as partial:
         (partial / "data").mkdir()
         for split, pairs in splits.items():
             _write_split(partial / "data", split, pairs, datasets.Features(features), mask_content)
@@ -140,12 +135,8 @@ def write_segmentation_set(
         counts = ", ".join(f"{split} {len(pairs):,}" for split, pairs in splits.items())
         card = DatasetCardData(task_categories=["image-segmentation"], pretty_name=output_dir.name)
         DatasetCard(f"---\n{card}\n---\n\n# {output_dir.name}\n\nPictures and masks: {counts}.\n\n{notes}\n").save(
-            partial / "README.md"
+            partial / CARD
         )
-        partial.chmod(0o755)
-        os.rename(partial, output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_split(

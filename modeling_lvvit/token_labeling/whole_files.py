@@ -1,9 +1,11 @@
-"""Files that are whole or not there: written beside their place, and moved there when all of them is on the disk."""
+"""Files and folders that are whole or not there: written beside their place, and moved there when all of them is on the disk."""
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,3 +34,29 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, record: Any) -> None:
     """Writes a record as indented JSON; its folder is made where it is missing."""
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_new_folder(path: Path) -> None:
+    """Raises a `FileExistsError` if there is something at the place of a new folder but an empty one."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty; remove it or choose another folder.")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside its place, to be filled in a `with` block. When the block ends it is moved there, after an error removed.
+
+    Raises:
+        FileExistsError: If there is something but an empty folder; nothing in it is touched.
+    """
+    check_new_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
