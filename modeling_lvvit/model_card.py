@@ -114,10 +114,10 @@ def run_metadata(
     )
 
 
-def published_name(trainer: PublishingTrainer) -> dict[str, str | None]:
-    """What a run and its example are called: by its repository if it has one, else by its folder."""
+def run_name(trainer: PublishingTrainer) -> str:
+    """What a run is called: as its repository if it has one, else as its folder."""
     name = trainer.hub_model_id or trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name
-    return {"model_name": name.rpartition("/")[2], "model_id": name, "revision": trainer.args.hub_revision}
+    return name.rpartition("/")[2]
 
 
 def training_facts(trainer: Trainer, options: Sequence[str]) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def write_model_card(
         picture: File name of the picture of predictions in the output folder, `None` if there is none.
     """
     args = trainer.args
-    name = published_name(trainer)
+    name = run_name(trainer)
     facts, accuracies = model_facts(trainer), accuracies_of(metrics)
     results = [
         EvalResult(
@@ -247,9 +247,9 @@ def write_model_card(
     ]  # fmt: skip
     tags = [*(["lvvit"] if facts["is_lvvit"] else []), "token-labeling"]
     card = ModelCard.from_template(
-        run_metadata(name["model_name"], "image-classification", origin, ["accuracy"], tags, results),
+        run_metadata(name, "image-classification", origin, ["accuracy"], tags, results),
         template_path=str(template),
-        **name,
+        model_name=name,
         origin=origin,
         token_labels=trainer.trains_patches,
         is_labeler=args.patch_target == "image",

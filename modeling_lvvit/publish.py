@@ -22,8 +22,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="modeling_lvvit.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    released = [name for name, row in (*VARIANTS.items(), *SEGMENTERS.items()) if row.checkpoint is not None]
     parser.add_argument(
-        "--variant", choices=[*VARIANTS, *SEGMENTERS], metavar="ROW", help="published row whose weights these are"
+        "--variant", choices=released, metavar="ROW", help=f"whose weights these are: {', '.join(released)}"
     )
     parser.add_argument("--checkpoint", type=Path, help="authors' .pth or .pth.tar file")
     parser.add_argument("--output_dir", type=Path, help="folder to write; default: the name of the row")

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedModel
 
-from ..model_card import Origin, published_name, run_metadata, training_facts
+from ..model_card import Origin, run_metadata, run_name, training_facts
 from ..token_labeling.published_files import CARD
 from ..token_labeling.whole_files import write_json
 from ..visualization import panel_step, save_segmentation_figure
@@ -108,7 +108,7 @@ def write_segmentation_card(
         picture: File name of the picture of predictions, `None` if there is none.
     """
     args, model = trainer.args, trainer.model
-    name = published_name(trainer)
+    name = run_name(trainer)
     results = [
         EvalResult(
             "image-segmentation", origin.data, origin.data, "mean_iou" if score == "mean_iou" else "accuracy",
@@ -119,9 +119,9 @@ def write_segmentation_card(
     ]  # fmt: skip
     tags = ["lvvit", "semantic-segmentation"]
     card = ModelCard.from_template(
-        run_metadata(name["model_name"], "image-segmentation", origin, ["mean_iou", "accuracy"], tags, results),
+        run_metadata(name, "image-segmentation", origin, ["mean_iou", "accuracy"], tags, results),
         template_path=str(template),
-        **name,
+        model_name=name,
         origin=origin,
         evaluations=[
             (split, _mode(prefix) or "single scale", headline(metrics, prefix))
