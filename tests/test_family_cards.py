@@ -158,4 +158,4 @@ def test_example_of_the_card_runs_on_a_converted_model(name, tmp_path, monkeypat
     config = LVViTConfig.from_pretrained(name)
     assert name in SEGMENTERS or config.id2label[1] == "goldfish"
     card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
-    assert "(SHA-256 `" in card and ("published" in card) == (checkpoint != "mine.pth")
+    assert "(SHA-256 `" in card and ("the authors' file" in card) == (checkpoint != "mine.pth")

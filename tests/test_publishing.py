@@ -56,7 +56,7 @@ def test_end_of_training_publishes_the_average_once(hub, tiny_model, labelled_ro
     assert len(hub.history("user/run")) == 1  # made when the Trainer was, and empty until the end
     push_finished_run(trainer, "a program")
     files = hub.files("user/run")
-    assert MODEL | {"preprocessor_config.json", "training_args.json"} <= set(files)
+    assert MODEL | {"preprocessor_config.json", "arguments.json"} <= set(files)
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth")) or "checkpoint" in name]
     assert [commit.message for commit in hub.history("user/run")][1:] == ["End of training"]
     average = load_file(tmp_path / "checkpoint-3" / "ema.safetensors")
@@ -64,7 +64,7 @@ def test_end_of_training_publishes_the_average_once(hub, tiny_model, labelled_ro
     for name, value in load_tensors(files["model.safetensors"]).items():
         torch.testing.assert_close(value, average[name])
     assert any(not torch.equal(average[name], raw[name]) for name in raw)
-    arguments = json.loads(files["training_args.json"])
+    arguments = json.loads(files["arguments.json"])
     assert (arguments["ema_decay"], arguments["hub_token"]) == (0.5, "<HUB_TOKEN>")
     assert b"hf_test" not in b"".join(files.values())
 
@@ -142,7 +142,7 @@ def test_training_arguments_are_no_pickle(tiny_model, labelled_rows, tmp_path):
     trainer.save_model()
     assert not list(tmp_path.rglob("training_args.bin"))
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
-        assert json.loads((folder / "training_args.json").read_text())["max_steps"] == 1
+        assert json.loads((folder / "arguments.json").read_text())["max_steps"] == 1
 
 
 @pytest.fixture(scope="module")

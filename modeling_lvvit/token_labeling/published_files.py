@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 CARD = "README.md"
 # weights of a model, of which a repository holds one set
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-RECORDS = ("training_args.json", "trainer_state.json", "*_results.json", "class_scores.json", "token_labels.json")
+RECORDS = ("arguments.json", "trainer_state.json", "*_results.json", "class_scores.json", "token_labels.json")
 MODEL_PARTS = ("config.json", "preprocessor_config.json", "processor_config.json", "model.onnx", "predict.py")
 # whatever else lies in a folder is the user's own
 PUBLISHED = (

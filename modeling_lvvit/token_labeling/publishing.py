@@ -23,7 +23,9 @@ from .whole_files import write_text
 logger = logging.get_logger(__name__)
 GENERATED = "generated_from_trainer"  # tag of the library's drafts
 STAGE = "_published"  # folder in `output_dir` whose content a push in the background uploads
-ARGUMENTS = "training_args.json"
+ARGUMENTS = (
+    "arguments.json"  # not training_...: `datasets` would take it for data of a split, were the folder one of data
+)
 REPLACED = (*WEIGHTS, *PICKLES)  # by a push, where they are of an older one
 DRAFT = """# {name}
 
