@@ -17,9 +17,10 @@ import torch
 from huggingface_hub.utils.sha import sha_fileobj
 from transformers import SegformerImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import logging
 
 from .configuration_lvvit import LVViTConfig
-from .family_cards import Conversion, converted_card, family_card, is_released
+from .family_cards import TEMPLATE, Conversion, converted_card, family_card, is_released
 from .hub_folders import add_target_options, publish_folder
 from .modeling_lvvit import LVViTForImageClassification, LVViTPreTrainedModel
 from .modeling_lvvit_segmentation import LVViTForSemanticSegmentation, default_stages
@@ -32,6 +33,7 @@ from .token_labeling.whole_files import check_new_folder, new_folder
 from .variants import ADE20K_CLASSES, VARIANTS, evaluation_image_processor, find_variant, published_row
 
 
+logger = logging.get_logger(__name__)
 # float32 logits of two orders of summation; the published models' logits reach about 10
 MAX_LOGITS_DIFFERENCE = 1e-3
 # authors' name -> ours, applied in order to every key
@@ -133,12 +135,15 @@ def convert_checkpoint(
         difference = _logits_difference(reloaded, state_dict)
         if not difference <= MAX_LOGITS_DIFFERENCE:
             raise ValueError(f"The converted model's logits differ from the original by {difference:.2e}; not saved.")
-        conversion = Conversion(checkpoint.name, _sha256(checkpoint), difference)
-        if released_row is not None or is_released(row, checkpoint.name):
-            card = family_card(row, conversion)
-        else:
-            card = converted_card(config, output_dir.resolve().name, is_segmenter, conversion)
-        card.save(partial / CARD)
+        if TEMPLATE.is_file():
+            conversion = Conversion(checkpoint.name, _sha256(checkpoint), difference)
+            if released_row is not None or is_released(row, checkpoint.name):
+                card = family_card(row, conversion)
+            else:
+                card = converted_card(config, output_dir.resolve().name, is_segmenter, conversion)
+            card.save(partial / CARD)
+        else:  # the package was installed without the folder of the project
+            logger.warning("No model card is written: there is no %s.", TEMPLATE)
     return difference
 
 
