@@ -83,17 +83,12 @@ def converted_card(config: Any, name: str, is_segmenter: bool, conversion: Conve
         is_segmenter: Whether it is a segmentation model.
         conversion: Where its weights come from.
     """
-    size = f"LV-ViT with {config.num_hidden_layers} layers, {config.hidden_size} wide"
     facts = {
-        "title": size,
-        "size": size,
+        "title": f"LV-ViT with {config.num_hidden_layers} layers, {config.hidden_size} wide",
         "is_segmenter": is_segmenter,
         "is_published": False,
         "num_classes": config.num_labels,
         "side": max(config.image_height_width),
-        "layers": config.num_hidden_layers,
-        "width": config.hidden_size,
-        "heads": config.num_attention_heads,
         "figures": [("classes", f"{config.num_labels:,}", COUNTED)],
         "results": [],
         "data": None,
@@ -117,7 +112,6 @@ def _classifier(name: str, variant: LVViTVariant) -> dict[str, Any]:
     accuracies = {"top-1 accuracy": variant.published_top1, REAL: variant.published_real_top1}
     return {
         "title": f"{size} at {side} pixels",
-        "size": size,
         "is_segmenter": False,
         "is_published": True,
         "num_classes": 1000,

@@ -79,13 +79,13 @@ def _size_category(count: int) -> str:
 
 
 def push_label_set(folder: Path, target: HubTarget) -> str:
-    """Uploads a finished label set and returns the address of the commit; shards of the same split that it does not have go.
+    """Uploads a finished label set (see `check_finished`) and returns the address of the commit; shards of the same split that it
+    does not have go.
 
     Raises:
-        ValueError: If the folder holds no finished label set, or a damaged one, or the repository another split.
+        ValueError: If a file is damaged, or the repository holds another split.
         HubError: If the Hub cannot be reached or refuses.
     """
-    check_finished(folder)
     split = json.loads((folder / RECORD).read_text(encoding="utf-8"))["settings"]["split"]
     _check_splits(target, split)
     return target.upload(folder, "Upload label set", (f"{DATA}/{split}-*.parquet",))
