@@ -51,7 +51,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["modeling_lvvit", "modeling_lvvit.*", "dataset_scripts"]),
+    packages=find_packages(include=["modeling_lvvit", "modeling_lvvit.*"]),
     package_data={"modeling_lvvit": ["recipes/**/*.yaml", "segmentation/recipes/*.yaml", "accelerate_configs/*.yaml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

@@ -8,26 +8,26 @@ accelerate launch train_tl.py --dataset_name path/to/images --architecture timm/
 
 import dataclasses
 import sys
-from pathlib import Path
 
-import datasets
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
 from transformers import set_seed
 
-from dataset_scripts import digit_scenes
-from modeling_lvvit.building import build_model, picture_size_of
-from modeling_lvvit.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
-from modeling_lvvit.command_line import EMBEDDED_RECIPE, parse
+from modeling_lvvit.annotators.online import open_annotator
+from modeling_lvvit.cli import digit_scenes
+from modeling_lvvit.cli.build_model import build_model, picture_size_of
+from modeling_lvvit.cli.model_arguments import ModelArguments
+from modeling_lvvit.cli.model_card import origin_of, write_model_card
+from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_datasets
+from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, parse
+from modeling_lvvit.data.images import SampleError
+from modeling_lvvit.hub.folders import CARD_TEMPLATES
+from modeling_lvvit.hub.hub_trainer import push_finished_run
 from modeling_lvvit.launching import (
     end_with_launcher,
     is_main_process,
     set_up_cpu,
     start_missing_processes,
 )
-from modeling_lvvit.model_arguments import ModelArguments
-from modeling_lvvit.model_card import origin_of, write_model_card
 from modeling_lvvit.token_labeling import (
     ImageProcessorTransform,
     TokenLabelDataset,
@@ -36,22 +36,12 @@ from modeling_lvvit.token_labeling import (
     TokenLabelTrainingArguments,
     TrainTransform,
 )
-from modeling_lvvit.token_labeling.callbacks import end_after_signal
-from modeling_lvvit.token_labeling.data import (
-    DataArguments,
-    OpenedData,
-    has_dense_columns,
-    open_datasets,
-)
-from modeling_lvvit.token_labeling.live_labels import open_annotator
-from modeling_lvvit.token_labeling.pictures import SampleError
-from modeling_lvvit.token_labeling.publishing import push_finished_run
-from modeling_lvvit.visualization import save_prediction_figure
+from modeling_lvvit.training.callbacks import end_after_signal
+from modeling_lvvit.training.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
+from modeling_lvvit.visualization.predictions import draw_predictions
 
 
-CARD_TEMPLATE = Path(__file__).parent / "model_cards" / "template.md"
-PICTURE = "predictions.png"
-NUM_PICTURES = 10
+CARD_TEMPLATE = CARD_TEMPLATES / "template.md"
 
 
 def build_samples(
@@ -83,51 +73,6 @@ def build_samples(
     return train, evaluation
 
 
-def dense_columns(rows: datasets.Dataset, args: DataArguments) -> dict[str, str]:
-    """The names of the dense-label columns to read, none without dense labels."""
-    if not has_dense_columns(rows, args):
-        return {}
-    return {"ids_column": args.token_label_ids_column, "scores_column": args.token_label_scores_column}
-
-
-def dense_labels_of(rows: datasets.Dataset, args: DataArguments, count: int):
-    """Label maps of the first rows for the picture; `None` where evaluation data has none or not for all."""
-    try:
-        columns = dense_columns(rows, args)
-        samples = TokenLabelDataset(rows, lambda image: {}, args.image_column, args.label_column, **columns)
-        return [samples.label_map(index) for index in range(count)] if samples.has_label_maps else None
-    except ValueError:  # the picture goes without them; training and evaluation never needed them
-        return None
-
-
-@torch.no_grad()
-def draw_predictions(trainer: TokenLabelTrainer, data_args: DataArguments, eval_rows: datasets.Dataset) -> str:
-    """Writes the picture of the first evaluation rows, as the model sees them, and returns its name.
-
-    All processes must call it, because a sharded model needs all of them; the main process writes.
-    """
-    model, config, samples = trainer.model.eval(), trainer.model.config, trainer.eval_dataset
-    count = min(NUM_PICTURES, len(samples))
-    pixel_values = torch.stack([sample["pixel_values"] for sample in samples.__getitems__(list(range(count)))])
-    output = model(pixel_values.to(model.device))
-    if not trainer.is_world_process_zero():
-        return PICTURE
-    processor = trainer.processing_class
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-    arrays = (255 * (pixel_values * std + mean)).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    save_prediction_figure(
-        Path(trainer.args.output_dir) / PICTURE,
-        [Image.fromarray(array) for array in arrays],
-        samples.labels(count),
-        output.logits.cpu(),
-        output.patch_logits.cpu(),
-        trainer.grid_size,
-        [config.id2label[index] for index in range(config.num_labels)],
-        dense_labels_of(eval_rows, data_args, count),
-    )
-    return PICTURE
-
-
 def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: TokenLabelTrainingArguments):
     """Everything that can go wrong before training: output folder, data, model.
 
@@ -136,7 +81,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     """
     if data_args.streaming and training_args.max_steps < 1:
         raise ValueError("A stream has no end: give --streaming together with --max_steps.")
-    prepare_output_dir(model_args, training_args)
+    prepare_output_dir(training_args, model_args.model_name_or_path, model_args.overwrite_output_dir)
     set_up_cpu(training_args.device)
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="opening the data"):
@@ -204,7 +149,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"train_tl.py: {error}" if is_main_process() else 1)
     is_main = trainer.is_world_process_zero()
     if is_main:
-        discard_overwritten_checkpoints(model_args, training_args)
+        discard_overwritten_checkpoints(training_args, model_args.overwrite_output_dir)
         introduce(trainer)
     try:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

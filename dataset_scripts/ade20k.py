@@ -14,7 +14,13 @@ from pathlib import Path
 
 import datasets
 
-from modeling_lvvit.segmentation.set_writer import Pair, check_pairs, pair_files, pictures_in, write_segmentation_set
+from modeling_lvvit.segmentation.dataset_writer import (
+    Pair,
+    check_pairs,
+    pair_files,
+    pictures_in,
+    write_segmentation_set,
+)
 
 
 SPLITS = {"train": "training", "validation": "validation"}

@@ -18,9 +18,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modeling_lvvit.segmentation.class_names import read_class_names
-from modeling_lvvit.segmentation.masks import IGNORED
-from modeling_lvvit.segmentation.set_writer import Pair, check_pairs, pair_files, pictures_in, write_segmentation_set
+from modeling_lvvit.data.class_names import read_class_names
+from modeling_lvvit.data.masks import IGNORED
+from modeling_lvvit.segmentation.dataset_writer import (
+    Pair,
+    check_pairs,
+    pair_files,
+    pictures_in,
+    write_segmentation_set,
+)
 
 
 SPLIT_OF_FOLDER = {

@@ -11,9 +11,11 @@ arrived are not sent again.
 import argparse
 from pathlib import Path
 
-from .convert_original_checkpoint import convert_checkpoint
-from .hub_folders import add_target_options, is_label_set, publish_folder
-from .token_labeling.hub import HubTarget
+from .hub.folders import add_target_options, publish_model_folder
+from .hub.repository import HubTarget
+from .labels.publishing import check_finished, push_label_set
+from .labels.writer import RECORD
+from .original.convert import convert_checkpoint
 from .variants import SEGMENTERS, VARIANTS
 
 
@@ -40,6 +42,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.folder is not None and (args.output_dir is not None or args.no_ema):
         parser.error("--output_dir and --no_ema belong to --checkpoint")
     return args
+
+
+def is_label_set(folder: Path) -> bool:
+    """Whether a folder is a label set, finished or not."""
+    return (folder / RECORD).is_file()
+
+
+def publish_folder(folder: Path, target: HubTarget) -> str:
+    """Uploads a finished model or label set; returns the address of the commit.
+
+    Args:
+        folder: Stays as it is.
+        target: Opened when the folder has been checked.
+
+    Raises:
+        FileNotFoundError, ValueError: If the folder is not complete; nothing is uploaded then.
+        HubError: If the Hub cannot be reached or refuses.
+    """
+    if target.repo_type != "dataset":
+        return publish_model_folder(folder, target)
+    check_finished(folder)
+    return push_label_set(folder, target.open())
 
 
 def publish(args: argparse.Namespace) -> str:

@@ -154,24 +154,6 @@ def published_row(config: LVViTConfig, is_segmenter: bool) -> str | None:
     return trunk if config.num_labels == 1000 and config.image_height_width == (side, side) else None
 
 
-def crop_fraction_of(processor: Any) -> float | None:
-    """Share of the resized picture's shorter side that the centre crop of an image processor keeps, in (0, 1]; `None` if it crops
-    nothing."""
-    size, crop = getattr(processor, "size", None) or {}, getattr(processor, "crop_size", None)
-    if not getattr(processor, "do_center_crop", False) or not crop:
-        return None
-    shortest, side = (
-        size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0)),
-        max(crop["height"], crop["width"]),
-    )
-    if not shortest:
-        return None
-    # the roundest share that gives this size, which at another size gives that of the published runs: 224 of 248 is 0.9
-    rounded = (round(side / shortest, digits) for digits in (1, 2, 3))
-    exact = next((share for share in rounded if share and int(side / share) == shortest), side / shortest)
-    return min(1.0, exact)
-
-
 def evaluation_image_processor(
     image_size: tuple[int, int],
     crop_fraction: float,

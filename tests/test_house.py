@@ -3,204 +3,89 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from support.programs import ROOT
 
-ROOT = Path(__file__).parent.parent
+
 PACKAGE = ROOT / "modeling_lvvit"
-LIGHT = {"torch", "transformers", "huggingface_hub", "copy", "math", "dataclasses", "collections", "types", "typing"}
-# file -> the modules of the package that it may import
-HUB_FILES = {
-    "configuration_lvvit.py": {"modeling_lvvit_segmentation"},  # never run; see there
-    "modeling_lvvit.py": {"configuration_lvvit"},
-    "modeling_lvvit_segmentation.py": {"configuration_lvvit", "modeling_lvvit"},
+# package -> the packages that it may import; the root of `modeling_lvvit` holds the model and thin programs
+LAYERS = {
+    "data": "",
+    "hub": "data",
+    "backbones": "data",
+    "labels": "data hub",
+    "training": "data hub backbones",
+    "annotators": "data hub backbones labels",
+    "token_labeling": "data labels backbones annotators training",
+    "cli": "data hub labels backbones annotators token_labeling training",
+    "evaluate": "data backbones training token_labeling cli",
+    "visualization": "data labels backbones annotators token_labeling training cli evaluate",
+    "segmentation": "data hub backbones training cli visualization",
+    "study": "data training cli",
+    "original": "data hub backbones labels",
+    "export": "data backbones",
+    "benchmark": "data labels token_labeling original export",
+    "demo": "data hub backbones annotators evaluate visualization segmentation",
 }
-TOKEN_LABELING = {
-    "label_maps.py": set(),
-    "label_columns.py": set(),
-    "label_crops.py": {"label_maps"},
-    "pictures.py": set(),
-    "randomness.py": set(),
-    "rand_augment.py": set(),
-    "transforms.py": {"rand_augment"},
-    "feature_layout.py": set(),
-    "feature_search.py": {"feature_layout"},
-    "dense_classifier.py": {"feature_search"},
-    "input_size.py": {"feature_layout", "feature_search"},
-    "class_matching.py": set(),
-    "class_labels.py": {"class_matching"},
-    "whole_files.py": set(),
-    "published_files.py": set(),
-    "hub.py": {"published_files"},
-    "publishing.py": {"hub", "published_files", "whole_files"},
-    "label_sets.py": {"label_columns", "label_maps", "whole_files"},
-    "label_source.py": {"label_columns", "label_sets"},
-    "image_keys.py": set(),
-    "label_join.py": {"class_matching", "image_keys", "label_sets", "label_source", "pictures"},
-    "label_set_writer.py": {"image_keys", "label_sets", "whole_files"},
-    "label_set_publishing.py": {
-        "hub",
-        "image_keys",
-        "label_columns",
-        "label_set_writer",
-        "label_sets",
-        "published_files",
-        "whole_files",
-    },
-    "label_set_check.py": {
-        "annotation",
-        "image_keys",
-        "label_columns",
-        "label_crops",
-        "label_maps",
-        "label_set_writer",
-        "label_sets",
-        "label_source",
-    },
-    "image_rows.py": {"image_keys"},
-    "annotation.py": {"label_maps", "label_sets", "pictures"},
-    "preprocessing.py": set(),
-    "annotators.py": {
-        "class_matching",
-        "data_sources",
-        "dense_classifier",
-        "input_size",
-        "patch_head",
-        "preprocessing",
-    },
-    "feature_tap.py": {"feature_layout", "feature_search"},
-    "patch_head.py": {"feature_search", "feature_tap", "input_size"},
-    "live_labels.py": {"annotators", "class_labels", "label_crops", "label_maps", "sides"},
-    "collator.py": {"label_maps", "randomness"},
-    "losses.py": {"label_maps"},
-    "objective.py": {"arguments", "label_crops", "label_maps", "losses"},
-    "counted_metric.py": set(),
-    "shared_rows.py": set(),
-    "sides.py": set(),
-    "metrics.py": set(),
-    "batch_norm.py": set(),
-    "schedule.py": {"arguments"},
-    "throughput.py": set(),
-    "sharding.py": {"run_arguments"},
-    "model_fit.py": {"arguments", "dataset", "input_size", "live_labels", "patch_head", "stream"},
-    "run_arguments.py": {"batch_norm"},
-    "arguments.py": {"collator", "label_crops", "run_arguments"},
-    "callbacks.py": set(),
-    "ema.py": {"schedule"},
-    "picture_dataset.py": {"pictures", "randomness"},
-    "dataset.py": {"label_columns", "label_sets", "label_source", "picture_dataset", "pictures"},
-    "data_sources.py": set(),
-    "data_arguments.py": {"label_columns", "live_labels", "transforms"},
-    "data.py": {
-        "class_labels",
-        "data_arguments",
-        "data_sources",
-        "label_columns",
-        "label_crops",
-        "label_join",
-        "label_set_writer",
-        "label_source",
-        "published_files",
-    },
-    "stream.py": {"image_keys", "image_rows", "label_columns", "label_join", "label_source", "pictures", "randomness"},
-    "run_trainer.py": {
-        "batch_norm",
-        "callbacks",
-        "patch_head",
-        "picture_dataset",
-        "publishing",
-        "randomness",
-        "run_arguments",
-        "schedule",
-        "sharding",
-        "throughput",
-    },
-    "trainer.py": {
-        "arguments",
-        "callbacks",
-        "collator",
-        "ema",
-        "live_labels",
-        "metrics",
-        "model_fit",
-        "objective",
-        "run_trainer",
-        "schedule",
-        "stream",
-        "throughput",
-    },
-    "__init__.py": {
-        "arguments",
-        "collator",
-        "dataset",
-        "input_size",
-        "live_labels",
-        "patch_head",
-        "stream",
-        "trainer",
-        "transforms",
-    },
-}
-WITHOUT_TRANSFORMERS = {
-    "label_maps.py",
-    "label_crops.py",
-    "label_columns.py",
-    "label_sets.py",
-    "label_source.py",
-    "pictures.py",
-    "randomness.py",
-    "rand_augment.py",
-    "transforms.py",
-    "annotation.py",
-    "collator.py",
-    "losses.py",
-}
-WITH_TIMM = {"annotators.py", "class_matching.py", "live_labels.py", "rand_augment.py", "transforms.py"}
+PROGRAMS = {"publish": "original hub labels", "convert_original_checkpoint": "original", "family_cards": "original"}
+TRAVELS = ("configuration_lvvit", "modeling_lvvit")  # what every saved model carries
 
 
-def imports_of(path: Path) -> tuple[set[str], set[str]]:
-    """Absolute roots and relative modules that a file imports."""
-    roots, relative = set(), set()
+def imports_of(path: Path) -> set[str]:
+    """Modules that a file imports, absolute names."""
+    package, modules = path.relative_to(ROOT).parent.parts, set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            roots |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            roots.add(node.module.partition(".")[0])
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            relative.add("." * (node.level - 1) + (node.module or ""))
-    return roots, relative
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*above, *filter(None, [node.module])))
+            modules |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return modules
 
 
-@pytest.mark.parametrize("name", HUB_FILES)
-def test_hub_files_need_only_torch_and_transformers(name):
-    roots, relative = imports_of(PACKAGE / name)
-    assert roots <= LIGHT
-    assert relative <= HUB_FILES[name]
+def test_packages_import_only_the_layers_below():
+    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == set(LAYERS)
+    for path in PACKAGE.rglob("*.py"):
+        inside = path.relative_to(PACKAGE).parts
+        allowed = LAYERS[inside[0]].split() + [inside[0]] if len(inside) > 1 else PROGRAMS.get(path.stem, "").split()
+        modules = imports_of(path)
+        packages = {name.split(".")[1] for name in modules if name.startswith("modeling_lvvit.")} & set(LAYERS)
+        assert packages <= set(allowed), f"{path.relative_to(ROOT)} imports {packages - set(allowed)}"
+        assert not {name.split(".")[0] for name in modules} & {"dataset_scripts", "train_tl", "support"}, path
 
 
-def test_every_token_labeling_file_has_a_rule():
-    assert {path.name for path in (PACKAGE / "token_labeling").glob("*.py")} == set(TOKEN_LABELING)
+def test_layers_have_no_circles():
+    order = list(LAYERS)
+    below = {name: set(allowed.split()) for name, allowed in LAYERS.items()}
+    while order:
+        lowest = [name for name in order if not below[name] & set(order)]
+        assert lowest, f"circle among {order}"
+        order = [name for name in order if name not in lowest]
 
 
-@pytest.mark.parametrize("name", TOKEN_LABELING)
-def test_token_labeling_imports_no_model(name):
-    roots, relative = imports_of(PACKAGE / "token_labeling" / name)
-    assert relative <= TOKEN_LABELING[name]
-    assert not roots & {"modeling_lvvit", "dataset_scripts"}
-    assert "timm" not in roots or name in WITH_TIMM
-    if name in WITHOUT_TRANSFORMERS:
-        assert "transformers" not in roots
+@pytest.mark.parametrize("name", TRAVELS)
+def test_model_files_need_only_torch_and_transformers(name):
+    allowed = {"torch", "transformers", "modeling_lvvit", *sys.stdlib_module_names}
+    modules = imports_of(PACKAGE / f"{name}.py")
+    assert {module.split(".")[0] for module in modules} <= allowed
+    assert {module.split(".")[1] for module in modules if module.startswith("modeling_lvvit.")} <= set(TRAVELS)
 
 
-def test_dataset_scripts_import_no_model():
-    for path in (ROOT / "dataset_scripts").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("modeling_lvvit"):
-                rooms = ["token_labeling", "launching", "visualization"]
-                rooms += [f"segmentation.{part}" for part in ("class_names", "masks", "set_writer")]
-                assert node.module.startswith(tuple(f"modeling_lvvit.{room}" for room in rooms)), path
+def test_folders_have_at_most_twelve_files():
+    folders = [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())]
+    assert [folder for folder in folders if len(list(folder.glob("*.py"))) > 12] == []
+
+
+def test_test_modules_import_no_test_module():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) (test_|conftest)", path.read_text(encoding="utf-8"), re.MULTILINE), (
+            path
+        )
 
 
 def python_files() -> list[Path]:
@@ -232,7 +117,7 @@ def test_every_file_and_public_name_has_a_docstring():
 def test_nothing_loads_pickles_unsafely():
     for path in python_files():
         for call in re.findall(r"torch\.load\([^)]*\)", path.read_text(encoding="utf-8")):
-            assert "weights_only=True" in call or path.parent.name == "tests", path
+            assert "weights_only=True" in call or "tests" in path.parts, path
 
 
 def test_top_level_is_as_agreed():

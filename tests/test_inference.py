@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_config
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForImageClassification
 
 from modeling_lvvit import LVViTBackbone, LVViTForImageClassification, LVViTModel
 from modeling_lvvit.deployment import Int8Linear, prepare_for_inference
 from modeling_lvvit.modeling_lvvit import LVViTLinear
+from support.models import tiny_config
 
 
 @pytest.fixture

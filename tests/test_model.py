@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import NUM_CLASSES, tiny_config
 
 from modeling_lvvit import LVViTBackbone, LVViTConfig, LVViTForImageClassification, LVViTModel
 from modeling_lvvit.variants import VARIANTS, find_variant, variant_config
+from support.models import NUM_CLASSES, tiny_config
 
 
 def random_images(batch_size: int = 2, height: int = 32, width: int = 48) -> torch.Tensor:

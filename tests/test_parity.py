@@ -1,21 +1,21 @@
 """Numbers of the authors' implementation (see parity/README.md)."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from original_layout import original_state_dict, recipe_images
 
 from modeling_lvvit import LVViTForImageClassification
-from modeling_lvvit.convert_original_checkpoint import convert_state_dict
-from modeling_lvvit.token_labeling.label_crops import CropGeometry, crop_label_maps, pool_label_maps
-from modeling_lvvit.token_labeling.label_maps import SparseTargets, build_palette, decode
+from modeling_lvvit.labels.label_crops import CropGeometry, crop_label_maps, pool_label_maps
+from modeling_lvvit.labels.label_maps import build_palette, decode
+from modeling_lvvit.labels.sparse_targets import SparseTargets
+from modeling_lvvit.original.convert import convert_state_dict
 from modeling_lvvit.token_labeling.losses import blend_weight
 from modeling_lvvit.variants import variant_config
+from support.original_layout import original_state_dict, recipe_images
+from support.programs import ROOT
 
 
-PARITY = Path(__file__).parent / "parity"
+PARITY = ROOT / "tests" / "parity"
 SMOOTHING = 0.1
 
 

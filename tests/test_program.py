@@ -9,40 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import encode_picture, labelled_table
 from huggingface_hub import ModelCard
-from local_hub import local_hub
 from pyarrow import parquet
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import modeling_lvvit  # noqa: F401  registers the model
+from support.images import encode_picture, labelled_table
+from support.local_hub import local_hub
+from support.programs import ROOT, TINY, options, run
 
 
-ROOT = Path(__file__).parent.parent
-TINY = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 48, stem_hidden_size: 8, patch_size: 8}"
 pytestmark = pytest.mark.slow
-
-
-def environment_of(folder: Path) -> dict[str, str]:
-    """Offline, one thread, and caches beside the data, not in it."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder} hf_home", "OMP_NUM_THREADS": "1"}
-
-
-def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**environment_of(folder), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def options(data: Path, output: Path, *more: str) -> list[str]:
-    command = ["--dataset_name", str(data), "--output_dir", str(output), "--image_size", "32"]
-    command += ["--config_overrides", TINY, "--per_device_train_batch_size", "4", "--report_to", "none"]
-    return [*command, *more]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +169,7 @@ def test_mistakes_stop_with_one_clear_line(case, data, tmp_path):
 
 def test_two_processes_share_the_images_and_end_with_equal_weights(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = run([*launch, str(ROOT / "tests" / "two_processes.py"), str(tmp_path)], tmp_path)
+    result = run([*launch, str(ROOT / "tests" / "support" / "two_processes.py"), str(tmp_path)], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for epoch in (slice(0, 8), slice(8, 16)):

@@ -24,13 +24,13 @@ import timm
 import torch
 from tqdm.auto import tqdm
 
-from ..token_labeling.whole_files import write_json
+from ..data.atomic_files import write_json
 from .comparison import compare_loaders, compare_models
-from .contestants import OPTIONS, Contestant, Setting
-from .data_path import LOADERS
+from .data_loading import LOADERS
 from .measure import device_name
-from .published import published_rows
+from .models import OPTIONS, Contestant, Setting
 from .published_comparison import compare_published, published_table
+from .published_results import published_rows
 from .report import table
 
 

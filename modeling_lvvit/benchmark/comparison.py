@@ -9,11 +9,11 @@ from itertools import repeat
 import datasets
 import torch
 
-from ..token_labeling.data_sources import open_splits
-from .contestants import Contestant, Setting, inference_call, training_call
-from .data_path import endless, loader_call, synthetic_rows, token_label_loader, with_label_maps
+from ..data.sources import open_splits
+from .data_loading import endless, loader_call, synthetic_rows, token_label_loader, with_label_maps
+from .interleaved_timing import Entry, Times, median_ratio, take_turns
 from .measure import count_flops, matmul_ceiling
-from .turns import Entry, Times, median_ratio, take_turns
+from .models import Contestant, Setting, inference_call, training_call
 
 
 SYNTHETIC_IMAGES = 256

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from ..token_labeling.whole_files import write_json
+from ..data.atomic_files import write_json
 from .comparison import model_entry, size_of, speed_of
-from .contestants import Contestant, Setting
+from .interleaved_timing import take_turns
 from .measure import device_name
-from .published import PublishedRow
-from .turns import take_turns
+from .models import Contestant, Setting
+from .published_results import PublishedRow
 
 
 REFERENCE = "lvvit_s_224"

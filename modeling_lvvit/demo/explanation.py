@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..annotators.annotator import load_annotator
+from ..backbones.loading import first_line
 from ..evaluate.classifier import TRIAL_ERRORS, Classifier, InputOptions, load_classifier
-from ..token_labeling.annotators import first_line, load_annotator
 from ..visualization.figures import best_cells, heat
 from ..visualization.panels import short, shown_picture
 from ..visualization.relevance import relevance_maps

@@ -7,8 +7,8 @@ import gradio as gr
 from gradio.utils import get_upload_folder, is_in_or_equal
 from PIL import Image
 
-from ..token_labeling.annotators import first_line
-from ..token_labeling.pictures import IMAGE_ERRORS, decode_picture
+from ..backbones.loading import first_line
+from ..data.images import IMAGE_ERRORS, decode_picture
 from .explanation import Explainer
 from .segmentation import Segmenter
 

@@ -5,12 +5,11 @@ from PIL import Image
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor
 
-from ..evaluate.classifier import LOADING_ERRORS
+from ..backbones.loading import LOADING_ERRORS, first_line, transformers_class_names
+from ..data.images import Normalisation
 from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
-from ..segmentation.building import is_segmenter
+from ..segmentation.build_model import is_segmenter
 from ..segmentation.inference import InferenceSettings, predict_classes
-from ..token_labeling.annotators import first_line, transformers_class_names
-from ..token_labeling.transforms import Normalisation
 from .explanation import Annotated, annotated
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import RepoCard, SpaceCardData
 
-from ..token_labeling.published_files import CARD, published_files
-from ..token_labeling.whole_files import new_folder
+from ..data.atomic_files import new_folder
+from ..hub.file_checks import CARD, published_files
 
 
 PACKAGE = Path(__file__).parents[1]

@@ -20,11 +20,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from ..data.images import SampleError, height_width
+from ..data.sampling import SharedSampler
 from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
 from ..token_labeling.dataset import TokenLabelDataset
-from ..token_labeling.pictures import SampleError
-from ..token_labeling.shared_rows import SharedSampler
-from ..token_labeling.sides import height_width
 from .classifier import Classifier, InputOptions, load_classifier
 from .report import markdown_table, save_results
 from .scores import ClassificationScores, find_real_labels, mean_corruption_error

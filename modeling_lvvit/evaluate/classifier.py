@@ -1,23 +1,20 @@
 """Image classifiers of transformers and timm with their own preprocessing, ready to be evaluated."""
 
 import dataclasses
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from ..configuration_lvvit import LVViTConfig
-from ..processors import fitted_processor
-from ..token_labeling.annotators import (
+from ..backbones.image_processors import ImageProcessorTransform, fitted_processor
+from ..backbones.loading import (
+    LOADING_ERRORS,
     TIMM_PREFIX,
     create_timm_model,
     create_transformers_model,
@@ -26,15 +23,12 @@ from ..token_labeling.annotators import (
     timm_class_names,
     transformers_class_names,
 )
-from ..token_labeling.data_sources import looks_local
-from ..token_labeling.dataset import ImageProcessorTransform
-from ..token_labeling.input_size import must_interpolate, own_image_size, resize_classifier
-from ..token_labeling.preprocessing import fixed_size_of, view_of
+from ..backbones.preprocessing import fixed_size_of, view_of
+from ..backbones.resize import must_interpolate, own_image_size, resize_classifier
+from ..configuration_lvvit import LVViTConfig
+from ..data.sources import looks_local
 
 
-LOADING_ERRORS = (
-    OSError, RuntimeError, AssertionError, TypeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError
-)  # fmt: skip
 TRIAL_ERRORS = (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, IndexError)
 TRIAL_SIZE = (320, 200)  # of the picture that every classifier is tried with
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..model_card import library_versions
-from ..token_labeling.data_sources import short_name
-from ..token_labeling.whole_files import write_json
+from ..cli.model_card import library_versions
+from ..data.atomic_files import write_json
+from ..data.sources import short_name
 
 
 MEASURES = {"accuracy": "top-1", "top5_accuracy": "top-5", "real_accuracy": "ReaL"}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from timm.data import RealLabelsImagenet
 
-from ..token_labeling.counted_metric import CountedMetric
+from ..training.metrics import CountedMetric
 
 
 TOP_K = 5

@@ -8,10 +8,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from ..token_labeling.class_labels import check_columns, names_in_data, pair_classes, with_class_ids
-from ..token_labeling.class_matching import ClassMap
-from ..token_labeling.data import split_to_evaluate
-from ..token_labeling.data_sources import open_splits
+from ..data.class_labels import check_columns, names_in_data, pair_classes, with_class_ids
+from ..data.class_matching import ClassMap
+from ..data.sources import open_splits
+from ..data.splits import split_to_evaluate
 
 
 VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")

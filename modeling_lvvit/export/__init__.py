@@ -1,7 +1,7 @@
 """Trained models as files that run without this package: ONNX, and the programs of `torch.export`."""
 
 from .onnx_file import export_onnx
-from .program import export_program
+from .torch_program import export_program
 
 
 __all__ = ["export_onnx", "export_program"]

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..launching import set_up_cpu
 from .folder import FORMATS, export_folder
-from .program import DTYPES
+from .torch_program import DTYPES
 
 
 MODULE = "modeling_lvvit.export"

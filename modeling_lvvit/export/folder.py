@@ -10,15 +10,14 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
+from ..backbones.loading import LOADING_ERRORS, first_line
+from ..data.atomic_files import check_new_folder, new_folder
+from ..data.sources import looks_local
 from ..modeling_lvvit import LVViTPreTrainedModel
 from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
-from ..segmentation.building import LOADING_ERRORS
-from ..token_labeling.annotators import first_line
-from ..token_labeling.data_sources import looks_local
-from ..token_labeling.whole_files import check_new_folder, new_folder
-from .checking import Agreement, compare, onnx_runner, program_runner
 from .onnx_file import export_onnx, require
-from .program import DTYPES, MIN_PATCHES, OUTPUTS, export_program
+from .torch_program import DTYPES, MIN_PATCHES, OUTPUTS, export_program
+from .verification import Agreement, compare, onnx_runner, program_runner
 
 
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..modeling_lvvit import LVViTPreTrainedModel
-from .program import export_program, output_names
+from .torch_program import export_program, output_names
 
 
 INPUT = "pixel_values"

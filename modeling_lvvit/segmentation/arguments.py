@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from ..model_arguments import ModelSourceArguments
-from ..token_labeling.run_arguments import RunArguments
-from ..token_labeling.sides import height_width
+from ..cli.model_arguments import ModelSourceArguments
+from ..data.images import height_width
+from ..data.masks import IGNORED
+from ..training.base_arguments import RunArguments
 from .inference import SCALES, InferenceSettings
-from .masks import IGNORED
 from .transforms import SegmentationAugmentation
 
 

@@ -8,12 +8,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
-from ..token_labeling.data import EVALUATION_SPLITS, find_eval_split, hold_out, split_to_evaluate
-from ..token_labeling.data_sources import looks_local, open_splits
+from ..data.class_names import read_class_names
+from ..data.masks import MaskCoding
+from ..data.sources import looks_local, open_splits
+from ..data.splits import EVALUATION_SPLITS, find_eval_split, hold_out, split_to_evaluate
 from .arguments import SegmentationDataArguments
-from .class_names import read_class_names
 from .dataset import values_in_masks
-from .masks import MaskCoding
 
 
 logger = logging.get_logger(__name__)
@@ -78,11 +78,14 @@ def open_segmentation_data(
                 f"{args.dataset_name} has no split {wanted}; it has {list(splits)}. Name it with --eval_split."
             )
     else:
-        train, eval_name = splits.get(args.train_split), find_eval_split(splits, args)
+        train, eval_name = (
+            splits.get(args.train_split),
+            find_eval_split(splits, args.dataset_name, args.train_split, args.eval_split),
+        )
     if eval_name is not None:
         evaluation = splits[eval_name]
     else:
-        kept, held_out, eval_name = hold_out(len(train), args, seed)
+        kept, held_out, eval_name = hold_out(len(train), args.eval_fraction, seed, args.dataset_name, args.train_split)
         train, evaluation = train.select(kept), train.select(held_out)
     rows = {"training": None if train is None else _first(train, args.max_train_samples)}
     rows |= {"evaluation": _first(evaluation, args.max_eval_samples)}

@@ -10,9 +10,9 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from ..token_labeling.picture_dataset import PictureDataset, with_image_column
-from ..token_labeling.pictures import IMAGE_ERRORS, SampleError, picture_size
-from .masks import MAX_VALUE, UNKNOWN, MaskCoding, read_mask
+from ..data.image_dataset import PictureDataset, with_image_column
+from ..data.images import IMAGE_ERRORS, SampleError, picture_size
+from ..data.masks import MAX_VALUE, UNKNOWN, MaskCoding, read_mask
 
 
 MAX_LISTED_VALUES = 10

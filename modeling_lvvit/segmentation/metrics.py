@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..token_labeling.counted_metric import CountedMetric
+from ..training.metrics import CountedMetric
 
 
 def confusion_matrix(

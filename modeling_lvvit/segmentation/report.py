@@ -8,9 +8,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedModel
 
-from ..model_card import Origin, run_metadata, run_name, training_facts
-from ..token_labeling.published_files import CARD
-from ..token_labeling.whole_files import write_json
+from ..cli.model_card import Origin, run_metadata, run_name, training_facts
+from ..data.atomic_files import write_json
+from ..hub.file_checks import CARD
 from ..visualization import panel_step, save_segmentation_figure
 from .arguments import SCORES
 from .trainer import SegmentationTrainer

@@ -19,23 +19,23 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 from transformers.utils import logging
 
-from dataset_scripts import digit_scenes
-
-from ..checkpoints import discard_overwritten_checkpoints, prepare_output_dir
-from ..command_line import Program, parse
+from ..cli import digit_scenes
+from ..cli.model_card import origin_of
+from ..cli.parser import Program, parse
+from ..data.images import SampleError
+from ..hub.folders import CARD_TEMPLATES
+from ..hub.hub_trainer import push_finished_run
 from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
-from ..model_card import origin_of
 from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
-from ..token_labeling.callbacks import end_after_signal
-from ..token_labeling.pictures import SampleError
-from ..token_labeling.publishing import push_finished_run
+from ..training.callbacks import end_after_signal
+from ..training.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from .arguments import (
     BALANCED,
     SegmentationDataArguments,
     SegmentationModelArguments,
     SegmentationTrainingArguments,
 )
-from .building import (
+from .build_model import (
     as_trained,
     build_processor,
     build_segmenter,
@@ -61,7 +61,7 @@ PROGRAM = Program(
     Path(__file__).parent / "recipes",
     EMBEDDED_RECIPE,
 )
-CARD_TEMPLATE = Path(__file__).parents[2] / "model_cards" / "segmentation_template.md"
+CARD_TEMPLATE = CARD_TEMPLATES / "segmentation_template.md"
 
 
 @dataclass
@@ -157,7 +157,7 @@ def prepare(
 ) -> Run:
     """Everything that can go wrong before training: output folder, data, model."""
     check_options(model_args, data_args, training_args)
-    prepare_output_dir(model_args, training_args)
+    prepare_output_dir(training_args, model_args.model_name_or_path, model_args.overwrite_output_dir)
     set_up_cpu(training_args.device)
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="opening the data"):
@@ -257,7 +257,7 @@ def main(arguments: list[str]) -> None:
     trainer, is_main = run.trainer, run.trainer.is_world_process_zero()
     if is_main:
         if trainer.train_dataset is not None:
-            discard_overwritten_checkpoints(model_args, training_args)
+            discard_overwritten_checkpoints(training_args, model_args.overwrite_output_dir)
         introduce(run)
     try:
         if trainer.train_dataset is not None:

@@ -10,29 +10,15 @@ from torch.utils.data import DataLoader
 from torch.utils.data import default_collate as stack
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..token_labeling.callbacks import leave_signals_to_main_process
-from ..token_labeling.run_trainer import RunTrainer
-from ..token_labeling.sharding import is_sharding_asked_for
-from ..token_labeling.shared_rows import SharedSampler
+from ..data.sampling import SharedSampler
+from ..training.base_trainer import RunTrainer
+from ..training.callbacks import leave_signals_to_main_process
+from ..training.fsdp import is_sharding_asked_for
+from ..training.schedule import polynomial_factor
 from .arguments import SCORES, SegmentationTrainingArguments
 from .dataset import SegmentationDataset
 from .inference import InferenceSettings, predict_classes
 from .metrics import SegmentationScores
-
-
-WARMUP_FACTOR = 1e-6  # share of the learning rate at the first step of the published runs
-
-
-def polynomial_factor(step: int, num_steps: int, warmup_steps: int, power: float = 1.0) -> float:
-    """Learning rate of a step as a share of the peak: `(1 - step / num_steps) ** power`, in the warm-up times a factor that rises
-    linearly from 1e-6 to 1 (MMSegmentation's schedule of the authors' configurations).
-
-    Example: 160,000 steps, 1500 of warm-up: steps 0, 750, 1500 and 80,000 have 1e-6, 0.49766, 0.99063 and 0.5.
-    """
-    factor = max(0.0, 1 - step / num_steps) ** power
-    if step < warmup_steps:
-        factor *= 1 - (1 - step / warmup_steps) * (1 - WARMUP_FACTOR)
-    return factor
 
 
 def collate_crops(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from ..token_labeling.transforms import Normalisation
+from ..data.images import Normalisation
 
 
 CROP_TRIES = 10  # crops that are drawn until one has several classes; as in MMSegmentation

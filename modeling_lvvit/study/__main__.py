@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 
-from ..command_line import given_options
+from ..cli.parser import given_options
 from ..launching import num_cpu_cores
 from .arms import ARMS, Arm, check_options, parse_arm
 from .report import ArmResults, save_report

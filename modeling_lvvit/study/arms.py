@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import dataclass
 
-from ..command_line import given_options
+from ..cli.parser import given_options
 
 
 @dataclass(frozen=True)

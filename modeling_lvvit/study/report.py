@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..model_card import library_versions
-from ..token_labeling.whole_files import write_json, write_text
+from ..cli.model_card import library_versions
+from ..data.atomic_files import write_json, write_text
 from .arms import Arm
-from .intervals import Estimate, estimate, paired_difference
+from .confidence_intervals import Estimate, estimate, paired_difference
 from .runs import Run
 
 

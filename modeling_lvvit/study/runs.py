@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..checkpoints import last_whole_checkpoint
-from ..command_line import parse
-from ..token_labeling.whole_files import write_json
+from ..cli.parser import parse
+from ..data.atomic_files import write_json
+from ..training.checkpoints import last_whole_checkpoint
 from .arms import Arm
 
 

@@ -1,12 +1,13 @@
 """Token labeling: dense labels, joint augmentation, losses and the Trainer."""
 
+from ..annotators.online import LiveAnnotator
+from ..backbones.image_processors import ImageProcessorTransform
+from ..backbones.patch_head import add_patch_head
+from ..backbones.resize import resize_classifier
 from .arguments import TokenLabelTrainingArguments
 from .collator import TokenLabelCollator
-from .dataset import ImageProcessorTransform, TokenLabelDataset
-from .input_size import resize_classifier
-from .live_labels import LiveAnnotator
-from .patch_head import add_patch_head
-from .stream import TokenLabelStream
+from .dataset import TokenLabelDataset
+from .iterable_dataset import TokenLabelStream
 from .trainer import TokenLabelTrainer
 from .transforms import AugmentationConfig, TrainTransform
 

@@ -3,13 +3,10 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from ..labels.label_crops import LabelCrop
+from ..training.base_arguments import RunArguments
+from ..training.schedule import REFERENCE_IMAGES_PER_STEP
 from .collator import MIX_METHODS
-from .label_crops import LabelCrop
-from .run_arguments import RunArguments
-
-
-# images of an optimiser step for which learning rates and decays of the published recipe hold
-REFERENCE_IMAGES_PER_STEP = 1024
 
 
 @dataclass

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .label_maps import build_palette
-from .randomness import derived_seed, seeded
+from ..data.sampling import derived_seed, seeded
+from ..labels.label_maps import build_palette
 
 
 MIX_METHODS = ("token", "cutmix", "mixup")

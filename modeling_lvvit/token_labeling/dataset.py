@@ -7,29 +7,13 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from PIL import Image
 
-from .label_columns import LabelMapError
-from .label_sets import LabelMaps
-from .label_source import LabelMapSource, covered_region
-from .picture_dataset import PictureDataset, check_has_columns, with_image_column
-from .pictures import SampleError
-
-
-class ImageProcessorTransform:
-    """Evaluation preprocessing by an image processor of transformers.
-
-    Args:
-        image_processor: Called with one picture; must return `pixel_values`.
-    """
-
-    def __init__(self, image_processor: Callable):
-        self.image_processor = image_processor
-
-    def __call__(self, image: Image.Image, *label_map: Any) -> dict[str, torch.Tensor]:
-        """Picture to `pixel_values` float32 `[3, height, width]`; a label map has no use in evaluation."""
-        return {"pixel_values": self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]}
+from ..data.image_dataset import PictureDataset, check_has_columns, with_image_column
+from ..data.images import SampleError
+from ..labels.columns import LabelMapError
+from ..labels.reader import LabelMapSource, covered_region
+from ..labels.storage import LabelMaps
 
 
 class TokenLabelDataset(PictureDataset):

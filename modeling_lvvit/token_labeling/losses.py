@@ -1,91 +1,13 @@
 """Token-labeling losses: pure functions of logits and targets."""
 
-from collections.abc import Iterable
-from itertools import repeat
+from typing import Any
 
 import torch
 
-from .label_maps import SparseTargets
-
-
-# elements of the logits that are taken to float32 at a time
-CHUNK_ELEMENTS = 2**24
-
-
-class _SoftCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of rows of logits, whose only tensor of their size is the gradient, in the type of the logits.
-
-    Written with differentiable operations, the cast, the sum, the gathered logits and the log-sum-exp would each have a gradient
-    of that size, in float32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, logits: torch.Tensor, class_ids: torch.Tensor | None, excess: torch.Tensor, other: torch.Tensor
-    ) -> torch.Tensor:
-        """`(R, C)`, `(R, U)` (`None`: all classes in order), `(R, U)`, `(R,)` -> `(R,)` float32."""
-        log_sums, losses = [], []
-        for part, ids, extra, rest in zip(*_chunks(logits, class_ids, excess, other)):
-            part = part.float()
-            log_sums.append(part.logsumexp(dim=-1))
-            named = (extra * (part if ids is None else part.gather(-1, ids))).sum(dim=-1)
-            losses.append(log_sums[-1] - rest * part.sum(dim=-1) - named)
-        ctx.save_for_backward(logits, class_ids, excess, other, torch.cat(log_sums))
-        return torch.cat(losses)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Softmax minus target, times the gradient of each row."""
-        logits = ctx.saved_tensors[0]
-        grad_logits = torch.empty_like(logits)
-        for grad, part, ids, extra, rest, log_sum, weight in zip(
-            *_chunks(grad_logits, *ctx.saved_tensors, grad_losses)
-        ):
-            weight = weight.unsqueeze(-1)
-            wide = grad if grad.dtype == torch.float32 else torch.empty_like(grad, dtype=torch.float32)
-            torch.sub(part.float(), log_sum.unsqueeze(-1), out=wide).exp_().sub_(rest.unsqueeze(-1)).mul_(weight)
-            if ids is None:
-                wide.addcmul_(extra, weight, value=-1)
-            else:
-                wide.scatter_add_(-1, ids, -extra * weight)
-            if wide is not grad:
-                grad.copy_(wide)
-        return grad_logits, None, None, None
-
-
-def _chunks(logits: torch.Tensor, *others: torch.Tensor | None) -> list[Iterable[torch.Tensor | None]]:
-    """Rows in equal parts of at most `CHUNK_ELEMENTS` logits, of every tensor."""
-    rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    return [repeat(None) if tensor is None else tensor.split(rows) for tensor in (logits, *others)]
-
-
-def soft_cross_entropy(logits: torch.Tensor, targets: SparseTargets) -> torch.Tensor:
-    """Cross-entropy with sparse soft targets, for each sample or token.
-
-        H = logsumexp(z) - other * sum_c z_c - sum_u excess_u * z[class_ids_u]
-
-    which equals `-sum_c p(c) log softmax(z)_c` because the targets sum to 1. Only the logits and their gradient have the size
-    of all classes.
-
-    Args:
-        logits: `(batch_size, C)` or `(batch_size, N, C)`; computed in float32. Only they get a gradient.
-        targets: With `other` of the shape of `logits` without its last axis.
-
-    Returns:
-        `(batch_size,)` or `(batch_size, N)` float32.
-
-    Worked number: logits (0, log 2), target (0.25, 0.75): logsumexp = log 3, so H = log 3 - 0.75 log 2 = 0.5788.
-    """
-    class_ids = None
-    if not targets.names_all:
-        class_ids = targets.class_ids
-        if logits.ndim == 3:
-            class_ids = class_ids.unsqueeze(1).expand(-1, logits.shape[1], -1)  # (B, N, U)
-        class_ids = class_ids.reshape(-1, class_ids.shape[-1])
-    logits_rows, excess_rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (logits, targets.excess))
-    losses = _SoftCrossEntropy.apply(logits_rows, class_ids, excess_rows, targets.other.flatten())
-    return losses.view(logits.shape[:-1])
+from ..labels.label_crops import CropGeometry, crop_label_maps
+from ..labels.sparse_targets import SparseTargets
+from .arguments import TokenLabelTrainingArguments
+from .sparse_cross_entropy import soft_cross_entropy
 
 
 def mixed_cross_entropy(
@@ -184,3 +106,103 @@ def token_labeling_loss(
         "cls_loss": cls_loss,
         "token_loss": token_loss,
     }
+
+
+# names that the collator adds for the losses and that no model takes
+LABEL_FIELDS = (
+    "labels", "crop_box", "label_affine", "image_box", "mix_share",
+    "token_label_palette", "token_label_index", "token_label_scores",
+)  # fmt: skip
+
+
+class TokenLabelingObjective:
+    """The loss of a training batch.
+
+    Args:
+        args: Weights, targets and smoothing.
+        grid_size: Token rows and columns of the model.
+        num_classes: Classes of the model.
+    """
+
+    def __init__(self, args: TokenLabelTrainingArguments, grid_size: tuple[int, int], num_classes: int):
+        self.args, self.grid_size, self.num_classes = args, grid_size, num_classes
+
+    def __call__(
+        self,
+        outputs: Any,
+        labels: dict[str, torch.Tensor],
+        mix_mask: torch.Tensor | None = None,
+        live_targets: tuple[SparseTargets, SparseTargets] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Named components of the loss (see `losses.token_labeling_loss`).
+
+        Args:
+            outputs: Output of the model, with `cls_logits` and `patch_logits`.
+            labels: The fields of `LABEL_FIELDS` that the batch has.
+            mix_mask: Bool `(B, rows, columns)`, or `None` where no tokens were mixed.
+            live_targets: Instead of label maps, targets of class token and patch tokens from an annotator that saw the pictures of
+                the batch (`LiveAnnotator`), also as CutMix and Mixup left them.
+        """
+        args, smoothing = self.args, self.args.label_smoothing_factor
+        partner_share = labels["mix_share"].flatten(1) if "mix_share" in labels else None  # (B, N)
+        exchanged = mix_mask.flatten(1).float() if mix_mask is not None else partner_share
+        kept = 1.0 - exchanged.mean(dim=1) if exchanged is not None else None  # (B,)
+        cls_dense = token_targets = counted = None
+        dense_kept = kept
+        if live_targets is not None:
+            cls_dense, token_targets = live_targets
+            if (
+                mix_mask is None
+            ):  # what was mixed in pixels the annotator has seen: its targets are those of the mixture
+                partner_share = dense_kept = None
+        elif "token_label_palette" in labels and args.dense_weight > 0 and args.patch_target == "dense":
+            geometry, cls_dense, token_targets = self.crop_targets(labels)
+            if args.uncovered_tokens == "ignore":
+                counted = geometry.covered_tokens(self.grid_size)
+        cls_losses = sum(
+            mixed_cross_entropy(
+                outputs["cls_logits"], target.smooth(smoothing), weight, dense_kept if target is cls_dense else kept
+            )
+            for target, weight in self._cls_targets(cls_dense, labels.get("labels"))
+        )
+        patch_logits = outputs["patch_logits"]
+        if args.patch_target == "image":
+            # exchanged tokens were put back, so that their mean belongs to one image; that of mixed pixels belongs to both
+            patch_logits = patch_logits.float().mean(dim=1, keepdim=True)
+            token_targets = SparseTargets.from_labels(labels["labels"], self.num_classes).of_single_token()
+            partner_share = None if partner_share is None else partner_share.mean(dim=1, keepdim=True)
+        return token_labeling_loss(
+            patch_logits,
+            cls_losses,
+            None if token_targets is None else token_targets.smooth(smoothing),
+            args.cls_weight,
+            args.dense_weight,
+            counted,
+            partner_share,
+        )
+
+    def crop_targets(self, labels: dict[str, torch.Tensor]) -> tuple[CropGeometry, SparseTargets, SparseTargets]:
+        """Where the crops lie in the label maps, and the targets of class token and patch tokens, not smoothed."""
+        geometry = CropGeometry(labels["crop_box"], labels.get("label_affine"), labels.get("image_box"))
+        return geometry, *crop_label_maps(
+            labels["token_label_palette"],
+            labels["token_label_index"],
+            labels["token_label_scores"],
+            geometry,
+            self.grid_size,
+            self.num_classes,
+            self.args.label_crop,
+            self.args.label_temperature,
+        )
+
+    def _cls_targets(
+        self, dense: SparseTargets | None, labels: torch.Tensor | None
+    ) -> list[tuple[SparseTargets, torch.Tensor | float]]:
+        """Targets of the class token with the weight of each for every sample."""
+        if dense is not None and self.args.cls_target == "dense":
+            return [(dense, 1.0)]
+        human = SparseTargets.from_labels(labels, self.num_classes)
+        if dense is None or self.args.cls_target == "label":
+            return [(human, 1.0)]
+        weight = blend_weight(dense, labels)
+        return [(dense, weight), (human, 1.0 - weight)]

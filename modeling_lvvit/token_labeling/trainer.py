@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..annotators.online import LiveAnnotator
+from ..training.base_trainer import RunTrainer
+from ..training.callbacks import leave_signals_to_main_process
+from ..training.ema import EMACallback
+from ..training.metrics import compute_accuracy, rank_classes
+from ..training.schedule import published_factor
+from ..training.throughput import LossComponents
 from .arguments import TokenLabelTrainingArguments
-from .callbacks import leave_signals_to_main_process
 from .collator import TokenLabelCollator
-from .ema import EMACallback
-from .live_labels import LiveAnnotator
-from .metrics import compute_accuracy, rank_classes
-from .model_fit import check_fit, token_grid_of, trains_patches, use_patch_head, with_patch_head
-from .objective import LABEL_FIELDS, TokenLabelingObjective
-from .run_trainer import RunTrainer
-from .schedule import published_schedule
-from .stream import TokenLabelStream, stream_loader
-from .throughput import LossComponents
+from .iterable_dataset import TokenLabelStream, stream_loader
+from .losses import LABEL_FIELDS, TokenLabelingObjective
+from .trainer_setup import check_fit, token_grid_of, trains_patches, use_patch_head, with_patch_head
 
 
 class TokenLabelTrainer(RunTrainer):
@@ -86,7 +87,19 @@ class TokenLabelTrainer(RunTrainer):
         args = self.args
         if args.lr_schedule == "library" or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = published_schedule(optimizer or self.optimizer, args, num_training_steps)
+
+        def factor(step: int) -> float:
+            return published_factor(
+                int(
+                    step * args.num_train_epochs / num_training_steps
+                ),  # a run that `max_steps` shortens has shorter epochs
+                args.num_train_epochs - args.cooldown_epochs,
+                args.warmup_epochs,
+                args.base_warmup_learning_rate / args.base_learning_rate,
+                args.base_min_learning_rate / args.base_learning_rate,
+            )
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 

@@ -14,6 +14,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import v2
 
+from ..data.images import Normalisation
 from .rand_augment import RandAugment
 
 
@@ -92,23 +93,6 @@ def crop_of_moved_picture(
         to_source[:2] = (to_source[:2] - np.outer(low, [0, 0, 1])) * (reduced_size / (high - low))[:, None]
     data = tuple(to_source[:2].flatten())
     return image.transform(size, Image.Transform.AFFINE, data, resample, fillcolor=fill)
-
-
-class Normalisation:
-    """8-bit values to normalised ones in one pass, `(x / 255 - mean) / std`.
-
-    Args:
-        mean, std: Of each channel, for images in [0, 1].
-    """
-
-    def __init__(self, mean: list[float], std: list[float]):
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-        self.scale, self.shift = 1 / (255 * std), -mean / std
-
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 `[3, height, width]` to float32 of the same shape."""
-        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels.mul_(self.scale).add_(self.shift)
 
 
 class TrainTransform:

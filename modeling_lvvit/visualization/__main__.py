@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 from transformers import HfArgumentParser
 
+from ..annotators.annotator import load_annotator
+from ..data.class_matching import normalized
+from ..data.images import IMAGE_ERRORS, decode_picture, height_width
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu
-from ..token_labeling.annotators import load_annotator
-from ..token_labeling.class_matching import normalized
-from ..token_labeling.pictures import IMAGE_ERRORS, decode_picture
-from ..token_labeling.sides import height_width
 from .figures import heat, save_relevance_figure
 from .panels import cells_panel, short, shown_picture
 from .relevance import relevance_maps

@@ -18,13 +18,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from dataset_scripts import digit_scenes
-
+from ..cli import digit_scenes
+from ..data.images import IMAGE_ERRORS, decode_picture
+from ..data.masks import read_mask
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..evaluate.test_sets import classes_of, open_test_set
 from ..launching import set_up_cpu
-from ..segmentation.masks import read_mask
-from ..token_labeling.pictures import IMAGE_ERRORS, decode_picture
 from .relevance import relevance_maps
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..token_labeling.feature_layout import MAX_PREFIX_TOKENS
+from ..backbones.feature_layout import MAX_PREFIX_TOKENS
 
 
 CLASS_TOKEN_SHARE = 0.99  # of the gradient that a score from the class token alone has at least in its row

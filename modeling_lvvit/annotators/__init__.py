@@ -1,0 +1,1 @@
+"""Classifiers that make dense labels, stored or online."""

@@ -1,0 +1,197 @@
+"""Annotators: image classifiers of transformers or timm, with their own preprocessing, that score every cell of a picture."""
+
+import pickle
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from timm.data import resolve_model_data_config
+from torch import nn
+from transformers import AutoImageProcessor
+from transformers.utils import logging
+
+from ..backbones.dense_classifier import DenseClassifier
+from ..backbones.loading import (
+    TIMM_PREFIX,
+    create_timm_model,
+    create_transformers_model,
+    fingerprint,
+    first_line,
+    is_timm_folder,
+    timm_class_names,
+    transformers_class_names,
+)
+from ..backbones.patch_head import PATCH_HEAD, add_patch_head, load_patch_head
+from ..backbones.preprocessing import Fit, Preprocessing, probe_processor
+from ..backbones.resize import must_interpolate, own_image_size, resize_classifier
+from ..data.class_matching import ClassMap
+from ..data.sources import looks_local
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Annotator:
+    """A dense classifier with its preprocessing and class names.
+
+    Args:
+        name: As the user gave it.
+        dense: Network: `(B, 3, height, width)` to logits `(B, annotator classes, rows, columns)`.
+        class_names: Names of the annotator's classes, by id.
+        preprocessing: What it does to a picture.
+        provenance: What a label set records of it.
+        class_map: From its classes to those of the data set; `None` leaves them as they are.
+    """
+
+    name: str
+    dense: nn.Module
+    class_names: list[str]
+    preprocessing: Preprocessing
+    provenance: dict[str, Any] = field(default_factory=dict)
+    class_map: ClassMap | None = None
+
+    def score_map(self, pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Pixels `(B, 3, height, width)`, uint8 or floating values 0 to 255, to logits `(B, classes, rows, columns)`.
+
+        Args:
+            pixels: Pictures.
+            dtype: That of the network's weights.
+        """
+        scores = self.dense(self.preprocessing.normalize(pixels).to(dtype))
+        return scores if self.class_map is None else self.class_map.apply(scores)
+
+
+class PatchClassifier(nn.Module):
+    """The patch head of a model with `patch_logits`, as a map."""
+
+    def __init__(self, model: nn.Module, grid_size: tuple[int, int], forward_options: dict[str, Any]):
+        super().__init__()
+        self.model, self.grid_size, self.forward_options = model, grid_size, forward_options
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patch_logits = self.model(pixel_values, **self.forward_options).patch_logits  # (B, N, C)
+        return patch_logits.mT.unflatten(2, self.grid_size)  # (B, C, rows, columns)
+
+
+def load_annotator(
+    name: str,
+    image_size: tuple[int, int] | None = None,
+    fit: Fit = "squash",
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_weights: bool = False,
+) -> Annotator:
+    """Loads an image classifier and makes it dense.
+
+    Args:
+        name: Hub name or folder of a transformers image classifier; `timm/NAME` for a timm model (`NAME` as in
+            `timm.create_model`, with its pretrained tag), or a folder that timm saved.
+        image_size: Input height and width in pixels; default: the annotator's own.
+        fit: See `Preprocessing`.
+        device: Where it runs.
+        revision, trust_remote_code: As in `from_pretrained`.
+        random_weights: Builds the architecture without its weights (seed 0), to try things out.
+
+    Raises:
+        ValueError: If it cannot be loaded, cannot label cells, or does not take pictures of this size.
+    """
+    if looks_local(name) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"The annotator {name} cannot be loaded: there is no such folder (seen from {Path.cwd()}).")
+    is_timm = name.startswith(TIMM_PREFIX) or is_timm_folder(Path(name).expanduser())
+    load = _load_timm if is_timm else _load_transformers
+    try:
+        with torch.random.fork_rng(devices=[], enabled=random_weights):
+            if random_weights:
+                torch.manual_seed(0)
+            model, class_names, preprocessing, grid_of = load(
+                name, image_size, {"revision": revision, "trust_remote_code": trust_remote_code}, random_weights
+            )
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"The annotator {name} cannot be loaded: {first_line(error)}") from error
+    if random_weights:
+        logger.warning("%s has random weights: its labels mean nothing.", name)
+    preprocessing = replace(preprocessing, fit=fit)
+    model = model.eval().requires_grad_(False).to(device)
+    dense = _make_dense(name, model, preprocessing.image_size, grid_of)
+    provenance = {
+        "annotator": Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name,
+        "annotator_library": "timm" if is_timm else "transformers",
+        "annotator_revision": _revision_of(model, revision),
+        "annotator_weights": "random, seed 0" if random_weights else f"sha256 {fingerprint(model)}",
+        "architecture": type(model).__name__,
+        "image_size": list(preprocessing.image_size),
+        "map_size": list(dense.grid_size),
+        "fit": fit,
+        "resample": Image.Resampling(preprocessing.resample).name.lower(),
+        "pixel_scale": list(preprocessing.scale),
+        "pixel_offset": list(preprocessing.offset),
+    }
+    return Annotator(name, dense, class_names, preprocessing, provenance)
+
+
+def _make_dense(name: str, model: nn.Module, image_size: tuple[int, int], grid_of: Any) -> nn.Module:
+    """The model as a map; run once, so that a size that it does not take is refused before any work.
+
+    Args:
+        name: What messages call it.
+        model: Classifier.
+        image_size: Height and width in pixels.
+        grid_of: Gives the grid of its patch head for an image size; `None` without one.
+    """
+    options = {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
+    try:
+        if grid_of is None:
+            return DenseClassifier(model, image_size, options)
+        dense = PatchClassifier(model, grid_of(image_size), options)
+        with torch.inference_mode():
+            dense(torch.zeros(1, 3, *image_size, device=next(model.parameters()).device))
+        return dense
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        size = f"{image_size[0]} x {image_size[1]}"
+        raise ValueError(f"The annotator {name} cannot label cells of pictures of {size} pixels: {error}") from error
+
+
+def _load_transformers(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):
+    model, unexpected = create_transformers_model(name, source, random_weights)
+    config = model.config
+    processor = AutoImageProcessor.from_pretrained(name, **source)
+    preprocessing = probe_processor(processor, image_size or own_image_size(model))
+    if image_size is not None:
+        preprocessing = replace(preprocessing, image_size=image_size)
+    if not must_interpolate(model, preprocessing.image_size):
+        model = resize_classifier(model, preprocessing.image_size)
+    class_names = transformers_class_names(model)
+    if any(PATCH_HEAD in key for key in unexpected):
+        model = add_patch_head(model, preprocessing.image_size)
+        if not load_patch_head(model, name, source["revision"]):
+            raise ValueError(
+                "its patch head has another shape than its features need, or is not stored as safetensors."
+            )
+        return model, class_names, preprocessing, lambda size: model.patch_grid_size
+    # a patch head that was not trained has weight 0 in the prediction and is not asked
+    if getattr(config, "patch_logits_weight", 0):
+        return model, class_names, preprocessing, lambda size: tuple(side // config.patch_size for side in size)
+    return model, class_names, preprocessing, None
+
+
+def _load_timm(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):
+    model = create_timm_model(name, image_size, source, random_weights)
+    settings = resolve_model_data_config(model)
+    std, mean = settings["std"], settings["mean"]
+    resample = Image.Resampling[settings["interpolation"].upper()]
+    preprocessing = Preprocessing(
+        image_size or tuple(settings["input_size"][-2:]),
+        tuple(1.0 / (255.0 * value) for value in std),
+        tuple(-m / s for m, s in zip(mean, std)),
+        resample,
+    )
+    return model, timm_class_names(model), preprocessing, None
+
+
+def _revision_of(model: nn.Module, revision: str | None) -> str | None:
+    return getattr(getattr(model, "config", None), "_commit_hash", None) or revision

@@ -1,0 +1,117 @@
+"""Image classifiers of timm and transformers, loaded with their class names."""
+
+import hashlib
+import json
+import pickle
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+
+
+TIMM_PREFIX = "timm/"
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says first; it goes on with advice of its own."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of all weights: two annotators that share it give the same labels."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def create_transformers_model(
+    name: str, source: dict[str, Any], random_weights: bool = False
+) -> tuple[PreTrainedModel, list[str]]:
+    """An image classifier of transformers, and the names of weights that it was saved with but does not have.
+
+    Args:
+        name: Hub name or folder.
+        source: `revision` and `trust_remote_code`.
+        random_weights: Whether to build the architecture only.
+
+    Raises:
+        ValueError: If weights are missing.
+    """
+    config = AutoConfig.from_pretrained(name, **source)
+    if random_weights:
+        trust = source["trust_remote_code"]
+        return AutoModelForImageClassification.from_config(config, trust_remote_code=trust, dtype=torch.float32), []
+    model, info = AutoModelForImageClassification.from_pretrained(
+        name, dtype=torch.float32, output_loading_info=True, **source
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"it is no trained image classifier, its weights lack {sorted(info['missing_keys'])}.")
+    return model, list(info["unexpected_keys"])
+
+
+def transformers_class_names(model: PreTrainedModel) -> list[str]:
+    """Class names of a classifier of transformers, by id."""
+    names = model.config.id2label or {}
+    return [str(names.get(index, f"LABEL_{index}")) for index in range(model.config.num_labels)]
+
+
+def create_timm_model(
+    name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool = False
+) -> nn.Module:
+    """A classifier of timm.
+
+    Args:
+        name: `timm/NAME`, or a folder that timm saved.
+        image_size: Height and width in pixels that it is made for, where it has a fixed size; default: its own.
+        source, random_weights: See `create_transformers_model`.
+    """
+    if name.startswith(TIMM_PREFIX):
+        revision = f"@{source['revision']}" if source["revision"] else ""
+        location = name.removeprefix(TIMM_PREFIX) if random_weights else f"hf-hub:{name}{revision}"
+    else:
+        location = f"local-dir:{Path(name).expanduser()}"
+    create = {"model_name": location, "pretrained": not random_weights}
+    if image_size is not None:
+        with suppress(TypeError):  # a network without a fixed input size
+            return timm.create_model(**create, img_size=image_size)
+    return timm.create_model(**create)
+
+
+def timm_class_names(model: nn.Module) -> list[str]:
+    """Class names of a classifier of timm, by id."""
+    names = model.pretrained_cfg.get("label_names")
+    if names:
+        return list(names)
+    # the published checkpoints without names are those of ImageNet
+    subset = infer_imagenet_subset(model)
+    return ImageNetInfo(subset).label_names() if subset else [f"LABEL_{index}" for index in range(model.num_classes)]
+
+
+def is_timm_folder(path: Path) -> bool:
+    """Whether a folder holds a model that timm saved.
+
+    Raises:
+        ValueError: If its configuration cannot be read.
+    """
+    config = path / "config.json"
+    if not config.is_file():
+        return False
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is not valid JSON: {error}") from error
+    return "architecture" in content and "model_type" not in content
+
+
+LOADING_ERRORS = (
+    OSError, RuntimeError, AssertionError, TypeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError
+)  # fmt: skip

@@ -1,0 +1,288 @@
+"""Gives any image classifier of transformers or timm a patch head, so that it can learn from dense labels.
+
+The features are those that `DenseClassifier` finds: the last layer output with a spatial layout from which the classifier reads. A
+linear layer on each of their cells gives `patch_logits`; the classifier itself stays as it is and gives `cls_logits`. Nothing is
+wrapped: the model keeps its weights' names, is saved by its own `save_pretrained`, and is loaded by `AutoModelForImageClassification`
+as the plain model that it was, with the patch head as weights that this leaves out.
+"""
+
+import functools
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
+
+from .feature_hook import FeatureTap, find_features, idle_parameters
+from .feature_search import two_pictures
+from .resize import must_interpolate
+
+
+logger = logging.get_logger(__name__)
+PATCH_HEAD = "patch_head."  # in the names of its weights
+INITIALIZER_RANGE = 0.02  # of linear layers in LV-ViT and ViT
+
+
+@dataclass
+class PatchHeadOutput(ModelOutput):
+    """
+    Output of a classifier with a patch head.
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): Cross-entropy of `logits`; given when `labels` are.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): Prediction of the classifier.
+        cls_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): The same.
+        patch_logits (`torch.FloatTensor` of shape `(batch_size, rows * columns, num_labels)`):
+            Scores of each cell, row-major, in the image that the cell belongs to.
+        hidden_states, attentions: Those of the classifier, if it was asked for them.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    cls_logits: torch.FloatTensor | None = None
+    patch_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class PatchHeadMixin:
+    """What `add_patch_head` puts in front of a classifier's class."""
+
+    feature_tap: FeatureTap
+    saves_patch_head = True
+    # by the names that the modules have now, not those of older versions, which only `from_pretrained` can read
+    saves_own_names = False
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mix_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> PatchHeadOutput:
+        """
+        Args:
+            pixel_values: Normalised images, `(batch_size, num_channels, height, width)`.
+            labels: Class ids `(batch_size,)`; when given, `loss` is the cross-entropy of `logits`.
+            mix_mask: Boolean `(batch_size, rows, columns)`, equal for both partners of a pair. The pixels of masked cells are
+                exchanged between sample b and sample B-1-b, and `patch_logits` put back. For a patch embedding without overlap
+                this is MixToken exactly: what is exchanged before it and after it are the same patches.
+        """
+        tap = self.feature_tap
+        if mix_mask is not None:
+            pixel_values = exchange_pixels(pixel_values, mix_mask)
+        kwargs.pop("return_dict", None)
+        tap.open()
+        try:
+            outputs = super().forward(pixel_values=pixel_values, **{**tap.forward_options, **kwargs})
+            features = tap.take()
+        finally:
+            tap.close()
+        if mix_mask is not None:
+            features = torch.where(mix_mask.flatten(1).unsqueeze(-1), features.flip(0), features)
+        loss = nn.functional.cross_entropy(outputs.logits, labels) if labels is not None else None
+        others = (getattr(outputs, name, None) for name in ("hidden_states", "attentions"))
+        return PatchHeadOutput(loss, outputs.logits, outputs.logits, patch_head_of(self)(features), *others)
+
+    @property
+    def patch_grid_size(self) -> tuple[int, int]:
+        """Rows and columns of `patch_logits`."""
+        return self.feature_tap.grid_size
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in `PreTrainedModel`; without the patch head if `saves_patch_head` was set to `False`."""
+        if not self.saves_patch_head:
+            weights = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name: value for name, value in weights.items() if PATCH_HEAD not in name}
+        if self.saves_own_names:
+            kwargs["save_original_format"] = False
+        return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        if type(self).__bases__[0] is not PatchHeadMixin:  # a class that a library has put in front of ours
+            return super().__reduce_ex__(protocol)
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
+
+@contextmanager
+def weights_by_own_names(model: nn.Module) -> Iterator[None]:
+    """Lets a model with an added patch head save its weights so that `load_state_dict` can read them, as the Trainer does."""
+    if not isinstance(model, PatchHeadMixin):
+        yield
+        return
+    model.saves_own_names = True
+    try:
+        yield
+    finally:
+        model.saves_own_names = False
+
+
+def exchange_pixels(pixel_values: torch.Tensor, mix_mask: torch.Tensor) -> torch.Tensor:
+    """Exchanges the pixels of masked cells of sample b with those of sample B-1-b.
+
+    Args:
+        pixel_values: `(batch_size, channels, height, width)`.
+        mix_mask: Boolean `(batch_size, rows, columns)`; where the picture cannot be divided evenly, pixels follow the nearest cell.
+    """
+    mask = nn.functional.interpolate(mix_mask.unsqueeze(1).float(), size=pixel_values.shape[-2:], mode="nearest-exact")
+    return torch.where(mask.bool(), pixel_values.flip(0), pixel_values)
+
+
+def has_patch_head(model: nn.Module) -> bool:
+    """Whether a model takes `mix_mask`, as LV-ViT and models with an added patch head do."""
+    return "mix_mask" in inspect.signature(model.forward).parameters
+
+
+def patch_head_of(model: nn.Module) -> nn.Module:
+    """The added patch head."""
+    return _owner(model).patch_head
+
+
+def add_patch_head(model: nn.Module, image_size: tuple[int, int]) -> PreTrainedModel:
+    """Gives a classifier a patch head with random weights.
+
+    The features are found by running a copy of the model on two pictures. Parameters that take no part in the logits (mask tokens,
+    auxiliary heads) are frozen, so that distributed training does not wait for their gradients.
+
+    Args:
+        model: Image classifier of transformers, which is changed and returned; or of timm, which is returned within a
+            `TimmWrapperForImageClassification`.
+        image_size: Height and width of the pictures in pixels.
+
+    Raises:
+        ValueError: If the model has a patch head already, no spatial features from which its head reads, takes no pictures of this size, or has fewer than
+            2 x 2 cells on them.
+    """
+    if has_patch_head(model):
+        raise ValueError(f"{type(model).__name__} has a patch head already.")
+    if not isinstance(model, PreTrainedModel):
+        model = _in_transformers(model, tuple(image_size))
+    options = {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
+    if options:
+        logger.warning(
+            "%s was made for other pictures than %d x %d: its position table is resized in every forward pass, and later users of "
+            "the trained model must ask for this (interpolate_pos_encoding=True), unless `resize_classifier` makes it fit.",
+            type(model).__name__,
+            *image_size,
+        )
+    tap, width, is_normed = find_features(model, tuple(image_size), options)
+    for name in idle_parameters(model, tap):
+        model.get_parameter(name).requires_grad_(False)
+    head = nn.Linear(width, model.config.num_labels)
+    nn.init.trunc_normal_(head.weight, std=INITIALIZER_RANGE)
+    nn.init.zeros_(head.bias)
+    # features that the classifier itself normalises only after pooling are normalised for the patch head too
+    parameter = next(model.parameters())
+    head = nn.Sequential(nn.Identity() if is_normed else nn.LayerNorm(width), head).to(parameter)
+    _owner(model).patch_head = head
+    model.feature_tap = tap
+    model.get_submodule(tap.module_name).register_forward_hook(tap.keep)
+    model.__class__ = _class_with_patch_head(type(model))
+    return model
+
+
+def load_patch_head(model: PreTrainedModel, path: str, revision: str | None = None) -> bool:
+    """Takes the weights of the patch head over from a saved model that had one of the same shape.
+
+    Args:
+        model: With a patch head.
+        path: Folder or Hub name of the saved model.
+        revision: On the Hub.
+
+    Returns:
+        Whether there were any.
+    """
+    head = patch_head_of(model)
+    expected, found = head.state_dict(), {}
+    for file in _weight_files(path, revision):
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118  the file is no mapping
+                _, is_head, name = key.rpartition(PATCH_HEAD)
+                if is_head and name in expected:
+                    found[name] = weights.get_tensor(key)
+    if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in expected):
+        return False
+    head.load_state_dict(found)
+    return True
+
+
+def _weight_files(path: str, revision: str | None) -> list[str | Path]:
+    """Weight files that may hold a patch head: all of a folder; on the Hub the one file, or the shards that the index names."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return sorted(folder.glob("*.safetensors"))
+    find = functools.partial(cached_file, path, revision=revision, _raise_exceptions_for_missing_entries=False)
+    index = find(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        file = find(SAFE_WEIGHTS_NAME)
+        return [file] if file else []
+    shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    return [find(shard) for shard in sorted({shards[key] for key in shards if PATCH_HEAD in key})]
+
+
+def _owner(model: nn.Module) -> nn.Module:
+    """The module that holds the patch head. The wrapper of timm models takes every weight for one of timm's when it loads."""
+    return model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
+
+
+def _blank(base: type) -> PreTrainedModel:
+    """An empty model of a class with a patch head, for copies."""
+    extended = _class_with_patch_head(base)
+    return extended.__new__(extended)
+
+
+@functools.cache
+def _class_with_patch_head(base: type) -> type:
+    # the name stays, so that a saved configuration names the plain class
+    return type(base.__name__, (PatchHeadMixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def _in_transformers(model: nn.Module, image_size: tuple[int, int]) -> PreTrainedModel:
+    """A model of timm as one of transformers, with its weights.
+
+    Raises:
+        ValueError: If it is none, or could not be built again from its name: then it could be saved, but not loaded.
+    """
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if name is None:
+        raise ValueError(f"{type(model).__name__} is neither a model of transformers nor one of timm.")
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    for model_args in (None, {"img_size": list(image_size)}):
+        config = TimmWrapperConfig(architecture=name, num_labels=model.num_classes, model_args=model_args)
+        with suppress(TypeError), torch.random.fork_rng(devices=[]):  # a network without a fixed input size
+            twin = TimmWrapperForImageClassification(config)
+            if {key: value.shape for key, value in twin.timm_model.state_dict().items()} == shapes:
+                twin.timm_model.load_state_dict(model.state_dict())
+                if _agree(twin.timm_model.to(next(model.parameters())), model, image_size):
+                    twin.timm_model = model
+                    return twin
+    raise ValueError(
+        f"{name} was made with other arguments than its own, with which it could not be loaded again. Make it with "
+        "TimmWrapperForImageClassification(TimmWrapperConfig(architecture, model_args={...}, num_labels=...))."
+    )
+
+
+@torch.no_grad()
+def _agree(one: nn.Module, other: nn.Module, image_size: tuple[int, int]) -> bool:
+    """Whether two models give the same logits; pooling, for example, has no weights that would tell."""
+    pictures = two_pictures(image_size).to(next(one.parameters()))
+    logits = []
+    for model in (one, other):
+        was_training = model.training
+        logits.append(model.eval()(pictures))
+        model.train(was_training)
+    return torch.allclose(*logits, atol=1e-5, rtol=1e-3)

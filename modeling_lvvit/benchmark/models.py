@@ -1,0 +1,297 @@
+"""Who takes part in a benchmark: a model with its options, and what it does in a step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ..deployment import prepare_for_inference
+from ..export.verification import exported_runner
+from ..modeling_lvvit import LVViTForImageClassification
+from ..original.model import OriginalLVViT, original_loss
+from ..token_labeling import TokenLabelTrainingArguments
+from ..token_labeling.losses import LABEL_FIELDS, TokenLabelingObjective
+from ..variants import VARIANTS, variant_config
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+TRAINING, INFERENCE = {"training", "run"}, {"inference"}
+EVERYONE, OURS = {"ours", "timm", "original"}, {"ours"}
+# option -> whose it is, in which modes, and what it does
+OPTIONS = {
+    **dict.fromkeys(
+        PRECISIONS,
+        (
+            EVERYONE,
+            TRAINING | INFERENCE,
+            "weights in inference, autocast in training (and where the model is original/)",
+        ),
+    ),
+    **dict.fromkeys(ATTENTIONS, (OURS, TRAINING | INFERENCE, "attention implementation")),
+    "compiled": (EVERYONE, TRAINING | INFERENCE, "torch.compile"),
+    "kept_memory": (
+        EVERYONE,
+        TRAINING | INFERENCE,
+        "freed memory stays in the process, as with train_tl.py; on a CPU",
+    ),
+    "channels_last": (EVERYONE, TRAINING | INFERENCE, "weights and pictures in channels-last layout"),
+    "fused": (OURS, INFERENCE, "batch norms and residual divisor folded in"),
+    "deployed": (OURS, INFERENCE, "prepare_for_inference: fused, compiled, packed"),
+    "int8": (OURS, INFERENCE, "deployed, with 8-bit weights; on a CPU"),
+    "onnx": (OURS, INFERENCE, "exported, fused, run by ONNX Runtime; on a CPU"),
+    "plain": (OURS, TRAINING, "trained with plain labels"),
+    "checkpointing": (OURS, TRAINING, "activation checkpointing"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contestants of a comparison share.
+
+    Args:
+        device: Where they run.
+        batch_size: Images of a step.
+        num_classes: Outputs of every model; `None` for their own (1000, or those of a folder).
+    """
+
+    device: torch.device
+    batch_size: int
+    num_classes: int | None = None
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model and how it runs, written `NAME@SIDE+option+option`.
+
+    Args:
+        source: `"ours"`, `"timm"` or `"original"` (the authors' model and step, rendered plainly).
+        name: A published size, a folder with a saved model of ours, or a model of timm.
+        options: Of `OPTIONS`.
+        side: Of its square pictures in pixels; default: its own size.
+        arguments: Further ones for the constructor of timm, as pairs.
+    """
+
+    source: str
+    name: str
+    options: frozenset[str] = frozenset()
+    side: int | None = None
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "Contestant":
+        """Reads `lvvit_s_224+fused+bfloat16`, `timm/cait_m36_384@448`, `original/lvvit_s_224`, `path/to/folder`.
+
+        Raises:
+            ValueError: If the model or an option is unknown, or they do not fit.
+        """
+        name, *options = text.split("+")
+        name, has_side, side = name.partition("@")
+        if has_side and not (side.isdecimal() and int(side)):
+            raise ValueError(f"{text!r}: expected the side of its pictures in pixels behind the @, got {side!r}.")
+        source, _, rest = name.partition("/")
+        if source in ("timm", "original"):
+            name = rest
+        else:
+            source = "ours"
+        is_ours = name in VARIANTS or (Path(name) / "config.json").is_file()
+        if not (timm.is_model(name) if source == "timm" else is_ours):
+            raise ValueError(
+                f"{text!r} names no model: expected one of {', '.join(VARIANTS)} or a folder with a saved model, "
+                "original/ and one of these, or timm/ and a model of timm."
+            )
+        for option in options:
+            sources, _, _ = OPTIONS.get(option, (EVERYONE, None, None))
+            if option not in OPTIONS or source not in sources:
+                reason = "is for our models only" if option in OPTIONS else "is unknown"
+                raise ValueError(f"{text!r}: option {option} {reason}; options are {', '.join(OPTIONS)}.")
+        for kind, names in (("precision", PRECISIONS), ("attention", ATTENTIONS)):
+            if len(set(names) & set(options)) > 1:
+                raise ValueError(f"{text!r} has more than one {kind}.")
+        return cls(source, name, frozenset(options), int(side) if has_side else None)
+
+    def check_mode(self, mode: str) -> None:
+        """Raises a `ValueError` if an option does nothing in a mode."""
+        idle = sorted(option for option in self.options if mode not in OPTIONS[option][1])
+        if idle:
+            raise ValueError(f"{self.source} {self.name}: option {idle[0]} does nothing in mode {mode}.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision; float32 where none is named."""
+        return next((PRECISIONS[option] for option in self.options if option in PRECISIONS), torch.float32)
+
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether freed memory stays in its process."""
+        return "kept_memory" in self.options
+
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of its pictures."""
+        if self.side is not None:
+            return self.side, self.side
+        if self.source == "timm":
+            return timm.get_pretrained_cfg(self.name).input_size[1:]
+        return self._config(None).image_height_width
+
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of its patch tokens; for models of timm those of patches of 16 pixels."""
+        if self.source == "timm":
+            height, width = self.image_size()
+            return height // 16, width // 16
+        return self._config(None).grid_size
+
+    def num_classes(self, asked: int | None) -> int:
+        """Outputs of its model."""
+        return asked or (1000 if self.source == "timm" else self._config(None).num_labels)
+
+    def build(self, num_classes: int | None = None) -> nn.Module:
+        """The model with random weights in float32."""
+        if self.source == "timm":
+            create = {"num_classes": num_classes or 1000, **dict(self.arguments)}
+            if self.side is not None:
+                with suppress(TypeError):  # a network for pictures of any size
+                    return timm.create_model(self.name, img_size=self.side, **create)
+            return timm.create_model(self.name, **create)
+        config = self._config(num_classes)
+        if self.source == "original":
+            return OriginalLVViT(config)
+        return LVViTForImageClassification(config)
+
+    def _config(self, num_classes: int | None):
+        overrides = {} if num_classes is None else {"num_labels": num_classes}
+        if self.side is not None:
+            overrides["image_size"] = self.side
+        if self.name in VARIANTS:
+            config = variant_config(self.name, **overrides)
+        else:
+            config = LVViTForImageClassification.config_class.from_pretrained(self.name, **overrides)
+        attention = next((option for option in self.options if option in ATTENTIONS), "sdpa")
+        config._attn_implementation = attention
+        return config
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """Mixed precision, where asked for."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, self.dtype)
+
+
+def inference_call(contestant: Contestant, setting: Setting) -> Callable[[], torch.Tensor]:
+    """Logits of a fixed batch, without gradients."""
+    torch.manual_seed(0)
+    model = contestant.build(setting.num_classes).eval().to(setting.device)
+    options, context = contestant.options, nullcontext
+    pixels = torch.randn(setting.batch_size, 3, *contestant.image_size(), device=setting.device)
+    if "onnx" in options:
+        run = exported_runner(model, contestant.dtype)
+        return lambda: run(pixels)["logits"]
+    if contestant.source == "original":
+        context = lambda: contestant.autocast(setting.device)  # noqa: E731  their evaluation runs under AMP
+    elif options & {"deployed", "int8"}:
+        model = prepare_for_inference(model, contestant.dtype, int8_weights="int8" in options)
+    else:
+        model = (model.fuse() if "fused" in options else model).to(contestant.dtype)
+    if contestant.source != "original":
+        pixels = pixels.to(contestant.dtype)
+    if "channels_last" in options:
+        model, pixels = (part.to(memory_format=torch.channels_last) for part in (model, pixels))
+    if "compiled" in options:
+        model = torch.compile(model)
+
+    @torch.no_grad()
+    def call() -> torch.Tensor:
+        with context():
+            output = model(pixels)
+        return output if isinstance(output, torch.Tensor) else output.logits
+
+    return call
+
+
+def training_call(
+    contestant: Contestant, setting: Setting, batches: Iterator[dict[str, torch.Tensor]]
+) -> Callable[[], None]:
+    """A training step: forward, loss, backward, AdamW.
+
+    Ours takes the loss of `TokenLabelTrainer` and the fused optimiser that is its default. The original one gets its dense
+    targets ready made (its loader makes them) and the optimiser of its time. Models of timm learn plain labels.
+
+    Args:
+        batches: Of `TokenLabelCollator`; one is taken for each step.
+    """
+    torch.manual_seed(0)
+    model = contestant.build(setting.num_classes).train().to(setting.device)
+    if "channels_last" in contestant.options:
+        model = model.to(memory_format=torch.channels_last)
+    is_original = contestant.source == "original"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=None if is_original else True)
+    if "checkpointing" in contestant.options:
+        model.gradient_checkpointing_enable()
+    losses = {"ours": _our_loss, "timm": _plain_loss, "original": _original_loss}
+    loss_of = losses[contestant.source](model, contestant)
+    forward = torch.compile(model) if "compiled" in contestant.options else model
+
+    def call() -> None:
+        batch = {name: value.to(setting.device, non_blocking=True) for name, value in next(batches).items()}
+        optimizer.zero_grad()
+        loss_of(forward, batch).backward()
+        optimizer.step()
+
+    return call
+
+
+LossOf = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
+
+
+def _objective(grid_size: tuple[int, int], num_classes: int) -> TokenLabelingObjective:
+    """The losses of `TokenLabelTrainer` with its defaults."""
+    return TokenLabelingObjective(TokenLabelTrainingArguments("unused", report_to="none"), grid_size, num_classes)
+
+
+def _our_loss(model: LVViTForImageClassification, contestant: Contestant) -> LossOf:
+    objective = _objective(model.config.grid_size, model.config.num_labels)
+
+    def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        mix_mask = batch.get("mix_mask")
+        with contestant.autocast(mix_mask.device):
+            outputs = forward(pixel_values=batch["pixel_values"], mix_mask=mix_mask)
+        labels = {name: batch[name] for name in LABEL_FIELDS if name in batch}
+        if "plain" in contestant.options:
+            labels = {"labels": labels["labels"]}
+        return objective(outputs, labels, mix_mask)["loss"]
+
+    return loss_of
+
+
+def _plain_loss(model: nn.Module, contestant: Contestant) -> LossOf:
+    def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with contestant.autocast(batch["labels"].device):
+            return nn.functional.cross_entropy(forward(batch["pixel_values"]), batch["labels"], label_smoothing=0.1)
+
+    return loss_of
+
+
+def _original_loss(model: OriginalLVViT, contestant: Contestant) -> LossOf:
+    num_classes = model.head.out_features
+    targets = None
+
+    def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        nonlocal targets
+        targets = dense_targets(batch, model.grid_size, num_classes) if targets is None else targets
+        with contestant.autocast(targets.device):
+            return original_loss(forward(batch["pixel_values"]), targets, model.grid_size)
+
+    return loss_of
+
+
+def dense_targets(batch: dict[str, torch.Tensor], grid_size: tuple[int, int], num_classes: int) -> torch.Tensor:
+    """Smoothed probabilities of every class for human label, crop and every patch token, `(B, C, 2 + N)` float32."""
+    _, cls_target, token_targets = _objective(grid_size, num_classes).crop_targets(batch)
+    human = nn.functional.one_hot(batch["labels"], num_classes).float()
+    columns = [human.unsqueeze(1), cls_target.to_dense().unsqueeze(1), token_targets.to_dense()]
+    return torch.cat(columns, dim=1).mul_(0.9).add_(0.1 / num_classes).transpose(1, 2).contiguous()

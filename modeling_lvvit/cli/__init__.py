@@ -1,0 +1,1 @@
+"""The command line: options, recipes, opening data, building models, cards."""

@@ -1,0 +1,154 @@
+"""The model of a training run: from random weights, or from a checkpoint of another resolution or class count."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+)
+from transformers.utils import logging
+
+from ..backbones.image_processors import crop_fraction_of
+from ..backbones.patch_head import PATCH_HEAD
+from ..configuration_lvvit import LVViTConfig
+from ..data.sources import looks_local
+from ..modeling_lvvit import LVViTForImageClassification
+from ..variants import DEFAULT_CROP_FRACTION, VARIANTS, evaluation_image_processor, variant_config
+from .build_backbone import BUILDING_ERRORS, finish_pretrained, random_classifier
+from .model_arguments import ModelArguments, ModelSourceArguments, check_config_fields
+
+
+logger = logging.get_logger(__name__)
+
+
+def build_model(args: ModelArguments, class_names: list[str]) -> tuple[PreTrainedModel, Any]:
+    """Model and image processor; class names of the data become those of the model. Other models than LV-ViT get a patch head.
+
+    Raises:
+        FileNotFoundError: If a local model folder does not exist.
+        ValueError: If it is no image classifier, is damaged, has other classes and may not be changed, or cannot learn from token
+            labels.
+    """
+    names = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
+    if args.model_name_or_path is not None:
+        return _load_pretrained(args, class_names, names)
+    if args.architecture is not None:
+        return random_classifier(args, names)
+    settings = {**(args.config_overrides or {}), **names}
+    if args.image_size is not None:
+        settings["image_size"] = args.image_height_width
+    config = variant_config(args.variant, **settings) if args.variant else LVViTConfig(**settings)
+    fraction = VARIANTS[args.variant].crop_fraction if args.variant else DEFAULT_CROP_FRACTION
+    processor = evaluation_image_processor(config.image_height_width, args.crop_fraction or fraction)
+    return LVViTForImageClassification(config), processor
+
+
+def picture_size_of(model: PreTrainedModel) -> tuple[int, int]:
+    """Height and width in pixels of the pictures that a model of `build_model` takes."""
+    tap = getattr(model, "feature_tap", None)
+    return model.config.image_height_width if tap is None else tap.image_size
+
+
+def read_config(args: ModelSourceArguments) -> PreTrainedConfig:
+    """Configuration of the checkpoint to start from.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    path = args.model_name_or_path
+    if looks_local(path) and not Path(path).expanduser().is_dir():
+        raise FileNotFoundError(f"There is no model folder {path}.")
+    try:
+        return AutoConfig.from_pretrained(path, **args.source)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path} is neither a model folder (seen from {Path.cwd()}) nor a model that the Hub gives: {error}"
+        ) from error
+
+
+def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[str, Any]):
+    path = args.model_name_or_path
+    config, source = read_config(args), args.source
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and not hasattr(config, "auto_map"):
+        raise ValueError(f"{path} is a {config.model_type!r} model, which is no image classifier.")
+    check_config_fields(type(config), args.config_overrides or {})
+    if getattr(config, "fused", False):
+        raise ValueError(
+            f"{path} was fused for inference and has no batch norms left; train the model that it was made of."
+        )
+    if config.num_labels != len(class_names) and not args.ignore_mismatched_sizes:
+        raise ValueError(
+            f"{path} has {config.num_labels} classes, the data has {len(class_names)}. "
+            "--ignore_mismatched_sizes makes new heads for the classes of the data."
+        )
+    options = {**source, **names, **(args.config_overrides or {}), "dtype": torch.float32}
+    if config.model_type == TimmWrapperConfig.model_type:
+        options["num_labels"] = len(class_names)  # it would take that of the checkpoint, whatever names it is given
+    try:
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            path, ignore_mismatched_sizes=args.ignore_mismatched_sizes, output_loading_info=True, **options
+        )
+    except (SafetensorError, *BUILDING_ERRORS) as error:
+        raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
+    if hasattr(model.config, "label_names"):  # timm's own list, which would be saved beside the new names
+        model.config.label_names = list(class_names)
+    changes = _changes(config, loading, class_names)
+    is_lvvit = config.model_type == LVViTConfig.model_type
+    processor = _fit_resolution(model, args, config, source, changes) if is_lvvit else None
+    if changes:
+        logger.warning("Loaded %s; %s.", path, "; ".join(changes))
+    if is_lvvit:
+        return model, processor
+    has_patch_head = any(PATCH_HEAD in key for key in loading["unexpected_keys"])
+    return finish_pretrained(model, args, source, has_patch_head)
+
+
+def _fit_resolution(
+    model: PreTrainedModel, args: ModelArguments, config: LVViTConfig, source: dict[str, Any], changes: list[str]
+) -> Any:
+    """Makes an LV-ViT take pictures of the asked-for size; returns their image processor and adds to `changes`."""
+    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **source)
+    size = args.image_height_width or tuple(config.image_height_width)
+    is_resized = size != tuple(config.image_height_width)
+    if is_resized:
+        model.resize_position_embeddings(size)
+        changes.append(f"position table resized from {config.grid_size} to {model.config.grid_size} tokens")
+    if is_resized or args.crop_fraction is not None:
+        processor = evaluation_image_processor(
+            size, args.crop_fraction or crop_fraction_of(processor) or DEFAULT_CROP_FRACTION
+        )
+    return processor
+
+
+def _changes(config: LVViTConfig, loading: dict[str, Any], class_names: list[str]) -> list[str]:
+    """What of a checkpoint was not taken over."""
+    changes = []
+    mismatched = sorted(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"])
+    for title, keys in (
+        ("new because of another shape", mismatched),
+        ("new because the checkpoint lacks them", sorted(loading["missing_keys"])),
+        ("left out because the model has no such weights", _without_patch_head(loading["unexpected_keys"])),
+    ):
+        if keys:
+            changes.append(f"{title}: {', '.join(keys)}")
+    old_names = [(config.id2label or {}).get(index, f"LABEL_{index}") for index in range(config.num_labels)]
+    if not mismatched and old_names != class_names:
+        changes.append(
+            f"the heads are kept, but class names differ, for example {old_names[0]!r} is now {class_names[0]!r}: if these are "
+            "other classes, start from a checkpoint without them"
+        )
+    return changes
+
+
+def _without_patch_head(keys: Iterable[str]) -> list[str]:
+    """Keys besides those of an added patch head, which is loaded apart."""
+    return sorted(key for key in keys if PATCH_HEAD not in key)

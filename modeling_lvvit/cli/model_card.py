@@ -1,0 +1,267 @@
+"""The model card that a training run writes about itself."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HTTPError
+from transformers import Trainer
+from transformers.modelcard import make_markdown_table
+
+from ..data.sources import looks_local
+from ..hub.file_checks import CARD
+from ..hub.hub_trainer import PublishingTrainer
+from ..token_labeling import TokenLabelTrainer
+from .build_model import picture_size_of
+from .model_arguments import ModelSourceArguments
+
+
+OWN_LICENSE = "apache-2.0"
+REPORTED_OPTIONS = (
+    "learning_rate", "num_train_epochs", "images_per_step", "weight_decay", "label_smoothing_factor", "seed",
+    "lr_schedule", "cls_weight", "dense_weight", "cls_target", "patch_target", "mix_methods", "mix_probability", "ema_decay",
+    "base_ema_decay", "batch_norm", "max_grad_norm", "bf16", "fp16",
+)  # fmt: skip
+MAX_TABLE_ROWS = 30
+NOT_SCORES = ("runtime", "per_second")  # endings of logged figures
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where data and model of a run come from, for its card.
+
+    Args:
+        data: What the data is called: Hub name, or the last part of a local path.
+        datasets: Hub names of images and label sets; local ones are not named.
+        start: The model that it started from: Hub name, or the last part of a path; `None` if its weights were random.
+        base_model: The same if it is on the Hub, else `None`.
+        license: Of the weights in the fields of a card: `license`, as a name of the Hub, and `license_name` and `license_link` where
+            that is `other`; empty if it is not known.
+    """
+
+    data: str
+    datasets: tuple[str, ...]
+    start: str | None
+    base_model: str | None
+    license: dict[str, str]
+
+
+def origin_of(args: ModelSourceArguments, data: str | None, label_set: str | None, embedded: str) -> Origin:
+    """Where a run comes from.
+
+    Args:
+        args: Options of its model.
+        data: Option that names the images.
+        label_set: Option that names a label set.
+        embedded: Name of the embedded data, which is no data set of the Hub.
+    """
+    start = args.model_name_or_path
+    hub_names = [name for name in (data, label_set) if name not in (None, embedded) and not _is_local(name)]
+    license_fields = license_of(start, args.model_revision) if start is not None else {"license": OWN_LICENSE}
+    return Origin(
+        _in_words(data or embedded),
+        tuple(hub_names),
+        None if start is None else _in_words(start),
+        None if start is None or _is_local(start) else start,
+        license_fields if args.license is None else {"license": args.license},
+    )
+
+
+def _is_local(name: str) -> bool:
+    return looks_local(name) or Path(name).expanduser().exists()
+
+
+def _in_words(name: str) -> str:
+    return Path(name).name if _is_local(name) else name
+
+
+def license_of(model: str, revision: str | None = None) -> dict[str, str]:
+    """What the card of a model says of its licence; nothing if it has no card or cannot be reached.
+
+    Args:
+        model: Folder or Hub name.
+        revision: On the Hub.
+    """
+    try:
+        card = Path(model).expanduser() / CARD
+        if not _is_local(model):
+            card = Path(hf_hub_download(model, CARD, revision=revision))
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, HTTPError):
+        return {}
+    return {name: data[name] for name in ("license", "license_name", "license_link") if data.get(name) is not None}
+
+
+def run_metadata(
+    name: str, task: str, origin: Origin, metrics: Sequence[str], tags: Sequence[str], results: Sequence[EvalResult]
+) -> ModelCardData:
+    """Metadata of a run's card: what the model is, what it was made of and what it reached on which data."""
+    return ModelCardData(
+        library_name="transformers",
+        **origin.license,
+        pipeline_tag=task,
+        tags=[*tags, "vision"],
+        datasets=list(origin.datasets) or None,
+        base_model=origin.base_model,
+        metrics=list(metrics),
+        model_name=name,
+        eval_results=list(results) or None,
+    )
+
+
+def run_name(trainer: PublishingTrainer) -> str:
+    """What a run is called: as its repository if it has one, else as its folder."""
+    name = trainer.hub_model_id or trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name
+    return name.rpartition("/")[2]
+
+
+def training_facts(trainer: Trainer, options: Sequence[str]) -> dict[str, Any]:
+    """What the cards of all programs say of the training: options, table, machine, time and versions."""
+    args, history, best = trainer.args, trainer.state.log_history, trainer.state.best_model_checkpoint
+    seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
+    return {
+        "hyperparameters": {option: getattr(args, option) for option in options},
+        "training_table": training_table(history),
+        "hardware": hardware_of(trainer),
+        "duration": None if seconds is None else duration_in_words(seconds),
+        "is_continued": args.resume_from_checkpoint is not None,
+        "steps": trainer.state.global_step,
+        "best": Path(best).name if args.load_best_model_at_end and best else None,
+        "versions": library_versions(),
+    }
+
+
+def training_table(history: Sequence[dict[str, float]]) -> str:
+    """A Markdown table of the evaluations in training and the loss before them, or of the loss alone; at most 30 rows, evenly spread.
+
+    Args:
+        history: `log_history` of a `TrainerState`.
+    """
+    rows: list[dict[str, Any]] = []
+    losses: list[dict[str, Any]] = []
+    for entry in history:
+        if "train_runtime" in entry:
+            break
+        where = {"Epoch": entry.get("epoch"), "Step": entry.get("step")}
+        if "loss" in entry:
+            losses.append({**where, "Training loss": entry["loss"]})
+        scores = {
+            key.replace("_", " ").replace("eval", "evaluation").capitalize(): value
+            for key, value in entry.items()
+            if key.startswith("eval_") and not key.endswith(NOT_SCORES)
+        }
+        if not scores:
+            continue
+        if rows and rows[-1]["Step"] == where["Step"]:  # several entries of one evaluation
+            rows[-1] |= scores
+        else:
+            rows.append({**where, "Training loss": losses[-1]["Training loss"] if losses else "", **scores})
+    rows = rows or losses
+    step = -(-len(rows) // MAX_TABLE_ROWS) or 1
+    shown = rows[::-step][::-1]  # with the last one
+    columns = list(dict.fromkeys(column for row in shown for column in row))
+    return make_markdown_table([{column: row.get(column, "") for column in columns} for row in shown])
+
+
+def hardware_of(trainer: Trainer) -> str:
+    """Number and name of the devices of a run."""
+    number = trainer.args.world_size
+    if trainer.args.device.type == "cuda":
+        return f"{number} x {torch.cuda.get_device_name(trainer.args.device)}"
+    if trainer.args.device.type == "cpu":
+        return f"a CPU (processes: {number}, threads of each: {torch.get_num_threads()})"
+    return f"{number} x {trainer.args.device.type}"
+
+
+def duration_in_words(seconds: float) -> str:
+    """Hours, minutes or seconds."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+
+
+def accuracies_of(metrics: dict[str, float]) -> dict[str, float]:
+    """The accuracies among the evaluation metrics, in [0, 1], without the library's prefix."""
+    return {key.removeprefix("eval_"): value for key, value in metrics.items() if key.endswith("accuracy")}
+
+
+def library_versions() -> str:
+    """Versions of what a run was made with, in words."""
+    return f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+
+
+def model_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
+    """What the card says of the architecture."""
+    config = trainer.model.config
+    facts = {"num_classes": config.num_labels, "num_parameters": f"{trainer.model.num_parameters():,}"}
+    if hasattr(trainer.model, "feature_tap"):
+        tap = trainer.model.feature_tap
+        kind = getattr(config, "architecture", config.model_type)
+        shape = f"{tap.grid_size[0]} x {tap.grid_size[1]} cells"
+        facts["must_interpolate"] = bool(tap.forward_options)
+    else:
+        kind, shape = "LV-ViT", f"patches of {config.patch_size} x {config.patch_size}"
+        shape += f"; {config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
+        facts["patch_logits_weight"] = config.patch_logits_weight
+    height, width = picture_size_of(trainer.model)
+    return facts | {
+        "kind": kind,
+        "is_lvvit": kind == "LV-ViT",
+        "image_height": height,
+        "image_width": width,
+        "shape": shape,
+    }
+
+
+def write_model_card(
+    template: Path,
+    trainer: TokenLabelTrainer,
+    origin: Origin,
+    eval_name: str,
+    metrics: dict[str, float],
+    picture: str | None,
+) -> None:
+    """Fills the template from the finished run and saves it as README.md in the output folder.
+
+    Args:
+        template: Card with the variables that this module fills.
+        trainer: After training and evaluation.
+        origin: Where data and model come from.
+        eval_name: What the evaluation rows are called.
+        metrics: Result of `trainer.evaluate()`.
+        picture: File name of the picture of predictions in the output folder, `None` if there is none.
+    """
+    args = trainer.args
+    name = run_name(trainer)
+    facts, accuracies = model_facts(trainer), accuracies_of(metrics)
+    results = [
+        EvalResult(
+            "image-classification", origin.data, origin.data, "accuracy", round(value, 4), metric_name=key, dataset_split=eval_name
+        )
+        for key, value in accuracies.items()
+    ]  # fmt: skip
+    tags = [*(["lvvit"] if facts["is_lvvit"] else []), "token-labeling"]
+    card = ModelCard.from_template(
+        run_metadata(name, "image-classification", origin, ["accuracy"], tags, results),
+        template_path=str(template),
+        model_name=name,
+        origin=origin,
+        token_labels=trainer.trains_patches,
+        is_labeler=args.patch_target == "image",
+        annotator=trainer.annotator.annotator.provenance["annotator"] if trainer.annotator is not None else None,
+        has_average=trainer.ema is not None,
+        saves_patch_head=getattr(trainer.model, "saves_patch_head", True),
+        picture=picture,
+        eval_split=eval_name,
+        metrics={key: f"{100 * value:.2f} %" for key, value in accuracies.items()},
+        num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed",
+        num_eval=len(trainer.eval_dataset),
+        **training_facts(trainer, REPORTED_OPTIONS),
+        **facts,
+    )
+    card.save(Path(args.output_dir) / CARD)

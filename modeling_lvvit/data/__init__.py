@@ -1,0 +1,1 @@
+"""Image datasets: open, decode, splits, classes, keys, masks, seeds and atomic files."""

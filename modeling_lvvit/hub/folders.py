@@ -1,0 +1,88 @@
+"""Finished folders of models and exported models on their way to the Hub."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from .file_checks import CARD, published_files
+from .hub_trainer import REPLACED
+from .repository import HubTarget
+
+
+logger = logging.get_logger(__name__)
+CARD_TEMPLATES = Path(__file__).parents[2] / "model_cards"  # there when the package is used from its repository
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+ONNX = "model.onnx"
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ONNX)
+
+
+def add_target_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--private` and `--revision` to the options of a program."""
+    parser.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        help="whether a new repository is private; default: the owner's rule",
+    )
+    parser.add_argument("--revision", help="branch to upload to, made if there is none; default: main")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Makes sure that a folder has all that a model needs on the Hub; that there is no image processor is a warning.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If something is missing or damaged; the message says what.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    names, _ = published_files(folder)
+    missing = [name for name in (CONFIG_NAME, CARD) if name not in names]
+    weights = [name for name in WEIGHT_FILES if name in names]
+    if not weights:
+        missing.append(f"weights ({' or '.join(WEIGHT_FILES)})")
+    if SAFE_WEIGHTS_INDEX_NAME in weights and SAFE_WEIGHTS_NAME not in weights:
+        shards = set(_read(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map", {}).values())
+        missing += sorted(shards - set(names))
+    if CONFIG_NAME in names and weights and weights != [ONNX]:
+        missing += sorted(_code_of(_read(folder / CONFIG_NAME)) - set(names))
+    if missing:
+        raise ValueError(f"{folder} is no complete model: it lacks {', '.join(missing)}.")
+    if not any(name in names for name in PROCESSORS):
+        logger.warning(
+            "%s has no image processor (%s): nobody will know how to prepare pictures.", folder, PROCESSORS[0]
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def _code_of(config: dict[str, Any]) -> set[str]:
+    """Files of modelling code that a configuration names, without those of other repositories (`owner/name--file.Class`)."""
+    references = [
+        reference
+        for entry in (config.get("auto_map") or {}).values()
+        for reference in (entry if isinstance(entry, list) else [entry])
+    ]
+    return {f"{text.partition('.')[0]}.py" for text in references if isinstance(text, str) and "--" not in text}
+
+
+def publish_model_folder(folder: Path, target: HubTarget) -> str:
+    """Uploads a finished model; returns the address of the commit.
+
+    Args:
+        folder: Stays as it is.
+        target: Opened when the folder has been checked.
+
+    Raises:
+        FileNotFoundError, ValueError: If the folder is not complete; nothing is uploaded then.
+        HubError: If the Hub cannot be reached or refuses.
+    """
+    check_model_folder(folder)
+    return target.open().upload(folder, "Upload model", REPLACED)

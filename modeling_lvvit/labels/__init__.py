@@ -1,0 +1,1 @@
+"""Dense labels: format, storage, reading, and crops to sparse targets."""

@@ -1,0 +1,251 @@
+"""Label maps cut to crops: what each token of an augmented image, and its class token, should learn."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from .label_maps import build_palette
+from .sparse_targets import SparseTargets
+
+
+LabelCrop = Literal["correct", "authors"]
+
+
+@dataclass
+class CropGeometry:
+    """Where the crops of a batch lie in the label maps.
+
+    Args:
+        crop_box: `(batch_size, 4)` float32, (left, top, right, bottom). Without `label_affine` as fractions of the region
+            that the map covers; with it as fractions of the picture after its geometric augmentation.
+        label_affine: `(batch_size, 2, 3)` float32: takes (x, y, 1), fractions of the picture after geometric augmentation,
+            to fractions of the region that the map covers. `None` if no picture was sheared, moved or rotated.
+        image_box: `(batch_size, 4)` float32, the borders of the picture before that augmentation as fractions of the region
+            that the map covers. What lies outside is filled with one colour. Given with `label_affine`.
+    """
+
+    crop_box: torch.Tensor
+    label_affine: torch.Tensor | None = None
+    image_box: torch.Tensor | None = None
+
+    def points(self, grid_size: tuple[int, int], points_per_token: tuple[int, int]) -> torch.Tensor:
+        """Equidistant points of every token, as fractions of the region that the map covers.
+
+        Returns:
+            `(batch_size, token_rows * points, token_columns * points, 2)` float32, the last axis (x, y).
+        """
+        left, top, right, bottom = self.crop_box.float().unsqueeze(2).unbind(1)  # (B, 1) each
+        count_y, count_x = (tokens * points for tokens, points in zip(grid_size, points_per_token))
+        y = (top + (bottom - top) * _centres(count_y, top.device)).unsqueeze(2)  # (B, count_y, 1)
+        x = (left + (right - left) * _centres(count_x, left.device)).unsqueeze(1)  # (B, 1, count_x)
+        if self.label_affine is None:
+            return torch.stack(torch.broadcast_tensors(x, y), dim=-1)
+        along_x, along_y, offset = self.label_affine.float()[:, :, None, None].unbind(4)  # (B, 2, 1, 1) each
+        return (along_x * x.unsqueeze(1) + along_y * y.unsqueeze(1) + offset).movedim(1, -1)
+
+    def covered_tokens(self, grid_size: tuple[int, int]) -> torch.Tensor:
+        """Which tokens have their centre in the region that the map covers, bool `(batch_size, N)`, row-major."""
+        points = self.points(grid_size, (1, 1))  # (B, rows, columns, 2)
+        return ((points >= 0) & (points <= 1)).all(dim=-1).flatten(1)
+
+    def known_part(self) -> "CropGeometry":
+        """The crops without what lies outside the maps; only without `label_affine`."""
+        return CropGeometry(self.crop_box.clamp(0, 1))
+
+    def with_exchanged_axes(self) -> "CropGeometry":
+        """The authors' boxes, whose corners are read in the wrong order."""
+        return CropGeometry(self.crop_box[:, [1, 0, 3, 2]], self.label_affine, self.image_box)
+
+
+def _centres(count: int, device: torch.device) -> torch.Tensor:
+    """Centres of `count` equal parts of [0, 1]."""
+    return (torch.arange(count, device=device) + 0.5) / count
+
+
+def axis_weights(
+    start: torch.Tensor, end: torch.Tensor, map_size: int, num_bins: int, min_cells: float = 0.0
+) -> torch.Tensor:
+    """Weights with which the cells of one axis of a map enter the bins of a crop.
+
+    The rule is that of RoIAlign (He et al. 2017) with adaptive sampling: a bin that spans up to n cells is sampled at
+    n equidistant points, and each point interpolates linearly between the two nearest cell centres. A point outside the
+    map has the value of the nearest cell; only with `min_cells`, the authors' crops, it has none, as in RoIAlign.
+
+    Args:
+        start, end: `(batch_size,)` float32, borders of the crop as fractions of the map; a crop may leave the map.
+        map_size: Cells of the map along this axis.
+        num_bins: Bins (token rows or columns) of the crop.
+        min_cells: Smallest extent of a crop in cells; a shorter one is extended at its end.
+
+    Returns:
+        `(batch_size, num_bins, map_size)` float32; each row sums to 1.
+    """
+    first = start * map_size - 0.5  # coordinate 0 is the centre of the first cell
+    extent = (end * map_size - 0.5 - first).clamp(min=max(min_cells, 1e-6))
+    bin_size = extent / num_bins
+    # one more than a crop of the whole map needs: rounding can lift an extent over a whole number of bins
+    max_samples = math.ceil(max(map_size, min_cells) / num_bins) + 1
+    samples = bin_size.ceil().clamp(min=1, max=max_samples)
+    bins = torch.arange(num_bins, device=start.device).view(-1, 1)
+    steps = torch.arange(max_samples, device=start.device)
+    first, bin_size, samples = (value.view(-1, 1, 1) for value in (first, bin_size, samples))
+    points = first + bins * bin_size + (steps + 0.5) * bin_size / samples  # (B, num_bins, max_samples)
+    counted = steps < samples
+    if min_cells:
+        counted = counted & (points >= -1.0) & (points <= map_size)
+    cells = torch.arange(map_size, device=start.device)
+    distance = (points.clamp(0, map_size - 1).unsqueeze(-1) - cells).abs()  # (B, num_bins, max_samples, map_size)
+    weights = (1 - distance).clamp(min=0) * counted.unsqueeze(-1)
+    return weights.sum(dim=2) / samples
+
+
+def pool_label_maps(
+    palette_scores: torch.Tensor,
+    geometry: CropGeometry,
+    grid_size: tuple[int, int],
+    label_crop: LabelCrop = "correct",
+    known_only: bool = False,
+) -> torch.Tensor:
+    """Mean scores of the crop on a grid of tokens.
+
+    A place in the picture that the map does not cover has the scores of the nearest cell. A place outside the picture, which
+    only geometric augmentation shows, has score 0 for every class: nothing is known of it.
+
+    Args:
+        palette_scores: `(batch_size, U, rows, columns)` float32.
+        geometry: Where the crops lie.
+        grid_size: Token rows and columns.
+        label_crop: `"correct"`; or `"authors"`, which reproduces their exchange of rows and columns: their box is stored
+            top first and handed to RoIAlign, which expects left first, so that the top half of an image gets the
+            labels of its left half. That RoIAlign call also widens a crop of less than one cell to one (here only without
+            `label_affine`).
+        known_only: Whether to take the mean over the places in the picture that the map covers.
+
+    Returns:
+        `(batch_size, U, token_rows, token_columns)` float32.
+    """
+    if label_crop not in ("correct", "authors"):
+        raise ValueError(f"label_crop must be 'correct' or 'authors', got {label_crop!r}.")
+    is_correct = label_crop == "correct"
+    geometry = geometry if is_correct else geometry.with_exchanged_axes()
+    if geometry.label_affine is not None:
+        return _pool_moved(palette_scores, geometry, grid_size, known_only)
+    if known_only:
+        geometry = geometry.known_part()
+    left, top, right, bottom = geometry.crop_box.float().unbind(1)
+    min_cells = 0.0 if is_correct else 1.0
+    rows, columns = palette_scores.shape[-2:]
+    row_weights = axis_weights(top, bottom, rows, grid_size[0], min_cells)
+    column_weights = axis_weights(left, right, columns, grid_size[1], min_cells)
+    pooled = palette_scores @ column_weights.mT.unsqueeze(1)  # (B, U, rows, token_columns)
+    return row_weights.unsqueeze(1) @ pooled  # (B, U, token_rows, token_columns)
+
+
+def _pool_moved(
+    palette_scores: torch.Tensor, geometry: CropGeometry, grid_size: tuple[int, int], known_only: bool
+) -> torch.Tensor:
+    """`pool_label_maps` where pictures were sheared, moved or rotated: each token is the mean of a square of points.
+
+    The map is read once, at the composition of all operations, with linear interpolation. Reading it once for each operation,
+    to the nearest cell, as the authors do, moves labels by up to half a cell every time.
+    """
+    finer = 2 if known_only else 1  # whole points are left out at the border of the known part
+    points_per_token = tuple(
+        finer * math.ceil(cells / tokens) for cells, tokens in zip(palette_scores.shape[-2:], grid_size)
+    )
+    points = geometry.points(grid_size, points_per_token)  # (B, P, Q, 2)
+    sampled = nn.functional.grid_sample(
+        palette_scores, 2 * points - 1, mode="bilinear", padding_mode="border", align_corners=False
+    )  # (B, U, P, Q)
+    low, high = geometry.image_box.float()[:, None, None].split(2, dim=-1)
+    shown = ((points >= low) & (points <= high)).all(dim=-1).unsqueeze(1)  # (B, 1, P, Q)
+    if not known_only:
+        return nn.functional.avg_pool2d(sampled * shown, points_per_token)  # (B, U, token_rows, token_columns)
+    known = shown & ((points >= 0) & (points <= 1)).all(dim=-1).unsqueeze(1)
+    (known_mean, known_share), (shown_mean, shown_share) = (
+        (nn.functional.avg_pool2d(part, points_per_token) for part in (sampled * counted, counted.float()))
+        for counted in (known, shown)
+    )
+    # a crop that shows nothing that the map covers has the scores of the nearest cells, one that shows nothing at all has none
+    return torch.where(
+        known_share > 0, known_mean / known_share.clamp(min=1e-6), shown_mean / shown_share.clamp(min=1e-6)
+    )
+
+
+def softmax_over_all_classes(pooled: torch.Tensor, palette: torch.Tensor, num_classes: int) -> SparseTargets:
+    """Softmax over `num_classes` classes of which only the palette has scores other than 0.
+
+    Args:
+        pooled: `(batch_size, U)` or `(batch_size, N, U)` float32 scores; padding has score 0, like an unnamed class.
+        palette: `(batch_size, U)` int64.
+    """
+    shift = pooled.amax(dim=-1, keepdim=True).clamp(min=0)
+    exponentials = (pooled - shift).exp()
+    unnamed = (-shift).exp()
+    total = exponentials.sum(dim=-1, keepdim=True) + (num_classes - pooled.shape[-1]) * unnamed
+    return SparseTargets(palette, (exponentials - unnamed) / total, (unnamed / total).squeeze(-1), num_classes)
+
+
+@torch.no_grad()
+def crop_label_maps(
+    palette: torch.Tensor,
+    palette_index: torch.Tensor,
+    scores: torch.Tensor,
+    geometry: CropGeometry,
+    grid_size: tuple[int, int],
+    num_classes: int,
+    label_crop: LabelCrop = "correct",
+    temperature: float = 1.0,
+) -> tuple[SparseTargets, SparseTargets]:
+    """Targets of the class token and of every patch token for a crop of each image. A pure function; any device.
+
+    Args:
+        palette: `(batch_size, U)` int64 from `build_palette`.
+        palette_index: `(batch_size, K, rows, columns)` integers from `build_palette`.
+        scores: `(batch_size, K, rows, columns)`.
+        geometry: Where the crops lie.
+        grid_size: Token rows and columns of the model.
+        num_classes: Classes of the model.
+        label_crop: See `pool_label_maps`.
+        temperature: Divides the pooled scores before softmax; below 1 sharpens the targets of an annotator whose
+            logits are small.
+
+    Returns:
+        Class-token targets (`excess` `(batch_size, U)`) and patch-token targets (`(batch_size, N, U)`, row-major).
+    """
+    batch_size, _, rows, columns = palette_index.shape
+    palette_scores = scores.new_zeros(batch_size, palette.shape[1], rows, columns, dtype=torch.float32)
+    palette_scores.scatter_(1, palette_index.long(), scores.float())
+    return targets_of_scores(palette_scores, palette, geometry, grid_size, num_classes, label_crop, temperature)
+
+
+@torch.no_grad()
+def targets_of_scores(
+    palette_scores: torch.Tensor,
+    palette: torch.Tensor,
+    geometry: CropGeometry,
+    grid_size: tuple[int, int],
+    num_classes: int,
+    label_crop: LabelCrop = "correct",
+    temperature: float = 1.0,
+) -> tuple[SparseTargets, SparseTargets]:
+    """`crop_label_maps` for maps whose classes stand in the order of a palette, `(batch_size, U, rows, columns)` float32."""
+    pooled_tokens = pool_label_maps(palette_scores, geometry, grid_size, label_crop).flatten(2).mT  # (B, N, U)
+    # the class token is told what the map knows of the crop: the part that both cover
+    pooled_crop = pool_label_maps(palette_scores, geometry, (1, 1), label_crop, known_only=True).flatten(1)  # (B, U)
+    return (
+        softmax_over_all_classes(pooled_crop / temperature, palette, num_classes),
+        softmax_over_all_classes(pooled_tokens / temperature, palette, num_classes),
+    )
+
+
+def top_classes(ids: np.ndarray, scores: np.ndarray, num_classes: int) -> np.ndarray:
+    """Most probable class of each whole map, as the class token learns it from an uncropped image, `(n,)`."""
+    palette, index = build_palette(torch.tensor(ids))
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(ids), 4)
+    target, _ = crop_label_maps(palette, index, torch.tensor(scores), CropGeometry(whole), (1, 1), num_classes)
+    return target.top_class().numpy()

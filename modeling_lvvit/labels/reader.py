@@ -1,0 +1,212 @@
+"""Where the label maps of an image data set come from: two of its own columns, or a label set joined to it."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from .columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError, check_column_types, label_map_problems, to_numpy
+from .storage import (
+    BOX_COLUMN,
+    INDEX_COLUMN,
+    PALETTE_COLUMN,
+    LabelMaps,
+    boxes_of,
+    decoded_scores,
+    expand,
+    ids_of,
+    map_problems,
+)
+
+
+class LabelMapSource:
+    """Label maps of the rows of an image data set, read from Arrow a batch at a time.
+
+    Args:
+        dataset: Rows with label maps: columns of ids and scores, or those of a label set (see `label_sets`).
+        num_classes: Number of classes that ids count; `None` for that of the palette.
+        row_of: For each image, the row of its map, int64; `None` when image i has map i.
+        ids_column, scores_column: Names of the columns of ids and scores. A label set has fixed names.
+
+    Raises:
+        ValueError: If a column is missing or has a wrong type.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        num_classes: int | None = None,
+        row_of: np.ndarray | None = None,
+        ids_column: str = IDS_COLUMN,
+        scores_column: str = SCORES_COLUMN,
+    ):
+        self.is_compact = ids_column not in dataset.column_names and INDEX_COLUMN in dataset.column_names
+        columns = [PALETTE_COLUMN, INDEX_COLUMN, SCORES_COLUMN] if self.is_compact else [ids_column, scores_column]
+        missing = [column for column in columns if column not in dataset.column_names]
+        if missing:
+            raise ValueError(
+                f"There is no column {', '.join(map(repr, missing))}; the data has {dataset.column_names}."
+            )
+        if not self.is_compact:
+            schema = dataset.features.arrow_schema
+            check_column_types(schema.field(ids_column).type, schema.field(scores_column).type)
+        self.ids_column, self.scores_column = ids_column, scores_column
+        self.class_names = class_names_of(dataset)
+        self.num_classes = num_classes or (len(self.class_names) if self.class_names else 2**31)
+        if BOX_COLUMN in dataset.column_names:
+            columns.append(BOX_COLUMN)
+        self.rows = dataset.select_columns(columns).with_format("arrow")
+        self.row_of = row_of
+        self._mapped: MappedLabels | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.row_of is None else len(self.row_of)
+
+    def without_regions(self) -> "LabelMapSource":
+        """The source with every map taken to cover the whole image, as the authors' training code does."""
+        columns = [name for name in self.rows.column_names if name != BOX_COLUMN]
+        return self._changed(rows=self.rows.select_columns(columns), _mapped=None)
+
+    def select(self, images: np.ndarray) -> "LabelMapSource":
+        """The source of some of the images, given by their numbers."""
+        return self._changed(row_of=np.asarray(images if self.row_of is None else self.row_of[images]))
+
+    def _changed(self, **attributes: Any) -> "LabelMapSource":
+        source = copy.copy(self)
+        source.__dict__.update(attributes)
+        return source
+
+    def fetch(self, images: Sequence[int]) -> LabelMaps:
+        """Label maps of several images.
+
+        Raises:
+            LabelMapError: If one cannot be read; its `row` counts within `images`.
+        """
+        if not self.is_compact:
+            return self._maps(self._table(images))
+        if self._mapped is None:
+            self._mapped = MappedLabels(self.rows)
+        rows = np.asarray(images) if self.row_of is None else self.row_of[np.asarray(images)]
+        maps = self._mapped.fetch(rows, self.num_classes)
+        return self._maps(self._table(images)) if maps is None else maps  # which names what is wrong
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy in another process maps the file itself; views sent there would be the whole label set."""
+        return {**self.__dict__, "_mapped": None}
+
+    def problems(
+        self, images: Sequence[int], num_classes: int
+    ) -> tuple[list[tuple[int, str]], tuple[int, ...] | None]:
+        """What is wrong with the maps of several images: offsets within `images` and descriptions; and their common
+        `[K, rows, columns]`, `None` where they cannot be read."""
+        table = self._table(images)
+        if self.is_compact and (found := map_problems(table, num_classes)):
+            return found, None
+        try:
+            maps = self._maps(table)
+        except LabelMapError as error:
+            return [(error.row, str(error))], None
+        return label_map_problems(maps.ids, maps.scores, num_classes), maps.ids.shape[1:]
+
+    def _table(self, images: Sequence[int]) -> pa.Table:
+        if self.row_of is not None:
+            images = self.row_of[np.asarray(images)].tolist()
+        return self.rows[images]
+
+    def _maps(self, table: pa.Table) -> LabelMaps:
+        if self.is_compact:
+            return expand(table, self.num_classes)
+        ids, scores = to_numpy(table[self.ids_column]), to_numpy(table[self.scores_column])
+        return LabelMaps(ids, scores, boxes_of(table))
+
+
+class MappedLabels:
+    """Columns of a label set as NumPy views of the file that they lie in.
+
+    Rows are copied out of the views one by one. That takes half the time of gathering Arrow slices, of which a batch of
+    random rows needs one for each row and column; nothing but the rows asked for is read.
+
+    Args:
+        dataset: Label set in Arrow format.
+    """
+
+    def __init__(self, dataset: datasets.Dataset):
+        self.is_usable = dataset._indices is None
+        self.starts, self.parts = [0], []
+        self.has_boxes = False
+        for batch in dataset.data.table.to_batches() if self.is_usable else []:
+            if len(batch) and self.is_usable:
+                self._add(batch)
+        self.starts = np.asarray(self.starts)
+
+    def _add(self, batch: pa.RecordBatch) -> None:
+        palettes, maps = batch.column(PALETTE_COLUMN), [batch.column(INDEX_COLUMN), batch.column(SCORES_COLUMN)]
+        values = []
+        for column in maps:
+            shape = [len(column)]
+            while isinstance(column, pa.FixedSizeListArray) and not column.null_count:
+                shape.append(column.type.list_size)
+                column = column.flatten()
+            values.append((column, shape))
+        self.is_usable = isinstance(palettes, pa.ListArray) and not palettes.null_count
+        self.is_usable &= all(len(shape) == 4 and not column.null_count for column, shape in values)
+        if not self.is_usable:
+            return
+        index, scores = (column.to_numpy(zero_copy_only=False).reshape(shape) for column, shape in values)
+        boxes = (
+            boxes_of(pa.table({BOX_COLUMN: batch.column(BOX_COLUMN)})) if BOX_COLUMN in batch.schema.names else None
+        )
+        if boxes is not None and (boxes == (0, 0, 1, 1)).all():
+            boxes = None
+        self.has_boxes |= boxes is not None
+        self.parts.append((index, scores, palettes.offsets.to_numpy(), palettes.values.to_numpy(), boxes))
+        self.starts.append(self.starts[-1] + len(batch))
+
+    def fetch(self, rows: np.ndarray, num_classes: int) -> LabelMaps | None:
+        """Label maps of rows, `None` if something about the columns or these rows needs a closer look."""
+        if not self.is_usable or not len(rows) or rows.min() < 0 or rows.max() >= self.starts[-1]:
+            return None
+        part_of = np.searchsorted(self.starts, rows, side="right") - 1
+        offsets = rows - self.starts[part_of]
+        first_index, first_scores = self.parts[0][:2]
+        index = np.empty((len(rows), *first_index.shape[1:]), first_index.dtype)
+        scores = np.empty((len(rows), *first_scores.shape[1:]), first_scores.dtype)
+        boxes = np.tile(np.float32([0, 0, 1, 1]), (len(rows), 1)) if self.has_boxes else None
+        palettes, lengths = [], []
+        for row, (part, offset) in enumerate(zip(part_of.tolist(), offsets.tolist())):
+            part_index, part_scores, borders, classes, part_boxes = self.parts[part]
+            index[row], scores[row] = part_index[offset], part_scores[offset]
+            start, end = borders[offset], borders[offset + 1]
+            palettes.append(classes[start:end])
+            lengths.append(end - start)
+            if part_boxes is not None:
+                boxes[row] = part_boxes[offset]
+        if 0 in lengths:
+            return None
+        return LabelMaps(
+            ids_of(index, np.concatenate(palettes), np.asarray(lengths), num_classes), decoded_scores(scores), boxes
+        )
+
+
+def class_names_of(labels: datasets.Dataset) -> list[str] | None:
+    """Names of the classes that a label set counts, `None` if it has none."""
+    feature = getattr(labels.features.get(PALETTE_COLUMN), "feature", None)
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None
+
+
+def covered_region(box: np.ndarray | None, width: int, height: int) -> tuple[float, float, float, float]:
+    """Region of a picture that its map covers, (left, top, right, bottom) as fractions.
+
+    Args:
+        box: `(4,)`, NaN for the centre square; `None` for the whole picture.
+        width, height: Size of the picture in pixels.
+    """
+    if box is None:
+        return 0.0, 0.0, 1.0, 1.0
+    if not np.isnan(box[0]):
+        return tuple(box.tolist())
+    across, down = min(width, height) / width / 2, min(width, height) / height / 2
+    return 0.5 - across, 0.5 - down, 0.5 + across, 0.5 + down

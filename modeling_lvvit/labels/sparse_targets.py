@@ -1,0 +1,57 @@
+"""Soft targets over all classes that are kept for a short list of them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass
+class SparseTargets:
+    """Soft targets over all classes in which every class outside a short list has the same probability.
+
+        p(c) = other + excess[u]  if c == class_ids[u],  else other
+
+    Args:
+        class_ids: `(batch_size, U)` int64. Padding repeats a class with excess 0.
+        excess: `(batch_size, U)` or `(batch_size, N, U)` float32.
+        other: `(batch_size,)` or `(batch_size, N)` float32.
+        num_classes: Number of classes C.
+        names_all: Whether `class_ids` of every image are all classes in order, so that nobody need look them up.
+    """
+
+    class_ids: torch.Tensor
+    excess: torch.Tensor
+    other: torch.Tensor
+    num_classes: int
+    names_all: bool = False
+
+    @classmethod
+    def from_labels(cls, labels: torch.Tensor, num_classes: int) -> "SparseTargets":
+        """One-hot targets of class ids `(batch_size,)`."""
+        excess = torch.ones(len(labels), 1, device=labels.device)
+        return cls(labels.long().unsqueeze(1), excess, torch.zeros_like(excess[:, 0]), num_classes)
+
+    def of_single_token(self) -> "SparseTargets":
+        """Targets of images as those of one token each, `excess` `(batch_size, 1, U)`."""
+        return replace(self, excess=self.excess.unsqueeze(1), other=self.other.unsqueeze(1))
+
+    def smooth(self, smoothing: float) -> "SparseTargets":
+        """Mixes with the uniform distribution, `(1 - s) p + s / C`. The sum stays 1; the authors' code adds `s / C` to
+        a target scaled by `1 - s + s / C` and so reaches `1 + s / C`."""
+        keep = 1.0 - smoothing
+        return replace(self, excess=keep * self.excess, other=keep * self.other + smoothing / self.num_classes)
+
+    def flip(self) -> "SparseTargets":
+        """Targets of the flipped batch: sample b gets those of sample B-1-b."""
+        return replace(self, class_ids=self.class_ids.flip(0), excess=self.excess.flip(0), other=self.other.flip(0))
+
+    def top_class(self) -> torch.Tensor:
+        """Most probable class, of the shape of `other`, int64."""
+        best = self.excess.argmax(dim=-1)
+        return self.class_ids.gather(1, best.flatten(1) if best.ndim > 1 else best.unsqueeze(1)).view(best.shape)
+
+    def to_dense(self) -> torch.Tensor:
+        """Probabilities of all classes, the shape of `other` with a last axis of C; for inspection and tests."""
+        dense = self.other.unsqueeze(-1).repeat(*[1] * self.other.ndim, self.num_classes)
+        ids = self.class_ids.view(len(self.class_ids), *[1] * (self.excess.ndim - 2), -1).expand_as(self.excess)
+        return dense.scatter_add_(-1, ids, self.excess)

@@ -1,0 +1,269 @@
+"""The stored form of a label set: label maps in Parquet shards, apart from the images that they belong to.
+
+One row for each image:
+
+    image_key            string            what tells which image it is (see `image_keys`)
+    image_hash           int64 or null     hash of the image file that was annotated
+    token_label_palette  list of classes   the U classes that the map names, ascending; empty for an empty label
+    token_label_index    uint16 [K][R][C]  position in the palette of the K classes of each cell, ascending within a cell
+    token_label_scores   float16 [K][R][C] their scores; int8 in units of a quarter in the lossy form
+    map_box              float32 [4]       region of the image that the map covers, (left, top, right, bottom) as fractions
+                                           of the image; null: its centre square, as wide as its shorter side
+    outside_mass         float32 or null   probability that the annotator gave to classes outside the K, mean of the cells
+    image_note           string            what was special about the image
+
+The class names are those of the palette's `ClassLabel`. Sorting the classes of a cell by id, not by score, and storing
+positions instead of ids makes smooth maps cheap: neighbouring cells name the same classes in the same order.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..data.atomic_files import write_atomically
+from .columns import SCORES_COLUMN, LabelMapError, nested_feature, to_arrow, to_numpy
+from .label_maps import id_dtype
+
+
+KEY_COLUMN, HASH_COLUMN, BOX_COLUMN = "image_key", "image_hash", "map_box"
+PALETTE_COLUMN, INDEX_COLUMN = "token_label_palette", "token_label_index"
+OUTSIDE_COLUMN, NOTE_COLUMN = "outside_mass", "image_note"
+SCORE_STEP = 0.25  # unit of int8 scores: they reach from -32 to 31.75 and are off by at most an eighth
+ROWS_PER_GROUP = 1024
+COMPRESSION_LEVEL = 19  # of zstd; slow to write (about a millisecond a map), as fast to read as any other
+
+# float16 values of int8 scores, indexed by their bits: NumPy multiplies float16 slowly
+_INT8_SCORES = (np.arange(256, dtype=np.uint8).view(np.int8) * SCORE_STEP).astype(np.float16)
+
+ScoreType = Literal["float16", "int8"]
+
+
+@dataclass
+class LabelMaps:
+    """Label maps of several images.
+
+    Args:
+        ids: `(n, K, rows, columns)` integers.
+        scores: The same shape, float16.
+        boxes: Region of its image that each map covers, `(n, 4)` float32, NaN for the centre square; `None` if all maps
+            cover the whole image.
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class LabelSetLayout:
+    """What all rows of a label set share.
+
+    Args:
+        class_names: Names of all classes, by id.
+        k: Classes kept for each cell.
+        map_size: Rows and columns of a map.
+        score_type: `"float16"`, lossless; or `"int8"`, scores rounded to `SCORE_STEP`.
+    """
+
+    class_names: tuple[str, ...]
+    k: int
+    map_size: tuple[int, int]
+    score_type: ScoreType = "float16"
+
+    @property
+    def features(self) -> datasets.Features:
+        """Features of the columns."""
+        shape = (self.k, *self.map_size)
+        return datasets.Features(
+            {
+                KEY_COLUMN: datasets.Value("string"),
+                HASH_COLUMN: datasets.Value("int64"),
+                PALETTE_COLUMN: datasets.List(datasets.ClassLabel(names=list(self.class_names))),
+                INDEX_COLUMN: nested_feature(shape, "uint16"),
+                SCORES_COLUMN: nested_feature(shape, self.score_type),
+                BOX_COLUMN: datasets.List(datasets.Value("float32"), length=4),
+                OUTSIDE_COLUMN: datasets.Value("float32"),
+                NOTE_COLUMN: datasets.Value("string"),
+            }
+        )
+
+    def table(
+        self,
+        keys: Sequence[str],
+        hashes: Sequence[int | None],
+        maps: LabelMaps,
+        outside_mass: Sequence[float | None],
+        notes: Sequence[str],
+        is_empty: Sequence[bool],
+    ) -> pa.Table:
+        """Rows of the stored form.
+
+        Args:
+            keys, hashes, notes: One for each image.
+            maps: Label maps; those of empty labels are not looked at.
+            outside_mass: Probability outside the kept classes.
+            is_empty: Which images get an empty label.
+        """
+        palettes, index, scores = compact(maps.ids, maps.scores, is_empty)
+        if self.score_type == "int8":
+            if np.abs(scores + SCORE_STEP / 2).max(initial=0) > -SCORE_STEP * np.iinfo(np.int8).min:
+                warnings.warn(
+                    f"Scores from {scores.min():.1f} to {scores.max():.1f} are cut to what int8 holds, -32 to 31.75. Store "
+                    "float16, or --scores relative.",
+                    stacklevel=2,
+                )
+            scores = np.clip(np.rint(scores.astype(np.float32) / SCORE_STEP), -128, 127).astype(np.int8)
+        lengths = [len(palette) for palette in palettes]
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        boxes = maps.boxes if maps.boxes is not None else np.tile(np.float32([0, 0, 1, 1]), (len(maps), 1))
+        is_centre_square = pa.array(np.isnan(boxes).any(axis=1))
+        columns = [
+            pa.array(keys, pa.string()),
+            pa.array(hashes, pa.int64()),
+            pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(palettes).astype(np.int64))),
+            to_arrow(index),
+            to_arrow(scores),
+            pa.FixedSizeListArray.from_arrays(
+                pa.array(boxes.astype(np.float32).reshape(-1)), 4, mask=is_centre_square
+            ),
+            pa.array(outside_mass, pa.float32()),
+            pa.array(notes, pa.string()),
+        ]
+        return pa.Table.from_arrays(columns, schema=self.features.arrow_schema)
+
+
+def compact(
+    ids: np.ndarray, scores: np.ndarray, is_empty: Sequence[bool]
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Palettes, positions in them, and scores; the classes of each cell in ascending order.
+
+    Args:
+        ids, scores: `(n, K, rows, columns)`.
+        is_empty: `(n,)`; these get an empty palette, positions and scores 0.
+    """
+    order = np.argsort(ids, axis=1, kind="stable")
+    ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    index, palettes = np.zeros(ids.shape, dtype=np.uint16), []
+    for row, empty in enumerate(is_empty):
+        if empty:
+            palettes.append(ids[row, :0, 0, 0])
+            scores[row] = 0
+            continue
+        palette, position = np.unique(ids[row], return_inverse=True)
+        if len(palette) > 2**16:
+            raise ValueError(f"A map names {len(palette)} classes; at most 65,536 can be stored. Keep fewer per cell.")
+        palettes.append(palette)
+        index[row] = position.reshape(ids.shape[1:])
+    return palettes, index, scores
+
+
+def expand(table: pa.Table, num_classes: int) -> LabelMaps:
+    """Label maps from rows of the stored form; the inverse of `LabelSetLayout.table`.
+
+    Raises:
+        LabelMapError: If a row has no map, or an empty one; names the first.
+    """
+    index = to_numpy(table[INDEX_COLUMN])
+    lengths, classes = palettes_of(table)
+    if (lengths == 0).any():
+        raise LabelMapError(int(np.flatnonzero(lengths == 0)[0]), "it has an empty label (see `image_note`)")
+    scores = decoded_scores(to_numpy(table[SCORES_COLUMN]))
+    return LabelMaps(ids_of(index, classes, lengths, num_classes), scores, boxes_of(table))
+
+
+def ids_of(index: np.ndarray, classes: np.ndarray, lengths: np.ndarray, num_classes: int) -> np.ndarray:
+    """Class ids `(n, K, rows, columns)` from positions in palettes.
+
+    Args:
+        index: Positions, of the shape of the result.
+        classes: All palettes one after another.
+        lengths: Length of each, `(n,)`.
+        num_classes: Decides the type of the ids.
+    """
+    first = (np.cumsum(lengths) - lengths).reshape(-1, 1, 1, 1)
+    return classes.astype(id_dtype(num_classes)).take(first + index)
+
+
+def decoded_scores(scores: np.ndarray) -> np.ndarray:
+    """Scores as float16, whatever they are stored as."""
+    return _INT8_SCORES.take(scores.view(np.uint8)) if scores.dtype == np.int8 else scores
+
+
+def palettes_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Length of each palette, `(n,)`, and all their classes one after another.
+
+    Raises:
+        LabelMapError: If a palette is missing.
+    """
+    palettes = table[PALETTE_COLUMN].combine_chunks()
+    palettes = pa.concat_arrays(palettes.chunks) if isinstance(palettes, pa.ChunkedArray) else palettes
+    if palettes.null_count:
+        raise LabelMapError(palettes.is_null().to_pylist().index(True), "it has no palette")
+    lengths = np.asarray(palettes.value_lengths()).astype(np.int64)
+    return lengths, palettes.flatten().to_numpy(zero_copy_only=False)
+
+
+def boxes_of(table: pa.Table) -> np.ndarray | None:
+    """`map_box` as `(n, 4)` float32 with NaN for null; `None` without the column."""
+    if BOX_COLUMN not in table.column_names:
+        return None
+    boxes = np.full((len(table), 4), np.nan, dtype=np.float32)
+    column = table[BOX_COLUMN].combine_chunks()
+    column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+    boxes[np.asarray(column.is_valid())] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
+    return boxes
+
+
+def map_problems(table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
+    """Row offsets and descriptions of what is wrong with the stored form itself, before maps are expanded."""
+    try:
+        index = to_numpy(table[INDEX_COLUMN])
+        lengths, classes = palettes_of(table)
+    except LabelMapError as error:
+        return [(error.row, str(error))]
+    problems = []
+    highest = index.reshape(len(index), -1).max(axis=1, initial=0)
+    for row in np.flatnonzero((highest >= lengths) & (lengths > 0)).tolist():
+        problems.append((row, f"position {highest[row]} is outside its palette of {lengths[row]} classes"))
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    for position in np.flatnonzero((classes < 0) | (classes >= num_classes))[:10].tolist():
+        problems.append((int(owner[position]), f"class id {classes[position]} is outside [0, {num_classes})"))
+    if (boxes := boxes_of(table)) is not None:
+        bad = ((boxes[:, 2:] <= boxes[:, :2]) | np.isinf(boxes[:, 2:]) | np.isinf(boxes[:, :2])).any(axis=1)
+        bad |= np.isnan(boxes).any(axis=1) & ~np.isnan(boxes).all(axis=1)
+        problems += [(row, f"map_box {boxes[row].tolist()} is no region") for row in np.flatnonzero(bad).tolist()]
+    return sorted(problems)
+
+
+def write_shard(path: Path, table: pa.Table) -> None:
+    """Writes a Parquet file that is there wholly or not at all, whatever happens meanwhile.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left behind.
+    """
+    nested = ".list.element" * 3
+    encodings = {name + nested: "BYTE_STREAM_SPLIT" for name in (INDEX_COLUMN, SCORES_COLUMN)}
+    dictionary = [f"{PALETTE_COLUMN}.list.element", f"{BOX_COLUMN}.list.element", NOTE_COLUMN]
+
+    def write(file) -> None:
+        pq.write_table(
+            table,
+            file,
+            row_group_size=ROWS_PER_GROUP,
+            compression="zstd",
+            compression_level=COMPRESSION_LEVEL,
+            use_dictionary=dictionary,
+            column_encoding=encodings,
+        )
+
+    write_atomically(path, write)

@@ -1,0 +1,1 @@
+"""The authors' code: read its checkpoints, convert them, compare with it."""

@@ -1,0 +1,215 @@
+"""Converts a checkpoint of the authors' code (github.com/zihangJiang/TokenLabeling) to a folder that `AutoModel` loads.
+
+    python -m modeling_lvvit.convert_original_checkpoint CHECKPOINT OUTPUT_DIR [--push_to_hub OWNER/NAME]
+
+Takes classifiers, and the segmentation models that were trained with MMSegmentation (`upernet_lvvit_s.pth` ...). The size of the
+model is found from the shapes of its tensors. Before the folder appears, the written model is loaded
+again and its logits are compared with those of a plain rendering of the published forward pass, computed from the
+original tensors.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils.sha import sha_fileobj
+from transformers import SegformerImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import logging
+
+from ..configuration_lvvit import LVViTConfig
+from ..data.atomic_files import check_new_folder, new_folder
+from ..hub.file_checks import CARD
+from ..hub.folders import add_target_options, publish_model_folder
+from ..hub.repository import HubTarget
+from ..modeling_lvvit import LVViTForImageClassification, LVViTPreTrainedModel
+from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation, default_stages
+from ..variants import ADE20K_CLASSES, VARIANTS, evaluation_image_processor, find_variant, published_row
+from .checkpoint import SEGMENTATION_SIGN, config_from_state_dict, load_original_checkpoint
+from .family_cards import TEMPLATE, Conversion, converted_card, family_card, is_released
+from .model import OriginalLVViT
+from .segmentation import OriginalSegmenter
+
+
+logger = logging.get_logger(__name__)
+# float32 logits of two orders of summation; the published models' logits reach about 10
+MAX_LOGITS_DIFFERENCE = 1e-3
+# authors' name -> ours, applied in order to every key
+KEY_PATTERNS = (
+    (r"^cls_token$", "lvvit.embeddings.cls_token"),
+    (r"^pos_embed$", "lvvit.embeddings.position_embeddings"),
+    (r"^patch_embed\.conv(\d)\.", r"lvvit.embeddings.patch_embeddings.conv\1."),
+    (r"^patch_embed\.bn(\d)\.", r"lvvit.embeddings.patch_embeddings.norm\1."),
+    (r"^patch_embed\.proj\.", "lvvit.embeddings.patch_embeddings.projection."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"lvvit.layers.\1.attention.projection."),
+    (r"^blocks\.(\d+)\.attn\.", r"lvvit.layers.\1.attention."),
+    (r"^blocks\.(\d+)\.", r"lvvit.layers.\1."),
+    (r"^norm\.", "lvvit.layernorm."),
+    (r"^head\.", "classifier."),
+    (r"^aux_head\.", "patch_classifier."),
+)
+SEGMENTATION_PATTERNS = (
+    (r"^backbone\.side_layer(\d)\.", lambda match: f"neck.levels.{int(match[1]) - 1}."),
+    (r"^(decode|auxiliary)_head\.conv_seg\.", lambda match: f"{HEADS[match[1]]}.classifier.1."),
+    (r"^(decode|auxiliary)_head\.", lambda match: f"{HEADS[match[1]]}."),
+)
+HEADS = {"decode": "decoder", "auxiliary": "auxiliary_decoder"}
+SEGMENTATION_SIZE = {"shortest_edge": 512, "longest_edge": 2048}  # pixels, in all published configurations
+
+
+def convert_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames every tensor; shapes and values stay."""
+    return {_renamed(key): value for key, value in state_dict.items()}
+
+
+def _renamed(key: str) -> str:
+    for pattern, replacement in SEGMENTATION_PATTERNS:
+        new_key, count = re.subn(pattern, replacement, key)
+        if count:
+            return new_key.replace(".bn.", ".batch_norm.")
+    key = key.removeprefix("backbone.")
+    for pattern, replacement in KEY_PATTERNS:
+        new_key, count = re.subn(pattern, replacement, key)
+        if count:
+            return new_key
+    return key
+
+
+def convert_checkpoint(
+    checkpoint: Path,
+    output_dir: Path,
+    use_ema: bool = True,
+    num_attention_heads: int | None = None,
+    residual_divisor: float | None = None,
+    released_row: str | None = None,
+) -> float:
+    """Writes configuration, safetensors weights, image-processor settings, modelling code and model card to `output_dir`.
+
+    Args:
+        checkpoint: File of the authors' code.
+        output_dir: New or empty.
+        use_ema: Whether to prefer the averaged weights where the file has both.
+        num_attention_heads, residual_divisor: See `LVViTConfig`; only for sizes that were not published.
+        released_row: Row of `VARIANTS` or `SEGMENTERS` whose released weights it holds, for the card; default: known by the name of
+            the file, else the card claims nothing.
+
+    Returns:
+        Largest absolute difference between the reloaded model's logits and those of the original tensors, on two
+        random images.
+
+    Raises:
+        FileExistsError: If `output_dir` exists and is not empty; nothing in it is touched.
+        ValueError: If the checkpoint does not fit, is no such row, or the logits differ by more than
+            `MAX_LOGITS_DIFFERENCE`.
+    """
+    check_new_folder(output_dir)
+    state_dict, class_names = load_original_checkpoint(checkpoint, use_ema)
+    config = config_from_state_dict(state_dict, num_attention_heads, residual_divisor)
+    if class_names is not None and len(class_names) == config.num_labels:
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: index for index, name in enumerate(class_names)}
+    is_segmenter = SEGMENTATION_SIGN in state_dict
+    row = published_row(config, is_segmenter)
+    if released_row not in (None, row):
+        raise ValueError(
+            f"{checkpoint} is {row or 'no published row'} ({config.num_hidden_layers} layers, {config.hidden_size} wide, input "
+            f"{config.image_height_width[0]}, {config.num_labels} classes), not {released_row}."
+        )
+    model_class, processor = _target(config, is_segmenter)
+    with torch.device("meta"):
+        model = model_class(config)
+    try:
+        weights, known = convert_state_dict(state_dict), model.state_dict()
+        # the third map of the FCN neck is there for the auxiliary head alone
+        weights = {name: weights[name] for name in weights if name in known or not name.startswith("neck.levels.2.")}
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not fit an LV-ViT of its size: {error}") from error
+
+    with new_folder(output_dir) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        reloaded = model_class.from_pretrained(partial, dtype=torch.float32).eval()
+        difference = _logits_difference(reloaded, state_dict)
+        if not difference <= MAX_LOGITS_DIFFERENCE:
+            raise ValueError(f"The converted model's logits differ from the original by {difference:.2e}; not saved.")
+        if TEMPLATE.is_file():
+            conversion = Conversion(checkpoint.name, _sha256(checkpoint), difference)
+            if released_row is not None or is_released(row, checkpoint.name):
+                card = family_card(row, conversion)
+            else:
+                card = converted_card(config, output_dir.resolve().name, is_segmenter, conversion)
+            card.save(partial / CARD)
+        else:  # the package was installed without the folder of the project
+            logger.warning("No model card is written: there is no %s.", TEMPLATE)
+    return difference
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex()
+
+
+def _target(config: LVViTConfig, is_segmentation: bool) -> tuple[type[LVViTPreTrainedModel], Any]:
+    """The class that a checkpoint becomes, and its image processor."""
+    if is_segmentation:
+        mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+        # Pictures keep their shape, in the size of the published evaluation (which looks at them in windows). In the masks of the
+        # published data set, ADE20K with 150 classes, 0 is no class.
+        reduces = config.num_labels == ADE20K_CLASSES
+        processor = SegformerImageProcessor(
+            size=SEGMENTATION_SIZE, image_mean=mean, image_std=std, do_reduce_labels=reduces
+        )
+        return LVViTForSemanticSegmentation, processor
+    variant = find_variant(config)
+    fraction = VARIANTS[variant].crop_fraction if variant else 0.9
+    return LVViTForImageClassification, evaluation_image_processor(config.image_height_width, fraction)
+
+
+@torch.no_grad()
+def _logits_difference(model: LVViTPreTrainedModel, state_dict: dict[str, torch.Tensor]) -> float:
+    """Largest difference between the logits of a model and those of the original tensors, on two random images."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, config.num_channels, *config.image_height_width, generator=generator)
+    if isinstance(model, LVViTForSemanticSegmentation):
+        taps = [int(stage.removeprefix("stage")) - 1 for stage in default_stages(config.num_hidden_layers)]
+        reference = OriginalSegmenter(config, taps).eval()
+    else:
+        reference = OriginalLVViT(config).eval()
+    reference.load_state_dict(state_dict)
+    expected = reference(images)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    return (model(images).logits - expected).abs().max().item()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="authors' .pth or .pth.tar file")
+    parser.add_argument("output_dir", type=Path, help="folder to write; must not exist or be empty")
+    parser.add_argument(
+        "--no_ema", action="store_true", help="take the raw weights where the file also has averaged ones"
+    )
+    parser.add_argument("--num_attention_heads", type=int, help="only for sizes that were not published")
+    parser.add_argument("--residual_divisor", type=float, help="only for sizes that were not published")
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub")
+    add_target_options(parser)
+    args = parser.parse_args(arguments)
+    try:
+        difference = convert_checkpoint(
+            args.checkpoint, args.output_dir, not args.no_ema, args.num_attention_heads, args.residual_divisor
+        )
+        config = LVViTConfig.from_pretrained(args.output_dir)
+        print(f"{find_variant(config) or 'LV-ViT'}, {config.num_labels} classes -> {args.output_dir}")
+        print(f"largest logits difference to the original tensors after reload: {difference:.2e}")
+        if args.push_to_hub is not None:
+            target = HubTarget(args.push_to_hub, private=args.private, revision=args.revision)
+            print(f"published: {publish_model_folder(args.output_dir, target)}")
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

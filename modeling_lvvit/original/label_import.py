@@ -1,0 +1,241 @@
+"""Turns the authors' label files into a label set that `train_tl.py --token_labels` joins to the images.
+
+    python dataset_scripts/import_original_labels.py label_top5_train_nfnet --output_dir nfnet_labels
+
+Their pack has one file for each training image of ImageNet, `n01440764/n01440764_10026.pt`: a tensor [2, K, rows, columns]
+of float16, scores first and class ids second (main.py and generate_label.py of the authors' repository). A map covers the
+centre square of its image, as wide as its shorter side; this is recorded, so that later crops are cut from the right place.
+
+The program can be killed at any time and started again; the result is the same.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+import struct
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from ..data.class_matching import imagenet_class_names
+from ..labels.publishing import finish_label_set, open_label_set_target
+from ..labels.storage import LabelMaps, LabelSetLayout
+from ..labels.writer import LabelSetWriter, default_rows_per_shard, versions_of
+from ..launching import num_cpu_cores
+
+
+# what torch.load raises for files that are cut short, are something else, or hold more than tensors
+LOAD_ERRORS = (
+    OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
+
+
+@dataclass
+class ImportArguments:
+    """Options of the program.
+
+    Args:
+        label_dir: Folder of label files.
+        output_dir: Folder of the label set; an unfinished one is continued.
+        split: Name of the split.
+        class_names: Text file with one class name a line, in the order of the ids; default: the WordNet ids of ImageNet.
+        image_suffix: Ending of the image files, which keys of the label set have instead of `.pt`.
+        score_type: `float16` is lossless; `int8` rounds scores to quarters.
+        num_workers: Processes; default: one for each core.
+        on_error: Damaged file: `stop`, or an `empty` label.
+        rows_per_shard: Rows of a Parquet file.
+        push_to_hub: Hub name to upload the finished set to.
+        private: Whether that repository, if it is new, is private.
+        hub_revision: Branch of it, made if there is none.
+    """
+
+    label_dir: str
+    output_dir: str
+    split: str = "train"
+    class_names: str | None = None
+    image_suffix: str = ".JPEG"
+    score_type: str = "float16"
+    num_workers: int | None = None
+    on_error: str = "stop"
+    rows_per_shard: int | None = None
+    push_to_hub: str | None = None
+    private: bool | None = None
+    hub_revision: str | None = None
+
+    def __post_init__(self):
+        for name, choices in (("score_type", ("float16", "int8")), ("on_error", ("stop", "empty"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for name in ("num_workers", "rows_per_shard"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def find_label_files(folder: Path) -> list[str]:
+    """Label files below a folder, as sorted relative paths.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no label file in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    found = [
+        Path(parent, name).relative_to(folder).as_posix()
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if name.endswith(".pt")
+    ]
+    if not found:
+        raise FileNotFoundError(f"There is no .pt file in {folder} or its folders.")
+    return sorted(found)
+
+
+def read_label_file(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and scores of one of the authors' files, `[K, rows, columns]` int32 and float16.
+
+    Raises:
+        ValueError: If it is damaged or holds something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except LOAD_ERRORS as error:
+        raise ValueError(
+            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else repr(error)}"
+        ) from error
+    is_plain = isinstance(content, torch.Tensor) and content.layout == torch.strided and not content.is_meta
+    if not is_plain or content.is_complex() or content.ndim != 4 or len(content) != 2 or not content.numel():
+        shape = tuple(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
+        raise ValueError(f"{path} must hold a tensor [2, K, rows, columns], scores and class ids; it holds {shape}.")
+    scores, ids = content.detach().float().numpy()
+    if not (np.isfinite(ids).all() and np.isfinite(scores).all()):
+        raise ValueError(f"{path} has NaN or infinite values.")
+    if np.abs(scores).max() > np.finfo(np.float16).max:
+        raise ValueError(f"{path} has scores beyond the float16 range (65504).")
+    if (ids != np.rint(ids)).any() or ids.min() < 0 or ids.max() >= num_classes:
+        raise ValueError(
+            f"{path} has class ids from {ids.min():g} to {ids.max():g}; expected whole numbers in [0, {num_classes})."
+        )
+    ordered = np.sort(ids, axis=0)
+    if (ordered[1:] == ordered[:-1]).any():
+        raise ValueError(f"{path} names a class twice in a cell.")
+    return ids.astype(np.int32), scores.astype(np.float16)
+
+
+def import_shard(folder: Path, files: list[str], writer: LabelSetWriter, shard: int, args: ImportArguments) -> int:
+    """Reads the files of one shard, writes it and returns the number of its rows."""
+    shape = (len(files), writer.layout.k, *writer.layout.map_size)
+    ids, scores = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float16)
+    notes = [""] * len(files)
+    for row, name in enumerate(files):
+        try:
+            values = read_label_file(folder / name, len(writer.layout.class_names))
+            if values[0].shape != shape[1:]:
+                raise ValueError(f"{folder / name} has a map {values[0].shape}, the first file {shape[1:]}.")
+            ids[row], scores[row] = values
+        except ValueError as error:
+            if args.on_error == "stop":
+                raise ValueError(f"{error} Such files get an empty label with --on_error empty.") from error
+            notes[row] = "unreadable label file"
+    keys = [name.removesuffix(".pt") + args.image_suffix for name in files]
+    keys = ["/".join(key.split("/")[-2:]) for key in keys]
+    centre_square = np.full((len(files), 4), np.nan, dtype=np.float32)
+    unknown = [None] * len(files)
+    maps = LabelMaps(ids, scores, centre_square)
+    writer.write(shard, writer.layout.table(keys, unknown, maps, unknown, notes, [bool(note) for note in notes]))
+    return len(files)
+
+
+def import_shards(folder: Path, files: list[str], writer: LabelSetWriter, args: ImportArguments) -> int:
+    """Writes the shards that are not there yet, in several processes; returns the number of all shards."""
+    size = writer.rows_per_shard
+    parts = [files[start : start + size] for start in range(0, len(files), size)]
+    missing = [shard for shard in range(len(parts)) if not writer.is_written(shard)]
+    workers = min(args.num_workers or num_cpu_cores(), max(1, len(missing)))
+    progress = tqdm(total=sum(len(parts[shard]) for shard in missing), desc="Importing", unit="map")
+    # children start anew: a copy of a process with the threads of PyTorch may hang
+    context = multiprocessing.get_context("spawn")
+    with progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        tasks = [pool.submit(import_shard, folder, parts[shard], writer, shard, args) for shard in missing]
+        try:
+            for task in as_completed(tasks):
+                progress.update(task.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return len(parts)
+
+
+def first_shape(folder: Path, files: list[str], num_classes: int, on_error: str) -> tuple[int, ...]:
+    """`[K, rows, columns]` of the first file that can be read.
+
+    Raises:
+        ValueError: If none can, or the first cannot and that is not allowed.
+    """
+    for name in files:
+        try:
+            return read_label_file(folder / name, num_classes)[0].shape
+        except ValueError as error:
+            if on_error == "stop":
+                raise ValueError(f"{error} Such files get an empty label with --on_error empty.") from error
+    raise ValueError(f"None of the {len(files)} label files in {folder} can be read.")
+
+
+def import_labels(args: ImportArguments) -> list[str]:
+    """Imports all label files of a folder; returns lines for the user.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: If files are missing or damaged, or nothing can be written.
+    """
+    folder = Path(args.label_dir).expanduser()
+    files = find_label_files(folder)
+    class_names = imagenet_class_names()
+    if args.class_names is not None:
+        lines = Path(args.class_names).read_text(encoding="utf-8").splitlines()
+        class_names = [line.strip() for line in lines if line.strip()]
+    k, *map_size = first_shape(folder, files, len(class_names), args.on_error)
+    layout = LabelSetLayout(tuple(class_names), k, tuple(map_size), args.score_type)
+    settings = {
+        "source": "label files of the authors of the paper, one for each image",
+        "label_dir": folder.resolve().name,
+        "num_rows": len(files),
+        "files_sha256": hashlib.sha256("\0".join(files).encode()).hexdigest(),
+        "class_names_sha256": hashlib.sha256("\0".join(class_names).encode()).hexdigest(),
+        "scores": "logits",
+        "fit": "center_crop",
+        "image_suffix": args.image_suffix,
+    }
+    per_shard = args.rows_per_shard or default_rows_per_shard(len(files))
+    writer = LabelSetWriter(Path(args.output_dir), args.split, layout, settings, versions_of(torch), per_shard)
+    target = None
+    if args.push_to_hub is not None:
+        target = open_label_set_target(args.push_to_hub, args.split, args.private, args.hub_revision)
+    try:
+        writer.begin()
+        num_shards = import_shards(folder, files, writer, args)
+        title = f"Token labels from {settings['label_dir']}"
+        return list(finish_label_set(writer, num_shards, title, target))
+    finally:
+        writer.release()
+
+
+def main(arguments: list[str]) -> None:
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--label_dir", *arguments]
+    parser = HfArgumentParser(ImportArguments, description=__doc__.split("\n")[0], allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        print("\n".join(import_labels(args)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"import_original_labels.py: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

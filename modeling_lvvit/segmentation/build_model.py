@@ -1,0 +1,205 @@
+"""The segmentation model of a run: new, with a classifier as its trunk, or one to go on with."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, SegformerImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import logging
+
+from ..backbones.loading import LOADING_ERRORS
+from ..cli.build_model import read_config
+from ..cli.model_arguments import check_config_fields
+from ..configuration_lvvit import LVViTConfig
+from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..variants import variant_config
+from .arguments import SegmentationDataArguments, SegmentationModelArguments
+
+
+logger = logging.get_logger(__name__)
+# what a trunk was trained with
+TRUNK_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "stem_hidden_size", "conv_stem", "residual_divisor",
+    "hidden_act", "layer_norm_eps", "patch_size", "qkv_bias",
+)  # fmt: skip
+HEADS = ("neck.", "decoder.", "auxiliary_decoder.")  # weights that a classifier lacks
+
+
+def pretrained_config(args: SegmentationModelArguments) -> LVViTConfig | None:
+    """Configuration of the model to start from, `None` for a new one.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no LV-ViT, or fused.
+    """
+    path = args.model_name_or_path
+    if path is None:
+        return None
+    config = read_config(args)
+    if config.model_type != LVViTConfig.model_type:
+        raise ValueError(f"{path} is a {config.model_type!r} model; this program trains LV-ViT.")
+    if config.fused:
+        raise ValueError(f"{path} was fused for inference; train the model that it was made of.")
+    return config
+
+
+def is_segmenter(config: LVViTConfig | None) -> bool:
+    """Whether a configuration was saved with a segmentation model."""
+    return config is not None and LVViTForSemanticSegmentation.__name__ in (config.architectures or [])
+
+
+def build_segmenter(
+    args: SegmentationModelArguments, config: LVViTConfig | None, class_names: list[str], ignore_index: int
+) -> LVViTForSemanticSegmentation:
+    """The model, with the class names of the data and position tables of the size of the training crops.
+
+    Args:
+        args: What to build.
+        config: Result of `pretrained_config`.
+        class_names: Of the data, by id.
+        ignore_index: Label of pixels that do not count.
+
+    Raises:
+        ValueError: If weights cannot be loaded, or the model has other classes and may not be changed.
+    """
+    settings: dict[str, Any] = {
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: index for index, name in enumerate(class_names)},
+        "semantic_loss_ignore_index": ignore_index,
+        "semantic_loss_class_weights": None,  # those of this run are set later
+        **_overrides(args, config),
+    }
+    if args.segmentation_head is not None:
+        settings["segmentation_head"] = args.segmentation_head
+    if config is None:
+        if args.image_size is not None:
+            settings["image_size"] = args.image_height_width
+        config = variant_config(args.variant, **settings) if args.variant else LVViTConfig(**settings)
+        return LVViTForSemanticSegmentation(config)
+    if is_segmenter(config):
+        _check_classes(args, config, class_names)
+    return _load(args, config, settings)
+
+
+def _overrides(args: SegmentationModelArguments, config: LVViTConfig | None) -> dict[str, Any]:
+    """Configuration fields to change. A trained trunk keeps what it was trained with: recipes describe a new one."""
+    overrides = dict(args.config_overrides or {})
+    if config is None:
+        return overrides
+    check_config_fields(LVViTConfig, overrides)
+    kept = [name for name in TRUNK_FIELDS if name in overrides and overrides[name] != getattr(config, name)]
+    if kept:
+        about = ", ".join(f"{name} {getattr(config, name)} (not {overrides[name]})" for name in kept)
+        logger.warning("%s keeps its %s.", args.model_name_or_path, about)
+    return {name: value for name, value in overrides.items() if name not in TRUNK_FIELDS}
+
+
+def _load(
+    args: SegmentationModelArguments, config: LVViTConfig, settings: dict[str, Any]
+) -> LVViTForSemanticSegmentation:
+    path = args.model_name_or_path
+    try:
+        model, loading = LVViTForSemanticSegmentation.from_pretrained(
+            path, output_loading_info=True, dtype=torch.float32,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes, **args.source, **settings,
+        )  # fmt: skip
+    except LOADING_ERRORS as error:
+        raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
+    missing = sorted(loading["missing_keys"])
+    trunk = [key for key in missing if not key.startswith(HEADS)]
+    if trunk:
+        raise ValueError(
+            f"{path} lacks weights of the trunk: {', '.join(trunk)}. Was config_overrides meant for a new model?"
+        )
+    changes = []
+    mismatched = sorted(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"])
+    if args.evaluate_only and (missing or mismatched):
+        raise ValueError(
+            f"{path} has no trained segmentation heads for this: {', '.join((missing + mismatched)[:3])} ... would be random. Train it "
+            "first, or leave out options that change its heads."
+        )
+    if missing:
+        changes.append("heads new" if is_segmenter(config) else "a classifier as trunk, heads new")
+    if mismatched:
+        changes.append(f"new because of another shape: {', '.join(mismatched)}")
+    size = args.image_height_width
+    if size is not None and size != tuple(config.image_height_width):
+        model.resize_position_embeddings(size)
+        changes.append(f"position table resized from {config.grid_size} to {model.config.grid_size} tokens")
+    if changes:
+        logger.warning("Loaded %s; %s.", path, "; ".join(changes))
+    return model
+
+
+def pretrained_processor(args: SegmentationModelArguments) -> Any | None:
+    """Image processor of the model to start from, `None` where there is none."""
+    if args.model_name_or_path is None:
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(args.model_name_or_path, **args.source)
+    except OSError:
+        logger.warning("%s has no image processor: pictures are normalised as on ImageNet.", args.model_name_or_path)
+        return None
+
+
+def as_trained(data_args: SegmentationDataArguments, own: Any) -> SegmentationDataArguments:
+    """Options for evaluating a segmentation model as it was trained: the size of pictures, unless another is given.
+
+    Args:
+        data_args: The options.
+        own: Image processor of the model.
+
+    Raises:
+        ValueError: If masks would be read in another way.
+    """
+    reduced = bool(getattr(own, "do_reduce_labels", False))
+    if reduced != data_args.reduce_labels:
+        word = str(reduced).lower()
+        raise ValueError(
+            f"The model was trained with --reduce_labels {word}, so that its class ids mean other mask values. Add that option."
+        )
+    size = own.size if own.do_resize else None
+    if data_args.short_side is not None or not size or "shortest_edge" not in size:
+        return data_args
+    return dataclasses.replace(
+        data_args, short_side=size["shortest_edge"], long_side=data_args.long_side or size.get("longest_edge")
+    )
+
+
+def build_processor(
+    own: Any | None, data_args: SegmentationDataArguments, reduces_labels: bool
+) -> SegformerImageProcessor:
+    """The image processor that is saved with the model: pictures in the size in which they are evaluated, normalised as the trunk
+    knows them, whole and never squashed.
+
+    Args:
+        own: Result of `pretrained_processor`.
+        data_args: With the size of pictures.
+        reduces_labels: Whether 0 in masks is no class.
+    """
+    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if own is None else (own.image_mean, own.image_std)
+    size = {}
+    if data_args.short_side is not None:
+        size = {"size": {"shortest_edge": data_args.short_side}}
+        if data_args.long_side is not None:
+            size["size"]["longest_edge"] = data_args.long_side
+    return SegformerImageProcessor(
+        do_resize=bool(size), **size, image_mean=mean, image_std=std, do_reduce_labels=reduces_labels
+    )
+
+
+def _check_classes(args: SegmentationModelArguments, config: LVViTConfig, class_names: list[str]) -> None:
+    """Raises a `ValueError` if a segmentation model has another number of classes; warns where only names differ."""
+    if config.num_labels != len(class_names) and not args.ignore_mismatched_sizes:
+        raise ValueError(
+            f"{args.model_name_or_path} has {config.num_labels} classes, the data has {len(class_names)}. "
+            "--ignore_mismatched_sizes makes new classifiers for the classes of the data."
+        )
+    old = [config.id2label.get(index) for index in range(config.num_labels)]
+    if config.num_labels == len(class_names) and old != class_names:
+        differing = next(index for index, name in enumerate(class_names) if old[index] != name)
+        logger.warning(
+            "%s calls class %d %r, the data %r: are they the same classes?",
+            args.model_name_or_path, differing, old[differing], class_names[differing],
+        )  # fmt: skip

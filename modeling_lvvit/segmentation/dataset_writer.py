@@ -1,0 +1,181 @@
+"""Writes pictures and masks of a folder as a data set of Parquet files, which appears only when it is complete."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import DatasetCard, DatasetCardData
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..data.atomic_files import new_folder
+from ..data.images import IMAGE_ERRORS, picture_size
+from ..data.masks import read_mask
+from ..hub.file_checks import CARD
+
+
+ROWS_PER_SHARD, ROWS_PER_GROUP = 2000, 100
+MAX_REPORTED_PROBLEMS = 10
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture file, its mask file, and values of further columns."""
+
+    image: Path
+    mask: Path
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def pictures_in(folder: Path) -> dict[str, Path]:
+    """Picture files of a folder and those below it: path without ending, relative to the folder -> file.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If two files differ only in their ending.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    found: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() not in PICTURE_SUFFIXES or not file.is_file():
+            continue
+        key = file.relative_to(folder).with_suffix("").as_posix()
+        if key in found:
+            raise ValueError(f"{found[key]} and {file} differ only in their ending; keep one of them.")
+        found[key] = file
+    return found
+
+
+def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path], mask_suffix: str = "") -> dict[str, Pair]:
+    """Pictures with the masks of the same name.
+
+    Args:
+        images, masks: Results of `pictures_in`.
+        mask_suffix: What names of masks have behind those of their pictures.
+
+    Raises:
+        ValueError: If there are none, or a picture has no mask or the other way round.
+    """
+    by_image = {key.removesuffix(mask_suffix): file for key, file in masks.items() if key.endswith(mask_suffix)}
+    if not images:
+        raise ValueError("There are no pictures.")
+    alone = [f"picture {images[key]}" for key in images if key not in by_image]
+    alone += [f"mask {file}" for key, file in by_image.items() if key not in images]
+    if alone:
+        listed = "; ".join(alone[:MAX_REPORTED_PROBLEMS]) + ("; ..." * (len(alone) > MAX_REPORTED_PROBLEMS))
+        raise ValueError(
+            f"{len(alone)} of {len(images)} pictures and {len(masks)} masks have no partner of the same name (what masks have behind it "
+            f"is --mask_suffix, now {mask_suffix!r}): {listed}"
+        )
+    return {key: Pair(file, by_image[key]) for key, file in images.items()}
+
+
+def check_pairs(pairs: Sequence[Pair], allows_colours: bool) -> None:
+    """Looks at the headers of all files: pictures that can be opened, masks of their size and, unless colours are allowed, of one
+    channel.
+
+    Raises:
+        ValueError: With the first problems.
+    """
+    problems = []
+    for pair in tqdm(pairs, desc="Looking at the files", unit="picture"):
+        sizes = [picture_size({"bytes": None, "path": str(path)}) for path in (pair.image, pair.mask)]
+        broken = [str(path) for path, size in zip((pair.image, pair.mask), sizes) if size is None]
+        if broken:
+            problems.append(f"{' and '.join(broken)} cannot be opened as a picture")
+        elif sizes[0] != sizes[1]:
+            shown = [f"{width} x {height}" for height, width in sizes]
+            problems.append(f"{pair.mask} is {shown[1]} pixels (width x height), its picture {shown[0]}")
+        elif not allows_colours and (problem := _colour_problem(pair.mask)):
+            problems.append(f"{pair.mask}: {problem}")
+        if len(problems) >= MAX_REPORTED_PROBLEMS:
+            problems.append("... (the check stopped here)")
+            break
+    if problems:
+        raise ValueError("These files cannot be used:\n  " + "\n  ".join(problems))
+
+
+def write_segmentation_set(
+    output_dir: Path,
+    splits: Mapping[str, Sequence[Pair]],
+    class_names: Sequence[str] | None,
+    notes: str,
+    mask_content: Callable[[Path], bytes] = Path.read_bytes,
+    extra_features: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `data/SPLIT-*.parquet` with the columns `image` and `annotation`, `id2label.json` and a card.
+
+    Args:
+        output_dir: Folder to create.
+        splits: Name -> pictures and masks.
+        class_names: By id; `None` writes no names.
+        notes: Markdown text for the card.
+        mask_content: From a mask file to the PNG that is stored.
+        extra_features: Features of the columns in `Pair.extra`.
+
+    Raises:
+        FileExistsError: If `output_dir` is there and not empty.
+        ValueError: If a mask cannot be read.
+    """
+    features = {"image": datasets.Image(), "annotation": datasets.Image(), **(extra_features or {})}
+    with new_folder(output_dir) as partial:
+        (partial / "data").mkdir()
+        for split, pairs in splits.items():
+            _write_split(partial / "data", split, pairs, datasets.Features(features), mask_content)
+        if class_names is not None:
+            names = json.dumps(dict(enumerate(class_names)), indent=1, ensure_ascii=False)
+            (partial / "id2label.json").write_text(names + "\n", encoding="utf-8")
+        counts = ", ".join(f"{split} {len(pairs):,}" for split, pairs in splits.items())
+        card = DatasetCardData(task_categories=["image-segmentation"], pretty_name=output_dir.name)
+        DatasetCard(f"---\n{card}\n---\n\n# {output_dir.name}\n\nPictures and masks: {counts}.\n\n{notes}\n").save(
+            partial / CARD
+        )
+
+
+def _write_split(
+    folder: Path,
+    split: str,
+    pairs: Sequence[Pair],
+    features: datasets.Features,
+    mask_content: Callable[[Path], bytes],
+) -> None:
+    schema = features.arrow_schema
+    num_shards = -(-len(pairs) // ROWS_PER_SHARD)
+    progress = tqdm(total=len(pairs), desc=f"Writing {split}", unit="picture")
+    for shard in range(num_shards):
+        of_shard = pairs[shard * ROWS_PER_SHARD : (shard + 1) * ROWS_PER_SHARD]
+        path = folder / f"{split}-{shard:05d}-of-{num_shards:05d}.parquet"
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for start in range(0, len(of_shard), ROWS_PER_GROUP):
+                rows = [_row(pair, mask_content) for pair in of_shard[start : start + ROWS_PER_GROUP]]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                progress.update(len(rows))
+    progress.close()
+
+
+def _row(pair: Pair, mask_content: Callable[[Path], bytes]) -> dict[str, Any]:
+    try:
+        mask = mask_content(pair.mask)
+    except IMAGE_ERRORS as error:
+        raise ValueError(f"{pair.mask} cannot be used: {error}") from error
+    image = {"bytes": pair.image.read_bytes(), "path": pair.image.name}
+    return {"image": image, "annotation": {"bytes": mask, "path": pair.mask.name}, **pair.extra}
+
+
+def _colour_problem(path: Path) -> str | None:
+    """Why a mask does not hold class ids, `None` if its kind of picture can. Only colour pictures are decoded, as they may be grey."""
+    with Image.open(path) as image:
+        if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
+            return None
+    try:
+        read_mask({"bytes": None, "path": str(path)})
+    except IMAGE_ERRORS as error:
+        return str(error)
+    return None

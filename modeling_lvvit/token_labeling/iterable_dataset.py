@@ -1,0 +1,196 @@
+"""Training samples from a data set that is read one row after another, with the label maps of a label set."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate.data_loader import prepare_data_loader
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import seed_worker
+
+from ..annotators.image_batches import values_of
+from ..data.image_keys import ROW_PREFIX, KeyIndex, compiled_pattern, cut_key, hashes_of, key_of_path, keys_of_values
+from ..data.images import IMAGE_ERRORS, SampleError, decode_picture
+from ..data.sampling import derived_seed, seeded
+from ..labels.columns import LabelMapError
+from ..labels.label_set import empty_labels, label_keys_of
+from ..labels.reader import LabelMapSource, covered_region
+
+
+ROWS_AT_ONCE = 32  # whose label maps are fetched together
+
+
+class TokenLabelStream(torch.utils.data.IterableDataset):
+    """An endless stream of training samples; the Trainer stops it after `max_steps`.
+
+    Images with an empty label are passed over. Every process and every worker of a `DataLoader` reads its own part of the
+    rows, so that nothing is read twice. What a transform draws for a sample hangs on the seed, the process, the worker and
+    the place of the sample in their part.
+
+    Args:
+        dataset: Rows with an image column and a `ClassLabel` column.
+        transform: Called with a picture, and where there are maps with its map's ids, scores and region; returns a dict
+            of tensors (`TrainTransform`).
+        image_column, label_column: Column names.
+        labels: Label set; `None` for plain labels.
+        key_column: Column of keys; default: paths.
+        key_pattern: Regular expression that cuts the key out of both sides; see `label_join.join_label_set`.
+        shuffle_buffer: Rows among which the next one is drawn; 0 keeps the stored order.
+        seed: Seed of that order.
+        process_index, num_processes: This process and their number.
+
+    Raises:
+        ValueError: If keys of the label set come more than once, or are row numbers, which a stream does not know.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        transform: Callable,
+        image_column: str,
+        label_column: str,
+        labels: datasets.Dataset | None = None,
+        key_column: str | None = None,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
+        key_pattern: str | None = None,
+    ):
+        self.label_feature = dataset.features[label_column]
+        self.seed, self.process_index = seed, process_index
+        rows = dataset.cast_column(image_column, datasets.Image(decode=False))
+        if shuffle_buffer:
+            rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        self.rows = split_dataset_by_node(rows, process_index, num_processes)
+        self.transform = transform
+        self.image_column, self.label_column, self.key_column = image_column, label_column, key_column
+        self.label_maps = None
+        if labels is not None:
+            self.label_maps = LabelMapSource(labels)
+            self.key_pattern = compiled_pattern(key_pattern) if key_pattern is not None else None
+            keys = label_keys_of(labels)
+            if len(keys) and keys[0].startswith(ROW_PREFIX):
+                raise ValueError(
+                    "The label set knows images by their row number, which a stream does not tell. Annotate with keys from a "
+                    "column (--key_column), or train without --streaming."
+                )
+            keys = keys if self.key_pattern is None else keys.cut(self.key_pattern)
+            self.key_index, self.is_empty = KeyIndex(keys), empty_labels(labels)
+            if self.is_empty.all():
+                raise ValueError("All images have an empty label; there is nothing to train on.")
+
+    @property
+    def has_label_maps(self) -> bool:
+        """Whether samples carry dense labels."""
+        return self.label_maps is not None
+
+    def check_num_classes(self, num_classes: int) -> None:
+        """Raises a `ValueError` if the class names of the data are not as many as the model's outputs."""
+        if self.label_feature.num_classes != num_classes:
+            raise ValueError(f"The data has {self.label_feature.num_classes} classes, the model {num_classes}.")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        part = (self.seed, self.process_index, worker.id if worker is not None else 0)
+        epoch = 0
+        while True:
+            self.rows.set_epoch(epoch)
+            count = used = 0
+            waiting: list[dict[str, Any]] = []
+            for row in self.rows:
+                count += 1
+                waiting.append(row)
+                if len(waiting) == ROWS_AT_ONCE:
+                    for sample in self._samples(waiting, (*part, epoch, count)):
+                        used += 1
+                        yield sample
+                    waiting = []
+            for sample in self._samples(waiting, (*part, epoch, count)):
+                used += 1
+                yield sample
+            if count and not used:
+                raise SampleError("No image of the stream has a label map that is not empty.")
+            if not count:  # more workers than files: this one has nothing to read
+                return
+            epoch += 1
+
+    def _samples(self, rows: list[dict[str, Any]], place: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+        if not rows:
+            return
+        maps = None
+        if self.has_label_maps:
+            rows, places = self._with_labels(rows)
+            try:
+                maps = self.label_maps.fetch(places)
+            except LabelMapError as error:
+                raise SampleError(f"The label map of {self._key(rows[error.row])!r}: {error}.") from error
+        for offset, row in enumerate(rows):
+            image, label_map = self._picture(row), ()
+            if maps is not None:
+                box = None if maps.boxes is None else maps.boxes[offset]
+                label_map = (maps.ids[offset], maps.scores[offset], covered_region(box, *image.size))
+            with seeded(seed := derived_seed(*place, offset)):
+                sample = self.transform(image, *label_map)
+            yield {**sample, "labels": self._label(row), "seed": seed}
+
+    def _label(self, row: dict[str, Any]) -> int:
+        label = row[self.label_column]
+        if label is None or not 0 <= label < self.label_feature.num_classes:
+            name = (row[self.image_column] or {}).get("path")
+            raise SampleError(f"Image {name} of the stream has the label {label}, not one of its classes.")
+        return label
+
+    def _with_labels(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """The rows whose label is not empty, and the places of their maps."""
+        keys = [self._key(row) for row in rows]
+        if self.key_pattern is not None:
+            keys = [cut_key(key, self.key_pattern) for key in keys]
+        places = self.key_index(hashes_of(keys))
+        if (places == -1).any():
+            raise SampleError(f"Image {keys[int(np.argmin(places))]!r} has no label map in the label set.")
+        has_label = ~self.is_empty[places]
+        return [row for row, is_kept in zip(rows, has_label) if is_kept], places[has_label]
+
+    def _key(self, row: dict[str, Any]) -> str:
+        if self.key_column is not None:
+            return keys_of_values(values_of([row], self.key_column, self.rows.features), self.key_column)[0]
+        path = (row[self.image_column] or {}).get("path")
+        if path is None:
+            raise SampleError(
+                "An image of the stream has no path to take its key from. Name a column of keys with --key_column, the one "
+                "that the images were annotated with."
+            )
+        return key_of_path(path)
+
+    def _picture(self, row: dict[str, Any]):
+        value = row[self.image_column]
+        try:
+            return decode_picture(value)
+        except (*IMAGE_ERRORS, TypeError) as error:
+            name = (value or {}).get("path") or "without a path"
+            raise SampleError(f"Image {name} of the stream cannot be decoded ({error}).") from error
+
+
+def stream_loader(
+    stream: TokenLabelStream, collator: Callable, batch_size: int, args: TrainingArguments
+) -> DataLoader:
+    """Batches of a stream, moved to the device of this process."""
+    loader = DataLoader(
+        stream,
+        batch_size=batch_size,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    )
+    # as if there were one process: accelerate would pass over the samples of the others once more
+    return prepare_data_loader(
+        loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+    )

@@ -1,0 +1,115 @@
+"""Whether arguments, model and data fit each other, before training."""
+
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from ..annotators.online import LiveAnnotator
+from ..backbones.patch_head import add_patch_head, has_patch_head
+from ..backbones.resize import own_image_size
+from .arguments import TokenLabelTrainingArguments
+from .dataset import TokenLabelDataset
+from .iterable_dataset import TokenLabelStream
+
+
+logger = logging.get_logger(__name__)
+
+
+def with_patch_head(model: nn.Module, train_dataset: Any | None) -> nn.Module:
+    """A model that takes `mix_mask` and has patch logits: itself, or any other classifier with a patch head added.
+
+    Args:
+        model: Model.
+        train_dataset: Training samples, whose transform tells the size of the pictures; without it the configuration does.
+
+    Raises:
+        ValueError: If the size is unknown, or the model has no spatial features.
+    """
+    if has_patch_head(model):
+        return model
+    size = getattr(getattr(train_dataset, "transform", None), "image_size", None) or own_image_size(model)
+    if size is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say what pictures it takes. Add the patch head before: "
+            "add_patch_head(model, (height, width))."
+        )
+    return add_patch_head(model, size)
+
+
+def token_grid_of(model: nn.Module) -> tuple[int, int]:
+    """Rows and columns of the patch logits of a model."""
+    if hasattr(model, "patch_grid_size"):
+        return model.patch_grid_size
+    config = model.config
+    if hasattr(config, "grid_size"):
+        return tuple(config.grid_size)
+    size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+    return size[0] // config.patch_size, size[1] // config.patch_size
+
+
+def check_fit(
+    args: TokenLabelTrainingArguments,
+    train_dataset: Any,
+    num_classes: int,
+    grid_size: tuple[int, int],
+    annotator: LiveAnnotator | None,
+) -> None:
+    """Checks what would otherwise go wrong in training, or silently.
+
+    Args:
+        args: Training arguments.
+        train_dataset: Training samples.
+        num_classes: Classes of the model.
+        grid_size: Rows and columns of its patch logits.
+        annotator: Of training crops, if any.
+
+    Raises:
+        ValueError: If several GPUs would share one process, dense columns would be dropped, the data or the annotator has other
+            classes, there are both stored labels and an annotator, or the model has fewer than 2 x 2 tokens to label.
+    """
+    if annotator is not None and getattr(train_dataset, "has_label_maps", False):
+        raise ValueError("The training data has label maps; train with them or with an annotator, not with both.")
+    if annotator is not None:
+        annotator.check_num_classes(num_classes)
+    if annotator is not None and args.patch_target == "image":
+        raise ValueError(
+            "Patch tokens learn from an annotator or the image label (`patch_target` 'image'), not from both."
+        )
+    if trains_patches(args, train_dataset, annotator) and min(grid_size) < 2:
+        raise ValueError(
+            f"The model has {grid_size[0]} x {grid_size[1]} tokens; token labels need at least 2 x 2. Give it larger pictures or "
+            "smaller patches, or train with plain labels (dense_weight 0)."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            "DataParallel would tear apart the images that are mixed with each other. Start one process per GPU: "
+            f"accelerate launch --num_processes {args.n_gpu} ..., or set CUDA_VISIBLE_DEVICES."
+        )
+    if args.remove_unused_columns:
+        raise ValueError(
+            "remove_unused_columns=True would drop the dense labels and crop boxes before they reach the loss; "
+            "leave it at False."
+        )
+    if isinstance(train_dataset, (TokenLabelDataset, TokenLabelStream)):
+        train_dataset.check_num_classes(num_classes)
+
+
+def trains_patches(args: TokenLabelTrainingArguments, train_dataset: Any, annotator: LiveAnnotator | None) -> bool:
+    """Whether patch tokens learn anything: from label maps, an annotator, or the image label."""
+    has_labels = getattr(train_dataset, "has_label_maps", False) or annotator is not None
+    return bool(has_labels or args.patch_target == "image") and args.dense_weight > 0
+
+
+def use_patch_head(model: nn.Module, is_trained: bool) -> None:
+    """Lets the patch head enter the prediction of LV-ViT, or the saved weights of another model, exactly when it is trained."""
+    config = model.config
+    if hasattr(model, "saves_patch_head"):
+        model.saves_patch_head = is_trained
+    if not hasattr(config, "patch_logits_weight"):
+        return
+    if not is_trained and config.patch_logits_weight:
+        logger.info("No dense labels: the patch head is not trained and left out of `logits`.")
+        config.patch_logits_weight = 0.0
+    elif is_trained and not config.patch_logits_weight:
+        config.patch_logits_weight = type(config)().patch_logits_weight

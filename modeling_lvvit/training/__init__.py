@@ -1,0 +1,1 @@
+"""What all Trainers share: stopping, resuming, weight average, FSDP, schedule, metrics."""

@@ -1,0 +1,170 @@
+"""What the trainers of all programs share: runs that can be stopped, continued and killed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..backbones.patch_head import weights_by_own_names
+from ..data.image_dataset import PictureDataset
+from ..data.sampling import EpochSampler, seeded
+from ..hub.hub_trainer import PublishingTrainer
+from .base_arguments import RunArguments
+from .batch_norm import set_batch_norm
+from .callbacks import EpochCallback, StopOnSignal, leave_signals_to_main_process
+from .fsdp import own_class, set_up_sharding, share_statistics
+from .schedule import decayed_parameters
+from .throughput import Throughput
+
+
+class RunTrainer(PublishingTrainer):
+    """A `Trainer` that ends with a checkpoint when it is told to stop, writes checkpoints that are whole or known not to be, draws the
+    samples of a `PictureDataset` as functions of seed, epoch and row, trains sharded (FSDP2) on any device, and logs its speed.
+
+    Args:
+        model, args, data_collator, train_dataset, ...: As in `transformers.Trainer`.
+    """
+
+    # the losses are means over a micro-batch; the Trainer divides them by the number of accumulation steps
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, model: nn.Module, args: RunArguments, *positional: Any, **kwargs: Any):
+        super().__init__(model, args, *positional, **kwargs)
+        # the Trainer seeds every process alike; drop path should differ between them
+        torch.manual_seed(args.seed + args.process_index)
+        # the losses are ours: the Trainer need not count labels over all processes at every step
+        self.model_accepts_loss_kwargs = False
+        self.throughput = Throughput()
+        self.stop_on_signal = StopOnSignal(self.accelerator)
+        self.add_callback(self.stop_on_signal)
+        set_batch_norm(model, args.batch_norm, args.device, args.world_size)
+        if isinstance(self.train_dataset, PictureDataset):
+            self._sampler = EpochSampler(len(self.train_dataset))
+            self.add_callback(EpochCallback(self.train_dataset, self._sampler))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `Trainer`, with FSDP2 on any device."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = set_up_sharding(self.accelerator, self.args, self.model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """See `schedule.decayed_parameters`."""
+        return decayed_parameters(model)
+
+    def _get_train_sampler(self, train_dataset: Any | None = None) -> torch.utils.data.Sampler | None:
+        if isinstance(self.train_dataset, PictureDataset):
+            return self._sampler
+        return super()._get_train_sampler(train_dataset)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`."""
+        loader = super().get_train_dataloader()
+        leave_signals_to_main_process(loader)
+        return loader
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As in `Trainer`."""
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        leave_signals_to_main_process(loader)
+        return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], int]:
+        """The micro-batches of an optimiser step, and the number of their images in this process."""
+        with self.throughput.waiting():
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        images = sum(len(batch["pixel_values"]) for batch in batches)
+        self.throughput.count(images * self.args.world_size)
+        return batches, images
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the speed since the last log."""
+        if "loss" in logs:
+            logs |= self.speed()
+        super().log(logs, *args, **kwargs)
+
+    def speed(self) -> dict[str, float]:
+        """Figures of the time since the last log: see `Throughput.report`."""
+        return self.throughput.report()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As in `Trainer`. After SIGTERM or Ctrl-C it returns early, with a checkpoint: see `stop_on_signal.received`."""
+        self.throughput.start()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.stop_on_signal.restore_handlers()
+
+    def _finalize_training(self, *args: Any):
+        if self.stop_on_signal.is_stopping:
+            # the run is not over: its best checkpoint is not loaded, and the one just written not deleted beside it
+            self.state.best_model_checkpoint = None
+        return super()._finalize_training(*args)
+
+    def _finish_current_push(self) -> None:
+        if not self.stop_on_signal.is_stopping:  # else the user should hear first that the run has stopped
+            super()._finish_current_push()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, but a checkpoint is written before the evaluation, which takes long, unless it hangs on the result."""
+        control, args_ = self.control, self.args
+        if control.should_save and control.should_evaluate and args_.metric_for_best_model is None:
+            control.should_evaluate = False
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            self.control.should_evaluate = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """What holds during an evaluation: it is no time of training, draws nothing from the random generators of training, and all
+        processes have the same statistics."""
+        with self.throughput.paused(), seeded(self.args.seed):
+            share_statistics(self.accelerator, self.accelerator.unwrap_model(self.model))
+            yield
+
+    def evaluate(
+        self,
+        eval_dataset: Any | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in `Trainer`; see `evaluating`."""
+        if isinstance(eval_dataset or self.eval_dataset, dict):  # the library calls this for each of them
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with self.evaluating():
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`, with whole weights where they are sharded."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        share_statistics(self.accelerator, self.model)  # a sharded checkpoint takes them from any process
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        with own_class(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
+            super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `Trainer`. A checkpoint is whole once its `trainer_state.json` is: that is written last."""
+        state = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE_NAME
+        if self.args.should_save:
+            state.unlink(missing_ok=True)  # of an earlier run that is written over
+        own = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with self.throughput.paused(), weights_by_own_names(own):
+            super()._save_checkpoint(model, trial)
+        with self.throughput.paused():
+            self.publish_in_background()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # before the main process writes the state that makes the checkpoint whole

@@ -1,0 +1,125 @@
+"""Metrics whose measures follow from counts: they need no memory for pictures, and add up over processes."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from torch import distributed
+
+
+class CountedMetric(evaluate.Metric):
+    """A metric that counts what is added and keeps nothing else.
+
+    Processes of `torch.distributed` add their counts, and each gets the result; others are combined by `evaluate`, with one row of
+    counts for each process in its files. A subclass says what is counted (`add_batch`) and what follows from it (`measures`).
+
+    Args:
+        shape: That of the counts.
+        kwargs: Of `evaluate.Metric`: `num_process`, `process_id`, `experiment_id`, `keep_in_memory`, ...
+    """
+
+    def __init__(self, shape: tuple[int, ...], **kwargs: Any):
+        if kwargs.get("num_process", 1) == 1:
+            kwargs["keep_in_memory"] = True
+        super().__init__(**kwargs)
+        self.evaluations, self.name_of_evaluations = 0, self.experiment_id
+        self.counts = torch.zeros(shape, dtype=torch.int64)
+
+    def describe(self) -> tuple[str, str]:
+        """What is measured, and what predictions and references are."""
+        raise NotImplementedError
+
+    def measures(self, counts: np.ndarray) -> dict[str, Any]:
+        """The measures that follow from counts of the shape of `counts`."""
+        raise NotImplementedError
+
+    def _info(self) -> evaluate.MetricInfo:
+        description, inputs = self.describe()
+        return evaluate.MetricInfo(
+            description=description,
+            citation="",
+            inputs_description=inputs,
+            features=datasets.Features(
+                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Counts a single one; see `add_batch`."""
+        self.add_batch(
+            predictions=[prediction], references=[reference], **{name: [value] for name, value in kwargs.items()}
+        )
+
+    def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, Any] | None:
+        """The measures of all that was added in all processes; begins anew. Where `evaluate` combines processes, only the first gets
+        them.
+
+        Raises:
+            ValueError: If predictions come without references, or the other way round.
+        """
+        if (predictions is None) != (references is None):
+            raise ValueError("Give predictions and references, or neither after they were added.")
+        if predictions is not None:
+            self.add_batch(predictions=predictions, references=references)
+        if distributed.is_available() and distributed.is_initialized():
+            # processes that only know how to exchange what is on their accelerators
+            has_cpu = "gloo" in distributed.get_backend_config()
+            counts = self.counts if has_cpu else self.counts.to(torch.accelerator.current_accelerator())
+            distributed.all_reduce(counts)
+            result = self.measures(counts.cpu().numpy())
+        else:
+            self.evaluations += 1  # each has files of its own
+            self.info.experiment_id = f"{self.name_of_evaluations}-{self.evaluations}"
+            super().add_batch(predictions=[self.counts.flatten().tolist()], references=[0])
+            result = super().compute()
+        self.counts.zero_()
+        return result
+
+    def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, Any]:
+        return self.measures(np.asarray(predictions).sum(axis=0).reshape(self.counts.shape))
+
+
+class TopKAccuracy(evaluate.Metric):
+    """Top-1 and top-5 accuracy from ranked predictions."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of images whose true class is the best, or among the five best, predicted classes.",
+            citation="",
+            inputs_description=(
+                "predictions: class ids of each image, best first; references: true class id of each image."
+            ),
+            features=datasets.Features(
+                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
+        """
+        Args:
+            predictions: `(num_images, k)` class ids, best first.
+            references: `(num_images,)` class ids.
+
+        Returns:
+            `accuracy` and, with at least five ranks, `top5_accuracy`, in [0, 1].
+        """
+        hits = np.asarray(predictions) == np.asarray(references)[:, None]
+        results = {"accuracy": float(hits[:, 0].mean())}
+        if hits.shape[1] >= 5:
+            results["top5_accuracy"] = float(hits[:, :5].any(axis=1).mean())
+        return results
+
+
+def rank_classes(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """Ids of the five best classes (fewer if there are not five), `(B, 5)`, so that no logits are gathered."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+
+
+def compute_accuracy(prediction: Any) -> dict[str, float]:
+    """Top-1 and top-5 accuracy of ranked predictions."""
+    return TopKAccuracy(keep_in_memory=True).compute(
+        predictions=prediction.predictions, references=prediction.label_ids
+    )
