@@ -14,9 +14,9 @@ from transformers import set_seed
 
 from modeling_lvvit.annotators.online import open_annotator
 from modeling_lvvit.cli import digit_scenes
-from modeling_lvvit.cli.build_model import build_model, picture_size_of
+from modeling_lvvit.cli.build_model import build_model, model_image_size
 from modeling_lvvit.cli.model_arguments import ModelArguments
-from modeling_lvvit.cli.model_card import origin_of, write_model_card
+from modeling_lvvit.cli.model_card import find_provenance, write_model_card
 from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_datasets
 from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, parse
 from modeling_lvvit.data.images import SampleError
@@ -89,7 +89,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
             data_args = dataclasses.replace(data_args, dataset_name=str(digit_scenes.build_or_reuse()))
         opened = open_datasets(data_args, training_args.seed)
         model, image_processor = build_model(model_args, opened.train.features[data_args.label_column].names)
-        samples = build_samples(data_args, training_args, picture_size_of(model), image_processor, opened)
+        samples = build_samples(data_args, training_args, model_image_size(model), image_processor, opened)
         annotator = None
         if data_args.annotator is not None:
             names = [model.config.id2label[index] for index in range(model.config.num_labels)]
@@ -118,7 +118,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     return trainer, opened
 
 
-def introduce(trainer: TokenLabelTrainer) -> None:
+def log_run_summary(trainer: TokenLabelTrainer) -> None:
     """Says in one line what will be trained."""
     args, samples = trainer.args, trainer.train_dataset
     kind = "plain"
@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> None:
     is_main = trainer.is_world_process_zero()
     if is_main:
         discard_overwritten_checkpoints(training_args, model_args.overwrite_output_dir)
-        introduce(trainer)
+        log_run_summary(trainer)
     try:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     except SampleError as error:
@@ -164,11 +164,11 @@ def main(arguments: list[str]) -> None:
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    has_picture = model_args.save_picture and trainer.trains_patches
-    picture = draw_predictions(trainer, data_args, opened.evaluation) if has_picture else None
+    has_image = model_args.save_picture and trainer.trains_patches
+    image = draw_predictions(trainer, data_args, opened.evaluation) if has_image else None
     if is_main:
-        origin = origin_of(model_args, data_args.dataset_name, data_args.token_labels, EMBEDDED_RECIPE)
-        write_model_card(CARD_TEMPLATE, trainer, origin, opened.eval_name, metrics, picture)
+        provenance = find_provenance(model_args, data_args.dataset_name, data_args.token_labels, EMBEDDED_RECIPE)
+        write_model_card(CARD_TEMPLATE, trainer, provenance, opened.eval_name, metrics, image)
         if "eval_accuracy" in metrics:
             print(f"top-1 on {len(opened.evaluation):,} evaluation images: {100 * metrics['eval_accuracy']:.2f} %")
         print(f"saved to {training_args.output_dir}")

@@ -17,8 +17,8 @@ import datasets
 from modeling_lvvit.segmentation.dataset_writer import (
     Pair,
     check_pairs,
+    images_in,
     pair_files,
-    pictures_in,
     write_segmentation_set,
 )
 
@@ -54,7 +54,7 @@ def class_names(path: Path) -> list[str]:
 
 
 def scene_categories(path: Path) -> dict[str, str]:
-    """Picture -> scene, empty if the release has no such file."""
+    """Image -> scene, empty if the release has no such file."""
     if not path.is_file():
         return {}
     lines = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
@@ -62,17 +62,17 @@ def scene_categories(path: Path) -> dict[str, str]:
 
 
 def build(release: Path, output_dir: Path) -> dict[str, int]:
-    """Writes the data set and returns the number of pictures of each split."""
+    """Writes the dataset and returns the number of images of each split."""
     names = class_names(release / "objectInfo150.txt")
     scenes = scene_categories(release / "sceneCategories.txt")
     splits: dict[str, list[Pair]] = {}
     for split, folder in SPLITS.items():
-        pairs = pair_files(pictures_in(release / "images" / folder), pictures_in(release / "annotations" / folder))
+        pairs = pair_files(images_in(release / "images" / folder), images_in(release / "annotations" / folder))
         splits[split] = [
             dataclasses.replace(pair, extra={"scene_category": scenes.get(key)}) for key, pair in pairs.items()
         ]
     for pairs in splits.values():
-        check_pairs(pairs, allows_colours=False)
+        check_pairs(pairs, allows_colors=False)
     write_segmentation_set(
         output_dir, splits, names, NOTES, extra_features={"scene_category": datasets.Value("string")}
     )
@@ -88,7 +88,7 @@ def main() -> None:
         counts = build(args.release, args.output_dir)
     except (OSError, ValueError) as error:
         parser.exit(1, f"ade20k.py: {error}\n")
-    print(f"{' and '.join(f'{count:,} {split}' for split, count in counts.items())} pictures -> {args.output_dir}")
+    print(f"{' and '.join(f'{count:,} {split}' for split, count in counts.items())} images -> {args.output_dir}")
 
 
 if __name__ == "__main__":

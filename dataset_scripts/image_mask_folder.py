@@ -1,11 +1,11 @@
-"""Turns a folder of pictures and a folder of masks into Parquet files for `modeling_lvvit.segmentation.train`.
+"""Turns a folder of images and a folder of masks into Parquet files for `modeling_lvvit.segmentation.train`.
 
     python dataset_scripts/image_mask_folder.py IMAGES MASKS --output_dir my_data --class_names names.txt
     python dataset_scripts/image_mask_folder.py IMAGES MASKS --output_dir my_data --colors colors.json
 
-A mask has the name of its picture, whatever its ending. Where both folders have the same sub-folders and all are called after splits
+A mask has the name of its image, whatever its ending. Where both folders have the same sub-folders and all are called after splits
 (train, training, val, validation, test, ...), these become splits; else everything is `train`, of which the training program holds out
-a share. Masks hold class ids; or colours, of which `--colors` names the classes: a JSON file `{"road": [128, 64, 128], ...}`.
+a share. Masks hold class ids; or colors, of which `--colors` names the classes: a JSON file `{"road": [128, 64, 128], ...}`.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from modeling_lvvit.data.masks import IGNORED
 from modeling_lvvit.segmentation.dataset_writer import (
     Pair,
     check_pairs,
+    images_in,
     pair_files,
-    pictures_in,
     write_segmentation_set,
 )
 
@@ -37,7 +37,7 @@ MAX_LISTED = 5
 
 
 def split_pairs(pairs: dict[str, Pair]) -> dict[str, list[Pair]]:
-    """Split -> pictures: by the first folder of their paths, if these are all called after splits."""
+    """Split -> images: by the first folder of their paths, if these are all called after splits."""
     folders = {key.split("/")[0].lower() if "/" in key else "" for key in pairs}
     if not folders <= SPLIT_OF_FOLDER.keys():
         return {"train": list(pairs.values())}
@@ -48,14 +48,14 @@ def split_pairs(pairs: dict[str, Pair]) -> dict[str, list[Pair]]:
 
 
 def read_colors(path: Path) -> dict[str, tuple[int, int, int]]:
-    """Class name -> colour, in the order of the class ids.
+    """Class name -> color, in the order of the class ids.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it holds something else, or a colour twice.
+        ValueError: If it holds something else, or a color twice.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file of colours {path}.")
+        raise FileNotFoundError(f"There is no file of colors {path}.")
     try:
         colors = {name: tuple(map(int, color)) for name, color in json.loads(path.read_text(encoding="utf-8")).items()}
     except (ValueError, TypeError, AttributeError) as error:
@@ -63,12 +63,12 @@ def read_colors(path: Path) -> dict[str, tuple[int, int, int]]:
     if len(colors) > IGNORED or not all(len(c) == 3 and all(0 <= v <= 255 for v in c) for c in colors.values()):
         raise ValueError(f"{path} must give each of at most {IGNORED} classes three numbers from 0 to 255.")
     if len(set(colors.values())) != len(colors):
-        raise ValueError(f"{path} has a colour twice.")
+        raise ValueError(f"{path} has a color twice.")
     return colors
 
 
 def ids_of_colors(colors: dict[str, tuple[int, int, int]], ignores_others: bool) -> Callable[[Path], bytes]:
-    """From a file in colours to a PNG of class ids; other colours are errors, or become 255.
+    """From a file in colors to a PNG of class ids; other colors are errors, or become 255.
 
     Args:
         colors: Result of `read_colors`.
@@ -88,7 +88,7 @@ def ids_of_colors(colors: dict[str, tuple[int, int, int]], ignores_others: bool)
             listed = ", ".join(f"[{c >> 16}, {c >> 8 & 255}, {c & 255}]" for c in others[:MAX_LISTED].tolist())
             more = ", ..." if len(others) > MAX_LISTED else ""
             raise ValueError(
-                f"it has {len(others)} colours that no class has: {listed}{more} (--ignore_other_colors marks them 255)"
+                f"it has {len(others)} colors that no class has: {listed}{more} (--ignore_other_colors marks them 255)"
             )
         buffer = io.BytesIO()
         Image.fromarray(ids).save(buffer, format="PNG")
@@ -98,7 +98,7 @@ def ids_of_colors(colors: dict[str, tuple[int, int, int]], ignores_others: bool)
 
 
 def build(args: argparse.Namespace) -> dict[str, int]:
-    """Writes the data set and returns the number of pictures of each split."""
+    """Writes the dataset and returns the number of images of each split."""
     if args.colors is not None and args.class_names is not None:
         raise ValueError("Give --colors, which names the classes, or --class_names, not both.")
     colors = read_colors(args.colors) if args.colors is not None else None
@@ -107,8 +107,8 @@ def build(args: argparse.Namespace) -> dict[str, int]:
         if not args.class_names.is_file():
             raise FileNotFoundError(f"There is no file of class names {args.class_names}.")
         names = read_class_names(args.class_names)
-    pairs = pair_files(pictures_in(args.images), pictures_in(args.masks), args.mask_suffix)
-    check_pairs(list(pairs.values()), allows_colours=colors is not None)
+    pairs = pair_files(images_in(args.images), images_in(args.masks), args.mask_suffix)
+    check_pairs(list(pairs.values()), allows_colors=colors is not None)
     splits = split_pairs(pairs)
     contents = {} if colors is None else {"mask_content": ids_of_colors(colors, args.ignore_other_colors)}
     notes = (
@@ -120,21 +120,21 @@ def build(args: argparse.Namespace) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=Path, help="folder of pictures")
+    parser.add_argument("images", type=Path, help="folder of images")
     parser.add_argument("masks", type=Path, help="folder of masks")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to create")
     parser.add_argument(
-        "--mask_suffix", default="", help="what names of masks have behind those of their pictures, e.g. _mask"
+        "--mask_suffix", default="", help="what names of masks have behind those of their images, e.g. _mask"
     )
     parser.add_argument("--class_names", type=Path, help="JSON or text file with the names of the classes")
-    parser.add_argument("--colors", type=Path, help="JSON file with the colour of each class")
-    parser.add_argument("--ignore_other_colors", action="store_true", help="colours of no class do not count")
+    parser.add_argument("--colors", type=Path, help="JSON file with the color of each class")
+    parser.add_argument("--ignore_other_colors", action="store_true", help="colors of no class do not count")
     args = parser.parse_args()
     try:
         counts = build(args)
     except (OSError, ValueError) as error:
         parser.exit(1, f"image_mask_folder.py: {error}\n")
-    print(f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} pictures -> {args.output_dir}")
+    print(f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} images -> {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from .modeling_lvvit_segmentation import LVViTForSemanticSegmentation
 
 def _register(auto_class, model_class):
     # the first call lets a program that imported this package load by name; the second makes `save_pretrained` write
-    # the code beside the weights, for programs that did not
+    # the code next to the weights, for programs that did not
     auto_class.register(LVViTConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)
 

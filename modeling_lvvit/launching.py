@@ -88,7 +88,7 @@ def set_up_cpu(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep freed memory for the next step, instead of giving it back and having Linux clear and map it anew: on two
+    """Has glibc keep freed memory for the next step, instead of giving it back and having Linux clear and map it again: on two
     cores of an AMD EPYC a training step of LV-ViT-T with 16 images takes 0.75 of the time.
 
     For the whole process, whose memory then stays at its peak (1.05 to 1.15 of what it would be); without effect under other

@@ -10,7 +10,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .configuration_lvvit import LVViTConfig
 
 
-DEFAULT_CROP_FRACTION = 0.9
+DEFAULT_CROP_PCT = 0.9
 ADE20K_CLASSES = 150
 
 
@@ -21,7 +21,7 @@ class LVViTVariant:
     Args:
         architecture: Keyword arguments of `LVViTConfig` that tell the sizes apart.
         image_size: Side of the square test image in pixels.
-        crop_fraction: Share of the resized shorter side that the evaluation crop keeps (`crop_pct` of the authors' code).
+        crop_pct: Share of the resized shorter side that the evaluation crop keeps (`crop_pct` of the authors' code).
         num_parameters: Parameters with 1000 classes, both classifiers included.
         published_gmacs: Multiply-adds in 10^9 as published, `None` where none is.
         published_top1: ImageNet top-1 in percent as published, `None` where none is.
@@ -32,7 +32,7 @@ class LVViTVariant:
 
     architecture: dict[str, Any]
     image_size: int
-    crop_fraction: float
+    crop_pct: float
     num_parameters: int
     published_gmacs: float | None
     published_top1: float | None
@@ -46,7 +46,7 @@ class LVViTSegmenter:
     """One of the published UperNets: ADE20K, 150 classes, crops of 512 pixels.
 
     Args:
-        trunk: The row of `VARIANTS` that has the architecture of its trunk.
+        backbone: The row of `VARIANTS` that has the architecture of its backbone.
         decoder_channels: See `LVViTConfig`.
         num_parameters: With a position table for 512 pixels and the auxiliary head.
         published_millions: Parameters in 10^6 as published.
@@ -55,7 +55,7 @@ class LVViTSegmenter:
         checkpoint: Address of the authors' weights below `RELEASES`.
     """
 
-    trunk: str
+    backbone: str
     decoder_channels: int
     num_parameters: int
     published_millions: int
@@ -143,37 +143,37 @@ def find_variant(config: LVViTConfig) -> str | None:
 
 def published_row(config: LVViTConfig, is_segmenter: bool) -> str | None:
     """Name in `VARIANTS`, or for a segmentation model in `SEGMENTERS`, of the row that a configuration is exactly, classes included."""
-    trunk = find_variant(config)
-    if trunk is None or config.patch_size != 16 or not config.conv_stem:
+    backbone = find_variant(config)
+    if backbone is None or config.patch_size != 16 or not config.conv_stem:
         return None
     if is_segmenter:
         is_published = config.segmentation_head == "upernet" and config.num_labels == ADE20K_CLASSES
-        sizes = {VARIANTS[row.trunk].architecture["hidden_size"]: name for name, row in SEGMENTERS.items()}
+        sizes = {VARIANTS[row.backbone].architecture["hidden_size"]: name for name, row in SEGMENTERS.items()}
         return sizes.get(config.hidden_size) if is_published else None
-    side = VARIANTS[trunk].image_size
-    return trunk if config.num_labels == 1000 and config.image_height_width == (side, side) else None
+    side = VARIANTS[backbone].image_size
+    return backbone if config.num_labels == 1000 and config.image_height_width == (side, side) else None
 
 
 def evaluation_image_processor(
     image_size: tuple[int, int],
-    crop_fraction: float,
+    crop_pct: float,
     image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
     resample: int = PILImageResampling.BICUBIC,
 ) -> BitImageProcessor:
-    """Preprocessing of the published evaluation: shorter side to `side / crop_fraction`, bicubic, centre crop.
+    """Preprocessing of the published evaluation: shorter side to `side / crop_pct`, bicubic, center crop.
 
     Args:
         image_size: Height and width of the model input in pixels. For a rectangle the image is resized so that its
             shorter side covers the longer side of the crop.
-        crop_fraction: In (0, 1].
-        image_mean, image_std: Normalisation for images in [0, 1]; default: that of ImageNet.
+        crop_pct: In (0, 1].
+        image_mean, image_std: Normalization for images in [0, 1]; default: that of ImageNet.
         resample: Filter of Pillow.
     """
     height, width = image_size
     return BitImageProcessor(
         do_resize=True,
-        size={"shortest_edge": int(max(height, width) / crop_fraction)},
+        size={"shortest_edge": int(max(height, width) / crop_pct)},
         resample=PILImageResampling(resample),
         do_center_crop=True,
         crop_size={"height": height, "width": width},

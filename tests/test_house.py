@@ -52,7 +52,7 @@ def test_packages_import_only_the_layers_below():
     assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == set(LAYERS)
     for path in PACKAGE.rglob("*.py"):
         inside = path.relative_to(PACKAGE).parts
-        allowed = LAYERS[inside[0]].split() + [inside[0]] if len(inside) > 1 else PROGRAMS.get(path.stem, "").split()
+        allowed = [*LAYERS[inside[0]].split(), inside[0]] if len(inside) > 1 else PROGRAMS.get(path.stem, "").split()
         modules = imports_of(path)
         packages = {name.split(".")[1] for name in modules if name.startswith("modeling_lvvit.")} & set(LAYERS)
         assert packages <= set(allowed), f"{path.relative_to(ROOT)} imports {packages - set(allowed)}"

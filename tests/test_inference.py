@@ -47,7 +47,7 @@ def test_fused_model_gives_the_same_outputs(settings):
 
 
 @pytest.mark.parametrize("model_class", [LVViTModel, LVViTBackbone])
-def test_trunk_and_backbone_fuse_too(model_class):
+def test_backbone_and_backbone_fuse_too(model_class):
     torch.manual_seed(0)
     model = model_class(tiny_config()).eval()
     with torch.no_grad():

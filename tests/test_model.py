@@ -147,7 +147,7 @@ def test_backbone_gives_maps_of_the_tapped_layers(tiny_model):
     torch.testing.assert_close(maps[1].flatten(2).mT, tokens)
 
 
-def test_classifier_checkpoint_loads_as_trunk_and_backbone(tiny_model, tmp_path):
+def test_classifier_checkpoint_loads_as_backbone_and_backbone(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     for kind in (LVViTModel, LVViTBackbone):
         loaded, report = kind.from_pretrained(tmp_path, output_loading_info=True)

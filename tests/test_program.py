@@ -14,7 +14,7 @@ from pyarrow import parquet
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import modeling_lvvit  # noqa: F401  registers the model
-from support.images import encode_picture, labelled_table
+from support.images import encode_image, labelled_table
 from support.local_hub import local_hub
 from support.programs import ROOT, TINY, options, run
 
@@ -55,22 +55,22 @@ def test_everything_is_saved(trained):
 FRESH_PROCESS = """
 import sys, torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
-folder, picture, output = sys.argv[1:]
+folder, image, output = sys.argv[1:]
 options = {"trust_remote_code": True}
 config = AutoConfig.from_pretrained(folder, **options)
 model = AutoModelForImageClassification.from_pretrained(folder, **options)
-trunk = AutoModel.from_pretrained(folder, **options)
+backbone = AutoModel.from_pretrained(folder, **options)
 images = torch.arange(2 * 3 * 32 * 32.0).reshape(2, 3, 32, 32).sin()
 with torch.no_grad():
-    logits, tokens = model.eval()(images).logits, trunk.eval()(images).last_hidden_state
-predictions = pipeline("image-classification", model=folder, **options)(picture)
+    logits, tokens = model.eval()(images).logits, backbone.eval()(images).last_hidden_state
+predictions = pipeline("image-classification", model=folder, **options)(image)
 assert not any(name.split(".")[0] == "modeling_lvvit" for name in sys.modules), "the package was imported"
 torch.save({"logits": logits, "tokens": tokens, "type": config.model_type, "label": predictions[0]["label"]}, output)
 """
 
 
 def test_fresh_process_without_the_package_gives_the_same_logits(trained, tmp_path):
-    (tmp_path / "picture.jpg").write_bytes(encode_picture(torch.full((50, 70, 3), 90, dtype=torch.uint8).numpy()))
+    (tmp_path / "image.jpg").write_bytes(encode_image(torch.full((50, 70, 3), 90, dtype=torch.uint8).numpy()))
     # started elsewhere and with -P, so that the package could only be found if it were asked for by name
     code = [
         sys.executable,
@@ -78,7 +78,7 @@ def test_fresh_process_without_the_package_gives_the_same_logits(trained, tmp_pa
         "-c",
         FRESH_PROCESS,
         str(trained),
-        str(tmp_path / "picture.jpg"),
+        str(tmp_path / "image.jpg"),
         str(tmp_path / "out.pt"),
     ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -120,7 +120,7 @@ def test_other_class_count_is_refused_or_makes_new_heads(trained, tmp_path):
         folder.mkdir(parents=True)
         for index in range(8):
             (folder / f"{index}.png").write_bytes(
-                encode_picture(torch.full((40, 50, 3), 9 * index).byte().numpy(), "PNG")
+                encode_image(torch.full((40, 50, 3), 9 * index).byte().numpy(), "PNG")
             )
     command = ["train_tl.py", "--dataset_name", str(tmp_path / "pets"), "--model_name_or_path", str(trained)]
     command += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--report_to", "none"]
@@ -149,7 +149,7 @@ REFUSED = {
     "image size": (["--image_size", "30"], "multiples of `patch_size`"),
     "unused columns": (["--remove_unused_columns", "True"], "leave it at False"),
     "unknown option": (["--dense_wieght", "1"], "did you mean dense_weight?"),
-    "no data": (["--dataset_name", "./nowhere"], "There is no data set at"),
+    "no data": (["--dataset_name", "./nowhere"], "There is no dataset at"),
     "no such column": (["--label_column", "kind"], "has no column 'kind'"),
     "nothing to resume": (["--resume_from_checkpoint", "last"], "There is no complete checkpoint in"),
     "no such model": (["--config_overrides", "{}", "--model_name_or_path", "./nowhere"], "There is no model folder"),

@@ -69,7 +69,7 @@ def download_tests(folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps"]
     requirement = ["--no-binary", "transformers", f"transformers=={transformers.__version__}"]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # filled beside its final place and then renamed, so that an interrupted run leaves no half copy
+    # filled next to its final place and then renamed, so that an interrupted run leaves no half copy
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         command = [*pip, "--dest", temporary, *requirement]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT)
@@ -162,7 +162,7 @@ class LVViTModelTester:
             attention_probs_dropout_prob=0.1,
             drop_path_rate=0.1,
             num_labels=self.num_labels,
-            segmentation_stages=["stem", "stage1", "stage2", "stage2"],  # in this short trunk
+            segmentation_stages=["stem", "stage1", "stage2", "stage2"],  # in this short backbone
             neck_channels=8,
             decoder_channels=8,
         )

@@ -1,4 +1,4 @@
-"""Annotates images: any image data set, any image classifier, a label set that `train_tl.py --token_labels` joins to them.
+"""Annotates images: any image dataset, any image classifier, a label set that `train_tl.py --token_labels` joins to them.
 
 accelerate launch dataset_scripts/annotate.py --dataset path/to/images --annotator timm/dm_nfnet_f6.dm_in1k \
     --image_size 576 --output_dir labels
@@ -28,15 +28,15 @@ from transformers.utils import logging
 from ..data.class_labels import names_in_data, pair_classes
 from ..data.class_matching import ClassMap
 from ..data.image_keys import ImageKeys
-from ..data.images import height_width
-from ..data.sources import open_splits, state_of
+from ..data.images import parse_image_size
+from ..data.sources import dataset_fingerprint, open_splits
 from ..hub.repository import HubError
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelSetLayout
-from ..labels.writer import LabelSetWriter, default_rows_per_shard, versions_of
+from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_versions
 from ..launching import is_main_process, num_cpu_cores, set_up_cpu, start_missing_processes
 from .annotator import Annotator, load_annotator
-from .image_batches import StoredRows, StreamedRows
+from .image_batches import ImageBatches, StreamedImageBatches
 from .pipeline import Scorer, ShardBuilder, prepared_ahead
 
 
@@ -56,7 +56,7 @@ class AnnotateArguments:
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
     split: str = field(default="train", metadata={"help": "Split to annotate."})
     streaming: bool = field(default=False, metadata={"help": "Read images one after another without preparing all."})
-    image_column: str = field(default="image", metadata={"help": "Column of pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column of images."})
     label_column: str | None = field(
         default=None, metadata={"help": "Column whose classes the labels shall have; default: label, if there is one."}
     )
@@ -69,7 +69,7 @@ class AnnotateArguments:
     image_size: list[int] | None = field(default=None, metadata={"help": "Its input: side, or height and width."})
     fit: str = field(
         default="squash",
-        metadata={"help": "How pictures get its shape (see README).", "choices": ["squash", "pad", "center_crop"]},
+        metadata={"help": "How images get its shape (see README).", "choices": ["squash", "pad", "center_crop"]},
     )
     top_k: int = field(default=5, metadata={"help": "Classes kept for each cell."})
     scores: str = field(
@@ -88,11 +88,11 @@ class AnnotateArguments:
     )
     ignore_extra_classes: bool = field(default=False, metadata={"help": "Drop annotator classes the data lacks."})
     batch_size: int = field(default=32, metadata={"help": "Images a forward pass."})
-    num_workers: int | None = field(default=None, metadata={"help": "Threads that read and resize pictures."})
+    num_workers: int | None = field(default=None, metadata={"help": "Threads that read and resize images."})
     bf16: bool = field(default=False, metadata={"help": "Run the annotator in bfloat16."})
     on_error: str = field(
         default="stop",
-        metadata={"help": "Damaged picture: stop, or an empty label.", "choices": ["stop", "empty"]},
+        metadata={"help": "Damaged image: stop, or an empty label.", "choices": ["stop", "empty"]},
     )
     rows_per_shard: int | None = field(default=None, metadata={"help": "Rows of a Parquet file."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Hub name to upload the finished set to."})
@@ -104,18 +104,18 @@ class AnnotateArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
-        height_width(self.image_size, "--image_size")
+        parse_image_size(self.image_size, "--image_size")
 
 
 def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.IterableDataset:
     """The rows to annotate.
 
     Raises:
-        FileNotFoundError, ValueError: If there is no such data set, split or column.
+        FileNotFoundError, ValueError: If there is no such dataset, split or column.
     """
     revision = args.dataset_revision
     if args.streaming and not Path(args.dataset).expanduser().exists():
-        revision = state_of(args.dataset, revision)  # what is read must not move while it is read
+        revision = dataset_fingerprint(args.dataset, revision)  # what is read must not move while it is read
     splits = open_splits(args.dataset, args.dataset_config_name, revision, args.streaming, args.split)
     if args.split not in splits:
         raise ValueError(f"{args.dataset} has no split {args.split!r}; it has {list(splits)}.")
@@ -157,7 +157,7 @@ def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...
     return tuple(known)
 
 
-def open_rows(args: AnnotateArguments, dataset) -> tuple[StoredRows | StreamedRows, dict[str, Any]]:
+def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | StreamedImageBatches, dict[str, Any]]:
     """Rows in batches, and what the record says of the images.
 
     Raises:
@@ -167,10 +167,12 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[StoredRows | StreamedRo
     about = {"dataset": path.resolve().name if path.exists() else args.dataset}
     about |= {"dataset_revision": args.dataset_revision, "dataset_config_name": args.dataset_config_name}
     if args.streaming:
-        about |= {"dataset_state": state_of(args.dataset, args.dataset_revision)}
+        about |= {"dataset_state": dataset_fingerprint(args.dataset, args.dataset_revision)}
         per_shard = args.rows_per_shard or STREAMED_ROWS_PER_SHARD
         return (
-            StreamedRows(dataset, args.image_column, args.key_column, args.number_rows, per_shard, args.batch_size),
+            StreamedImageBatches(
+                dataset, args.image_column, args.key_column, args.number_rows, per_shard, args.batch_size
+            ),
             about,
         )
     keys = ImageKeys(dataset, args.image_column, args.key_column, args.number_rows)
@@ -182,15 +184,15 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[StoredRows | StreamedRo
         )
     about |= {"num_rows": len(keys), "keys_sha256": hashlib.sha256(hashes.tobytes()).hexdigest()}
     per_shard = args.rows_per_shard or default_rows_per_shard(len(keys))
-    return StoredRows(dataset, args.image_column, keys, per_shard, args.batch_size), about
+    return ImageBatches(dataset, args.image_column, keys, per_shard, args.batch_size), about
 
 
 def my_batches(
-    rows: StoredRows | StreamedRows, writer: LabelSetWriter, accelerator: Accelerator
+    rows: ImageBatches | StreamedImageBatches, writer: LabelSetWriter, accelerator: Accelerator
 ) -> tuple[Iterator, int | None]:
     """Batches of the shards that this process writes, every n-th of those that are not there yet, and how many rows they
     have (`None` in a stream)."""
-    if isinstance(rows, StreamedRows):
+    if isinstance(rows, StreamedImageBatches):
         rank, number = accelerator.process_index, accelerator.num_processes
         return rows.batches(lambda shard: shard % number == rank and not writer.is_written(shard)), None
     missing = [None]
@@ -205,7 +207,7 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     """Writes the shards of this process; the main process completes the set."""
     main = accelerator.is_main_process
     dataset = open_images(args)
-    image_size = height_width(args.image_size, "--image_size")
+    image_size = parse_image_size(args.image_size, "--image_size")
     annotator = load_annotator(
         args.annotator, image_size, args.fit, accelerator.device, args.annotator_revision, args.trust_remote_code,
         args.random_weights,
@@ -218,7 +220,7 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     # not --on_error: finished shards are the same whatever it says
     options = {"scores": args.scores, "batch_size": args.batch_size, "bf16": args.bf16}
     settings = {**about, **annotator.provenance, **options, "max_samples": args.max_samples}
-    versions = versions_of(torch, transformers, timm, PIL)
+    versions = package_versions(torch, transformers, timm, PIL)
     writer = LabelSetWriter(Path(args.output_dir), args.split, layout, settings, versions, rows.rows_per_shard)
     problem, target = [None], None
     if main:
@@ -248,7 +250,7 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
 def write_shards(
     args: AnnotateArguments,
     annotator: Annotator,
-    rows: StoredRows | StreamedRows,
+    rows: ImageBatches | StreamedImageBatches,
     writer: LabelSetWriter,
     accelerator: Accelerator,
 ) -> None:

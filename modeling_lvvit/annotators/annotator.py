@@ -1,4 +1,4 @@
-"""Annotators: image classifiers of transformers or timm, with their own preprocessing, that score every cell of a picture."""
+"""Annotators: image classifiers of transformers or timm, with their own preprocessing, that score every cell of an image."""
 
 import pickle
 from dataclasses import dataclass, field, replace
@@ -42,9 +42,9 @@ class Annotator:
         name: As the user gave it.
         dense: Network: `(B, 3, height, width)` to logits `(B, annotator classes, rows, columns)`.
         class_names: Names of the annotator's classes, by id.
-        preprocessing: What it does to a picture.
+        preprocessing: What it does to an image.
         provenance: What a label set records of it.
-        class_map: From its classes to those of the data set; `None` leaves them as they are.
+        class_map: From its classes to those of the dataset; `None` leaves them as they are.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Annotator:
         """Pixels `(B, 3, height, width)`, uint8 or floating values 0 to 255, to logits `(B, classes, rows, columns)`.
 
         Args:
-            pixels: Pictures.
+            pixels: Images.
             dtype: That of the network's weights.
         """
         scores = self.dense(self.preprocessing.normalize(pixels).to(dtype))
@@ -98,7 +98,7 @@ def load_annotator(
         random_weights: Builds the architecture without its weights (seed 0), to try things out.
 
     Raises:
-        ValueError: If it cannot be loaded, cannot label cells, or does not take pictures of this size.
+        ValueError: If it cannot be loaded, cannot label cells, or does not take images of this size.
     """
     if looks_local(name) and not Path(name).expanduser().is_dir():
         raise ValueError(f"The annotator {name} cannot be loaded: there is no such folder (seen from {Path.cwd()}).")
@@ -153,7 +153,7 @@ def _make_dense(name: str, model: nn.Module, image_size: tuple[int, int], grid_o
         return dense
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         size = f"{image_size[0]} x {image_size[1]}"
-        raise ValueError(f"The annotator {name} cannot label cells of pictures of {size} pixels: {error}") from error
+        raise ValueError(f"The annotator {name} cannot label cells of images of {size} pixels: {error}") from error
 
 
 def _load_transformers(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):

@@ -1,4 +1,4 @@
-"""Rows of an image data set in batches that never cross the border of a shard, with their keys; pictures undecoded."""
+"""Rows of an image dataset in batches that never cross the border of a shard, with their keys; images undecoded."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from ..data.image_keys import ImageKeys, keys_of_paths, keys_of_values, row_keys
 
 
 @dataclass(frozen=True)
-class RowBatch:
+class ImageBatch:
     """Rows that follow each other within a shard.
 
     Args:
@@ -26,8 +26,8 @@ class RowBatch:
     is_last: bool
 
 
-class StoredRows:
-    """Rows of a data set that can be read at any place.
+class ImageBatches:
+    """Rows of a dataset that can be read at any place.
 
     Args:
         dataset: Images.
@@ -52,7 +52,7 @@ class StoredRows:
         """Number of rows of a shard."""
         return min(self.rows_per_shard, len(self.rows) - shard * self.rows_per_shard)
 
-    def batches(self, shards: Iterable[int]) -> Iterator[tuple[RowBatch, list[dict[str, Any] | None]]]:
+    def batches(self, shards: Iterable[int]) -> Iterator[tuple[ImageBatch, list[dict[str, Any] | None]]]:
         """Batches of the given shards with the values of their image column."""
         for shard in shards:
             first = shard * self.rows_per_shard
@@ -60,13 +60,13 @@ class StoredRows:
             for start in range(first, end, self.batch_size):
                 stop = min(start + self.batch_size, end)
                 values = [_value(item.as_py()) for item in self.rows[start:stop][self.image_column]]
-                yield RowBatch(shard, self.keys.block(start, stop), stop == end), values
+                yield ImageBatch(shard, self.keys.block(start, stop), stop == end), values
 
 
-class StreamedRows:
-    """Rows of a data set that can only be read from its start.
+class StreamedImageBatches:
+    """Rows of a dataset that can only be read from its start.
 
-    Every process reads the stream and passes over the shards of others, without decoding their pictures.
+    Every process reads the stream and passes over the shards of others, without decoding their images.
 
     Args:
         dataset: Images.
@@ -95,7 +95,7 @@ class StreamedRows:
                 f"There is no column {key_column!r} to take keys from; the data has {list(dataset.features)}."
             )
 
-    def batches(self, is_wanted) -> Iterator[tuple[RowBatch, list[dict[str, Any] | None]]]:
+    def batches(self, is_wanted) -> Iterator[tuple[ImageBatch, list[dict[str, Any] | None]]]:
         """Batches of the shards for which `is_wanted(shard)` holds, with the values of their image column."""
         rows = iter(self.rows)
         following = next(rows, None)
@@ -115,12 +115,12 @@ class StreamedRows:
                 start = (shard + 1) * self.rows_per_shard - left
                 left -= len(batch)
                 if wanted:
-                    about = RowBatch(shard, self._keys(batch, start), not left or following is None)
+                    about = ImageBatch(shard, self._keys(batch, start), not left or following is None)
                     yield about, [_value(row[self.image_column]) for row in batch]
 
     def _keys(self, batch: list[dict[str, Any]], start: int) -> list[str]:
         if self.key_column is not None:
-            return keys_of_values(values_of(batch, self.key_column, self.rows.features), self.key_column, start)
+            return keys_of_values(column_values(batch, self.key_column, self.rows.features), self.key_column, start)
         paths = [(_value(row[self.image_column]) or {}).get("path") for row in batch]
         if self.has_paths:
             return keys_of_paths(paths, start)
@@ -132,7 +132,7 @@ class StreamedRows:
         return row_keys(start, start + len(batch))
 
 
-def values_of(rows: list[dict[str, Any]], column: str, features: datasets.Features | None) -> pa.Array:
+def column_values(rows: list[dict[str, Any]], column: str, features: datasets.Features | None) -> pa.Array:
     """A column of streamed rows, of the type that it has in stored rows."""
     kind = features.arrow_schema.field(column).type if features is not None else None
     return pa.array([row.get(column) for row in rows], kind)

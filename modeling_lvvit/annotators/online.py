@@ -12,7 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import nn
 
 from ..data.class_labels import pair_classes
-from ..data.images import height_width
+from ..data.images import parse_image_size
 from ..labels.label_crops import CropGeometry, targets_of_scores
 from ..labels.sparse_targets import SparseTargets
 from .annotator import Annotator, load_annotator
@@ -56,7 +56,7 @@ class AnnotatorArguments:
             raise ValueError(f"`annotator_dtype` must be one of {', '.join(DTYPES)}, got {self.annotator_dtype!r}.")
         if self.annotator_sampling not in ("soft", "hard"):
             raise ValueError(f"`annotator_sampling` must be soft or hard, got {self.annotator_sampling!r}.")
-        height_width(self.annotator_image_size, "`annotator_image_size`")
+        parse_image_size(self.annotator_image_size, "`annotator_image_size`")
 
 
 class DeviceClock:
@@ -90,15 +90,15 @@ class DeviceClock:
         return total
 
 
-class LiveAnnotator:
+class OnlineAnnotator:
     """Labels the crops of a batch.
 
-    The annotator sees each crop after flip, crop, RandAugment and colour changes, so that its labels lie where the student's tokens
-    lie, and before erasing and before tokens are exchanged. Pictures that CutMix or Mixup mixed it sees mixed.
+    The annotator sees each crop after flip, crop, RandAugment and color changes, so that its labels lie where the student's tokens
+    lie, and before erasing and before tokens are exchanged. Images that CutMix or Mixup mixed it sees mixed.
 
     Args:
         annotator: From `load_annotator`, with the classes of the data. It is moved to `device` and computes in `dtype`.
-        image_mean, image_std: Normalisation of the student's pictures.
+        image_mean, image_std: Normalization of the student's images.
         device, dtype: Where and how it computes.
         random_erasing: Probability that a rectangle of a crop is replaced by noise after labelling, in [0, 1]. Leave erasing out
             of the training transform then.
@@ -122,7 +122,7 @@ class LiveAnnotator:
         if min(rows, columns) < 2:
             raise ValueError(
                 f"The annotator {annotator.name} has {rows} x {columns} cells; token labels need at least 2 x 2. Give it larger "
-                "pictures (annotator_image_size)."
+                "images (annotator_image_size)."
             )
         self.annotator, self.dtype, self.device = annotator, dtype, torch.device(device)
         self.draws_classes = draws_classes
@@ -154,7 +154,7 @@ class LiveAnnotator:
         """Targets of class token and patch tokens of whole crops, not smoothed.
 
         Args:
-            pixel_values: The student's pictures, `(B, 3, height, width)`.
+            pixel_values: The student's images, `(B, 3, height, width)`.
             grid_size: Token rows and columns of the student.
             temperature: Divides the pooled scores before softmax.
         """
@@ -196,7 +196,7 @@ class LiveAnnotator:
         random.seed(seed)
 
     def erase(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pictures with rectangles of noise."""
+        """Images with rectangles of noise."""
         return self.random_erasing(pixel_values.clone()) if self.random_erasing.probability else pixel_values
 
 
@@ -206,20 +206,20 @@ def open_annotator(
     image_mean: list[float],
     image_std: list[float],
     device: torch.device,
-) -> LiveAnnotator:
+) -> OnlineAnnotator:
     """The annotator that arguments name, with the classes of the data.
 
     Args:
         args: Fields of `AnnotatorArguments`, and `random_erasing`.
         class_names: Of the data.
-        image_mean, image_std, device: See `LiveAnnotator`.
+        image_mean, image_std, device: See `OnlineAnnotator`.
 
     Raises:
         ValueError: If it cannot be loaded, cannot label cells, or its classes do not match.
     """
     annotator = load_annotator(
         args.annotator,
-        height_width(args.annotator_image_size, "`annotator_image_size`"),
+        parse_image_size(args.annotator_image_size, "`annotator_image_size`"),
         device=device,
         revision=args.annotator_revision,
         trust_remote_code=args.annotator_trust_remote_code,
@@ -239,4 +239,4 @@ def open_annotator(
             "(--annotator_class_map)."
         )
     options = (DTYPES[args.annotator_dtype], args.random_erasing, args.annotator_sampling == "hard")
-    return LiveAnnotator(annotator, image_mean, image_std, device, *options)
+    return OnlineAnnotator(annotator, image_mean, image_std, device, *options)

@@ -1,4 +1,4 @@
-"""From pictures to label maps: the one path that every label set takes."""
+"""From images to label maps: the one path that every label set takes."""
 
 import re
 from collections import deque
@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from datasets.utils import logging
 
-from ..data.images import IMAGE_ERRORS, content_hash, decode_picture, picture_note, read_content
+from ..data.images import IMAGE_ERRORS, content_hash, decode_image, image_note, read_content
 from ..labels.label_maps import encode_top_k, mass_outside
 from ..labels.storage import LabelMaps, LabelSetLayout
 
@@ -28,12 +28,12 @@ ScoreKind = Literal["logits", "relative"]
 
 @torch.inference_mode()
 def annotate_batches(
-    score_map_of: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor], k: int
+    score_map: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Label maps of all images.
 
     Args:
-        score_map_of: Dense annotator: `pixel_values` `(B, channels, height, width)` to scores (logits)
+        score_map: Dense annotator: `pixel_values` `(B, channels, height, width)` to scores (logits)
             `(B, num_classes, rows, columns)`, one for each cell of its last feature map.
         batches: Batches of preprocessed images on the annotator's device.
         k: Classes kept per cell.
@@ -41,7 +41,7 @@ def annotate_batches(
     Returns:
         Ids and scores of all images, `(num_images, k, rows, columns)` each (see `label_maps.encode_top_k`).
     """
-    encoded = [encode_top_k(score_map_of(pixel_values), k) for pixel_values in batches]
+    encoded = [encode_top_k(score_map(pixel_values), k) for pixel_values in batches]
     ids, scores = zip(*encoded)
     return np.concatenate(ids), np.concatenate(scores)
 
@@ -76,13 +76,13 @@ def encode_scores(
 
 @dataclass
 class PreparedImage:
-    """A picture on its way to the annotator.
+    """An image on its way to the annotator.
 
     Args:
-        pixels: uint8 `[3, height, width]`, `None` if the picture cannot be read.
-        box: Region of the picture that they show.
+        pixels: uint8 `[3, height, width]`, `None` if the image cannot be read.
+        box: Region of the image that they show.
         content_hash: Hash of the file, `None` if it cannot be read at all.
-        note: What is special about the picture, or why it cannot be read.
+        note: What is special about the image, or why it cannot be read.
     """
 
     pixels: torch.Tensor | None
@@ -92,10 +92,10 @@ class PreparedImage:
 
 
 def prepare_image(value: dict[str, Any], preprocessing: Callable) -> PreparedImage:
-    """Reads and preprocesses a picture; one that is damaged is told by its note.
+    """Reads and preprocesses an image; one that is damaged is told by its note.
 
     Raises:
-        OSError: If a file cannot be fetched or read now, which is no fault of the picture.
+        OSError: If a file cannot be fetched or read now, which is no fault of the image.
     """
     whole = (0.0, 0.0, 1.0, 1.0)
     if value is None:
@@ -108,8 +108,8 @@ def prepare_image(value: dict[str, Any], preprocessing: Callable) -> PreparedIma
         return PreparedImage(None, whole, None, f"unreadable: {_lasting_text(error)}")
     number = content_hash(content)
     try:
-        note = picture_note(content)
-        image = decode_picture({"bytes": content, "path": None})
+        note = image_note(content)
+        image = decode_image({"bytes": content, "path": None})
     except IMAGE_ERRORS as error:
         return PreparedImage(None, whole, number, f"unreadable: {_lasting_text(error)}")
     return PreparedImage(*preprocessing(image), number, note)
@@ -125,15 +125,15 @@ def _lasting_text(error: Exception) -> str:
 def prepared_ahead(
     batches: Iterable[tuple[Any, Sequence[dict[str, Any]]]], preprocessing: Callable, num_workers: int
 ) -> Iterator[tuple[Any, list[PreparedImage]]]:
-    """Prepares pictures in threads while the caller works on earlier ones.
+    """Prepares images in threads while the caller works on earlier ones.
 
     Args:
         batches: Pairs of anything and the image values of a batch.
-        preprocessing: Called with an RGB picture.
-        num_workers: Threads; reading, decoding and resizing run beside each other.
+        preprocessing: Called with an RGB image.
+        num_workers: Threads; reading, decoding and resizing run next to each other.
 
     Yields:
-        The first of each pair with the prepared pictures, in order.
+        The first of each pair with the prepared images, in order.
     """
     waiting: deque[tuple[Any, list[Future]]] = deque()
     pool = ThreadPoolExecutor(max(1, num_workers))
@@ -150,30 +150,30 @@ def prepared_ahead(
 
 
 def spread_to_borders(values: np.ndarray, boxes: Sequence[tuple[float, ...]]) -> np.ndarray:
-    """Gives cells that lie outside their picture, on borders that were added, what the nearest cell inside has.
+    """Gives cells that lie outside their image, on borders that were added, what the nearest cell inside has.
 
-    A crop at the edge of a picture interpolates with the cells beyond it, which know the border colour only.
+    A crop at the edge of an image interpolates with the cells beyond it, which know the border color only.
 
     Args:
         values: Ids or scores `(n, K, rows, columns)`.
-        boxes: Region of its picture that each map covers, (left, top, right, bottom) as fractions.
+        boxes: Region of its image that each map covers, (left, top, right, bottom) as fractions.
     """
     values = values.copy()
     for row, (left, top, right, bottom) in enumerate(boxes):
         for axis, start, end in ((1, top, bottom), (2, left, right)):
             size = values.shape[axis + 1]
-            centres = start + (end - start) * (np.arange(size) + 0.5) / size
-            inside = np.flatnonzero((centres >= 0) & (centres <= 1))
+            centers = start + (end - start) * (np.arange(size) + 0.5) / size
+            inside = np.flatnonzero((centers >= 0) & (centers <= 1))
             if 0 < len(inside) < size:
                 values[row] = values[row].take(np.arange(size).clip(inside[0], inside[-1]), axis=axis)
     return values
 
 
 class Scorer:
-    """Runs a dense annotator on batches of prepared pictures.
+    """Runs a dense annotator on batches of prepared images.
 
     Args:
-        score_map_of: Pixels uint8 `(B, 3, height, width)` to logits `(B, classes, rows, columns)`.
+        score_map: Pixels uint8 `(B, 3, height, width)` to logits `(B, classes, rows, columns)`.
         layout: Of the label set.
         kind: See `encode_scores`.
         device: Where the annotator runs.
@@ -182,13 +182,13 @@ class Scorer:
 
     def __init__(
         self,
-        score_map_of: Callable[[torch.Tensor], torch.Tensor],
+        score_map: Callable[[torch.Tensor], torch.Tensor],
         layout: LabelSetLayout,
         kind: ScoreKind,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager],
     ):
-        self.score_map_of, self.layout, self.kind = score_map_of, layout, kind
+        self.score_map, self.layout, self.kind = score_map, layout, kind
         self.device, self.autocast = device, autocast
         self.warned = False
 
@@ -196,7 +196,7 @@ class Scorer:
     def __call__(self, pixels: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, scores and outside mass (see `encode_scores`)."""
         with self.autocast():
-            score_maps = self.score_map_of(pixels.to(self.device, non_blocking=True))
+            score_maps = self.score_map(pixels.to(self.device, non_blocking=True))
         maps = encode_scores(score_maps, self.layout.k, self.kind)
         if not self.warned:
             self._warn_of_flat_labels(maps[1], maps[2])
@@ -220,7 +220,7 @@ class ShardBuilder:
     Args:
         scorer: Annotates pixels.
         layout: What the rows share.
-        keep_damaged: Whether a picture that cannot be read gets an empty label.
+        keep_damaged: Whether an image that cannot be read gets an empty label.
     """
 
     def __init__(self, scorer: Scorer, layout: LabelSetLayout, keep_damaged: bool):
@@ -231,7 +231,7 @@ class ShardBuilder:
         """Annotates a batch; returns the shard when it is complete.
 
         Raises:
-            ValueError: If a picture cannot be read and none may be.
+            ValueError: If an image cannot be read and none may be.
         """
         damaged = [f"{key} is {image.note}" for key, image in zip(keys, images) if image.pixels is None]
         if damaged and not self.keep_damaged:

@@ -18,7 +18,7 @@ class DenseClassifier(nn.Module):
 
     Args:
         model: Classifier in evaluation mode: `pixel_values` to logits, or to an output with `logits`.
-        image_size: Height and width in pixels of the pictures that will be given.
+        image_size: Height and width in pixels of the images that will be given.
         forward_options: Keyword arguments of every forward pass.
 
     Raises:

@@ -10,23 +10,23 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .feature_layout import FeatureLayout, FeatureMap
-from .feature_search import LAYOUT_ERRORS, FeatureSearch, logits_of, two_pictures
+from .feature_search import LAYOUT_ERRORS, FeatureSearch, output_logits, probe_images
 
 
 logger = logging.get_logger(__name__)
-# weights all below this let nothing through yet: zero-initialised heads and branches, layer scale of 1e-6 (CaiT, ConvNeXt)
+# weights all below this let nothing through yet: zero-initialized heads and branches, layer scale of 1e-6 (CaiT, ConvNeXt)
 ALL_BUT_ZERO = 1e-2
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
 
 @dataclass(kw_only=True)
-class FeatureTap(FeatureLayout):
+class FeatureHook(FeatureLayout):
     """Where the features of the patch head come from.
 
     Args:
         module_name: Layer whose output they are.
         call: Which of its calls within a forward pass, from 0.
-        image_size: Height and width of the pictures in pixels.
+        image_size: Height and width of the images in pixels.
         forward_options: Keyword arguments of every forward pass.
     """
 
@@ -51,15 +51,15 @@ class FeatureTap(FeatureLayout):
         if not self.is_open:
             return
         if self.calls == self.call:
-            self.kept = self.tensor_of(output)
+            self.kept = self.select_tensor(output)
         self.calls += 1
 
     def take(self) -> torch.Tensor:
         """The features of the forward pass, `(B, rows * columns, channels)`."""
-        cells = self.cells_of(self.kept)
+        cells = self.flatten_cells(self.kept)
         if cells.shape[1] != self.grid_size[0] * self.grid_size[1]:
             raise ValueError(
-                f"The patch head was made for pictures of {self.image_size[0]} x {self.image_size[1]} pixels, on which the model "
+                f"The patch head was made for images of {self.image_size[0]} x {self.image_size[1]} pixels, on which the model "
                 f"has {self.grid_size[0]} x {self.grid_size[1]} cells; these give {cells.shape[1]} cells."
             )
         return cells
@@ -67,24 +67,24 @@ class FeatureTap(FeatureLayout):
 
 def find_features(
     model: PreTrainedModel, image_size: tuple[int, int], options: dict[str, Any]
-) -> tuple[FeatureTap, int, bool]:
-    """Where the features are, how wide, and whether they were normalised."""
+) -> tuple[FeatureHook, int, bool]:
+    """Where the features are, how wide, and whether they were normalized."""
     name = getattr(model.config, "architecture", None) or type(model).__name__
     try:
         search, found = _search(model, image_size, options)
     except LAYOUT_ERRORS as error:
         reason = _too_few_cells(model, image_size, options) or str(error).splitlines()[0]
         raise ValueError(
-            f"{name} cannot learn from token labels on pictures of {image_size[0]} x {image_size[1]} pixels: {reason}"
+            f"{name} cannot learn from token labels on images of {image_size[0]} x {image_size[1]} pixels: {reason}"
         ) from error
     if min(found.grid_size) < 2:
         raise ValueError(
-            f"{name} has {found.grid_size[0]} x {found.grid_size[1]} cells on pictures of {image_size[0]} x {image_size[1]} pixels; "
-            "token labels need at least 2 x 2. Take larger pictures."
+            f"{name} has {found.grid_size[0]} x {found.grid_size[1]} cells on images of {image_size[0]} x {image_size[1]} pixels; "
+            "token labels need at least 2 x 2. Take larger images."
         )
     names = {module: name for name, module in search.model.named_modules()}
     layout = {entry.name: getattr(found, entry.name) for entry in fields(FeatureLayout)}
-    tap = FeatureTap(
+    hook = FeatureHook(
         module_name=names[found.module],
         call=found.call,
         image_size=image_size,
@@ -92,8 +92,8 @@ def find_features(
         **layout,
     )
     with torch.no_grad():
-        features = search.features(two_pictures(image_size).to(next(model.parameters()).device), found)
-    return tap, features.shape[-1], isinstance(found.module, NORMS)
+        features = search.features(probe_images(image_size).to(next(model.parameters()).device), found)
+    return hook, features.shape[-1], isinstance(found.module, NORMS)
 
 
 def _search(
@@ -106,26 +106,26 @@ def _search(
 
 @torch.no_grad()
 def _awake_copy(model: PreTrainedModel, image_size: tuple[int, int], options: dict[str, Any]) -> PreTrainedModel:
-    """A copy for evaluation that tells two pictures apart: what an untrained model has at zero is given noise, and batch norms
-    take their statistics from the pictures."""
-    twin = copy.deepcopy(model).float()
+    """A copy for evaluation that tells two images apart: what an untrained model has at zero is given noise, and batch norms
+    take their statistics from the images."""
+    copied = copy.deepcopy(model).float()
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in twin.named_parameters():
+    for name, parameter in copied.named_parameters():
         if parameter.numel() and not name.endswith("bias") and parameter.abs().max() < ALL_BUT_ZERO:
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.add_(noise.to(parameter.device))
-    norms = [module for module in twin.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in copied.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if norms:
-        twin.eval()
+        copied.eval()
         for norm in norms:
             norm.momentum = 1.0
             norm.train()
-        twin(two_pictures(image_size).to(next(twin.parameters()).device), **options)
-    return twin.eval()
+        copied(probe_images(image_size).to(next(copied.parameters()).device), **options)
+    return copied.eval()
 
 
 def _too_few_cells(model: PreTrainedModel, image_size: tuple[int, int], options: dict[str, Any]) -> str | None:
-    """The reason for a failure, if it is that pictures are too small: on larger ones the same model has so few cells that none or one
+    """The reason for a failure, if it is that images are too small: on larger ones the same model has so few cells that none or one
     remain."""
     for factor in (2, 4):
         larger = (factor * image_size[0], factor * image_size[1])
@@ -136,25 +136,25 @@ def _too_few_cells(model: PreTrainedModel, image_size: tuple[int, int], options:
         if min(grid) // factor > 1:  # then it has another reason
             return None
         return (
-            f"on pictures of {larger[0]} x {larger[1]} it has {grid[0]} x {grid[1]} cells, on these fewer than the 2 x 2 that token "
+            f"on images of {larger[0]} x {larger[1]} it has {grid[0]} x {grid[1]} cells, on these fewer than the 2 x 2 that token "
             "labels need."
         )
     return None
 
 
-def idle_parameters(model: PreTrainedModel, tap: FeatureTap) -> list[str]:
+def unused_parameters(model: PreTrainedModel, hook: FeatureHook) -> list[str]:
     """Parameters without influence on logits and features."""
-    twin = copy.deepcopy(model).float().eval()
-    tap = copy.copy(tap)
-    tap.open()
-    twin.get_submodule(tap.module_name).register_forward_hook(tap.keep)
-    for parameter in twin.parameters():
+    copied = copy.deepcopy(model).float().eval()
+    hook = copy.copy(hook)
+    hook.open()
+    copied.get_submodule(hook.module_name).register_forward_hook(hook.keep)
+    for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    pictures = two_pictures(tap.image_size).to(next(twin.parameters()).device)
-    logits = logits_of(twin(pictures, **tap.forward_options))
-    (logits.float().sum() + tap.take().float().sum()).backward()
+    images = probe_images(hook.image_size).to(next(copied.parameters()).device)
+    logits = output_logits(copied(images, **hook.forward_options))
+    (logits.float().sum() + hook.take().float().sum()).backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    idle = [name for name, parameter in twin.named_parameters() if parameter.grad is None and name in trained]
+    idle = [name for name, parameter in copied.named_parameters() if parameter.grad is None and name in trained]
     if idle:
         logger.info("No part in the logits, and not trained: %s.", ", ".join(idle))
     return idle

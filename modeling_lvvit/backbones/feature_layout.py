@@ -27,11 +27,11 @@ class FeatureLayout:
     prefix: int = 0
     is_part: bool = False
 
-    def tensor_of(self, output: Any) -> torch.Tensor:
+    def select_tensor(self, output: Any) -> torch.Tensor:
         """The features in their own layout."""
         return output[0] if self.is_part else output
 
-    def cells_of(self, features: torch.Tensor) -> torch.Tensor:
+    def flatten_cells(self, features: torch.Tensor) -> torch.Tensor:
         """Features in their own layout to `(B, rows * columns, channels)`, row-major, without prefix."""
         if self.layout == "channels_first":
             return features.flatten(2).mT
@@ -54,7 +54,7 @@ class FeatureMap(FeatureLayout):
 
     def single_cells(self, features: torch.Tensor) -> torch.Tensor:
         """Every cell as a sample of its own, batch size times cells, row-major, in the layout of the features."""
-        cells = self.cells_of(features).flatten(0, 1)  # (B * N, C)
+        cells = self.flatten_cells(features).flatten(0, 1)  # (B * N, C)
         if self.layout == "channels_first":
             return cells[:, :, None, None]  # (B * N, C, 1, 1)
         if self.layout == "channels_last":
@@ -74,7 +74,7 @@ class FeatureMap(FeatureLayout):
         return torch.cat([features[:, : self.prefix], new], dim=1) if self.layout == "tokens" else new
 
 
-def readings(
+def candidate_layouts(
     module: nn.Module,
     call: int,
     shape: torch.Size,
@@ -105,7 +105,7 @@ def readings(
 
 
 def token_grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int] | None:
-    """Rows and columns of the largest grid of square patches over the picture that leaves 0 to 16 of the tokens over.
+    """Rows and columns of the largest grid of square patches over the image that leaves 0 to 16 of the tokens over.
 
     Args:
         num_tokens: Length of a token sequence, class and register tokens included.
@@ -115,7 +115,7 @@ def token_grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int] 
     """
     height, width = image_size
     strides = range(1, min(height, width) + 1)
-    # patches that fill the picture come first: with few cells another grid might take prefix tokens in
+    # patches that fill the image come first: with few cells another grid might take prefix tokens in
     filling = [stride for stride in strides if height % stride == width % stride == 0]
     for candidates in (filling, strides):
         for stride in candidates:

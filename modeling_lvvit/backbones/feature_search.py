@@ -1,7 +1,7 @@
 """Where an image classifier has its feature map: the last layer output that holds all that its head reads, cell by cell.
 
-No table of model families is needed. The classifier is run on two pictures, every layer output is noted, and from the last one
-backwards each is tried: it must hold everything that the logits depend on, and it must be a map of the picture.
+No table of model families is needed. The classifier is run on two images, every layer output is noted, and from the last one
+backwards each is tried: it must hold everything that the logits depend on, and it must be a map of the image.
 """
 
 from typing import Any
@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .feature_layout import FeatureMap, readings
+from .feature_layout import FeatureMap, candidate_layouts
 
 
 MAX_CANDIDATES = (
     24  # layer outputs looked at, from the last one backwards: a reading further back would skip real layers
 )
-NUM_TRIALS = 4  # pictures of which a quarter is replaced
-# what models raise for pictures, or heads for features, in a layout that they were not made for
+NUM_TRIALS = 4  # images of which a quarter is replaced
+# what models raise for images, or heads for features, in a layout that they were not made for
 LAYOUT_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
-def logits_of(output: Any) -> torch.Tensor:
+def output_logits(output: Any) -> torch.Tensor:
     """Logits `(B, C)` of an image classifier of transformers or timm.
 
     Raises:
@@ -37,7 +37,7 @@ class FeatureSearch:
 
     Args:
         model: Classifier in evaluation mode: `pixel_values` to logits, or to an output with `logits`.
-        image_size: Height and width in pixels of the pictures that will be given.
+        image_size: Height and width in pixels of the images that will be given.
         forward_options: Keyword arguments of every forward pass.
     """
 
@@ -53,8 +53,8 @@ class FeatureSearch:
                 logits of the whole map. Otherwise such a map is preferred; without one, a map that the head reads in another way
                 (with a number of rows that it knows, with two branches, by flattening) will do.
 
-        A map that the head was not run on cell by cell, or that is part of a tuple, must be seen to lie over the picture: when a
-        quarter of the picture is replaced, its cells in this quarter change most.
+        A map that the head was not run on cell by cell, or that is part of a tuple, must be seen to lie over the image: when a
+        quarter of the image is replaced, its cells in this quarter change most.
 
         Raises:
             ValueError: If there is none.
@@ -63,20 +63,20 @@ class FeatureSearch:
         outputs, logits = self._record(example)
         spread = (logits[0] - logits[1]).abs().max().item()
         if not spread > 1e-4 * logits.abs().max().item():
-            raise ValueError("It gives every picture the same scores: it is not trained, or its head is empty.")
+            raise ValueError("It gives every image the same scores: it is not trained, or its head is empty.")
         grids = [tuple(shape[2:]) for module, _, shape, _ in outputs if isinstance(module, nn.Conv2d)]
         held = []
         for output in outputs[: -MAX_CANDIDATES - 1 : -1]:
-            for reading in readings(*output, grids, self.image_size):
+            for reading in candidate_layouts(*output, grids, self.image_size):
                 if not self._holds_everything(reading, example, logits):
                     continue
                 is_certain = self._works_on_cells(reading, example, logits)
-                if is_certain and (not reading.is_part or self._lies_over_picture(reading)):
+                if is_certain and (not reading.is_part or self._lies_over_image(reading)):
                     return reading
                 held.append(reading)
         for reading in held if not is_run_on_cells else []:
             # where the head was not run, the grid must be one that the network has elsewhere
-            if reading.grid_size in grids and self._lies_over_picture(reading):
+            if reading.grid_size in grids and self._lies_over_image(reading):
                 return reading
         wanted = (
             "from which its head reads by pooling or a class token, so its cells cannot be labelled"
@@ -96,23 +96,23 @@ class FeatureSearch:
             calls += 1
             if calls != found.call + 1:
                 return None
-            changed = change(found.tensor_of(output))
+            changed = change(found.select_tensor(output))
             return changed if changed is None or not found.is_part else (changed, *output[1:])
 
         handle = found.module.register_forward_hook(replace)
         try:
-            return logits_of(self.model(pixel_values, **self.forward_options))
+            return output_logits(self.model(pixel_values, **self.forward_options))
         finally:
             handle.remove()
 
     def features(self, pixel_values: torch.Tensor, found: FeatureMap) -> torch.Tensor:
-        """Features of pictures, `(B, rows * columns, channels)`."""
+        """Features of images, `(B, rows * columns, channels)`."""
         kept = []
-        self.run(pixel_values, found, lambda features: kept.append(found.cells_of(features)))
+        self.run(pixel_values, found, lambda features: kept.append(found.flatten_cells(features)))
         return kept[0]
 
     def _example(self) -> torch.Tensor:
-        return two_pictures(self.image_size).to(next(self.model.parameters()).device)
+        return probe_images(self.image_size).to(next(self.model.parameters()).device)
 
     def _record(self, example: torch.Tensor) -> tuple[list[tuple[nn.Module, int, torch.Size, bool]], torch.Tensor]:
         """Layer outputs that could be feature maps, with call, shape and whether they are part of a tuple, in the order in which
@@ -129,13 +129,13 @@ class FeatureSearch:
 
         handles = [module.register_forward_hook(note) for module in self.model.modules()]
         try:
-            return outputs, logits_of(self.model(example, **self.forward_options)).float()
+            return outputs, output_logits(self.model(example, **self.forward_options)).float()
         finally:
             for handle in handles:
                 handle.remove()
 
     def _holds_everything(self, found: FeatureMap, example: torch.Tensor, logits: torch.Tensor) -> bool:
-        """Whether nothing passes this layer by: with the features of two pictures exchanged the logits are exchanged."""
+        """Whether nothing passes this layer by: with the features of two images exchanged the logits are exchanged."""
         try:
             return _agree(self.run(example, found, lambda features: features.flip(0)), logits.flip(0), logits)
         except LAYOUT_ERRORS:
@@ -155,7 +155,7 @@ class FeatureSearch:
         except LAYOUT_ERRORS:
             return False
 
-    def _lies_over_picture(self, found: FeatureMap) -> bool:
+    def _lies_over_image(self, found: FeatureMap) -> bool:
         """Whether cells are where their pixels are, in rows and columns."""
         rows, columns = found.grid_size
         if min(rows, columns) < 2:
@@ -166,9 +166,9 @@ class FeatureSearch:
         for mask, (bottom, right) in zip(masks, quarters):
             mask[..., _half(height, bottom), _half(width, right)] = True
         generator = torch.Generator().manual_seed(0)
-        picture, other = torch.randn(2, NUM_TRIALS, 3, height, width, generator=generator)
-        pictures = torch.cat([picture, torch.where(masks, other, picture).flatten(0, 1)])  # (5 * trials, 3, H, W)
-        cells = self.features(pictures.to(self._example()), found).float().unflatten(0, (-1, NUM_TRIALS))
+        image, other = torch.randn(2, NUM_TRIALS, 3, height, width, generator=generator)
+        images = torch.cat([image, torch.where(masks, other, image).flatten(0, 1)])  # (5 * trials, 3, H, W)
+        cells = self.features(images.to(self._example()), found).float().unflatten(0, (-1, NUM_TRIALS))
         change = (cells[1:] - cells[0]).norm(dim=-1).mean(dim=1).unflatten(1, (rows, columns))  # (4, rows, columns)
         change = torch.stack(
             [change[:, _half(rows, b), _half(columns, r)].mean(dim=(1, 2)) for b, r in quarters], dim=1
@@ -182,13 +182,13 @@ def _half(length: int, is_second: bool) -> slice:
 
 
 def _agree(left: torch.Tensor, right: torch.Tensor, logits: torch.Tensor) -> bool:
-    """Whether logits are alike, measured by how far those of two pictures lie apart."""
+    """Whether logits are alike, measured by how far those of two images lie apart."""
     tolerance = 1e-2 * (logits[0] - logits[1]).abs().max().item()
     return left.shape == right.shape and (left - right).abs().max().item() <= tolerance
 
 
-def two_pictures(image_size: tuple[int, int]) -> torch.Tensor:
-    """Two pictures that even an untrained network tells apart, noise and a slope of brightness, `(2, 3, H, W)`."""
+def probe_images(image_size: tuple[int, int]) -> torch.Tensor:
+    """Two images that even an untrained network tells apart, noise and a slope of brightness, `(2, 3, H, W)`."""
     noise = torch.randn(3, *image_size, generator=torch.Generator().manual_seed(0))
     slope = torch.linspace(-2, 2, image_size[1]).expand(3, *image_size)
     return torch.stack([noise, slope])

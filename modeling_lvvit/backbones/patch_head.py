@@ -21,8 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 
-from .feature_hook import FeatureTap, find_features, idle_parameters
-from .feature_search import two_pictures
+from .feature_hook import FeatureHook, find_features, unused_parameters
+from .feature_search import probe_images
 from .resize import must_interpolate
 
 
@@ -56,7 +56,7 @@ class PatchHeadOutput(ModelOutput):
 class PatchHeadMixin:
     """What `add_patch_head` puts in front of a classifier's class."""
 
-    feature_tap: FeatureTap
+    feature_hook: FeatureHook
     saves_patch_head = True
     # by the names that the modules have now, not those of older versions, which only `from_pretrained` can read
     saves_own_names = False
@@ -70,32 +70,32 @@ class PatchHeadMixin:
     ) -> PatchHeadOutput:
         """
         Args:
-            pixel_values: Normalised images, `(batch_size, num_channels, height, width)`.
+            pixel_values: Normalized images, `(batch_size, num_channels, height, width)`.
             labels: Class ids `(batch_size,)`; when given, `loss` is the cross-entropy of `logits`.
             mix_mask: Boolean `(batch_size, rows, columns)`, equal for both partners of a pair. The pixels of masked cells are
                 exchanged between sample b and sample B-1-b, and `patch_logits` put back. For a patch embedding without overlap
                 this is MixToken exactly: what is exchanged before it and after it are the same patches.
         """
-        tap = self.feature_tap
+        hook = self.feature_hook
         if mix_mask is not None:
             pixel_values = exchange_pixels(pixel_values, mix_mask)
         kwargs.pop("return_dict", None)
-        tap.open()
+        hook.open()
         try:
-            outputs = super().forward(pixel_values=pixel_values, **{**tap.forward_options, **kwargs})
-            features = tap.take()
+            outputs = super().forward(pixel_values=pixel_values, **{**hook.forward_options, **kwargs})
+            features = hook.take()
         finally:
-            tap.close()
+            hook.close()
         if mix_mask is not None:
             features = torch.where(mix_mask.flatten(1).unsqueeze(-1), features.flip(0), features)
         loss = nn.functional.cross_entropy(outputs.logits, labels) if labels is not None else None
         others = (getattr(outputs, name, None) for name in ("hidden_states", "attentions"))
-        return PatchHeadOutput(loss, outputs.logits, outputs.logits, patch_head_of(self)(features), *others)
+        return PatchHeadOutput(loss, outputs.logits, outputs.logits, get_patch_head(self)(features), *others)
 
     @property
     def patch_grid_size(self) -> tuple[int, int]:
         """Rows and columns of `patch_logits`."""
-        return self.feature_tap.grid_size
+        return self.feature_hook.grid_size
 
     def save_pretrained(
         self,
@@ -136,7 +136,7 @@ def exchange_pixels(pixel_values: torch.Tensor, mix_mask: torch.Tensor) -> torch
 
     Args:
         pixel_values: `(batch_size, channels, height, width)`.
-        mix_mask: Boolean `(batch_size, rows, columns)`; where the picture cannot be divided evenly, pixels follow the nearest cell.
+        mix_mask: Boolean `(batch_size, rows, columns)`; where the image cannot be divided evenly, pixels follow the nearest cell.
     """
     mask = nn.functional.interpolate(mix_mask.unsqueeze(1).float(), size=pixel_values.shape[-2:], mode="nearest-exact")
     return torch.where(mask.bool(), pixel_values.flip(0), pixel_values)
@@ -147,7 +147,7 @@ def has_patch_head(model: nn.Module) -> bool:
     return "mix_mask" in inspect.signature(model.forward).parameters
 
 
-def patch_head_of(model: nn.Module) -> nn.Module:
+def get_patch_head(model: nn.Module) -> nn.Module:
     """The added patch head."""
     return _owner(model).patch_head
 
@@ -155,16 +155,16 @@ def patch_head_of(model: nn.Module) -> nn.Module:
 def add_patch_head(model: nn.Module, image_size: tuple[int, int]) -> PreTrainedModel:
     """Gives a classifier a patch head with random weights.
 
-    The features are found by running a copy of the model on two pictures. Parameters that take no part in the logits (mask tokens,
+    The features are found by running a copy of the model on two images. Parameters that take no part in the logits (mask tokens,
     auxiliary heads) are frozen, so that distributed training does not wait for their gradients.
 
     Args:
         model: Image classifier of transformers, which is changed and returned; or of timm, which is returned within a
             `TimmWrapperForImageClassification`.
-        image_size: Height and width of the pictures in pixels.
+        image_size: Height and width of the images in pixels.
 
     Raises:
-        ValueError: If the model has a patch head already, no spatial features from which its head reads, takes no pictures of this size, or has fewer than
+        ValueError: If the model has a patch head already, no spatial features from which its head reads, takes no images of this size, or has fewer than
             2 x 2 cells on them.
     """
     if has_patch_head(model):
@@ -174,23 +174,23 @@ def add_patch_head(model: nn.Module, image_size: tuple[int, int]) -> PreTrainedM
     options = {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
     if options:
         logger.warning(
-            "%s was made for other pictures than %d x %d: its position table is resized in every forward pass, and later users of "
+            "%s was made for other images than %d x %d: its position table is resized in every forward pass, and later users of "
             "the trained model must ask for this (interpolate_pos_encoding=True), unless `resize_classifier` makes it fit.",
             type(model).__name__,
             *image_size,
         )
-    tap, width, is_normed = find_features(model, tuple(image_size), options)
-    for name in idle_parameters(model, tap):
+    hook, width, is_normed = find_features(model, tuple(image_size), options)
+    for name in unused_parameters(model, hook):
         model.get_parameter(name).requires_grad_(False)
     head = nn.Linear(width, model.config.num_labels)
     nn.init.trunc_normal_(head.weight, std=INITIALIZER_RANGE)
     nn.init.zeros_(head.bias)
-    # features that the classifier itself normalises only after pooling are normalised for the patch head too
+    # features that the classifier itself normalizes only after pooling are normalized for the patch head too
     parameter = next(model.parameters())
     head = nn.Sequential(nn.Identity() if is_normed else nn.LayerNorm(width), head).to(parameter)
     _owner(model).patch_head = head
-    model.feature_tap = tap
-    model.get_submodule(tap.module_name).register_forward_hook(tap.keep)
+    model.feature_hook = hook
+    model.get_submodule(hook.module_name).register_forward_hook(hook.keep)
     model.__class__ = _class_with_patch_head(type(model))
     return model
 
@@ -206,7 +206,7 @@ def load_patch_head(model: PreTrainedModel, path: str, revision: str | None = No
     Returns:
         Whether there were any.
     """
-    head = patch_head_of(model)
+    head = get_patch_head(model)
     expected, found = head.state_dict(), {}
     for file in _weight_files(path, revision):
         with safe_open(file, framework="pt") as weights:
@@ -264,12 +264,12 @@ def _in_transformers(model: nn.Module, image_size: tuple[int, int]) -> PreTraine
     for model_args in (None, {"img_size": list(image_size)}):
         config = TimmWrapperConfig(architecture=name, num_labels=model.num_classes, model_args=model_args)
         with suppress(TypeError), torch.random.fork_rng(devices=[]):  # a network without a fixed input size
-            twin = TimmWrapperForImageClassification(config)
-            if {key: value.shape for key, value in twin.timm_model.state_dict().items()} == shapes:
-                twin.timm_model.load_state_dict(model.state_dict())
-                if _agree(twin.timm_model.to(next(model.parameters())), model, image_size):
-                    twin.timm_model = model
-                    return twin
+            copied = TimmWrapperForImageClassification(config)
+            if {key: value.shape for key, value in copied.timm_model.state_dict().items()} == shapes:
+                copied.timm_model.load_state_dict(model.state_dict())
+                if _agree(copied.timm_model.to(next(model.parameters())), model, image_size):
+                    copied.timm_model = model
+                    return copied
     raise ValueError(
         f"{name} was made with other arguments than its own, with which it could not be loaded again. Make it with "
         "TimmWrapperForImageClassification(TimmWrapperConfig(architecture, model_args={...}, num_labels=...))."
@@ -279,10 +279,10 @@ def _in_transformers(model: nn.Module, image_size: tuple[int, int]) -> PreTraine
 @torch.no_grad()
 def _agree(one: nn.Module, other: nn.Module, image_size: tuple[int, int]) -> bool:
     """Whether two models give the same logits; pooling, for example, has no weights that would tell."""
-    pictures = two_pictures(image_size).to(next(one.parameters()))
+    images = probe_images(image_size).to(next(one.parameters()))
     logits = []
     for model in (one, other):
         was_training = model.training
-        logits.append(model.eval()(pictures))
+        logits.append(model.eval()(images))
         model.train(was_training)
     return torch.allclose(*logits, atol=1e-5, rtol=1e-3)

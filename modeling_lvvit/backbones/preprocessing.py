@@ -1,4 +1,4 @@
-"""From pictures to the input of a classifier that was trained elsewhere."""
+"""From images to the input of a classifier that was trained elsewhere."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,14 +15,14 @@ Fit = Literal["squash", "pad", "center_crop"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a picture of any size to the input of an annotator.
+    """From an image of any size to the input of an annotator.
 
     Args:
         image_size: Input height and width in pixels.
         scale, offset: Per channel: input = scale * value + offset, values 0 to 255.
         resample: Filter of Pillow.
-        fit: How a picture of another shape is brought to the input: `"squash"` resizes it without keeping its aspect
-            ratio; `"pad"` keeps the ratio and fills the borders with the mean colour; `"center_crop"` keeps the ratio and
+        fit: How an image of another shape is brought to the input: `"squash"` resizes it without keeping its aspect
+            ratio; `"pad"` keeps the ratio and fills the borders with the mean color; `"center_crop"` keeps the ratio and
             cuts off what is longer (what the authors of the paper did).
     """
 
@@ -33,14 +33,14 @@ class Preprocessing:
     fit: Fit = "squash"
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, tuple[float, float, float, float]]:
-        """An RGB picture to pixels uint8 `[3, height, width]`, and the region of the picture that they show: (left, top,
-        right, bottom) as fractions of the picture, below 0 or above 1 where they show a border."""
+        """An RGB image to pixels uint8 `[3, height, width]`, and the region of the image that they show: (left, top,
+        right, bottom) as fractions of the image, below 0 or above 1 where they show a border."""
         (width, height), (rows, columns) = image.size, self.image_size
         if self.fit == "squash":
             return F.pil_to_tensor(image.resize((columns, rows), self.resample)), (0.0, 0.0, 1.0, 1.0)
         scales = (columns / width, rows / height)
         ratio = min(scales) if self.fit == "pad" else max(scales)
-        shown = (columns / ratio, rows / ratio)  # size of the region, in pixels of the picture
+        shown = (columns / ratio, rows / ratio)  # size of the region, in pixels of the image
         left, top = (width - shown[0]) / 2, (height - shown[1]) / 2
         box = (left / width, top / height, (left + shown[0]) / width, (top + shown[1]) / height)
         if self.fit == "center_crop":
@@ -61,20 +61,20 @@ class Preprocessing:
 
 
 def probe_processor(processor: Any, image_size: tuple[int, int] | None = None) -> Preprocessing:
-    """What an image processor does to colours, and the size of what it gives; found by giving it black, white and red pictures: one
+    """What an image processor does to colors, and the size of what it gives; found by giving it black, white and red images: one
     reading for all processors.
 
     Args:
         processor: Image processor of transformers.
-        image_size: Height and width in pixels to assume where it does not make all pictures the same size.
+        image_size: Height and width in pixels to assume where it does not make all images the same size.
 
     Raises:
-        ValueError: If it does something else to colours than to scale and shift them, or gives several sizes and none is assumed.
+        ValueError: If it does something else to colors than to scale and shift them, or gives several sizes and none is assumed.
     """
-    size = fixed_size_of(processor) or image_size
+    size = processor_image_size(processor) or image_size
     if size is None:
         raise ValueError(
-            f"{type(processor).__name__} does not bring pictures to one size; say which height and width in pixels they shall have."
+            f"{type(processor).__name__} does not bring images to one size; say which height and width in pixels they shall have."
         )
     black, white, red = (
         _center(_output(processor, Image.new("RGB", (256, 256), color)))
@@ -88,28 +88,28 @@ def probe_processor(processor: Any, image_size: tuple[int, int] | None = None) -
     return Preprocessing(size, tuple(scale.tolist()), tuple(black.tolist()), _filter_of(processor))
 
 
-def fixed_size_of(processor: Any) -> tuple[int, int] | None:
-    """Height and width in pixels to which an image processor brings all pictures, `None` if there are several."""
+def processor_image_size(processor: Any) -> tuple[int, int] | None:
+    """Height and width in pixels to which an image processor brings all images, `None` if there are several."""
     sizes = {tuple(_output(processor, Image.new("RGB", size)).shape[-2:]) for size in ((320, 200), (200, 320))}
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def view_of(processor: Any) -> tuple[float, float]:
-    """Shares of the width and of the height that an image processor shows of a picture of 8:5, each in (0, 1].
+def processor_view(processor: Any) -> tuple[float, float]:
+    """Shares of the width and of the height that an image processor shows of an image of 8:5, each in (0, 1].
 
-    Example: a picture that is squashed gives (1, 1); one whose centre square is cut out (0.625, 1); one that is squashed to 256 x 256
+    Example: an image that is squashed gives (1, 1); one whose center square is cut out (0.625, 1); one that is squashed to 256 x 256
     pixels and cropped to 224 x 224 (0.875, 0.875).
     """
     width, height = 640, 400
     ramps = [np.linspace(0, 255, length).round().astype(np.uint8) for length in (width, height)]
-    pictures = [np.broadcast_to(ramps[0], (height, width)), np.broadcast_to(ramps[1][:, None], (height, width))]
+    images = [np.broadcast_to(ramps[0], (height, width)), np.broadcast_to(ramps[1][:, None], (height, width))]
     black, white = (
         _center(_output(processor, Image.new("RGB", (width, height), (level,) * 3)))[0] for level in (0, 255)
     )
     shares = []
-    for axis, picture in zip((1, 0), pictures):
-        values = _output(processor, Image.fromarray(picture).convert("RGB"))[0]
-        places = ((values - black) / (white - black)).mean(dim=1 - axis).double()  # of columns or rows, in the picture
+    for axis, image in zip((1, 0), images):
+        values = _output(processor, Image.fromarray(image).convert("RGB"))[0]
+        places = ((values - black) / (white - black)).mean(dim=1 - axis).double()  # of columns or rows, in the image
         number = torch.arange(len(places), dtype=torch.float64)
         number -= number.mean()
         step = (number @ places / (number @ number)).item()  # from one to the next, by least squares
@@ -117,8 +117,8 @@ def view_of(processor: Any) -> tuple[float, float]:
     return shares[0], shares[1]
 
 
-def _output(processor: Any, picture: Image.Image) -> torch.Tensor:
-    return processor(images=picture, return_tensors="pt")["pixel_values"][0].float()
+def _output(processor: Any, image: Image.Image) -> torch.Tensor:
+    return processor(images=image, return_tensors="pt")["pixel_values"][0].float()
 
 
 def _center(values: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Classifiers on pictures of another size than they were made for."""
+"""Classifiers on images of another size than they were made for."""
 
 import copy
 import inspect
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from .feature_layout import MAX_PREFIX_TOKENS
-from .feature_search import LAYOUT_ERRORS, logits_of, two_pictures
+from .feature_search import LAYOUT_ERRORS, output_logits, probe_images
 
 
 RELATIVE_TABLE = "relative_position_bias_table"  # a row for each offset of two cells
@@ -35,8 +35,8 @@ def must_interpolate(model: nn.Module, image_size: tuple[int, int]) -> bool:
 
 
 def resize_classifier(model: PreTrainedModel, image_size: tuple[int, int]) -> PreTrainedModel:
-    """A classifier made for pictures of another size: its position tables are resized once, as it would itself do in every forward
-    pass, and whoever loads it later gives it pictures of the new size without further ado.
+    """A classifier made for images of another size: its position tables are resized once, as it would itself do in every forward
+    pass, and whoever loads it later gives it images of the new size without further ado.
 
     Args:
         model: Image classifier of transformers, or `TimmWrapperForImageClassification`.
@@ -48,7 +48,7 @@ def resize_classifier(model: PreTrainedModel, image_size: tuple[int, int]) -> Pr
     Returns:
         A new model with the weights of the old one; or the old one, if it has no fixed size or cannot be changed.
     """
-    if hasattr(model, "feature_tap"):
+    if hasattr(model, "feature_hook"):
         raise ValueError("Resize the model before it gets its patch head, which is made for one size.")
     image_size, old_size = tuple(image_size), own_image_size(model)
     if old_size in (None, image_size):
@@ -78,9 +78,9 @@ def _rebuilt(model: PreTrainedModel, old_size: tuple[int, int], image_size: tupl
         is_number = height == width and not isinstance(part.image_size, (list, tuple))
         part.image_size = height if is_number else [height, width]
     with torch.random.fork_rng(devices=[]):
-        twin = type(model)(config)
+        copied = type(model)(config)
     state = model.state_dict()
-    for name, value in twin.state_dict().items():
+    for name, value in copied.state_dict().items():
         if name not in state or state[name].shape == value.shape:
             continue
         if not value.is_floating_point():  # an index of cells
@@ -91,8 +91,8 @@ def _rebuilt(model: PreTrainedModel, old_size: tuple[int, int], image_size: tupl
             # the two libraries differ in how they make a table smaller
             is_timm = isinstance(model, TimmWrapperForImageClassification)
             state[name] = _resize_positions(state[name], value.shape, old_size, image_size, is_timm)
-    twin.load_state_dict(state)
-    return twin.float().to(next(model.parameters()).device)
+    copied.load_state_dict(state)
+    return copied.float().to(next(model.parameters()).device)
 
 
 def _resize_positions(
@@ -125,7 +125,7 @@ def _grids(
         if 0 <= prefix <= MAX_PREFIX_TOKENS and length - math.prod(grid) == prefix:
             found.append((prefix, old_grid, grid))
     if not found:
-        raise ValueError(f"Tables of {old_length} and {length} rows are no position tables of such pictures.")
+        raise ValueError(f"Tables of {old_length} and {length} rows are no position tables of such images.")
     return min(found)
 
 
@@ -146,7 +146,7 @@ def _resize_offsets(
 
 
 def _offset_grid(length: int, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Numbers of vertical and horizontal offsets between the cells of a picture."""
+    """Numbers of vertical and horizontal offsets between the cells of an image."""
     for patch_size in range(1, min(image_size) + 1):
         rows, columns = (2 * (side // patch_size) - 1 for side in image_size)
         if rows * columns + CLASS_TOKEN_ROWS == length:
@@ -162,12 +162,12 @@ def _is_right(
     model: PreTrainedModel, resized: PreTrainedModel, old_size: tuple[int, int], image_size: tuple[int, int]
 ) -> bool:
     """Whether a resized model runs, and gives the logits of the old one where that resizes its tables itself; in float32."""
-    pictures = two_pictures(image_size).to(next(model.parameters()).device)
-    found = logits_of(resized.eval()(pictures))
+    images = probe_images(image_size).to(next(model.parameters()).device)
+    found = output_logits(resized.eval()(images))
     is_square = old_size[0] == old_size[1]  # transformers takes other tables for square ones
     options = {"interpolate_pos_encoding": True} if _can_interpolate(model) else {}
     try:
-        expected = logits_of(copy.deepcopy(model).float().eval()(pictures, **options)) if is_square else found
+        expected = output_logits(copy.deepcopy(model).float().eval()(images, **options)) if is_square else found
     except LAYOUT_ERRORS:  # it takes no other size
         return True
     spread = (expected[0] - expected[1]).abs().max().item()

@@ -28,7 +28,7 @@ from ..data.atomic_files import write_json
 from .comparison import compare_loaders, compare_models
 from .data_loading import LOADERS
 from .measure import device_name
-from .models import OPTIONS, Contestant, Setting
+from .models import OPTIONS, BenchmarkModel, Setting
 from .published_comparison import compare_published, published_table
 from .published_results import published_rows
 from .report import table
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("mode", nargs="?", choices=MODES, help="what to measure; default: a quick look at all")
-    parser.add_argument("contestants", nargs="*", help=f"models; in mode data some of {', '.join(LOADERS)}")
+    parser.add_argument("models", nargs="*", help=f"models; in mode data some of {', '.join(LOADERS)}")
     parser.add_argument(
         "--table", nargs="*", metavar="NETWORK", help="the published comparison, or some networks of it"
     )
@@ -89,16 +89,16 @@ def check(args: argparse.Namespace) -> None:
     if args.table is not None:
         check_table(args)
     elif args.mode == "data":
-        unknown = [name for name in args.contestants if name not in LOADERS]
+        unknown = [name for name in args.models if name not in LOADERS]
         if unknown:
             raise ValueError(f"Unknown loader {unknown[0]!r}; expected some of {', '.join(LOADERS)}.")
     elif args.mode is not None:
-        for text in args.contestants:
-            Contestant.parse(text).check_mode(args.mode)
+        for text in args.models:
+            BenchmarkModel.parse(text).check_mode(args.mode)
 
 
 def check_table(args: argparse.Namespace) -> None:
-    """Raises a `ValueError` if `--table` stands beside a mode, or has unknown networks or options."""
+    """Raises a `ValueError` if `--table` stands next to a mode, or has unknown networks or options."""
     if args.mode is not None:
         raise ValueError(f"--table measures models of its own: leave out {args.mode}.")
     if len(args.batch_sizes or [1]) > 1:
@@ -106,7 +106,7 @@ def check_table(args: argparse.Namespace) -> None:
     published_rows(args.table)
     if args.ceiling or args.images:
         raise ValueError("--ceiling and --images do nothing with --table.")
-    Contestant.parse("+".join(["timm/resnet50", *args.options])).check_mode("inference")
+    BenchmarkModel.parse("+".join(["timm/resnet50", *args.options])).check_mode("inference")
 
 
 def environment(args: argparse.Namespace) -> dict[str, object]:
@@ -123,16 +123,16 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
     """Measures what was asked for and prints a table for each comparison."""
     if args.table is not None:
         return run_table(args)
-    plan = [(args.mode, args.contestants)] if args.mode else QUICK
+    plan = [(args.mode, args.models)] if args.mode else QUICK
     rounds = args.rounds or (7 if args.mode else 3)
     rows = []
-    for mode, contestants in plan:
+    for mode, models in plan:
         for batch_size in args.batch_sizes or [16]:
             setting = Setting(torch.device(args.device), batch_size, args.num_classes)
             if mode == "data":
-                found = compare_loaders(contestants or list(LOADERS), setting, rounds, args.images)
+                found = compare_loaders(models or list(LOADERS), setting, rounds, args.images)
             else:
-                models = contestants or ["original/lvvit_s_224", "lvvit_s_224", "timm/deit_small_patch16_224"]
+                models = models or ["original/lvvit_s_224", "lvvit_s_224", "timm/deit_small_patch16_224"]
                 found = compare_models(mode, models, setting, rounds, args.images, with_ceiling=args.ceiling)
             print(f"\n{mode}, batch size {batch_size}, {args.device}\n{table(found)}", flush=True)
             rows += found

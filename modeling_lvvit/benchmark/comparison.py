@@ -1,4 +1,4 @@
-"""Comparisons: what is measured of each contestant."""
+"""Comparisons: what is measured of each benchmark_model."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -11,9 +11,9 @@ import torch
 
 from ..data.sources import open_splits
 from .data_loading import endless, loader_call, synthetic_rows, token_label_loader, with_label_maps
-from .interleaved_timing import Entry, Times, median_ratio, take_turns
+from .interleaved_timing import Entry, Times, median_ratio, time_interleaved
 from .measure import count_flops, matmul_ceiling
-from .models import Contestant, Setting, inference_call, training_call
+from .models import BenchmarkModel, Setting, inference_call, training_call
 
 
 SYNTHETIC_IMAGES = 256
@@ -33,28 +33,28 @@ def compare_models(
 
     Args:
         mode: `"inference"`; `"training"`, steps on one batch; `"run"`, steps that take a new batch each.
-        specifications: See `Contestant.parse`; the first is what the others are compared with.
+        specifications: See `BenchmarkModel.parse`; the first is what the others are compared with.
         setting: What they share.
         rounds: Times that each is taken.
-        images: Source of pictures for `"run"`; default: synthetic ones.
+        images: Source of images for `"run"`; default: synthetic ones.
 
     Returns:
         A row for each, with `parameters`, `gflops` (of one image forward), `milliseconds` (median) and `seconds` (all),
         `images_per_second`, `ratio`, `peak_megabytes` and asked for `ceiling_share`.
     """
-    contestants = {text: Contestant.parse(text) for text in specifications}
-    entries = {text: model_entry(mode, contestant, setting, images) for text, contestant in contestants.items()}
-    times = take_turns(entries, setting.device, rounds)
+    models = {text: BenchmarkModel.parse(text) for text in specifications}
+    entries = {text: model_entry(mode, benchmark_model, setting, images) for text, benchmark_model in models.items()}
+    times = time_interleaved(entries, setting.device, rounds)
     first = times[specifications[0]]
     rows = []
-    for text, contestant in contestants.items():
-        parameters, flops = size_of(contestant, setting.num_classes)
-        row = {"mode": mode, "contestant": text, "batch_size": setting.batch_size, "parameters": parameters}
-        row |= {"gflops": flops / 1e9, **speed_of(times[text], first, setting.batch_size)}
+    for text, benchmark_model in models.items():
+        parameters, flops = count_size(benchmark_model, setting.num_classes)
+        row = {"mode": mode, "model": text, "batch_size": setting.batch_size, "parameters": parameters}
+        row |= {"gflops": flops / 1e9, **relative_speed(times[text], first, setting.batch_size)}
         row["ratio_per_flop"] = row["ratio"] * row["gflops"] / (rows[0]["gflops"] if rows else row["gflops"])
         if with_ceiling:
             speed = flops * row["images_per_second"] * (1 if mode == "inference" else TRAINING_FLOPS)
-            row["ceiling_share"] = speed / matmul_ceiling(setting.device, contestant.dtype)
+            row["ceiling_share"] = speed / matmul_ceiling(setting.device, benchmark_model.dtype)
         rows.append(row)
     return rows
 
@@ -65,35 +65,37 @@ def compare_loaders(
     """Times loaders in turn, an epoch of 224 x 224 at a time, on one thread each."""
     rows = _image_rows(images, 1000)
     if len(rows) < setting.batch_size:
-        raise ValueError(f"{images} has {len(rows)} pictures, fewer than a batch of {setting.batch_size}.")
+        raise ValueError(f"{images} has {len(rows)} images, fewer than a batch of {setting.batch_size}.")
     entries = {
         name: Entry(partial(loader_call, name, rows, setting.batch_size, (224, 224), (14, 14)), threads=1)
         for name in names
     }
-    times = take_turns(entries, torch.device("cpu"), rounds)
+    times = time_interleaved(entries, torch.device("cpu"), rounds)
     images_an_epoch = len(rows) // setting.batch_size * setting.batch_size
     return [
-        {"mode": "data", "contestant": name, "batch_size": setting.batch_size}
-        | speed_of(times[name], times[names[0]], images_an_epoch)
+        {"mode": "data", "model": name, "batch_size": setting.batch_size}
+        | relative_speed(times[name], times[names[0]], images_an_epoch)
         for name in names
     ]
 
 
-def model_entry(mode: str, contestant: Contestant, setting: Setting, images: str | None = None) -> Entry:
+def model_entry(mode: str, benchmark_model: BenchmarkModel, setting: Setting, images: str | None = None) -> Entry:
     """A model that takes part, see `compare_models`."""
-    return Entry(partial(_call, mode, contestant, setting, images), torch.get_num_threads(), contestant.keeps_memory)
+    return Entry(
+        partial(_call, mode, benchmark_model, setting, images), torch.get_num_threads(), benchmark_model.keeps_memory
+    )
 
 
-def size_of(contestant: Contestant, num_classes: int | None) -> tuple[int, float]:
+def count_size(benchmark_model: BenchmarkModel, num_classes: int | None) -> tuple[int, float]:
     """Parameters, and FLOPs of one image forward, before any option."""
-    plain = replace(contestant, options=frozenset())
+    plain = replace(benchmark_model, options=frozenset())
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in plain.build(num_classes).parameters())
     return parameters, count_flops(lambda: plain.build(num_classes), plain.image_size())
 
 
-def speed_of(times: Times, reference: Times, images: int) -> dict[str, object]:
-    """What is said of the speed of a contestant that takes so many images a turn."""
+def relative_speed(times: Times, reference: Times, images: int) -> dict[str, object]:
+    """What is said of the speed of a benchmark_model that takes so many images a turn."""
     median = statistics.median(times.seconds)
     return {
         "milliseconds": 1000 * median,
@@ -104,21 +106,23 @@ def speed_of(times: Times, reference: Times, images: int) -> dict[str, object]:
     }
 
 
-def _call(mode: str, contestant: Contestant, setting: Setting, images: str | None) -> Callable[[], object]:
+def _call(mode: str, benchmark_model: BenchmarkModel, setting: Setting, images: str | None) -> Callable[[], object]:
     if mode == "inference":
-        return inference_call(contestant, setting)
-    return training_call(contestant, setting, _batches(mode, contestant, setting, images))
+        return inference_call(benchmark_model, setting)
+    return training_call(benchmark_model, setting, _batches(mode, benchmark_model, setting, images))
 
 
 def _batches(
-    mode: str, contestant: Contestant, setting: Setting, images: str | None
+    mode: str, benchmark_model: BenchmarkModel, setting: Setting, images: str | None
 ) -> Iterator[dict[str, torch.Tensor]]:
     rows = _image_rows(
-        images, contestant.num_classes(setting.num_classes), setting.batch_size if mode == "training" else None
+        images, benchmark_model.num_classes(setting.num_classes), setting.batch_size if mode == "training" else None
     )
     torch.manual_seed(0)
-    has_maps = "plain" not in contestant.options or mode == "training"
-    loader = token_label_loader(rows, setting.batch_size, contestant.image_size(), contestant.grid_size(), has_maps)
+    has_maps = "plain" not in benchmark_model.options or mode == "training"
+    loader = token_label_loader(
+        rows, setting.batch_size, benchmark_model.image_size(), benchmark_model.grid_size(), has_maps
+    )
     if mode == "run":
         return endless(loader)
     batch = next(iter(loader))

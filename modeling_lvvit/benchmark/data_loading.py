@@ -19,7 +19,7 @@ from ..token_labeling import TokenLabelCollator, TokenLabelDataset, TrainTransfo
 
 LOADERS = ("token_labels", "plain_labels", "timm", "torchvision")
 ANNOTATOR_CELLS, TOP_K = 18, 5
-CLASSES_IN_A_PICTURE = 40
+CLASSES_IN_A_IMAGE = 40
 
 
 def synthetic_rows(count: int, num_classes: int, image_size: tuple[int, int] = (500, 375), seed: int = 0):
@@ -64,7 +64,7 @@ def with_label_maps(rows: datasets.Dataset, num_classes: int, seed: int = 0) -> 
 
 def synthetic_label_map(num_classes: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Ids and scores `[5, 18, 18]` of a smooth map that names a few dozen classes."""
-    named = rng.choice(num_classes, min(CLASSES_IN_A_PICTURE, num_classes), replace=False)
+    named = rng.choice(num_classes, min(CLASSES_IN_A_IMAGE, num_classes), replace=False)
     coarse = torch.from_numpy(rng.normal(0, 6, (1, len(named), 5, 5)).astype(np.float32))
     smooth = torch.nn.functional.interpolate(coarse, size=(ANNOTATOR_CELLS, ANNOTATOR_CELLS), mode="bicubic")[0]
     ids, scores = encode_top_k(smooth, min(TOP_K, len(named)))
@@ -89,7 +89,7 @@ def token_label_loader(
 
 
 class _Files(torch.utils.data.Dataset):
-    """Pictures and labels as plain pipelines read them: open, convert, transform."""
+    """Images and labels as plain pipelines read them: open, convert, transform."""
 
     def __init__(self, rows: datasets.Dataset, transform: Callable | None = None):
         rows = rows.cast_column("image", datasets.Image(decode=False))
@@ -100,8 +100,8 @@ class _Files(torch.utils.data.Dataset):
         return len(self.contents)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        picture = Image.open(io.BytesIO(self.contents[index])).convert("RGB")
-        return self.transform(picture), self.labels[index]
+        image = Image.open(io.BytesIO(self.contents[index])).convert("RGB")
+        return self.transform(image), self.labels[index]
 
 
 def timm_loader(rows: datasets.Dataset, batch_size: int, image_size: tuple[int, int]) -> torch.utils.data.DataLoader:
@@ -144,7 +144,7 @@ def torchvision_loader(
 def loader_call(
     name: str, rows: datasets.Dataset, batch_size: int, image_size: tuple[int, int], grid_size: tuple[int, int]
 ) -> Callable[[], object]:
-    """A call that takes all batches of an epoch of a loader of `LOADERS`, drawn anew."""
+    """A call that takes all batches of an epoch of a loader of `LOADERS`, drawn again."""
     if name == "timm":
         loader = timm_loader(rows, batch_size, image_size)
     elif name == "torchvision":

@@ -1,4 +1,4 @@
-"""Taking turns: every contestant in a process of its own, so that none finds the heap or the caches that another left."""
+"""Taking turns: every benchmark_model in a process of its own, so that none finds the heap or the caches that another left."""
 
 import multiprocessing
 import statistics
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 
 from ..launching import keep_freed_memory
-from .measure import memory_now, peak_memory, seconds_of
+from .measure import memory_now, peak_memory, time_call
 
 
 # on a GPU calls are queued: enough of them between two looks at the clock that these do not count
-MIN_SECONDS_BETWEEN_SYNCHRONISATIONS = 0.05
+MIN_SECONDS_BETWEEN_SYNCHRONIZATIONS = 0.05
 # threads of the one before look out for work for some milliseconds before they sleep
 PAUSE_SECONDS = 0.05
 
@@ -44,7 +44,9 @@ class Times:
     peak_bytes: int = 0
 
 
-def take_turns(entries: dict[str, Entry], device: torch.device, rounds: int, warmup: int = 2) -> dict[str, Times]:
+def time_interleaved(
+    entries: dict[str, Entry], device: torch.device, rounds: int, warmup: int = 2
+) -> dict[str, Times]:
     """Times calls in turn, so that whatever slows the machine down slows all of them.
 
     Args:
@@ -75,7 +77,7 @@ def take_turns(entries: dict[str, Entry], device: torch.device, rounds: int, war
 
 
 @dataclass
-class _Contestant:
+class _WorkerProcess:
     """The one of this process."""
 
     device: torch.device
@@ -83,7 +85,7 @@ class _Contestant:
     call: Callable[[], object]
 
 
-_own: _Contestant | None = None
+_own: _WorkerProcess | None = None
 
 
 def _begin(entry: Entry, device: torch.device, warmup: int) -> int:
@@ -94,16 +96,16 @@ def _begin(entry: Entry, device: torch.device, warmup: int) -> int:
     if entry.keeps_memory:
         keep_freed_memory()
     before = memory_now(device)
-    _own = _Contestant(device, before, entry.prepare())
+    _own = _WorkerProcess(device, before, entry.prepare())
     for _ in range(warmup):
         _own.call()
     if device.type == "cpu":
         return 1
-    return max(1, round(MIN_SECONDS_BETWEEN_SYNCHRONISATIONS / _take(3)))
+    return max(1, round(MIN_SECONDS_BETWEEN_SYNCHRONIZATIONS / _take(3)))
 
 
 def _take(repeats: int) -> float:
-    return seconds_of(_own.call, _own.device, repeats)
+    return time_call(_own.call, _own.device, repeats)
 
 
 def _peak() -> int:

@@ -30,7 +30,7 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+def time_call(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
     """Mean duration of a call."""
     synchronize(device)
     start = time.perf_counter()
@@ -49,13 +49,13 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     best = 0.0
     for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        picture = left.view(1, 1, size, size).permute(0, 3, 1, 2)  # (1, size, 1, size), channels last
+        image = left.view(1, 1, size, size).permute(0, 3, 1, 2)  # (1, size, 1, size), channels last
         calls = (
             lambda left=left, right=right: left @ right,
-            lambda picture=picture, right=right: nn.functional.conv2d(picture, right[:, :, None, None]),
+            lambda image=image, right=right: nn.functional.conv2d(image, right[:, :, None, None]),
         )
         with torch.no_grad():
-            seconds = min(seconds_of(call, device, CEILING_REPEATS) for call in calls for _ in range(CEILING_ROUNDS))
+            seconds = min(time_call(call, device, CEILING_REPEATS) for call in calls for _ in range(CEILING_ROUNDS))
         best = max(best, 2 * size**3 / seconds)
     return best
 

@@ -15,7 +15,7 @@ from ..export.verification import exported_runner
 from ..modeling_lvvit import LVViTForImageClassification
 from ..original.model import OriginalLVViT, original_loss
 from ..token_labeling import TokenLabelTrainingArguments
-from ..token_labeling.losses import LABEL_FIELDS, TokenLabelingObjective
+from ..token_labeling.losses import LABEL_FIELDS, TokenLabelingLoss
 from ..variants import VARIANTS, variant_config
 
 
@@ -40,7 +40,7 @@ OPTIONS = {
         TRAINING | INFERENCE,
         "freed memory stays in the process, as with train_tl.py; on a CPU",
     ),
-    "channels_last": (EVERYONE, TRAINING | INFERENCE, "weights and pictures in channels-last layout"),
+    "channels_last": (EVERYONE, TRAINING | INFERENCE, "weights and images in channels-last layout"),
     "fused": (OURS, INFERENCE, "batch norms and residual divisor folded in"),
     "deployed": (OURS, INFERENCE, "prepare_for_inference: fused, compiled, packed"),
     "int8": (OURS, INFERENCE, "deployed, with 8-bit weights; on a CPU"),
@@ -52,7 +52,7 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contestants of a comparison share.
+    """What all models of a comparison share.
 
     Args:
         device: Where they run.
@@ -66,14 +66,14 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class BenchmarkModel:
     """A model and how it runs, written `NAME@SIDE+option+option`.
 
     Args:
         source: `"ours"`, `"timm"` or `"original"` (the authors' model and step, rendered plainly).
         name: A published size, a folder with a saved model of ours, or a model of timm.
         options: Of `OPTIONS`.
-        side: Of its square pictures in pixels; default: its own size.
+        side: Of its square images in pixels; default: its own size.
         arguments: Further ones for the constructor of timm, as pairs.
     """
 
@@ -84,7 +84,7 @@ class Contestant:
     arguments: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> "Contestant":
+    def parse(cls, text: str) -> "BenchmarkModel":
         """Reads `lvvit_s_224+fused+bfloat16`, `timm/cait_m36_384@448`, `original/lvvit_s_224`, `path/to/folder`.
 
         Raises:
@@ -93,7 +93,7 @@ class Contestant:
         name, *options = text.split("+")
         name, has_side, side = name.partition("@")
         if has_side and not (side.isdecimal() and int(side)):
-            raise ValueError(f"{text!r}: expected the side of its pictures in pixels behind the @, got {side!r}.")
+            raise ValueError(f"{text!r}: expected the side of its images in pixels behind the @, got {side!r}.")
         source, _, rest = name.partition("/")
         if source in ("timm", "original"):
             name = rest
@@ -132,7 +132,7 @@ class Contestant:
         return "kept_memory" in self.options
 
     def image_size(self) -> tuple[int, int]:
-        """Height and width of its pictures."""
+        """Height and width of its images."""
         if self.side is not None:
             return self.side, self.side
         if self.source == "timm":
@@ -155,7 +155,7 @@ class Contestant:
         if self.source == "timm":
             create = {"num_classes": num_classes or 1000, **dict(self.arguments)}
             if self.side is not None:
-                with suppress(TypeError):  # a network for pictures of any size
+                with suppress(TypeError):  # a network for images of any size
                     return timm.create_model(self.name, img_size=self.side, **create)
             return timm.create_model(self.name, **create)
         config = self._config(num_classes)
@@ -182,23 +182,23 @@ class Contestant:
         return torch.autocast(device.type, self.dtype)
 
 
-def inference_call(contestant: Contestant, setting: Setting) -> Callable[[], torch.Tensor]:
+def inference_call(benchmark_model: BenchmarkModel, setting: Setting) -> Callable[[], torch.Tensor]:
     """Logits of a fixed batch, without gradients."""
     torch.manual_seed(0)
-    model = contestant.build(setting.num_classes).eval().to(setting.device)
-    options, context = contestant.options, nullcontext
-    pixels = torch.randn(setting.batch_size, 3, *contestant.image_size(), device=setting.device)
+    model = benchmark_model.build(setting.num_classes).eval().to(setting.device)
+    options, context = benchmark_model.options, nullcontext
+    pixels = torch.randn(setting.batch_size, 3, *benchmark_model.image_size(), device=setting.device)
     if "onnx" in options:
-        run = exported_runner(model, contestant.dtype)
+        run = exported_runner(model, benchmark_model.dtype)
         return lambda: run(pixels)["logits"]
-    if contestant.source == "original":
-        context = lambda: contestant.autocast(setting.device)  # noqa: E731  their evaluation runs under AMP
+    if benchmark_model.source == "original":
+        context = lambda: benchmark_model.autocast(setting.device)  # noqa: E731  their evaluation runs under AMP
     elif options & {"deployed", "int8"}:
-        model = prepare_for_inference(model, contestant.dtype, int8_weights="int8" in options)
+        model = prepare_for_inference(model, benchmark_model.dtype, int8_weights="int8" in options)
     else:
-        model = (model.fuse() if "fused" in options else model).to(contestant.dtype)
-    if contestant.source != "original":
-        pixels = pixels.to(contestant.dtype)
+        model = (model.fuse() if "fused" in options else model).to(benchmark_model.dtype)
+    if benchmark_model.source != "original":
+        pixels = pixels.to(benchmark_model.dtype)
     if "channels_last" in options:
         model, pixels = (part.to(memory_format=torch.channels_last) for part in (model, pixels))
     if "compiled" in options:
@@ -214,27 +214,27 @@ def inference_call(contestant: Contestant, setting: Setting) -> Callable[[], tor
 
 
 def training_call(
-    contestant: Contestant, setting: Setting, batches: Iterator[dict[str, torch.Tensor]]
+    benchmark_model: BenchmarkModel, setting: Setting, batches: Iterator[dict[str, torch.Tensor]]
 ) -> Callable[[], None]:
     """A training step: forward, loss, backward, AdamW.
 
-    Ours takes the loss of `TokenLabelTrainer` and the fused optimiser that is its default. The original one gets its dense
-    targets ready made (its loader makes them) and the optimiser of its time. Models of timm learn plain labels.
+    Ours takes the loss of `TokenLabelTrainer` and the fused optimizer that is its default. The original one gets its dense
+    targets ready made (its loader makes them) and the optimizer of its time. Models of timm learn plain labels.
 
     Args:
         batches: Of `TokenLabelCollator`; one is taken for each step.
     """
     torch.manual_seed(0)
-    model = contestant.build(setting.num_classes).train().to(setting.device)
-    if "channels_last" in contestant.options:
+    model = benchmark_model.build(setting.num_classes).train().to(setting.device)
+    if "channels_last" in benchmark_model.options:
         model = model.to(memory_format=torch.channels_last)
-    is_original = contestant.source == "original"
+    is_original = benchmark_model.source == "original"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=None if is_original else True)
-    if "checkpointing" in contestant.options:
+    if "checkpointing" in benchmark_model.options:
         model.gradient_checkpointing_enable()
     losses = {"ours": _our_loss, "timm": _plain_loss, "original": _original_loss}
-    loss_of = losses[contestant.source](model, contestant)
-    forward = torch.compile(model) if "compiled" in contestant.options else model
+    loss_of = losses[benchmark_model.source](model, benchmark_model)
+    forward = torch.compile(model) if "compiled" in benchmark_model.options else model
 
     def call() -> None:
         batch = {name: value.to(setting.device, non_blocking=True) for name, value in next(batches).items()}
@@ -248,42 +248,42 @@ def training_call(
 LossOf = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 
 
-def _objective(grid_size: tuple[int, int], num_classes: int) -> TokenLabelingObjective:
+def _objective(grid_size: tuple[int, int], num_classes: int) -> TokenLabelingLoss:
     """The losses of `TokenLabelTrainer` with its defaults."""
-    return TokenLabelingObjective(TokenLabelTrainingArguments("unused", report_to="none"), grid_size, num_classes)
+    return TokenLabelingLoss(TokenLabelTrainingArguments("unused", report_to="none"), grid_size, num_classes)
 
 
-def _our_loss(model: LVViTForImageClassification, contestant: Contestant) -> LossOf:
+def _our_loss(model: LVViTForImageClassification, benchmark_model: BenchmarkModel) -> LossOf:
     objective = _objective(model.config.grid_size, model.config.num_labels)
 
     def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mix_mask = batch.get("mix_mask")
-        with contestant.autocast(mix_mask.device):
+        with benchmark_model.autocast(mix_mask.device):
             outputs = forward(pixel_values=batch["pixel_values"], mix_mask=mix_mask)
         labels = {name: batch[name] for name in LABEL_FIELDS if name in batch}
-        if "plain" in contestant.options:
+        if "plain" in benchmark_model.options:
             labels = {"labels": labels["labels"]}
         return objective(outputs, labels, mix_mask)["loss"]
 
     return loss_of
 
 
-def _plain_loss(model: nn.Module, contestant: Contestant) -> LossOf:
+def _plain_loss(model: nn.Module, benchmark_model: BenchmarkModel) -> LossOf:
     def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        with contestant.autocast(batch["labels"].device):
+        with benchmark_model.autocast(batch["labels"].device):
             return nn.functional.cross_entropy(forward(batch["pixel_values"]), batch["labels"], label_smoothing=0.1)
 
     return loss_of
 
 
-def _original_loss(model: OriginalLVViT, contestant: Contestant) -> LossOf:
+def _original_loss(model: OriginalLVViT, benchmark_model: BenchmarkModel) -> LossOf:
     num_classes = model.head.out_features
     targets = None
 
     def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         nonlocal targets
         targets = dense_targets(batch, model.grid_size, num_classes) if targets is None else targets
-        with contestant.autocast(targets.device):
+        with benchmark_model.autocast(targets.device):
             return original_loss(forward(batch["pixel_values"]), targets, model.grid_size)
 
     return loss_of

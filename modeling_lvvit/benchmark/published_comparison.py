@@ -1,4 +1,4 @@
-"""The published comparison, with what is counted and timed here beside it."""
+"""The published comparison, with what is counted and timed here next to it."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from ..data.atomic_files import write_json
-from .comparison import model_entry, size_of, speed_of
-from .interleaved_timing import take_turns
+from .comparison import count_size, model_entry, relative_speed
+from .interleaved_timing import time_interleaved
 from .measure import device_name
-from .models import Contestant, Setting
+from .models import BenchmarkModel, Setting
 from .published_results import PublishedRow
 
 
@@ -77,32 +77,34 @@ def _rows_of(record: Path | None, settings: dict[str, object]) -> list[dict[str,
 
 
 def _measured(row: PublishedRow, setting: Setting, rounds: int, options: frozenset[str]) -> dict[str, object]:
-    contestant = contestant_of(row, options)
-    if contestant is None:
+    benchmark_model = find_benchmark_model(row, options)
+    if benchmark_model is None:
         return {"note": row.note or f"timm {version('timm')} has no {row.model}"}
-    parameters, flops = size_of(contestant, setting.num_classes)
+    parameters, flops = count_size(benchmark_model, setting.num_classes)
     found = {"parameters": parameters, "counted_gmacs": flops / 2e9, "megabytes": parameters * MEGABYTES_A_PARAMETER}
-    return found | (_speed(contestant, setting, rounds, options) if rounds else {})
+    return found | (_speed(benchmark_model, setting, rounds, options) if rounds else {})
 
 
-def contestant_of(row: PublishedRow, options: frozenset[str] = frozenset()) -> Contestant | None:
+def find_benchmark_model(row: PublishedRow, options: frozenset[str] = frozenset()) -> BenchmarkModel | None:
     """The model of a row; `None` if there is none, or not in the installed version of timm."""
     if row.model is None:
         return None
     try:
-        return replace(Contestant.parse(row.model), options=options, arguments=row.arguments)
+        return replace(BenchmarkModel.parse(row.model), options=options, arguments=row.arguments)
     except ValueError:
         return None
 
 
-def _speed(contestant: Contestant, setting: Setting, rounds: int, options: frozenset[str]) -> dict[str, object]:
-    reference = Contestant.parse(REFERENCE)
+def _speed(
+    benchmark_model: BenchmarkModel, setting: Setting, rounds: int, options: frozenset[str]
+) -> dict[str, object]:
+    reference = BenchmarkModel.parse(REFERENCE)
     entries = {
         name: model_entry("inference", each, setting)
-        for name, each in (("reference", replace(reference, options=options)), ("model", contestant))
+        for name, each in (("reference", replace(reference, options=options)), ("model", benchmark_model))
     }
-    times = take_turns(entries, setting.device, rounds)
-    return speed_of(times["model"], times["reference"], setting.batch_size)
+    times = time_interleaved(entries, setting.device, rounds)
+    return relative_speed(times["model"], times["reference"], setting.batch_size)
 
 
 # heading -> what stands below it

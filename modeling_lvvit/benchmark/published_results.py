@@ -1,4 +1,4 @@
-"""The ImageNet comparison of the paper, as published, and which model is measured beside each row.
+"""The ImageNet comparison of the paper, as published, and which model is measured next to each row.
 
 Sources: the comparison table of the paper (NeurIPS 2021, slides of the authors). VOLO, by the same group, is not in that table: sizes and
 accuracies are those of its authors' repository (sail-sg/volo), FLOPs, where there are any, those of arXiv:2106.13112.
@@ -10,7 +10,7 @@ from typing import Any
 from ..variants import VARIANTS
 
 
-# LV-ViT: trained on pictures of another size than tested on
+# LV-ViT: trained on images of another size than tested on
 TRAINED_AT = {"lvvit_s_384": 224, "lvvit_m_384": 224, "lvvit_m_448": 224, "lvvit_l_512": 448}
 LVVIT_NOTES = {
     "lvvit_m_224": "the published 16.0 G does not follow from the published model",
@@ -29,9 +29,9 @@ class PublishedRow:
         network: Its published name.
         million_parameters: As published.
         gmacs: Multiply-adds in 10^9 as published; the papers call them FLOPs.
-        train_size, test_size: Sides of the pictures in pixels.
+        train_size, test_size: Sides of the images in pixels.
         top1, real_top1: ImageNet accuracies in per cent as published.
-        model: What is measured beside it, see `Contestant.parse`; `None` if neither timm nor transformers has it.
+        model: What is measured next to it, see `BenchmarkModel.parse`; `None` if neither timm nor transformers has it.
         arguments: Further ones for the constructor of timm, as pairs.
         note: What is to be said about it.
     """

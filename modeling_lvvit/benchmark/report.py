@@ -1,7 +1,7 @@
 """Figures as a table."""
 
 COLUMNS = {
-    "contestant": "{}",
+    "model": "{}",
     "parameters": "{:,}",
     "gflops": "{:.2f}",
     "milliseconds": "{:.1f}",

@@ -20,11 +20,11 @@ from transformers.utils import logging
 from ..backbones.image_processors import fitted_processor
 from ..backbones.loading import TIMM_PREFIX
 from ..backbones.patch_head import load_patch_head
-from ..backbones.preprocessing import fixed_size_of
+from ..backbones.preprocessing import processor_image_size
 from ..backbones.resize import own_image_size, resize_classifier, vision_config
 from ..configuration_lvvit import LVViTConfig
 from ..token_labeling import add_patch_head
-from ..variants import DEFAULT_CROP_FRACTION, evaluation_image_processor
+from ..variants import DEFAULT_CROP_PCT, evaluation_image_processor
 from .model_arguments import ModelArguments, check_config_fields
 
 
@@ -60,7 +60,7 @@ def random_classifier(args: ModelArguments, names: dict[str, Any]) -> tuple[PreT
         raise ValueError(
             f"--architecture {args.architecture} cannot be built: {error or type(error).__name__}"
         ) from error
-    processor = evaluation_image_processor(image_size, args.crop_fraction or DEFAULT_CROP_FRACTION)
+    processor = evaluation_image_processor(image_size, args.crop_pct or DEFAULT_CROP_PCT)
     return add_patch_head(model, image_size), processor
 
 
@@ -122,11 +122,11 @@ def finish_pretrained(
     """
     path, own_size = args.model_name_or_path, own_image_size(model)
     processor = AutoImageProcessor.from_pretrained(path, **source)
-    processor = fitted_processor(processor, args.image_height_width, args.crop_fraction, own_size)
-    image_size = fixed_size_of(processor)
+    processor = fitted_processor(processor, args.image_height_width, args.crop_pct, own_size)
+    image_size = processor_image_size(processor)
     if own_size not in (None, image_size):
         logger.warning(
-            "%s was made for pictures of %d x %d pixels, and is made to take %d x %d.", path, *own_size, *image_size
+            "%s was made for images of %d x %d pixels, and is made to take %d x %d.", path, *own_size, *image_size
         )
     model = add_patch_head(resize_classifier(model, image_size), image_size)
     if not load_patch_head(model, path, source["revision"]) and has_patch_head:

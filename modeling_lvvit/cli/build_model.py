@@ -17,12 +17,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..backbones.image_processors import crop_fraction_of
+from ..backbones.image_processors import processor_crop_pct
 from ..backbones.patch_head import PATCH_HEAD
 from ..configuration_lvvit import LVViTConfig
 from ..data.sources import looks_local
 from ..modeling_lvvit import LVViTForImageClassification
-from ..variants import DEFAULT_CROP_FRACTION, VARIANTS, evaluation_image_processor, variant_config
+from ..variants import DEFAULT_CROP_PCT, VARIANTS, evaluation_image_processor, variant_config
 from .build_backbone import BUILDING_ERRORS, finish_pretrained, random_classifier
 from .model_arguments import ModelArguments, ModelSourceArguments, check_config_fields
 
@@ -47,15 +47,15 @@ def build_model(args: ModelArguments, class_names: list[str]) -> tuple[PreTraine
     if args.image_size is not None:
         settings["image_size"] = args.image_height_width
     config = variant_config(args.variant, **settings) if args.variant else LVViTConfig(**settings)
-    fraction = VARIANTS[args.variant].crop_fraction if args.variant else DEFAULT_CROP_FRACTION
-    processor = evaluation_image_processor(config.image_height_width, args.crop_fraction or fraction)
+    fraction = VARIANTS[args.variant].crop_pct if args.variant else DEFAULT_CROP_PCT
+    processor = evaluation_image_processor(config.image_height_width, args.crop_pct or fraction)
     return LVViTForImageClassification(config), processor
 
 
-def picture_size_of(model: PreTrainedModel) -> tuple[int, int]:
-    """Height and width in pixels of the pictures that a model of `build_model` takes."""
-    tap = getattr(model, "feature_tap", None)
-    return model.config.image_height_width if tap is None else tap.image_size
+def model_image_size(model: PreTrainedModel) -> tuple[int, int]:
+    """Height and width in pixels of the images that a model of `build_model` takes."""
+    hook = getattr(model, "feature_hook", None)
+    return model.config.image_height_width if hook is None else hook.image_size
 
 
 def read_config(args: ModelSourceArguments) -> PreTrainedConfig:
@@ -99,7 +99,7 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
         )
     except (SafetensorError, *BUILDING_ERRORS) as error:
         raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
-    if hasattr(model.config, "label_names"):  # timm's own list, which would be saved beside the new names
+    if hasattr(model.config, "label_names"):  # timm's own list, which would be saved next to the new names
         model.config.label_names = list(class_names)
     changes = _changes(config, loading, class_names)
     is_lvvit = config.model_type == LVViTConfig.model_type
@@ -115,16 +115,16 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
 def _fit_resolution(
     model: PreTrainedModel, args: ModelArguments, config: LVViTConfig, source: dict[str, Any], changes: list[str]
 ) -> Any:
-    """Makes an LV-ViT take pictures of the asked-for size; returns their image processor and adds to `changes`."""
+    """Makes an LV-ViT take images of the asked-for size; returns their image processor and adds to `changes`."""
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **source)
     size = args.image_height_width or tuple(config.image_height_width)
     is_resized = size != tuple(config.image_height_width)
     if is_resized:
         model.resize_position_embeddings(size)
         changes.append(f"position table resized from {config.grid_size} to {model.config.grid_size} tokens")
-    if is_resized or args.crop_fraction is not None:
+    if is_resized or args.crop_pct is not None:
         processor = evaluation_image_processor(
-            size, args.crop_fraction or crop_fraction_of(processor) or DEFAULT_CROP_FRACTION
+            size, args.crop_pct or processor_crop_pct(processor) or DEFAULT_CROP_PCT
         )
     return processor
 

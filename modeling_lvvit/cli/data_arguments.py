@@ -41,7 +41,7 @@ class DataArguments(AnnotatorArguments):
     train_split: str = field(default="train", metadata={"help": "Training split."})
     eval_split: str | None = field(default=None, metadata={"help": "Evaluation split; default: found by name."})
     eval_fraction: float = field(default=0.1, metadata={"help": "Share of training rows where no such split is."})
-    image_column: str = field(default="image", metadata={"help": "Column of pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of class ids or names."})
     token_labels: str | None = field(default=None, metadata={"help": "Label set to join: Hub name or folder."})
     token_labels_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
@@ -61,7 +61,7 @@ class DataArguments(AnnotatorArguments):
     rand_augment: str = field(
         default="rand-m9-mstd0.5-inc1", metadata={"help": "RandAugment in timm's notation, or none."}
     )
-    color_jitter: float = field(default=0.0, metadata={"help": "Strength of colour changes."})
+    color_jitter: float = field(default=0.0, metadata={"help": "Strength of color changes."})
     random_erasing: float = field(default=0.25, metadata={"help": "Probability of an erased rectangle."})
 
     def __post_init__(self):
@@ -81,6 +81,6 @@ class DataArguments(AnnotatorArguments):
             horizontal_flip=self.horizontal_flip,
             rand_augment=self.rand_augment,
             color_jitter=self.color_jitter,
-            # an annotator looks at crops before they are erased, see `LiveAnnotator`
+            # an annotator looks at crops before they are erased, see `OnlineAnnotator`
             random_erasing=self.random_erasing if self.annotator is None else 0.0,
         )

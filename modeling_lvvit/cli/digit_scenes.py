@@ -1,10 +1,10 @@
-"""Builds the embedded data set: scenes of real handwritten digits with dense labels from a small annotator.
+"""Builds the embedded dataset: scenes of real handwritten digits with dense labels from a small annotator.
 
     python -m modeling_lvvit.cli.digit_scenes OUTPUT_DIR
 
-Each scene is a 64 x 64 RGB picture: a textured background, several small digits at random places, scales and colours,
+Each scene is a 64 x 64 RGB image: a textured background, several small digits at random places, scales and colors,
 and one large digit, whose class is the label. The digits are the 1,797 handwritten ones that scikit-learn ships (8 x 8
-pixels, UCI ML hand-written digits data set); test scenes use other digits than training scenes. A convolutional
+pixels, UCI ML hand-written digits dataset); test scenes use other digits than training scenes. A convolutional
 annotator learns on windows cut from training scenes and then labels every cell of every scene.
 
 Columns: `image`; `label`, 0 to 9; `mask`, PNG with 0 to 9 for digit pixels and 10 for background; `token_label_ids` and
@@ -28,7 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..annotators.pipeline import annotate_batches
-from ..data.atomic_files import new_folder
+from ..data.atomic_files import atomic_directory
 from ..labels.columns import label_map_features, to_arrow
 
 
@@ -63,19 +63,19 @@ def paste_digit(
     rng: np.random.Generator,
 ) -> None:
     """Draws one digit with its top left pixel at `corner` into `scene` `(64, 64, 3)` and `mask` `(64, 64)`, in place."""
-    picture = Image.fromarray(np.uint8(255 * digit)).resize((side, side), Image.Resampling.BICUBIC)
-    picture = picture.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
-    opacity = np.asarray(picture, dtype=np.float32) / 255.0
+    image = Image.fromarray(np.uint8(255 * digit)).resize((side, side), Image.Resampling.BICUBIC)
+    image = image.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
+    opacity = np.asarray(image, dtype=np.float32) / 255.0
     window = np.s_[corner[0] : corner[0] + side, corner[1] : corner[1] + side]
     color = rng.uniform(0, 1, size=3)
-    while (color - scene[window].mean(axis=(0, 1))).mean() < MIN_CONTRAST:  # a colour that stands out
+    while (color - scene[window].mean(axis=(0, 1))).mean() < MIN_CONTRAST:  # a color that stands out
         color = rng.uniform(0, 1, size=3)
     scene[window] += opacity[..., None] * (color - scene[window])
     mask[window][opacity > 0.35] = label
 
 
 def draw_scene(digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
-    """One scene: picture uint8 `(64, 64, 3)`, mask uint8 `(64, 64)`, label of the large digit."""
+    """One scene: image uint8 `(64, 64, 3)`, mask uint8 `(64, 64)`, label of the large digit."""
     coarse = Image.fromarray(rng.integers(0, 256, size=(4, 4, 3), dtype=np.uint8))
     texture = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32) / 255.0
     scene = rng.uniform(0.05, 0.25, size=3) + 0.25 * texture
@@ -104,15 +104,15 @@ def place(taken: np.ndarray, side: int, rng: np.random.Generator, tries: int = 2
 
 
 def draw_split(split: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All scenes of a split: pictures `(n, 64, 64, 3)`, masks `(n, 64, 64)`, labels `(n,)`."""
+    """All scenes of a split: images `(n, 64, 64, 3)`, masks `(n, 64, 64)`, labels `(n,)`."""
     digits, labels = split_digits(seed)[split]
     streams = np.random.SeedSequence([seed, list(SPLITS).index(split) + 1]).spawn(count)
     scenes = [
         draw_scene(digits, labels, np.random.default_rng(stream))
         for stream in tqdm(streams, desc=f"Drawing {split} scenes", unit="scene")
     ]
-    pictures, masks, targets = zip(*scenes)
-    return np.stack(pictures), np.stack(masks), np.array(targets)
+    images, masks, targets = zip(*scenes)
+    return np.stack(images), np.stack(masks), np.array(targets)
 
 
 class DigitAnnotator(nn.Module):
@@ -142,11 +142,11 @@ class DigitAnnotator(nn.Module):
         return self.classifier(self.features(pixel_values))
 
 
-def train_annotator(pictures: np.ndarray, masks: np.ndarray, seed: int, epochs: int) -> DigitAnnotator:
+def train_annotator(images: np.ndarray, masks: np.ndarray, seed: int, epochs: int) -> DigitAnnotator:
     """Learns the digit under every cell of windows cut from training scenes; background cells learn "no digit".
 
     Args:
-        pictures: `(n, 64, 64, 3)` uint8.
+        images: `(n, 64, 64, 3)` uint8.
         masks: `(n, 64, 64)` uint8.
         seed: Seed of weights, order and windows.
         epochs: Passes over the scenes.
@@ -155,19 +155,19 @@ def train_annotator(pictures: np.ndarray, masks: np.ndarray, seed: int, epochs: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         annotator = DigitAnnotator().to(memory_format=torch.channels_last)
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2)  # (n, 3, 64, 64)
+    scenes = torch.from_numpy(images).permute(0, 3, 1, 2)  # (n, 3, 64, 64)
     cell = SIDE // CELLS
-    targets = torch.from_numpy(masks)[:, cell // 2 :: cell, cell // 2 :: cell].long()  # class at each cell centre
+    targets = torch.from_numpy(masks)[:, cell // 2 :: cell, cell // 2 :: cell].long()  # class at each cell center
     batch_size, window = 64, 48
     optimizer = torch.optim.AdamW(annotator.parameters(), lr=3e-3, weight_decay=0.05)
-    steps = epochs * (len(images) // batch_size)
+    steps = epochs * (len(scenes) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     annotator.train()
     progress = tqdm(total=steps, desc="Training the annotator", unit="step")
     for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(batch_size)[: len(images) // batch_size]:
+        for rows in torch.randperm(len(scenes), generator=generator).split(batch_size)[: len(scenes) // batch_size]:
             top, left = (cell * torch.randint((SIDE - window) // cell + 1, (2,), generator=generator)).tolist()
-            batch = images[rows, :, top : top + window, left : left + window].float() / 255.0
+            batch = scenes[rows, :, top : top + window, left : left + window].float() / 255.0
             cells = np.s_[top // cell : (top + window) // cell, left // cell : (left + window) // cell]
             target = targets[rows][:, cells[0], cells[1]]
             log_probabilities = annotator(batch.contiguous(memory_format=torch.channels_last)).log_softmax(dim=1)
@@ -185,24 +185,24 @@ def train_annotator(pictures: np.ndarray, masks: np.ndarray, seed: int, epochs: 
     return annotator.eval()
 
 
-def annotate_scenes(annotator: DigitAnnotator, pictures: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
+def annotate_scenes(annotator: DigitAnnotator, images: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Dense labels of whole scenes, `(n, 5, 16, 16)` ids and scores.
 
     A constant per cell does not change the annotator's own softmax, but the one over a map's classes counts the others
     as 0: the mean over classes is therefore taken off, which leaves background cells near 0.
     """
 
-    def score_map_of(pixel_values: torch.Tensor) -> torch.Tensor:
+    def score_map(pixel_values: torch.Tensor) -> torch.Tensor:
         logits = annotator(pixel_values)
         return logits - logits.mean(dim=1, keepdim=True)
 
-    batches = torch.from_numpy(pictures).permute(0, 3, 1, 2).split(256)
+    batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(256)
     progress = tqdm(batches, desc=f"Annotating {split} scenes", unit="batch")
-    return annotate_batches(score_map_of, (batch.float() / 255.0 for batch in progress), TOP_K)
+    return annotate_batches(score_map, (batch.float() / 255.0 for batch in progress), TOP_K)
 
 
 def png_bytes(array: np.ndarray) -> bytes:
-    """A picture or mask as a PNG file."""
+    """An image or mask as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -210,7 +210,7 @@ def png_bytes(array: np.ndarray) -> bytes:
 
 def write_split(
     path: Path,
-    pictures: np.ndarray,
+    images: np.ndarray,
     masks: np.ndarray,
     labels: np.ndarray,
     maps: tuple[np.ndarray, np.ndarray],
@@ -222,7 +222,7 @@ def write_split(
         "mask": datasets.Image(),
     }
     columns = [
-        pa.array([{"bytes": png_bytes(picture), "path": None} for picture in pictures], type=datasets.Image().pa_type),
+        pa.array([{"bytes": png_bytes(image), "path": None} for image in images], type=datasets.Image().pa_type),
         pa.array(labels),
         pa.array([{"bytes": png_bytes(mask), "path": None} for mask in masks], type=datasets.Image().pa_type),
     ]
@@ -234,24 +234,24 @@ def write_split(
 
 
 def build(output_dir: Path, seed: int = 0, annotator_epochs: int = 8) -> None:
-    """Draws, annotates and writes the data set; the folder appears only when it is complete.
+    """Draws, annotates and writes the dataset; the folder appears only when it is complete.
 
     Raises:
         FileExistsError: If `output_dir` is there and not empty.
     """
-    with new_folder(output_dir) as partial:
+    with atomic_directory(output_dir) as partial:
         for split, count in SPLITS.items():
-            pictures, masks, labels = draw_split(split, count, seed)
+            images, masks, labels = draw_split(split, count, seed)
             if split == "train":
-                annotator = train_annotator(pictures, masks, seed, annotator_epochs)
-            maps = annotate_scenes(annotator, pictures, split)
-            write_split(partial / f"{split}.parquet", pictures, masks, labels, maps)
+                annotator = train_annotator(images, masks, seed, annotator_epochs)
+            maps = annotate_scenes(annotator, images, split)
+            write_split(partial / f"{split}.parquet", images, masks, labels, maps)
         record = {"version": VERSION, "seed": seed, "annotator_epochs": annotator_epochs, "splits": SPLITS}
         (partial / "digit_scenes.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def build_or_reuse() -> Path:
-    """The data set in the cache folder of Hugging Face libraries, built on first use.
+    """The dataset in the cache folder of Hugging Face libraries, built on first use.
 
     It must lie outside the cache of `datasets`, which would put its Arrow copies between the Parquet files. Processes
     that start together may each build it; the first to finish wins and the others use its result.

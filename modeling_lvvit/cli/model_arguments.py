@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from ..configuration_lvvit import LVViTConfig
-from ..data.images import height_width
+from ..data.images import parse_image_size
 
 
 # configuration fields that follow from the data or have an option of their own
@@ -27,8 +27,8 @@ class ModelSourceArguments:
         image_size: Side of the model input in pixels, or height and width; default: that of the model.
         config_overrides: Fields of the model's configuration (a mapping; on the command line JSON).
         overwrite_output_dir: Whether `output_dir` may hold another run, which is then written over.
-        save_picture: Whether to write a picture of predictions.
-        license: Licence of the weights for the model card, as a name of the Hub (`mit`, `cc-by-4.0`); default: that of the card of the
+        save_picture: Whether to write an image of predictions.
+        license: License of the weights for the model card, as a name of the Hub (`mit`, `cc-by-4.0`); default: that of the card of the
             model to start from, `apache-2.0` for random weights.
     """
 
@@ -40,14 +40,14 @@ class ModelSourceArguments:
     image_size: list[int] | None = field(default=None, metadata={"help": "Input side in pixels, or height and width."})
     config_overrides: dict | str | None = field(default=None, metadata={"help": "Configuration fields as JSON."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over another run."})
-    save_picture: bool = field(default=True, metadata={"help": "Write a picture of predictions."})
-    license: str | None = field(default=None, metadata={"help": "Licence of the weights, for the card: mit, ..."})
+    save_picture: bool = field(default=True, metadata={"help": "Write an image of predictions."})
+    license: str | None = field(default=None, metadata={"help": "License of the weights, for the card: mit, ..."})
 
     def __post_init__(self):
         if self.variant and self.model_name_or_path:
             raise ValueError("Give --variant (random weights) or --model_name_or_path (pretrained), not both.")
         self._check_config_overrides()
-        height_width(self.image_size, "`image_size`")
+        parse_image_size(self.image_size, "`image_size`")
 
     @property
     def makes_lvvit(self) -> bool:
@@ -68,14 +68,14 @@ class ModelSourceArguments:
             check_config_fields(LVViTConfig, self.config_overrides)
         if reserved := RESERVED_CONFIG_FIELDS & self.config_overrides.keys():
             raise ValueError(
-                f"`config_overrides` may not set {', '.join(sorted(reserved))}: classes come from the data, pictures are "
+                f"`config_overrides` may not set {', '.join(sorted(reserved))}: classes come from the data, images are "
                 "RGB, and the input size is --image_size."
             )
 
     @property
     def image_height_width(self) -> tuple[int, int] | None:
         """Input height and width in pixels, `None` for the model's own."""
-        return height_width(self.image_size, "`image_size`")
+        return parse_image_size(self.image_size, "`image_size`")
 
     @property
     def source(self) -> dict[str, Any]:
@@ -90,13 +90,15 @@ class ModelArguments(ModelSourceArguments):
     Args:
         architecture: Instead of LV-ViT, any other image classifier from random weights: `timm/NAME`, or a model type of transformers
             (`vit`, `swin`, `resnet`, ...). `config_overrides` are for `timm/NAME` arguments of `timm.create_model`.
-        crop_fraction: Share of the resized image that the evaluation crop keeps; default: that of the variant, else 0.9.
+        crop_pct: Share of the resized image that the evaluation crop keeps; default: that of the variant, else 0.9.
         save_patch_head: Whether a model other than LV-ViT is saved with its patch head, which plain loading leaves out. Checkpoints
             always have it.
     """
 
     architecture: str | None = field(default=None, metadata={"help": "timm/NAME or a model type, random weights."})
-    crop_fraction: float | None = field(default=None, metadata={"help": "Share kept by the evaluation crop."})
+    crop_pct: float | None = field(
+        default=None, metadata={"help": "Share kept by the evaluation crop.", "aliases": ["--crop_fraction"]}
+    )
     save_patch_head: bool = field(default=True, metadata={"help": "Save the patch head added to other models."})
 
     def __post_init__(self):
@@ -106,8 +108,8 @@ class ModelArguments(ModelSourceArguments):
                 "(pretrained)."
             )
         super().__post_init__()
-        if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"`crop_fraction` must lie in (0, 1], got {self.crop_fraction}.")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"`crop_pct` must lie in (0, 1], got {self.crop_pct}.")
 
     @property
     def makes_lvvit(self) -> bool:

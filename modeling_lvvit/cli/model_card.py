@@ -15,9 +15,9 @@ from transformers.modelcard import make_markdown_table
 
 from ..data.sources import looks_local
 from ..hub.file_checks import CARD
-from ..hub.hub_trainer import PublishingTrainer
+from ..hub.hub_trainer import HubTrainer
 from ..token_labeling import TokenLabelTrainer
-from .build_model import picture_size_of
+from .build_model import model_image_size
 from .model_arguments import ModelSourceArguments
 
 
@@ -32,7 +32,7 @@ NOT_SCORES = ("runtime", "per_second")  # endings of logged figures
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Where data and model of a run come from, for its card.
 
     Args:
@@ -51,19 +51,19 @@ class Origin:
     license: dict[str, str]
 
 
-def origin_of(args: ModelSourceArguments, data: str | None, label_set: str | None, embedded: str) -> Origin:
+def find_provenance(args: ModelSourceArguments, data: str | None, label_set: str | None, embedded: str) -> Provenance:
     """Where a run comes from.
 
     Args:
         args: Options of its model.
         data: Option that names the images.
         label_set: Option that names a label set.
-        embedded: Name of the embedded data, which is no data set of the Hub.
+        embedded: Name of the embedded data, which is no dataset of the Hub.
     """
     start = args.model_name_or_path
     hub_names = [name for name in (data, label_set) if name not in (None, embedded) and not _is_local(name)]
-    license_fields = license_of(start, args.model_revision) if start is not None else {"license": OWN_LICENSE}
-    return Origin(
+    license_fields = find_license(start, args.model_revision) if start is not None else {"license": OWN_LICENSE}
+    return Provenance(
         _in_words(data or embedded),
         tuple(hub_names),
         None if start is None else _in_words(start),
@@ -80,8 +80,8 @@ def _in_words(name: str) -> str:
     return Path(name).name if _is_local(name) else name
 
 
-def license_of(model: str, revision: str | None = None) -> dict[str, str]:
-    """What the card of a model says of its licence; nothing if it has no card or cannot be reached.
+def find_license(model: str, revision: str | None = None) -> dict[str, str]:
+    """What the card of a model says of its license; nothing if it has no card or cannot be reached.
 
     Args:
         model: Folder or Hub name.
@@ -98,23 +98,28 @@ def license_of(model: str, revision: str | None = None) -> dict[str, str]:
 
 
 def run_metadata(
-    name: str, task: str, origin: Origin, metrics: Sequence[str], tags: Sequence[str], results: Sequence[EvalResult]
+    name: str,
+    task: str,
+    provenance: Provenance,
+    metrics: Sequence[str],
+    tags: Sequence[str],
+    results: Sequence[EvalResult],
 ) -> ModelCardData:
     """Metadata of a run's card: what the model is, what it was made of and what it reached on which data."""
     return ModelCardData(
         library_name="transformers",
-        **origin.license,
+        **provenance.license,
         pipeline_tag=task,
         tags=[*tags, "vision"],
-        datasets=list(origin.datasets) or None,
-        base_model=origin.base_model,
+        datasets=list(provenance.datasets) or None,
+        base_model=provenance.base_model,
         metrics=list(metrics),
         model_name=name,
         eval_results=list(results) or None,
     )
 
 
-def run_name(trainer: PublishingTrainer) -> str:
+def run_name(trainer: HubTrainer) -> str:
     """What a run is called: as its repository if it has one, else as its folder."""
     name = trainer.hub_model_id or trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name
     return name.rpartition("/")[2]
@@ -127,7 +132,7 @@ def training_facts(trainer: Trainer, options: Sequence[str]) -> dict[str, Any]:
     return {
         "hyperparameters": {option: getattr(args, option) for option in options},
         "training_table": training_table(history),
-        "hardware": hardware_of(trainer),
+        "hardware": describe_hardware(trainer),
         "duration": None if seconds is None else duration_in_words(seconds),
         "is_continued": args.resume_from_checkpoint is not None,
         "steps": trainer.state.global_step,
@@ -168,7 +173,7 @@ def training_table(history: Sequence[dict[str, float]]) -> str:
     return make_markdown_table([{column: row.get(column, "") for column in columns} for row in shown])
 
 
-def hardware_of(trainer: Trainer) -> str:
+def describe_hardware(trainer: Trainer) -> str:
     """Number and name of the devices of a run."""
     number = trainer.args.world_size
     if trainer.args.device.type == "cuda":
@@ -185,7 +190,7 @@ def duration_in_words(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
-def accuracies_of(metrics: dict[str, float]) -> dict[str, float]:
+def select_accuracies(metrics: dict[str, float]) -> dict[str, float]:
     """The accuracies among the evaluation metrics, in [0, 1], without the library's prefix."""
     return {key.removeprefix("eval_"): value for key, value in metrics.items() if key.endswith("accuracy")}
 
@@ -199,16 +204,16 @@ def model_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
     """What the card says of the architecture."""
     config = trainer.model.config
     facts = {"num_classes": config.num_labels, "num_parameters": f"{trainer.model.num_parameters():,}"}
-    if hasattr(trainer.model, "feature_tap"):
-        tap = trainer.model.feature_tap
+    if hasattr(trainer.model, "feature_hook"):
+        hook = trainer.model.feature_hook
         kind = getattr(config, "architecture", config.model_type)
-        shape = f"{tap.grid_size[0]} x {tap.grid_size[1]} cells"
-        facts["must_interpolate"] = bool(tap.forward_options)
+        shape = f"{hook.grid_size[0]} x {hook.grid_size[1]} cells"
+        facts["must_interpolate"] = bool(hook.forward_options)
     else:
         kind, shape = "LV-ViT", f"patches of {config.patch_size} x {config.patch_size}"
         shape += f"; {config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
         facts["patch_logits_weight"] = config.patch_logits_weight
-    height, width = picture_size_of(trainer.model)
+    height, width = model_image_size(trainer.model)
     return facts | {
         "kind": kind,
         "is_lvvit": kind == "LV-ViT",
@@ -221,42 +226,42 @@ def model_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
 def write_model_card(
     template: Path,
     trainer: TokenLabelTrainer,
-    origin: Origin,
+    provenance: Provenance,
     eval_name: str,
     metrics: dict[str, float],
-    picture: str | None,
+    image: str | None,
 ) -> None:
     """Fills the template from the finished run and saves it as README.md in the output folder.
 
     Args:
         template: Card with the variables that this module fills.
         trainer: After training and evaluation.
-        origin: Where data and model come from.
+        provenance: Where data and model come from.
         eval_name: What the evaluation rows are called.
         metrics: Result of `trainer.evaluate()`.
-        picture: File name of the picture of predictions in the output folder, `None` if there is none.
+        image: File name of the image of predictions in the output folder, `None` if there is none.
     """
     args = trainer.args
     name = run_name(trainer)
-    facts, accuracies = model_facts(trainer), accuracies_of(metrics)
+    facts, accuracies = model_facts(trainer), select_accuracies(metrics)
     results = [
         EvalResult(
-            "image-classification", origin.data, origin.data, "accuracy", round(value, 4), metric_name=key, dataset_split=eval_name
+            "image-classification", provenance.data, provenance.data, "accuracy", round(value, 4), metric_name=key, dataset_split=eval_name
         )
         for key, value in accuracies.items()
     ]  # fmt: skip
     tags = [*(["lvvit"] if facts["is_lvvit"] else []), "token-labeling"]
     card = ModelCard.from_template(
-        run_metadata(name, "image-classification", origin, ["accuracy"], tags, results),
+        run_metadata(name, "image-classification", provenance, ["accuracy"], tags, results),
         template_path=str(template),
         model_name=name,
-        origin=origin,
+        provenance=provenance,
         token_labels=trainer.trains_patches,
         is_labeler=args.patch_target == "image",
         annotator=trainer.annotator.annotator.provenance["annotator"] if trainer.annotator is not None else None,
         has_average=trainer.ema is not None,
         saves_patch_head=getattr(trainer.model, "saves_patch_head", True),
-        picture=picture,
+        image=image,
         eval_split=eval_name,
         metrics={key: f"{100 * value:.2f} %" for key, value in accuracies.items()},
         num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed",

@@ -7,12 +7,12 @@ import numpy as np
 from transformers.utils import logging
 
 from ..data.class_labels import check_columns, with_class_ids
-from ..data.sources import open_splits, state_of, streamed_rows
+from ..data.sources import dataset_fingerprint, open_splits, streamed_rows
 from ..data.splits import find_eval_split, hold_out
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
 from ..labels.label_crops import top_classes
 from ..labels.label_set import check_class_names, join_label_set, open_label_set
-from ..labels.reader import LabelMapSource, class_names_of
+from ..labels.reader import LabelMapReader, label_class_names
 from .data_arguments import DataArguments
 
 
@@ -34,7 +34,7 @@ class OpenedData:
     train: datasets.Dataset | datasets.IterableDataset
     evaluation: datasets.Dataset
     eval_name: str
-    label_maps: LabelMapSource | None = None
+    label_maps: LabelMapReader | None = None
     labels: datasets.Dataset | None = None
 
 
@@ -60,7 +60,7 @@ def open_datasets(args: DataArguments, seed: int) -> OpenedData:
         if args.token_labels is not None and args.use_token_labels
         else None
     )
-    class_names = class_names_of(labels) if labels is not None else None
+    class_names = label_class_names(labels) if labels is not None else None
     train = splits[args.train_split]
     if eval_name is not None and args.max_train_samples is not None:  # labels may be there for these only
         train = train.select(_first(train, args.max_train_samples))
@@ -106,7 +106,7 @@ def _open_stream(args: DataArguments) -> OpenedData:
     if labels is None and args.use_token_labels and has_dense_columns(train, args):
         raise ValueError("With --streaming dense labels come from a label set (--token_labels), not from two columns.")
     if labels is not None:
-        check_class_names(class_names_of(labels), feature.names)
+        check_class_names(label_class_names(labels), feature.names)
     if args.max_train_samples is not None:
         train = train.take(args.max_train_samples)
     # processes that come later find what the first one prepared: the arguments of the generator name the content
@@ -121,7 +121,7 @@ def _open_stream(args: DataArguments) -> OpenedData:
     evaluation = datasets.Dataset.from_generator(
         streamed_rows,
         features=splits[eval_name].features or train.features,
-        gen_kwargs={"source": source, "state": state_of(name, args.dataset_revision)},
+        gen_kwargs={"source": source, "state": dataset_fingerprint(name, args.dataset_revision)},
     )
     check_columns(evaluation, name, *columns)
     evaluation = with_class_ids(evaluation, name, args.label_column, like=train)
@@ -130,13 +130,13 @@ def _open_stream(args: DataArguments) -> OpenedData:
 
 def _with_label_maps(
     train: datasets.Dataset, labels: datasets.Dataset | None, args: DataArguments
-) -> tuple[datasets.Dataset, LabelMapSource | None]:
+) -> tuple[datasets.Dataset, LabelMapReader | None]:
     """Training rows with their label maps, of a label set or of two columns of their own."""
     if labels is None:
         ids_column, scores_column = args.token_label_ids_column, args.token_label_scores_column
         has_maps = has_dense_columns(train, args)
-        return train, LabelMapSource(train, None, None, ids_column, scores_column) if has_maps else None
-    check_class_names(class_names_of(labels), train.features[args.label_column].names)
+        return train, LabelMapReader(train, None, None, ids_column, scores_column) if has_maps else None
+    check_class_names(label_class_names(labels), train.features[args.label_column].names)
     joined = join_label_set(labels, train, args.image_column, args.key_column, args.key_pattern)
     if joined.images is not None:
         train = train.select(joined.images)
@@ -144,7 +144,7 @@ def _with_label_maps(
     return train, joined.label_maps
 
 
-def _compare_with_labels(label_maps: LabelMapSource, train: datasets.Dataset, label_column: str) -> None:
+def _compare_with_labels(label_maps: LabelMapReader, train: datasets.Dataset, label_column: str) -> None:
     """Warns when maps rarely have the class of their image: then they are of other images, or ids mean other classes."""
     rows = np.unique(np.linspace(0, len(train) - 1, COMPARED_ROWS).astype(np.int64)).tolist()
     human = train.select_columns(label_column).with_format("arrow")[rows][label_column].to_numpy()
@@ -166,8 +166,8 @@ def _compare_with_labels(label_maps: LabelMapSource, train: datasets.Dataset, la
 
 
 def _select(
-    rows: datasets.Dataset, label_maps: LabelMapSource | None, chosen: np.ndarray
-) -> tuple[datasets.Dataset, LabelMapSource | None]:
+    rows: datasets.Dataset, label_maps: LabelMapReader | None, chosen: np.ndarray
+) -> tuple[datasets.Dataset, LabelMapReader | None]:
     """Some rows with their label maps."""
     return rows.select(chosen), None if label_maps is None else label_maps.select(chosen)
 

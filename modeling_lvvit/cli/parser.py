@@ -14,6 +14,7 @@ from .data_arguments import DataArguments
 from .model_arguments import ModelArguments, with_nearest
 
 
+RENAMED = {"crop_fraction": "crop_pct"}  # keys of older recipes
 # pairs of options of which one replaces the other
 ALTERNATIVES = (
     ("variant", "model_name_or_path"),
@@ -22,7 +23,7 @@ ALTERNATIVES = (
     ("ema_decay", "base_ema_decay"),
 )
 # options of the embedded recipe that describe its model, which another choice of model replaces
-MODEL_SHAPE_OPTIONS = ("config_overrides", "image_size", "crop_fraction")
+MODEL_SHAPE_OPTIONS = ("config_overrides", "image_size", "crop_pct")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def read_recipe(path: Path, program: Program = TRAIN_TL, above: tuple[Path, ...]
         raise ValueError(f"Recipe {path} must be a mapping of options to values, got {type(recipe).__name__}.")
     if path in above:
         raise ValueError(f"Recipe {path} is its own base.")
+    recipe = {RENAMED.get(key, key): value for key, value in recipe.items()}
     bases = recipe.pop("base", None) or []
     options: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:

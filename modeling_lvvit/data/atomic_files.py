@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written beside their place, and moved there when all of them is on the disk."""
+"""Files and folders that are whole or not there: written next to their place, and moved there when all of them is on the disk."""
 
 import json
 import os
@@ -36,20 +36,20 @@ def write_json(path: Path, record: Any) -> None:
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def check_new_folder(path: Path) -> None:
+def check_new_directory(path: Path) -> None:
     """Raises a `FileExistsError` if there is something at the place of a new folder but an empty one."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty; remove it or choose another folder.")
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside its place, to be filled in a `with` block. When the block ends it is moved there, after an error removed.
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A folder next to its place, to be filled in a `with` block. When the block ends it is moved there, after an error removed.
 
     Raises:
         FileExistsError: If there is something but an empty folder; nothing in it is touched.
     """
-    check_new_folder(path)
+    check_new_directory(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:

@@ -73,7 +73,7 @@ def pair_classes(
     ignore_extra: bool,
     data: str,
 ) -> tuple[ClassMap | None, list[str]]:
-    """From the classes of an annotator to those of a data set, as the user wants it.
+    """From the classes of an annotator to those of a dataset, as the user wants it.
 
     Args:
         annotator_names: Class names of the annotator, by id.
@@ -100,7 +100,7 @@ def pair_classes(
     if not are_named:
         examples = ", ".join(repr(name) for name in annotator_names[:2])
         raise ValueError(
-            f"{data} holds numbers that are not named, so nobody can tell whether they count the annotator's classes "
+            f"{data} holds numbers that are not named, so no one can tell whether they count the annotator's classes "
             f"({examples}, ...). Say so with --class_map identity, or which is which with --class_map FILE."
         )
     wordnet = wordnet_names([*annotator_names, *known])

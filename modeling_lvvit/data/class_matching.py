@@ -1,4 +1,4 @@
-"""Which class of an annotator is which class of a data set: by name, by synonym, by WordNet id, or by a file.
+"""Which class of an annotator is which class of a dataset: by name, by synonym, by WordNet id, or by a file.
 
 A model card writes "tench, Tinca tinca", a folder "tench" or "n01440764"; all three name one class. Nothing is guessed by
 number: where names do not settle it, the user's class map does.
@@ -23,7 +23,7 @@ MAX_NAMES_SHOWN = 10
 
 @dataclass(frozen=True)
 class ClassMap:
-    """For each class of the data set, the annotator's classes that stand for it.
+    """For each class of the dataset, the annotator's classes that stand for it.
 
     Args:
         groups: One tuple of annotator class ids for each data-set class.
@@ -39,7 +39,7 @@ class ClassMap:
         return self.groups == tuple((index,) for index in range(self.num_annotator_classes))
 
     def apply(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (logits) of the data set's classes from those of the annotator.
+        """Scores (logits) of the dataset's classes from those of the annotator.
 
         Several annotator classes that stand for one class add their probabilities, `log sum exp` of their logits.
 
@@ -72,7 +72,7 @@ def wordnet_names(class_names: Sequence[str]) -> dict[str, str]:
     synsets = {synset for name in class_names for synset in WORDNET_ID.findall(name)}
     if not synsets:
         return {}
-    from timm.data import ImageNetInfo  # takes a second to import, and most data sets have no WordNet ids
+    from timm.data import ImageNetInfo  # takes a second to import, and most datasets have no WordNet ids
 
     info, names = ImageNetInfo("imagenet-22k"), {}
     for synset in synsets:
@@ -102,7 +102,7 @@ def same_classes(left: Sequence[str], right: Sequence[str]) -> bool:
         return False
 
 
-def names_of(name: str, wordnet: Mapping[str, str]) -> set[str]:
+def all_names(name: str, wordnet: Mapping[str, str]) -> set[str]:
     """All normalized names that a class name stands for: itself, its comma-separated synonyms, those of its WordNet id."""
     names = {normalized(name)} | {normalized(part) for part in name.split(",")}
     for synset in WORDNET_ID.findall(name):
@@ -121,7 +121,7 @@ def match_classes(
     Args:
         annotator_names, dataset_names: Class names in the order of their ids.
         wordnet: WordNet ids to comma-separated names.
-        ignore_extra_classes: Whether the annotator may have classes that the data set lacks; their scores are dropped.
+        ignore_extra_classes: Whether the annotator may have classes that the dataset lacks; their scores are dropped.
 
     Raises:
         ValueError: If classes have no partner or more than one; the message names them.
@@ -133,7 +133,7 @@ def match_classes(
         return ClassMap(tuple((index,) for index in range(len(dataset_names))), len(annotator_names))
     if all(GENERIC_NAME.fullmatch(name) for name in annotator_names):
         raise ValueError(
-            f"The annotator's {len(annotator_names)} classes have no names ({annotator_names[0]!r}, ...), the data set has "
+            f"The annotator's {len(annotator_names)} classes have no names ({annotator_names[0]!r}, ...), the dataset has "
             f"{len(dataset_names)} classes ({dataset_names[0]!r}, ...). Say which is which with --class_map FILE, or "
             "--class_map identity if they are numbered alike."
         )
@@ -143,8 +143,8 @@ def match_classes(
     extra = [name for index, name in enumerate(annotator_names) if index not in used]
     if missing or (extra and not ignore_extra_classes):
         raise ValueError(
-            f"The annotator's {len(annotator_names)} classes are not the data set's {len(dataset_names)}."
-            + _listed("\n  only in the data set", missing)
+            f"The annotator's {len(annotator_names)} classes are not the dataset's {len(dataset_names)}."
+            + _listed("\n  only in the dataset", missing)
             + _listed("\n  only in the annotator", extra)
             + "\nSay which is which with --class_map FILE"
             + ("" if missing else ", or drop the annotator's other classes with --ignore_extra_classes")
@@ -153,16 +153,16 @@ def match_classes(
     contested = _contested(extra, dataset_names, wordnet)
     if contested:
         raise ValueError(
-            f"Several classes of the annotator have the names of classes of the data set{_listed('', contested)}. Say which "
+            f"Several classes of the annotator have the names of classes of the dataset{_listed('', contested)}. Say which "
             "is meant with --class_map FILE."
         )
     return ClassMap(tuple((partner[index],) for index in range(len(dataset_names))), len(annotator_names))
 
 
 def _contested(extra: Sequence[str], dataset_names: Sequence[str], wordnet: Mapping[str, str]) -> list[str]:
-    """Classes of the data set whose whole name is also one of a class that would be dropped: "cardigan" is a garment and
-    a dog, and a data set with one of the two may mean either."""
-    dropped = set().union(*(names_of(name, wordnet) for name in extra)) if extra else set()
+    """Classes of the dataset whose whole name is also one of a class that would be dropped: "cardigan" is a garment and
+    a dog, and a dataset with one of the two may mean either."""
+    dropped = set().union(*(all_names(name, wordnet) for name in extra)) if extra else set()
     return [name for name in dataset_names if not WORDNET_ID.search(name) and normalized(name) in dropped]
 
 
@@ -185,12 +185,12 @@ def _partners(
     taken = set(partner.values())
     for index, name in enumerate(annotator_names):
         if index not in taken:
-            for synonym in names_of(name, wordnet):
+            for synonym in all_names(name, wordnet):
                 holders[synonym].add(index)
     open_classes = [index for index in range(len(dataset_names)) if index not in partner]
     found = {}
     for index in open_classes:
-        names = names_of(dataset_names[index], wordnet)
+        names = all_names(dataset_names[index], wordnet)
         synsets = {name for name in names if WORDNET_ID.fullmatch(name)} & holders.keys()
         found[index] = set().union(*(holders[name] for name in (synsets or names) if name in holders))
     wanted = Counter(candidate for candidates in found.values() for candidate in candidates)
@@ -234,7 +234,7 @@ def read_class_map(path: Path, annotator_names: Sequence[str], dataset_names: Se
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it cannot be read, names an unknown class, or leaves out a class of the data set.
+        ValueError: If it cannot be read, names an unknown class, or leaves out a class of the dataset.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no class map {path}.")
@@ -252,10 +252,10 @@ def read_class_map(path: Path, annotator_names: Sequence[str], dataset_names: Se
         ) from error
     groups: dict[int, list[int]] = {index: [] for index in range(len(dataset_names))}
     for dataset_class, annotator_class in pairs:
-        group = groups[_class_id(dataset_class, dataset_names, f"{path}, data set")]
+        group = groups[_class_id(dataset_class, dataset_names, f"{path}, dataset")]
         group.append(_class_id(annotator_class, annotator_names, f"{path}, annotator"))
     if missing := [dataset_names[index] for index, group in groups.items() if not group]:
-        raise ValueError(f"Class map {path} leaves classes of the data set without a partner" + _listed("", missing))
+        raise ValueError(f"Class map {path} leaves classes of the dataset without a partner" + _listed("", missing))
     return ClassMap(tuple(tuple(dict.fromkeys(group)) for group in groups.values()), len(annotator_names))
 
 

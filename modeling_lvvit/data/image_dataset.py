@@ -1,4 +1,4 @@
-"""What all views of a `datasets.Dataset` with pictures share: rows read in batches, randomness that belongs to a row, and the check
+"""What all views of a `datasets.Dataset` with images share: rows read in batches, randomness that belongs to a row, and the check
 of all rows before training."""
 
 from collections.abc import Callable
@@ -11,24 +11,24 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .images import IMAGE_ERRORS, SampleError, decode_picture, picture_problem
-from .sampling import derived_seed, kept_generators, start_generators
+from .images import IMAGE_ERRORS, SampleError, decode_image, find_image_problem
+from .sampling import fold_in, preserve_rng_state, seed_generators
 
 
 MAX_REPORTED_PROBLEMS = 10
 ROWS_PER_CHECK = 512
 
 
-class PictureDataset(torch.utils.data.Dataset):
-    """Rows with a picture that become samples. A subclass says what else belongs to a sample (`fetch`) and makes it (`sample`).
+class ImageDataset(torch.utils.data.Dataset):
+    """Rows with an image that become samples. A subclass says what else belongs to a sample (`fetch`) and makes it (`sample`).
 
-    Rows are fetched in Arrow format, a batch at a time. Once `start_epoch` was called, what a transform draws for a row hangs on
+    Rows are fetched in Arrow format, a batch at a time. Once `start_epoch` was called, what a transform draws for a row depends on
     seed, epoch and row alone: not on the number of processes or workers, the batch size, or whether the run was interrupted.
 
     Args:
         dataset: The rows.
-        columns: Columns to read, that of the pictures first.
-        name: What messages call the data set.
+        columns: Columns to read, that of the images first.
+        name: What messages call the dataset.
 
     Raises:
         ValueError: If a column is missing.
@@ -42,7 +42,7 @@ class PictureDataset(torch.utils.data.Dataset):
         self._seed_and_epoch = torch.full((2,), -1, dtype=torch.int64).share_memory_()
 
     def fetch(self, table: pa.Table, indices: list[int]) -> Any:
-        """What besides the pictures belongs to some rows, which `table` holds."""
+        """What besides the images belongs to some rows, which `table` holds."""
         raise NotImplementedError
 
     def sample(self, image: Image.Image, fetched: Any, offset: int, index: int) -> dict[str, Any]:
@@ -65,22 +65,22 @@ class PictureDataset(torch.utils.data.Dataset):
         fetched, images = self.fetch(table, indices), table[self.image_column]
         run_seed, epoch = self._seed_and_epoch.tolist()
         samples = []
-        with kept_generators() if epoch >= 0 else nullcontext():
+        with preserve_rng_state() if epoch >= 0 else nullcontext():
             for offset, index in enumerate(indices):
                 image = self.decode(images[offset].as_py(), index)
                 seed = {}
                 if epoch >= 0:
-                    seed = {"seed": derived_seed(run_seed, epoch, index)}
-                    start_generators(seed["seed"])
+                    seed = {"seed": fold_in(run_seed, epoch, index)}
+                    seed_generators(seed["seed"])
                 samples.append({**self.sample(image, fetched, offset, index), **seed})
         return samples
 
-    def picture(self, index: int) -> Image.Image:
-        """The undecorated RGB picture of a row."""
+    def read_image(self, index: int) -> Image.Image:
+        """The RGB image of a row, before any transform."""
         return self.decode(self.rows[index][self.image_column][0].as_py(), index)
 
     def decode(self, value: dict[str, Any] | None, index: int) -> Image.Image:
-        """The RGB picture of an image column's value.
+        """The RGB image of an image column's value.
 
         Raises:
             SampleError: If there is none or it cannot be read; the message names row and file.
@@ -88,20 +88,20 @@ class PictureDataset(torch.utils.data.Dataset):
         if value is None:
             raise SampleError(f"Row {index} of the {self.name} data has no image.")
         try:
-            return decode_picture(value)
+            return decode_image(value)
         except IMAGE_ERRORS as error:
             raise SampleError(
                 f"Row {index} of the {self.name} data{file_hint(value)}: the image cannot be decoded ({error})."
             ) from error
 
-    def check_all_rows(self, problems_of: Callable[[pa.Table, int], list[tuple[int, str]]]) -> None:
-        """Looks at every row: image files for being there and whole, and what `problems_of` looks at.
+    def check_all_rows(self, find_problems: Callable[[pa.Table, int], list[tuple[int, str]]]) -> None:
+        """Looks at every row: image files for being there and whole, and what `find_problems` looks at.
 
         Image files are opened and checked for their end (JPEG) or their checksums (PNG); only other formats and doubtful
         files are decoded.
 
         Args:
-            problems_of: Called with some rows and the number of the first; returns what is wrong with them: offsets and texts.
+            find_problems: Called with some rows and the number of the first; returns what is wrong with them: offsets and texts.
 
         Raises:
             ValueError: With the first problems found, each with its row.
@@ -110,8 +110,8 @@ class PictureDataset(torch.utils.data.Dataset):
         for start in tqdm(range(0, len(self), ROWS_PER_CHECK), desc=f"Checking {self.name} data", unit="batch"):
             table = self.rows[start : start + ROWS_PER_CHECK]
             images = table[self.image_column]
-            found = problems_of(table, start)
-            found += [(offset, text) for offset, text in enumerate(map(picture_problem, images)) if text]
+            found = find_problems(table, start)
+            found += [(offset, text) for offset, text in enumerate(map(find_image_problem, images)) if text]
             for offset, text in sorted(found):
                 problems.append(f"row {start + offset}{file_hint(images[offset].as_py())}: {text}")
             if len(problems) >= MAX_REPORTED_PROBLEMS:

@@ -66,7 +66,7 @@ def keys_of_values(values: pa.Array | pa.ChunkedArray, column: str, start: int =
     return keys
 
 
-def hashes_of(keys: Sequence[str]) -> np.ndarray:
+def hash_keys(keys: Sequence[str]) -> np.ndarray:
     """64-bit hashes of keys, `(n,)` int64."""
     # file systems write accents in two ways: composed, or as a letter and a mark
     composed = (unicodedata.normalize("NFC", key).encode() for key in keys)
@@ -86,14 +86,14 @@ def repeated_keys(blocks: Iterable[Sequence[str]], hashes: np.ndarray) -> list[s
     found: dict[str, None] = {}
     if len(repeated):
         for block in blocks:
-            found |= dict.fromkeys(np.asarray(block, dtype=object)[np.isin(hashes_of(block), repeated)])
+            found |= dict.fromkeys(np.asarray(block, dtype=object)[np.isin(hash_keys(block), repeated)])
             if len(found) >= MAX_NAMED:
                 break
     return list(found)[:MAX_NAMED]
 
 
 class ImageKeys:
-    """Keys of the rows of a data set.
+    """Keys of the rows of a dataset.
 
     Args:
         dataset: Images, or a label set with the name of its key column.
@@ -153,7 +153,7 @@ class ImageKeys:
 
     def hashes(self) -> np.ndarray:
         """Hashes of all keys, `(n,)` int64."""
-        blocks = [hashes_of(block) for block in self.blocks()]
+        blocks = [hash_keys(block) for block in self.blocks()]
         return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.int64)
 
     def cut(self, pattern: re.Pattern) -> "ImageKeys":
@@ -183,7 +183,7 @@ class ImageKeys:
         column = self.rows[start:stop][self.column]
         if not pa.types.is_struct(column.type):
             return column.cast(pa.string())
-        # only the paths are read, not the pictures beside them; a row without a picture has none
+        # only the paths are read, not the images next to them; a row without an image has none
         return pa.chunked_array([pc.struct_field(chunk, "path") for chunk in column.chunks], pa.string())
 
 

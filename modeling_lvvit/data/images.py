@@ -1,4 +1,4 @@
-"""Reading pictures: one way for training, evaluation and annotation, so that a label map fits what the model sees."""
+"""Reading images: one way for training, evaluation and annotation, so that a label map fits what the model sees."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image
 
 
-# what Pillow raises for files that are no pictures, damaged or too large to be one
+# what Pillow raises for files that are no images, damaged or too large to be one
 IMAGE_ERRORS = (
     OSError,
     ValueError,
@@ -35,20 +35,20 @@ class SampleError(ValueError):
     """A row of the data cannot be used; found while training."""
 
 
-def decode_picture(value: dict[str, Any]) -> Image.Image:
-    """The upright 8-bit RGB picture of an image column's value, `{"bytes": ..., "path": ...}`.
+def decode_image(value: dict[str, Any]) -> Image.Image:
+    """The upright 8-bit RGB image of an image column's value, `{"bytes": ..., "path": ...}`.
 
-    Of an animation it is the first frame; transparency is dropped; 16-bit greyscale is scaled, where Pillow alone would
+    Of an animation it is the first frame; transparency is dropped; 16-bit grayscale is scaled, where Pillow alone would
     turn all but the darkest tones white.
 
     Raises:
-        IMAGE_ERRORS: If it is no picture, is damaged or too large.
+        IMAGE_ERRORS: If it is no image, is damaged or too large.
     """
     return to_rgb(_DECODER.decode_example(value))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An 8-bit RGB picture.
+    """An 8-bit RGB image.
 
     Raises:
         ValueError: If its pixels are floating point.
@@ -56,12 +56,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = Image.fromarray(np.uint8(np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257))
     elif image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; save the pictures with 8 or 16 bits")
+        raise ValueError("floating-point pixels have no agreed range; save the images with 8 or 16 bits")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def picture_note(content: bytes) -> str:
-    """What `decode_picture` does to a picture file beyond reading it, `""` for an upright RGB picture."""
+def image_note(content: bytes) -> str:
+    """What `decode_image` does to an image file beyond reading it, `""` for an upright RGB image."""
     with Image.open(io.BytesIO(content)) as image:
         notes = []
         frames = getattr(image, "n_frames", 1)
@@ -70,7 +70,7 @@ def picture_note(content: bytes) -> str:
         if image.mode.startswith("I"):
             notes.append("16-bit, scaled to 8")
         elif image.mode in ("L", "1"):
-            notes.append("greyscale")
+            notes.append("grayscale")
         elif image.mode == "CMYK":
             notes.append("CMYK, converted to RGB")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -80,8 +80,8 @@ def picture_note(content: bytes) -> str:
         return "; ".join(notes)
 
 
-def picture_size(value: dict[str, Any]) -> tuple[int, int] | None:
-    """Height and width of the upright picture in an image column's value, without decoding it; `None` if it cannot be opened or is a
+def read_image_size(value: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the upright image in an image column's value, without decoding it; `None` if it cannot be opened or is a
     remote file."""
     content, path = value["bytes"], value["path"]
     if content is None and (path is None or "://" in path):
@@ -111,12 +111,12 @@ def read_content(value: dict[str, Any]) -> bytes:
 
 
 def content_hash(content: bytes) -> int:
-    """64-bit hash of a picture file, signed: two rows that share it hold the same file."""
+    """64-bit hash of an image file, signed: two rows that share it hold the same file."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
-def picture_problem(value: pa.StructScalar) -> str | None:
-    """What is wrong with a picture file, `None` if nothing seems to be.
+def find_image_problem(value: pa.StructScalar) -> str | None:
+    """What is wrong with an image file, `None` if nothing seems to be.
 
     Files are opened and checked for their end (JPEG) or their checksums (PNG); only other formats and doubtful files are
     decoded. Remote files are not looked at.
@@ -134,7 +134,7 @@ def picture_problem(value: pa.StructScalar) -> str | None:
         with io.BytesIO(content.as_buffer()) if content.is_valid else open(path, "rb") as file:
             if _is_whole(file):
                 return None
-        decode_picture(value.as_py())
+        decode_image(value.as_py())
     except IMAGE_ERRORS as error:
         return f"the image cannot be decoded ({error})"
     return None
@@ -144,7 +144,7 @@ def _is_whole(file: BinaryIO) -> bool:
     """Whether an open JPEG or PNG file can be read and has all its parts; other formats are not judged.
 
     Raises:
-        OSError, SyntaxError: If it is no picture, or its checksums are wrong.
+        OSError, SyntaxError: If it is no image, or its checksums are wrong.
     """
     with Image.open(file) as image:
         if image.format == "PNG":
@@ -156,7 +156,9 @@ def _is_whole(file: BinaryIO) -> bool:
     return file.read().rstrip(b"\0").endswith(b"\xff\xd9")
 
 
-def height_width(sides: list[int] | None, name: str, kind: str = "side or height and width") -> tuple[int, int] | None:
+def parse_image_size(
+    sides: list[int] | None, name: str, kind: str = "side or height and width"
+) -> tuple[int, int] | None:
     """Height and width in pixels of an option, `None` where it was not given.
 
     Args:
@@ -174,8 +176,8 @@ def height_width(sides: list[int] | None, name: str, kind: str = "side or height
     return sides[0], sides[-1]
 
 
-class Normalisation:
-    """8-bit values to normalised ones in one pass, `(x / 255 - mean) / std`.
+class Normalization:
+    """8-bit values to normalized ones in one pass, `(x / 255 - mean) / std`.
 
     Args:
         mean, std: Of each channel, for images in [0, 1].

@@ -14,7 +14,7 @@ _DECODER = datasets.Image()
 
 
 @dataclass(frozen=True)
-class MaskCoding:
+class MaskEncoding:
     """How the values of a mask stand for classes.
 
     Args:
@@ -85,14 +85,14 @@ class MaskCoding:
 
 
 def read_mask(value: dict[str, Any]) -> np.ndarray:
-    """The values of a mask, uint8 or uint16 `(height, width)`; of a picture with a palette its indices.
+    """The values of a mask, uint8 or uint16 `(height, width)`; of an image with a palette its indices.
 
     Args:
         value: What an image column holds, `{"bytes": ..., "path": ...}`.
 
     Raises:
         IMAGE_ERRORS: If it cannot be decoded.
-        ValueError: If it is a colour picture, or has values below 0 or above 65535.
+        ValueError: If it is a color image, or has values below 0 or above 65535.
     """
     image = _DECODER.decode_example(value)
     if image.mode in ("1", "L", "P"):
@@ -103,9 +103,9 @@ def read_mask(value: dict[str, Any]) -> np.ndarray:
             raise ValueError(f"it has values from {values.min()} to {values.max()}; expected 0 to {MAX_VALUE}")
         return values.astype(np.uint16)
     channels = np.asarray(image)
-    if image.mode == "RGB" and (channels == channels[..., :1]).all():  # grey, saved as colour
+    if image.mode == "RGB" and (channels == channels[..., :1]).all():  # grey, saved as color
         return channels[..., 0]
     raise ValueError(
-        f"it is a picture of mode {image.mode}; expected one channel with class ids. "
-        "dataset_scripts/image_mask_folder.py --colors turns colours into ids"
+        f"it is an image of mode {image.mode}; expected one channel with class ids. "
+        "dataset_scripts/image_mask_folder.py --colors turns colors into ids"
     )

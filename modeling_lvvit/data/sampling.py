@@ -10,29 +10,29 @@ import torch
 from torch.utils.data import Sampler
 
 
-def derived_seed(*parts: int) -> int:
+def fold_in(*parts: int) -> int:
     """A seed of 63 bits from several integers of 64 bits, for example seed, epoch and row: their BLAKE2b digest."""
     digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 @contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
+def temporary_seed(seed: int | None) -> Iterator[None]:
     """Python's and PyTorch's generators started from `seed` within a `with` block, and put back after it.
 
-    What is drawn in the block hangs on the seed alone: not on the process, the worker, the batch or what was drawn before.
+    What is drawn in the block depends on the seed alone: not on the process, the worker, the batch or what was drawn before.
     `None` leaves the generators as they are.
     """
     if seed is None:
         yield
         return
-    with kept_generators():
-        start_generators(seed)
+    with preserve_rng_state():
+        seed_generators(seed)
         yield
 
 
 @contextmanager
-def kept_generators() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """Python's and PyTorch's generators are after the `with` block as they were before."""
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     try:
@@ -42,18 +42,18 @@ def kept_generators() -> Iterator[None]:
         random.setstate(python_state)
 
 
-def start_generators(seed: int) -> None:
+def seed_generators(seed: int) -> None:
     """Starts Python's and PyTorch's generators for the CPU from `seed`."""
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
 
 
-class SharedSampler(Sampler[int]):
+class ShardedEvalSampler(Sampler[int]):
     """The rows of one of several processes: every one of them once in all, in contrast to the samplers of PyTorch and accelerate, which
     repeat rows to give all processes as many.
 
     Args:
-        num_rows: Rows of the data set.
+        num_rows: Rows of the dataset.
         process_index, num_processes: Which process.
     """
 
@@ -68,10 +68,10 @@ class SharedSampler(Sampler[int]):
 
 
 class EpochSampler(Sampler[int]):
-    """Rows in an order that hangs on seed and epoch alone, so that a resumed epoch goes on in the same order.
+    """Rows in an order that depends on seed and epoch alone, so that a resumed epoch goes on in the same order.
 
     Args:
-        num_rows: Rows of the data set.
+        num_rows: Rows of the dataset.
     """
 
     def __init__(self, num_rows: int):

@@ -29,7 +29,7 @@ def open_splits(
     streaming: bool = False,
     split: str = "train",
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """All splits of a data set.
+    """All splits of a dataset.
 
     Args:
         name: Hub name, a folder (image folder, or Parquet files), or one Parquet file.
@@ -38,13 +38,13 @@ def open_splits(
         split: What the rows of a single Parquet file are called.
 
     Raises:
-        FileNotFoundError: If there is no such data set.
+        FileNotFoundError: If there is no such dataset.
         ValueError: If it cannot be read.
     """
     path = Path(name).expanduser()
     if looks_local(name) and not path.exists():
         raise FileNotFoundError(
-            f"There is no data set at {path.resolve()}. Give a Hub name, a folder or a Parquet file."
+            f"There is no dataset at {path.resolve()}. Give a Hub name, a folder or a Parquet file."
         )
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"{path} is neither a folder nor a .parquet file.")
@@ -56,11 +56,11 @@ def open_splits(
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise FileNotFoundError(
-            f"{name} is neither a local folder or Parquet file (seen from {Path.cwd()}) nor a data set that the Hub gives: "
+            f"{name} is neither a local folder or Parquet file (seen from {Path.cwd()}) nor a dataset that the Hub gives: "
             f"{error}"
         ) from error
     except (DatasetsError, pa.ArrowException) as error:
-        raise ValueError(f"{name} cannot be read as a data set: {error.__cause__ or error}") from error
+        raise ValueError(f"{name} cannot be read as a dataset: {error.__cause__ or error}") from error
 
 
 def open_parquet(paths: list[str], split: str) -> datasets.Dataset:
@@ -76,15 +76,15 @@ def open_parquet(paths: list[str], split: str) -> datasets.Dataset:
 
 
 def streamed_rows(source: tuple, state: str) -> Iterator[dict[str, Any]]:
-    """Rows of a split, pictures undecoded."""
+    """Rows of a split, images undecoded."""
     name, config_name, revision, split, image_column, count = source
     rows = open_splits(name, config_name, revision, streaming=True, split=split)[split]
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     yield from rows if count is None else rows.take(count)
 
 
-def state_of(name: str, revision: str | None) -> str:
-    """What changes when a data set changes: sizes and times of local files, or the commit on the Hub."""
+def dataset_fingerprint(name: str, revision: str | None) -> str:
+    """What changes when a dataset changes: sizes and times of local files, or the commit on the Hub."""
     path = Path(name).expanduser()
     if not path.exists():
         return HfApi().dataset_info(name, revision=revision).sha

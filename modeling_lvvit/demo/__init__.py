@@ -1,1 +1,1 @@
-"""A page on which a model is tried with one's own pictures."""
+"""A page on which a model is tried with one's own images."""

@@ -1,4 +1,4 @@
-"""A page on which a classifier is tried: its classes for a picture, where it looks for each of them, what it says of single patches;
+"""A page on which a classifier is tried: its classes for an image, where it looks for each of them, what it says of single patches;
 or a segmentation model of ours.
 
     python -m modeling_lvvit.demo --model outputs/digit_scenes

@@ -1,4 +1,4 @@
-"""What the page shows of a picture: classes, relevance and cells."""
+"""What the page shows of an image: classes, relevance and cells."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from ..annotators.annotator import load_annotator
 from ..backbones.loading import first_line
 from ..evaluate.classifier import TRIAL_ERRORS, Classifier, InputOptions, load_classifier
 from ..visualization.figures import best_cells, heat
-from ..visualization.panels import short, shown_picture
+from ..visualization.panels import short, shown_image
 from ..visualization.relevance import relevance_maps
 
 
-MIN_SIDE = 448  # pixels of pictures on the page
+MIN_SIDE = 448  # pixels of images on the page
 NUM_CELL_CLASSES = 12  # that are told apart
 MIN_STRENGTH = 0.1  # of cells that are counted: below it they are about at chance
 
-# picture (height, width, 3) uint8; masks (height, width) in [0, 1] with their names
+# image (height, width, 3) uint8; masks (height, width) in [0, 1] with their names
 Annotated = tuple[np.ndarray, list[tuple[np.ndarray, str]]]
 
 
@@ -29,7 +29,7 @@ class Explanation:
     """Why a class.
 
     Args:
-        relevance, attention: Pictures uint8 `(height, width, 3)`; `None` where the model has none.
+        relevance, attention: Images uint8 `(height, width, 3)`; `None` where the model has none.
         note: What is missing and why, `""` if nothing is.
     """
 
@@ -39,7 +39,7 @@ class Explanation:
 
 
 class Explainer:
-    """A classifier that is asked about single pictures.
+    """A classifier that is asked about single images.
 
     Args:
         name: See `load_classifier`.
@@ -79,14 +79,14 @@ class Explainer:
         return f"{kind}, {facts['parameters'] / 1e6:.1f} million parameters, {len(self.class_names):,} classes, {shape} pixels"
 
     @torch.no_grad()
-    def probabilities(self, picture: Image.Image) -> torch.Tensor:
+    def probabilities(self, image: Image.Image) -> torch.Tensor:
         """Of all classes, `(C,)`."""
-        return self.classifier.logits(self.classifier.transform(picture)[None])[0].softmax(dim=0)
+        return self.classifier.logits(self.classifier.transform(image)[None])[0].softmax(dim=0)
 
-    def explain(self, picture: Image.Image, class_id: int) -> Explanation:
+    def explain(self, image: Image.Image, class_id: int) -> Explanation:
         """Relevance for a class, and attention."""
-        pixel_values = self.classifier.transform(picture)[None]
-        shown = shown_picture(pixel_values[0])
+        pixel_values = self.classifier.transform(image)[None]
+        shown = shown_image(pixel_values[0])
         try:
             maps = relevance_maps(
                 self.classifier.model, pixel_values, torch.tensor([class_id]), self.classifier.forward_options
@@ -99,18 +99,18 @@ class Explainer:
         )
         return Explanation(relevance, attention, "")
 
-    def cells(self, picture: Image.Image) -> tuple[Annotated | None, str]:
-        """The picture with the classes of its cells, by the patch head or, where none was trained, by the classifier at each cell; or
+    def cells(self, image: Image.Image) -> tuple[Annotated | None, str]:
+        """The image with the classes of its cells, by the patch head or, where none was trained, by the classifier at each cell; or
         why there are none."""
         if isinstance(self._dense, str):
             return None, f"No cells: {self._dense}"
-        pixels, _ = self._dense.preprocessing(picture)
+        pixels, _ = self._dense.preprocessing(image)
         try:
             with torch.inference_mode():
                 scores = self._dense.score_map(pixels[None])[0].permute(1, 2, 0)  # (rows, columns, classes)
         except TRIAL_ERRORS as error:
             return None, f"No cells: {first_line(error)}"
-        return annotated(_enlarged(shown_picture(pixels)), *best_cells(scores), self.distinct_names), ""
+        return annotated(_enlarged(shown_image(pixels)), *best_cells(scores), self.distinct_names), ""
 
     @cached_property
     def _dense(self):
@@ -121,19 +121,19 @@ class Explainer:
             return str(error)
 
 
-def annotated(picture: np.ndarray, ids: np.ndarray, strengths: np.ndarray, class_names: list[str]) -> Annotated:
-    """A grey copy of a picture with a mask for each of its most frequent classes.
+def annotated(image: np.ndarray, ids: np.ndarray, strengths: np.ndarray, class_names: list[str]) -> Annotated:
+    """A grey copy of an image with a mask for each of its most frequent classes.
 
     Args:
-        picture: `(height, width, 3)` in [0, 1].
+        image: `(height, width, 3)` in [0, 1].
         ids, strengths: Class and opacity in [0, 1] of each cell, `(rows, columns)`.
         class_names: By id.
     """
     strengths = np.where(strengths < MIN_STRENGTH, 0, strengths)
     weights = np.bincount(ids.ravel(), weights=strengths.ravel(), minlength=len(class_names))
     order = [index for index in np.argsort(-weights, kind="stable")[:NUM_CELL_CLASSES] if weights[index] > 0]
-    grey = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    size = picture.shape[1::-1]
+    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    size = image.shape[1::-1]
     sections = []
     for index in order:
         own = np.where(ids == index, strengths, 0).astype(np.float32)
@@ -150,6 +150,6 @@ def _first(name: str) -> str:
 
 
 def _enlarged(shown: np.ndarray) -> np.ndarray:
-    """A small picture at a size that can be seen, a whole number of times as large."""
+    """A small image at a size that can be seen, a whole number of times as large."""
     factor = max(1, -(-MIN_SIDE // max(shown.shape[:2])))
     return shown.repeat(factor, axis=0).repeat(factor, axis=1)

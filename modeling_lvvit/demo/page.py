@@ -8,7 +8,7 @@ from gradio.utils import get_upload_folder, is_in_or_equal
 from PIL import Image
 
 from ..backbones.loading import first_line
-from ..data.images import IMAGE_ERRORS, decode_picture
+from ..data.images import IMAGE_ERRORS, decode_image
 from .explanation import Explainer
 from .segmentation import Segmenter
 
@@ -21,8 +21,8 @@ HOW_TO_READ = (
 )
 
 
-def read_picture(payload: Any) -> Image.Image | None:
-    """The upright RGB picture of an uploaded file. Only files that were uploaded are opened, and never an address.
+def read_image(payload: Any) -> Image.Image | None:
+    """The upright RGB image of an uploaded file. Only files that were uploaded are opened, and never an address.
 
     Raises:
         gr.Error: If it is none; the page shows the message.
@@ -30,13 +30,13 @@ def read_picture(payload: Any) -> Image.Image | None:
     if payload is None:
         return None
     if not payload.path or not is_in_or_equal(payload.path, get_upload_folder()) or not Path(payload.path).is_file():
-        raise gr.Error("Upload a picture first.", print_exception=False)
+        raise gr.Error("Upload an image first.", print_exception=False)
     name = payload.orig_name or "The file"
     try:
-        return decode_picture({"bytes": Path(payload.path).read_bytes(), "path": None})
+        return decode_image({"bytes": Path(payload.path).read_bytes(), "path": None})
     except IMAGE_ERRORS as error:
         reason = first_line(error).partition("<")[0].rstrip()
-        raise gr.Error(f"{name} cannot be read as a picture: {reason}", print_exception=False) from error
+        raise gr.Error(f"{name} cannot be read as an image: {reason}", print_exception=False) from error
 
 
 def build_segmentation_page(segmenter: Segmenter) -> gr.Blocks:
@@ -48,18 +48,18 @@ def build_segmentation_page(segmenter: Segmenter) -> gr.Blocks:
     with gr.Blocks(title="LV-ViT", analytics_enabled=False) as page:
         gr.Markdown(f"# What is where?\n{segmenter.description}")
         with gr.Row():
-            picture = picture_input()
+            upload = image_input()
             classes = gr.AnnotatedImage(label="Classes", height=480)
-        looked = gr.on([picture.upload, picture.clear], look, picture, classes, **ONE_AT_A_TIME, api_name="segment")
+        looked = gr.on([upload.upload, upload.clear], look, upload, classes, **ONE_AT_A_TIME, api_name="segment")
         looked.failure(lambda: None, outputs=classes, api_visibility="private")
     return page
 
 
-def picture_input() -> gr.Image:
-    """Where a picture is dropped; files that are none get a message."""
-    picture = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=360)
-    picture.preprocess = read_picture
-    return picture
+def image_input() -> gr.Image:
+    """Where an image is dropped; files that are none get a message."""
+    image = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=360)
+    image.preprocess = read_image
+    return image
 
 
 def build_page(explainer: Explainer) -> gr.Blocks:
@@ -68,7 +68,7 @@ def build_page(explainer: Explainer) -> gr.Blocks:
     every_class = [(name, index) for index, name in enumerate(names)]
 
     def look(image: Image.Image | None):
-        """Everything about a new picture."""
+        """Everything about a new image."""
         if image is None:
             return nothing()
         probabilities = explainer.probabilities(image)
@@ -93,7 +93,7 @@ def build_page(explainer: Explainer) -> gr.Blocks:
         gr.Markdown(f"# What does it see?\n{explainer.description}")
         with gr.Row():
             with gr.Column():
-                picture = picture_input()
+                upload = image_input()
                 best = gr.Label(label="Classes", num_top_classes=NUM_CLASSES)
             with gr.Column():
                 chosen = gr.Dropdown(
@@ -107,14 +107,14 @@ def build_page(explainer: Explainer) -> gr.Blocks:
         gr.Markdown(HOW_TO_READ)
         shown = [best, chosen, relevance, attention, cells, notes]
         looked = gr.on(
-            [picture.upload, picture.clear],
+            [upload.upload, upload.clear],
             look,
-            picture,
+            upload,
             shown,
             **ONE_AT_A_TIME,
             show_progress_on=best,
             api_name="classify",
         )
-        looked.failure(nothing, outputs=shown, api_visibility="private")  # nothing of the picture before stays
-        chosen.input(look_for, [picture, chosen], relevance, **ONE_AT_A_TIME, api_name="relevance")
+        looked.failure(nothing, outputs=shown, api_visibility="private")  # nothing of the image before stays
+        chosen.input(look_for, [upload, chosen], relevance, **ONE_AT_A_TIME, api_name="relevance")
     return page

@@ -1,4 +1,4 @@
-"""What the page shows of a picture by a segmentation model."""
+"""What the page shows of an image by a segmentation model."""
 
 import numpy as np
 from PIL import Image
@@ -6,14 +6,14 @@ from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor
 
 from ..backbones.loading import LOADING_ERRORS, first_line, transformers_class_names
-from ..data.images import Normalisation
+from ..data.images import Normalization
 from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
 from ..segmentation.build_model import is_segmenter
 from ..segmentation.inference import InferenceSettings, predict_classes
 from .explanation import Annotated, annotated
 
 
-MAX_SIDE = 1024  # pixels of a picture on the page
+MAX_SIDE = 1024  # pixels of an image on the page
 STRIDE_SHARE = 2 / 3  # of the window, as in the published evaluation
 
 
@@ -26,7 +26,7 @@ def is_segmentation_model(name: str) -> bool:
 
 
 class Segmenter:
-    """A segmentation model that is asked about single pictures, in windows of the size it was trained on.
+    """A segmentation model that is asked about single images, in windows of the size it was trained on.
 
     Args:
         name: Hub name or folder.
@@ -41,7 +41,7 @@ class Segmenter:
             processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         except LOADING_ERRORS as error:
             raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
-        self.normalise = Normalisation(processor.image_mean, processor.image_std)
+        self.normalize = Normalization(processor.image_mean, processor.image_std)
         window = tuple(self.model.config.image_height_width)
         size = processor.size if processor.do_resize else {}
         self.settings = InferenceSettings(
@@ -65,10 +65,10 @@ class Segmenter:
             f"{len(self.class_names)} classes, windows of {height} x {width} pixels"
         )
 
-    def segment(self, picture: Image.Image) -> Annotated:
-        """The picture with a mask for each of its most frequent classes."""
-        picture = picture.copy()
-        picture.thumbnail((MAX_SIDE, MAX_SIDE))
-        pixel_values = self.normalise(v2.functional.pil_to_tensor(picture))[None]
+    def segment(self, image: Image.Image) -> Annotated:
+        """The image with a mask for each of its most frequent classes."""
+        image = image.copy()
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        pixel_values = self.normalize(v2.functional.pil_to_tensor(image))[None]
         classes = predict_classes(lambda pixels: self.model(pixels).logits, pixel_values, self.settings)[0].numpy()
-        return annotated(np.asarray(picture) / 255.0, classes, np.full(classes.shape, 0.8), self.class_names)
+        return annotated(np.asarray(image) / 255.0, classes, np.full(classes.shape, 0.8), self.class_names)

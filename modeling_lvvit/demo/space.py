@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import RepoCard, SpaceCardData
 
-from ..data.atomic_files import new_folder
+from ..data.atomic_files import atomic_directory
 from ..hub.file_checks import CARD, published_files
 
 
@@ -28,7 +28,7 @@ if __name__ == "__main__":
 TEXT = """
 # {title}
 
-Drop a picture to see what the model finds in it. The model is {model}.
+Drop an image to see what the model finds in it. The model is {model}.
 
 Upload this folder with `hf upload NAME . --repo-type space`, or start it here: `pip install -r requirements.txt && python app.py`.
 """
@@ -56,7 +56,7 @@ def export_space(model: str, folder: Path, trust_remote_code: bool = False) -> N
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--export_space {folder}: there is something already. Name a new folder.")
     requirements = space_requirements()
-    with new_folder(folder) as space:
+    with atomic_directory(folder) as space:
         shutil.copytree(PACKAGE, space / PACKAGE.name, ignore=LEFT_OUT)
         for name in published_files(model_folder)[0] if is_folder else ():
             if not name.startswith(LOGS):
@@ -73,7 +73,7 @@ def space_requirements() -> list[str]:
     """Those of this package, and gradio in the version that is installed.
 
     Raises:
-        ValueError: If the package is not installed, so that nobody knows them.
+        ValueError: If the package is not installed, so that no one knows them.
     """
     try:
         lines = requires("modeling-lvvit") or []

@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from ..data.images import SampleError, height_width
-from ..data.sampling import SharedSampler
+from ..data.images import SampleError, parse_image_size
+from ..data.sampling import ShardedEvalSampler
 from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
 from ..token_labeling.dataset import TokenLabelDataset
 from .classifier import Classifier, InputOptions, load_classifier
 from .report import markdown_table, save_results
 from .scores import ClassificationScores, find_real_labels, mean_corruption_error
-from .test_sets import TestSet, classes_of, corruption_folders, open_test_set, real_labels_of
+from .test_sets import TestSet, corruption_folders, model_class_map, open_test_set, reassessed_labels
 
 
 MODULE = "modeling_lvvit.evaluate"
@@ -49,9 +49,9 @@ class EvaluationArguments:
         real_labels: Re-assessed labels of the first test set: `imagenet`, those of its validation set, or a JSON file or its URL.
         corruptions: Folder of ImageNet-C.
         image_size: Side of the input in pixels, or height and width; default: that of each model.
-        crop_fraction: Share of the resized picture that the centre crop keeps; default: that of each model.
+        crop_pct: Share of the resized image that the center crop keeps; default: that of each model.
         batch_size: Images that a device takes at a time.
-        num_workers: Processes that load pictures.
+        num_workers: Processes that load images.
         bf16: Whether to compute in bfloat16.
         max_samples: First rows of each test set only.
         output: JSON file for all results and settings; the table is always printed.
@@ -64,15 +64,17 @@ class EvaluationArguments:
     split: str | None = field(default=None, metadata={"help": "Split; default: found by name."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
-    image_column: str = field(default="image", metadata={"help": "Column of pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of class ids or names."})
     class_map: str | None = field(default=None, metadata={"help": "identity, or a file."})
     real_labels: str | None = field(default=None, metadata={"help": "imagenet, or a JSON file or URL."})
     corruptions: str | None = field(default=None, metadata={"help": "Folder of ImageNet-C."})
     image_size: list[int] | None = field(default=None, metadata={"help": "Input side in pixels, or height and width."})
-    crop_fraction: float | None = field(default=None, metadata={"help": "Share kept by the centre crop."})
+    crop_pct: float | None = field(
+        default=None, metadata={"help": "Share kept by the center crop.", "aliases": ["--crop_fraction"]}
+    )
     batch_size: int = field(default=64, metadata={"help": "Images that a device takes at a time."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that load pictures."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
     max_samples: int | None = field(default=None, metadata={"help": "First rows of each test set only."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
@@ -85,9 +87,9 @@ class EvaluationArguments:
             raise ValueError("Give test sets (--dataset) or a folder of corruptions (--corruptions).")
         if self.real_labels is not None and not self.dataset:
             raise ValueError("--real_labels belong to a test set: give --dataset.")
-        height_width(self.image_size, "`image_size`")
-        if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"`crop_fraction` must lie in (0, 1], got {self.crop_fraction}.")
+        parse_image_size(self.image_size, "`image_size`")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"`crop_pct` must lie in (0, 1], got {self.crop_pct}.")
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
         if self.output is not None and Path(self.output).is_dir():
@@ -95,7 +97,7 @@ class EvaluationArguments:
 
     def input_options(self) -> InputOptions:
         """Changes of the models' preprocessing."""
-        return InputOptions(height_width(self.image_size, "`image_size`"), self.crop_fraction)
+        return InputOptions(parse_image_size(self.image_size, "`image_size`"), self.crop_pct)
 
 
 @torch.inference_mode()
@@ -114,17 +116,17 @@ def evaluate(
         test_set: Rows.
         args: Batch size, precision, class map.
         state: Which process this is.
-        columns: Names of the columns of pictures and labels.
+        columns: Names of the columns of images and labels.
         real: Re-assessed labels of the rows.
     """
-    class_map = classes_of(classifier.class_names, test_set, args.class_map)
+    class_map = model_class_map(classifier.class_names, test_set, args.class_map)
     samples = TokenLabelDataset(
         test_set.rows,
         partial(_as_sample, classifier.transform),
         *columns,
         name=test_set.name,
     )
-    sampler = SharedSampler(len(samples), state.process_index, state.num_processes)
+    sampler = ShardedEvalSampler(len(samples), state.process_index, state.num_processes)
     loader = DataLoader(
         _Numbered(samples),
         args.batch_size,
@@ -193,13 +195,13 @@ def prepare(args: EvaluationArguments) -> tuple[list[Classifier], list[TestSet],
     for classifier in classifiers:
         for test_set in [*test_sets, *corrupted]:
             try:
-                classes_of(classifier.class_names, test_set, args.class_map)
+                model_class_map(classifier.class_names, test_set, args.class_map)
             except ValueError as error:
                 reason = str(error).replace("annotator", "model")  # for which classes are paired elsewhere
                 raise ValueError(f"{classifier.name} on {test_set.name}: {reason}") from error
     real = None
     if args.real_labels is not None:
-        real = real_labels_of(test_sets[0], *columns, find_real_labels(args.real_labels))
+        real = reassessed_labels(test_sets[0], *columns, find_real_labels(args.real_labels))
     return classifiers, test_sets, real, folders
 
 

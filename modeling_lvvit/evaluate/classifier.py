@@ -23,32 +23,32 @@ from ..backbones.loading import (
     timm_class_names,
     transformers_class_names,
 )
-from ..backbones.preprocessing import fixed_size_of, view_of
+from ..backbones.preprocessing import processor_image_size, processor_view
 from ..backbones.resize import must_interpolate, own_image_size, resize_classifier
 from ..configuration_lvvit import LVViTConfig
 from ..data.sources import looks_local
 
 
 TRIAL_ERRORS = (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, IndexError)
-TRIAL_SIZE = (320, 200)  # of the picture that every classifier is tried with
+TRIAL_SIZE = (320, 200)  # of the image that every classifier is tried with
 
 
 @dataclass
 class InputOptions:
-    """How pictures are given to a classifier, where that is not its own way.
+    """How images are given to a classifier, where that is not its own way.
 
     Args:
         image_size: Height and width of the input in pixels.
-        crop_fraction: Share of the resized picture that the centre crop keeps, in (0, 1].
+        crop_pct: Share of the resized image that the center crop keeps, in (0, 1].
     """
 
     image_size: tuple[int, int] | None = None
-    crop_fraction: float | None = None
+    crop_pct: float | None = None
 
     @property
     def are_given(self) -> bool:
         """Whether something is to be changed."""
-        return self.image_size is not None or self.crop_fraction is not None
+        return self.image_size is not None or self.crop_pct is not None
 
 
 @dataclass
@@ -58,11 +58,11 @@ class Classifier:
     Args:
         name: As the user gave it.
         model: Network.
-        transform: From an RGB picture to its input, float32 `(3, height, width)`.
+        transform: From an RGB image to its input, float32 `(3, height, width)`.
         class_names: By id.
         facts: What a record says of it: library, parameters, resolution, crop, ...
         forward_options: Arguments of every forward pass.
-        view: Shares of width and height of a picture of 8:5 that it sees (`preprocessing.view_of`); `None` if that is not known.
+        view: Shares of width and height of an image of 8:5 that it sees (`preprocessing.processor_view`); `None` if that is not known.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Classifier:
 
 
 class ProcessorTransform:
-    """From a picture to what an image processor makes of it, float32 `(3, height, width)`."""
+    """From an image to what an image processor makes of it, float32 `(3, height, width)`."""
 
     def __init__(self, processor: Any):
         self.transform = ImageProcessorTransform(processor)
@@ -105,7 +105,7 @@ def load_classifier(
         random_weights: Builds the architecture without its weights (seed 0), to try things out.
 
     Raises:
-        ValueError: If it cannot be loaded, or does not take pictures of the size that was asked for.
+        ValueError: If it cannot be loaded, or does not take images of the size that was asked for.
     """
     if looks_local(name) and not Path(name).expanduser().is_dir():
         raise ValueError(f"There is no model folder {name} (seen from {Path.cwd()}).")
@@ -125,7 +125,7 @@ def load_classifier(
             found = classifier.logits(classifier.transform(Image.new("RGB", TRIAL_SIZE))[None]).shape[-1]
     except TRIAL_ERRORS as error:
         raise ValueError(
-            f"{name} cannot be evaluated on pictures of {classifier.facts['input_size']} pixels: {first_line(error)}"
+            f"{name} cannot be evaluated on images of {classifier.facts['input_size']} pixels: {first_line(error)}"
         ) from error
     if found != len(classifier.class_names):
         raise ValueError(f"{name} gives {found} scores and has names for {len(classifier.class_names)} classes.")
@@ -142,11 +142,11 @@ def _load_transformers(name: str, options: InputOptions, source: dict[str, Any],
     model, _ = create_transformers_model(name, source, random_weights)
     processor = AutoImageProcessor.from_pretrained(name, **source)
     if options.are_given:
-        processor = fitted_processor(processor, options.image_size, options.crop_fraction, own_image_size(model))
-    size = fixed_size_of(processor)
+        processor = fitted_processor(processor, options.image_size, options.crop_pct, own_image_size(model))
+    size = processor_image_size(processor)
     if size is None:
         raise ValueError(
-            "its image processor gives pictures of several sizes; say which height and width they shall have (--image_size)."
+            "its image processor gives images of several sizes; say which height and width they shall have (--image_size)."
         )
     model, forward_options = _fitted(model, size)
     settings = {
@@ -164,12 +164,12 @@ def _load_transformers(name: str, options: InputOptions, source: dict[str, Any],
         transformers_class_names(model),
         facts,
         forward_options,
-        view_of(processor),
+        processor_view(processor),
     )
 
 
 def _fitted(model: PreTrainedModel, size: tuple[int, int]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model that takes pictures of a size, and the arguments that its forward passes need for it."""
+    """A model that takes images of a size, and the arguments that its forward passes need for it."""
     if model.config.model_type == LVViTConfig.model_type:
         if size != own_image_size(model):
             model.resize_position_embeddings(size)
@@ -184,8 +184,8 @@ def _load_timm(name: str, options: InputOptions, source: dict[str, Any], random_
     changes = {}
     if options.image_size is not None:
         changes["input_size"] = (3, *options.image_size)
-    if options.crop_fraction is not None:
-        changes["crop_pct"] = options.crop_fraction
+    if options.crop_pct is not None:
+        changes["crop_pct"] = options.crop_pct
     # the size of timm's own published evaluations
     settings = resolve_model_data_config(model, args=changes, use_test_size=True)
     transform = create_transform(**settings, is_training=False)

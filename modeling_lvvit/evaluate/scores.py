@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from timm.data import RealLabelsImagenet
 
-from ..training.metrics import CountedMetric
+from ..training.metrics import AccumulatingMetric
 
 
 TOP_K = 5
@@ -27,12 +27,12 @@ ALEXNET_ERRORS = {
 }  # fmt: skip
 
 
-class ClassificationScores(CountedMetric):
+class ClassificationScores(AccumulatingMetric):
     """Top-1 and top-5 accuracy, and accuracy by re-assessed labels (ReaL, Beyer et al. 2020, arXiv:2006.07159).
 
     Args:
         num_labels: Number of classes; with fewer than six there is no top-5 accuracy, which would say nothing.
-        kwargs: See `CountedMetric`.
+        kwargs: See `AccumulatingMetric`.
     """
 
     def __init__(self, num_labels: int, **kwargs: Any):

@@ -24,7 +24,7 @@ MIN_COMPARED, MIN_AGREEMENT = (
 
 @dataclass
 class TestSet:
-    """Labelled pictures to evaluate on.
+    """Labelled images to evaluate on.
 
     Args:
         name: What results call it.
@@ -54,7 +54,7 @@ def open_test_set(
     label_column: str = "label",
     max_samples: int | None = None,
 ) -> TestSet:
-    """Opens a split of a data set.
+    """Opens a split of a dataset.
 
     Args:
         name: Hub name, image folder, folder of Parquet files, or one of these.
@@ -87,7 +87,7 @@ def open_test_set(
     return TestSet(name, rows, class_names, are_named, found, num_rows)
 
 
-def classes_of(model_names: Sequence[str], test_set: TestSet, class_map: str | None = None) -> ClassMap | None:
+def model_class_map(model_names: Sequence[str], test_set: TestSet, class_map: str | None = None) -> ClassMap | None:
     """Which classes of a model those of a test set are; `None` if both number them alike.
 
     Classes are paired by name, synonym or WordNet id; a test set of fewer classes (ImageNet-A, ImageNet-R) takes the best of these
@@ -119,7 +119,7 @@ def classes_of(model_names: Sequence[str], test_set: TestSet, class_map: str | N
     return None if found is not None and found.is_identity else found
 
 
-def real_labels_of(
+def reassessed_labels(
     test_set: TestSet, image_column: str, label_column: str, labels: Sequence[Sequence[int]]
 ) -> list[frozenset[int] | None]:
     """Re-assessed labels of every row: by the number in its file name (`ILSVRC2012_val_00000001`), else by its place.
@@ -136,7 +136,7 @@ def real_labels_of(
         image_column, datasets.Image(decode=False)
     )
     paths, human = [], []
-    # chunk by chunk: all pictures in one array would be copied, and 2 GB are the most it can hold
+    # chunk by chunk: all images in one array would be copied, and 2 GB are the most it can hold
     for batch in rows.with_format("arrow").iter(batch_size=1000):
         paths += [path for chunk in batch[image_column].chunks for path in chunk.field("path").to_pylist()]
         human += batch[label_column].to_pylist()
@@ -148,7 +148,7 @@ def real_labels_of(
     else:
         raise ValueError(
             f"{test_set.name} has {test_set.num_rows} images, there are {len(labels)} re-assessed labels, and files are not called "
-            "ILSVRC2012_val_00000001...: nobody can tell which label is whose."
+            "ILSVRC2012_val_00000001...: no one can tell which label is whose."
         )
     highest = max((index for classes in labels for index in classes), default=0)
     if max(numbers) >= len(labels) or highest >= len(test_set.class_names):

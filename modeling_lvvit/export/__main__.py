@@ -1,11 +1,11 @@
 """Exports a saved classifier or segmentation model to a folder that runs without this package.
 
     python -m modeling_lvvit.export --model outputs/digit_scenes --output_dir exported
-    python exported/predict.py picture.png                      # with onnxruntime, numpy and Pillow alone
+    python exported/predict.py image.png                      # with onnxruntime, numpy and Pillow alone
     python -m modeling_lvvit.export --model MODEL --output_dir DIR --dtype float16
     python -m modeling_lvvit.export --model MODEL --output_dir DIR --format torch
 
-The file takes any number of pictures, with sides that are multiples of the patch size. It is compared with the model
+The file takes any number of images, with sides that are multiples of the patch size. It is compared with the model
 before it is put in place. ONNX needs the extra `export`: pip install -e ".[export]".
 """
 

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
 from ..backbones.loading import LOADING_ERRORS, first_line
-from ..data.atomic_files import check_new_folder, new_folder
+from ..data.atomic_files import atomic_directory, check_new_directory
 from ..data.sources import looks_local
 from ..modeling_lvvit import LVViTPreTrainedModel
 from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
@@ -22,10 +22,10 @@ from .verification import Agreement, compare, onnx_runner, program_runner
 
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
 SCRIPT = Path(__file__).with_name("predict.py")
-SCRIPT_CLASSES = 256  # of a picture with a palette
-PROBE_SIZE = (320, 200)  # width and height of the picture on which preparations are compared
-# grey levels by which Pillow, with which the script resizes, differs from torchvision: 2 on 50 photographs
-MAX_GREY_LEVELS = 3
+SCRIPT_CLASSES = 256  # of an image with a palette
+PROBE_SIZE = (320, 200)  # width and height of the image on which preparations are compared
+# gray levels by which Pillow, with which the script resizes, differs from torchvision: 2 on 50 photographs
+MAX_GRAY_LEVELS = 3
 
 
 def export_folder(
@@ -58,7 +58,7 @@ def export_folder(
         ImportError: If a package is missing.
         ValueError: If the model cannot be loaded or exported, or the file differs from it.
     """
-    check_new_folder(output_dir)
+    check_new_directory(output_dir)
     if file_format == "onnx":
         require("onnx", "onnxscript", "onnxruntime")
     model, processor = load(name, revision, trust_remote_code)
@@ -66,7 +66,7 @@ def export_folder(
         check_script(model, processor)
     elif min(model.config.grid_size) < MIN_PATCHES:
         raise ValueError(f"{name} has {model.config.grid_size} patches; programs need {MIN_PATCHES} on each side.")
-    with new_folder(output_dir) as partial:
+    with atomic_directory(output_dir) as partial:
         path = partial / FORMATS[file_format]
         if file_format == "onnx":
             export_onnx(model, path, DTYPES[dtype], fuse)
@@ -75,7 +75,7 @@ def export_folder(
         else:
             torch.export.save(export_program(model, DTYPES[dtype], fuse), path)
             run = program_runner(path)
-        model.config.to_json_file(partial / "config.json")  # without the code that `save_pretrained` puts beside it
+        model.config.to_json_file(partial / "config.json")  # without the code that `save_pretrained` puts next to it
         processor.save_pretrained(partial)
         agreement = compare(run, model, DTYPES[dtype])
         if not agreement.is_near:
@@ -108,8 +108,8 @@ def load(name: str, revision: str | None, trust_remote_code: bool) -> tuple[LVVi
         processor = AutoImageProcessor.from_pretrained(name, **source)
     except LOADING_ERRORS as error:
         raise ValueError(
-            f"{name} has no preprocessor_config.json, which says how pictures are prepared; save the image processor "
-            f"of its training beside the model. ({first_line(error)})"
+            f"{name} has no preprocessor_config.json, which says how images are prepared; save the image processor "
+            f"of its training next to the model. ({first_line(error)})"
         ) from error
     try:
         model, report = saved.from_pretrained(name, revision=revision, dtype=torch.float32, output_loading_info=True)
@@ -121,7 +121,7 @@ def load(name: str, revision: str | None, trust_remote_code: bool) -> tuple[LVVi
 
 
 def check_script(model: LVViTPreTrainedModel, processor: Any) -> None:
-    """Raises a `ValueError` if `predict.py` prepares pictures in another way than their image processor, or cannot
+    """Raises a `ValueError` if `predict.py` prepares images in another way than their image processor, or cannot
     paint so many classes."""
     from .predict import prepare
 
@@ -130,16 +130,16 @@ def check_script(model: LVViTPreTrainedModel, processor: Any) -> None:
             f"{SCRIPT.name} paints at most {SCRIPT_CLASSES} classes, the model has {model.config.num_labels}."
         )
     noise = np.random.default_rng(0).integers(0, 256, (*PROBE_SIZE[::-1], 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
-    expected = np.asarray(processor(picture, return_tensors="pt")["pixel_values"])
+    image = Image.fromarray(noise)
+    expected = np.asarray(processor(image, return_tensors="pt")["pixel_values"])
     settings = json.loads(processor.to_json_string())
     try:
-        found = prepare(picture, settings)
+        found = prepare(image, settings)
         is_near = found.shape == expected.shape
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{SCRIPT.name} does not know the settings of {type(processor).__name__}: {error}."
         ) from error
     level = settings.get("rescale_factor", 1) / min(settings.get("image_std") or [1])
-    if not is_near or np.abs(found - expected).max() > MAX_GREY_LEVELS * level:
-        raise ValueError(f"{SCRIPT.name} would prepare pictures in another way than {type(processor).__name__}.")
+    if not is_near or np.abs(found - expected).max() > MAX_GRAY_LEVELS * level:
+        raise ValueError(f"{SCRIPT.name} would prepare images in another way than {type(processor).__name__}.")

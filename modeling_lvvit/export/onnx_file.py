@@ -33,7 +33,7 @@ def export_onnx(
         (logits,) = session.run(["logits"], {"pixel_values": pixel_values})
 
     Needs the extra `export`. Input and outputs are those of `export_program`, with the axes `batch`, `P*rows` and
-    `P*columns` (P: patch size). The file holds the weights; those of more than 2 GB lie beside it.
+    `P*columns` (P: patch size). The file holds the weights; those of more than 2 GB lie next to it.
 
     Args:
         model: Classifier or segmentation model; stays as it is.

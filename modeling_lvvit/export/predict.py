@@ -1,9 +1,9 @@
-"""Classes of a picture by the model that lies beside this file. Needs onnxruntime, numpy and Pillow, nothing else.
+"""Classes of an image by the model that lies next to this file. Needs onnxruntime, numpy and Pillow, nothing else.
 
-    python predict.py picture.jpg --top 5                   # a classifier: its best classes
-    python predict.py picture.jpg --output classes.png      # a segmentation model: classes painted, and their shares
+    python predict.py image.jpg --top 5                   # a classifier: its best classes
+    python predict.py image.jpg --output classes.png      # a segmentation model: classes painted, and their shares
 
-`model.onnx` is the model, `config.json` has its class names, `preprocessor_config.json` says how pictures are
+`model.onnx` is the model, `config.json` has its class names, `preprocessor_config.json` says how images are
 prepared.
 """
 
@@ -19,15 +19,15 @@ from PIL import Image, ImageOps
 
 
 FOLDER = Path(__file__).parent
-COLOURS = 256  # of a palette
+COLORS = 256  # of a palette
 GOLDEN_RATIO = 0.618033988749895  # of the circle of hues from class to class, so that neighbours differ
 
 
 def resized_size(height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
-    """Height and width to which a picture is resized.
+    """Height and width to which an image is resized.
 
     Args:
-        height, width: Of the picture in pixels.
+        height, width: Of the image in pixels.
         size: `height` and `width`; or `shortest_edge`, and perhaps `longest_edge`, which the longer side will not
             exceed.
     """
@@ -42,25 +42,25 @@ def resized_size(height: int, width: int, size: dict[str, int]) -> tuple[int, in
     return (new_short, new_long) if height <= width else (new_long, new_short)
 
 
-def prepare(picture: Image.Image, processor: dict[str, Any]) -> np.ndarray:
-    """What the image processor makes of a picture: resized, cropped at its centre, normalised.
+def prepare(image: Image.Image, processor: dict[str, Any]) -> np.ndarray:
+    """What the image processor makes of an image: resized, cropped at its center, normalized.
 
     Args:
-        picture: Of any size and mode.
+        image: Of any size and mode.
         processor: Content of `preprocessor_config.json`.
 
     Returns:
         float32 `(1, 3, height, width)`.
     """
-    picture = picture.convert("RGB")
+    image = image.convert("RGB")
     if processor["do_resize"]:
-        height, width = resized_size(picture.height, picture.width, processor["size"])
-        picture = picture.resize((width, height), Image.Resampling(processor["resample"]))
+        height, width = resized_size(image.height, image.width, processor["size"])
+        image = image.resize((width, height), Image.Resampling(processor["resample"]))
     if processor.get("do_center_crop"):
         height, width = processor["crop_size"]["height"], processor["crop_size"]["width"]
-        top, left = int((picture.height - height) / 2), int((picture.width - width) / 2)
-        picture = picture.crop((left, top, left + width, top + height))  # black where the picture is smaller
-    pixels = np.asarray(picture, dtype=np.float32)
+        top, left = int((image.height - height) / 2), int((image.width - width) / 2)
+        image = image.crop((left, top, left + width, top + height))  # black where the image is smaller
+    pixels = np.asarray(image, dtype=np.float32)
     if processor["do_rescale"]:
         pixels = pixels * np.float32(processor["rescale_factor"])
     if processor["do_normalize"]:
@@ -69,7 +69,7 @@ def prepare(picture: Image.Image, processor: dict[str, Any]) -> np.ndarray:
 
 
 def padded(pixel_values: np.ndarray, patch_size: int) -> np.ndarray:
-    """Pictures `(1, 3, height, width)` with zeros at the right and lower border, up to multiples of the patch size."""
+    """Images `(1, 3, height, width)` with zeros at the right and lower border, up to multiples of the patch size."""
     height, width = pixel_values.shape[2:]
     return np.pad(pixel_values, ((0, 0), (0, 0), (0, -height % patch_size), (0, -width % patch_size)))
 
@@ -84,8 +84,8 @@ def class_map(logits: np.ndarray, field: tuple[float, float], size: tuple[int, i
     """The class of every pixel.
 
     Args:
-        logits: `(num_labels, h, w)` of a padded picture.
-        field: Height and width of the part, in cells of the logits, that is the picture.
+        logits: `(num_labels, h, w)` of a padded image.
+        field: Height and width of the part, in cells of the logits, that is the image.
         size: Height and width of the result in pixels; logits are resized to it, bilinear.
 
     Returns:
@@ -102,8 +102,8 @@ def class_map(logits: np.ndarray, field: tuple[float, float], size: tuple[int, i
 
 def palette() -> list[int]:
     """Red, green and blue of every class in turn, in [0, 255]."""
-    colours = (colorsys.hsv_to_rgb(index * GOLDEN_RATIO % 1, 0.65, 0.95) for index in range(COLOURS))
-    return [round(255 * part) for colour in colours for part in colour]
+    colors = (colorsys.hsv_to_rgb(index * GOLDEN_RATIO % 1, 0.65, 0.95) for index in range(COLORS))
+    return [round(255 * part) for color in colors for part in color]
 
 
 class Model:
@@ -132,39 +132,39 @@ class Model:
         """`(1, 3, height, width)` to `(num_labels,)`, or of a segmentation model `(num_labels, h, w)`."""
         return self.session.run(["logits"], {"pixel_values": pixel_values})[0][0]
 
-    def best_classes(self, picture: Image.Image, count: int) -> list[tuple[str, float]]:
+    def best_classes(self, image: Image.Image, count: int) -> list[tuple[str, float]]:
         """Names and probabilities of the best classes, the best first."""
-        shares = probabilities(self.logits(prepare(picture, self.processor)))
+        shares = probabilities(self.logits(prepare(image, self.processor)))
         return [(self.name(index), float(shares[index])) for index in np.argsort(-shares, kind="stable")[:count]]
 
-    def classes_of_pixels(self, picture: Image.Image) -> np.ndarray:
-        """The class of every pixel, uint8 `(height, width)`. The picture is looked at as a whole, not in windows."""
-        pixel_values = prepare(picture, self.processor)
+    def classes_of_pixels(self, image: Image.Image) -> np.ndarray:
+        """The class of every pixel, uint8 `(height, width)`. The image is looked at as a whole, not in windows."""
+        pixel_values = prepare(image, self.processor)
         whole = padded(pixel_values, self.patch_size)
         logits = self.logits(whole)
         field = [a * b / c for a, b, c in zip(logits.shape[1:], pixel_values.shape[2:], whole.shape[2:])]
-        return class_map(logits, field, (picture.height, picture.width))
+        return class_map(logits, field, (image.height, image.width))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path, help="file of a picture")
+    parser.add_argument("image", type=Path, help="file of an image")
     parser.add_argument("--top", type=int, default=5, help="classes to print; default: %(default)s")
-    parser.add_argument("--output", type=Path, help="picture of classes; default: NAME_classes.png where it is called")
+    parser.add_argument("--output", type=Path, help="image of classes; default: NAME_classes.png where it is called")
     args = parser.parse_args()
     try:
-        with Image.open(args.picture) as file:
-            picture = ImageOps.exif_transpose(file)
+        with Image.open(args.image) as file:
+            image = ImageOps.exif_transpose(file)
     except OSError as error:
-        parser.exit(1, f"{args.picture}: {error}\n")
+        parser.exit(1, f"{args.image}: {error}\n")
     model = Model(FOLDER)
     if model.is_classifier:
-        found = model.best_classes(picture, args.top)
+        found = model.best_classes(image, args.top)
     else:
-        classes = model.classes_of_pixels(picture)
+        classes = model.classes_of_pixels(image)
         painted = Image.fromarray(classes)
         painted.putpalette(palette())
-        output = args.output or Path(f"{args.picture.stem}_classes.png")
+        output = args.output or Path(f"{args.image.stem}_classes.png")
         painted.save(output)
         print(f"saved {output}")
         ids, counts = np.unique(classes, return_counts=True)

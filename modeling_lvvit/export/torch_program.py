@@ -1,4 +1,4 @@
-"""A model as a graph of PyTorch that takes any number of pictures of any size."""
+"""A model as a graph of PyTorch that takes any number of images of any size."""
 
 import copy
 import warnings
@@ -16,7 +16,7 @@ OUTPUTS = {
     LVViTForSemanticSegmentation: ("logits",),
 }
 MIN_PATCHES = 2  # on each side: with a single row or column, the memory layouts in the graph are others
-EXAMPLE_BATCH, EXAMPLE_GRID = 2, (3, 4)  # of the picture that is traced; sizes of 0 and 1 would be taken for constants
+EXAMPLE_BATCH, EXAMPLE_GRID = 2, (3, 4)  # of the image that is traced; sizes of 0 and 1 would be taken for constants
 
 
 class MeanPooling(nn.Module):
@@ -46,11 +46,11 @@ class MeanPooling(nn.Module):
         return rows @ maps @ columns.T
 
 
-class PicturesToLogits(nn.Module):
-    """A model with pictures as its only input and named float32 tensors as output, whatever it computes in.
+class ImagesToLogits(nn.Module):
+    """A model with images as its only input and named float32 tensors as output, whatever it computes in.
 
     Args:
-        model: One of `OUTPUTS`; is changed, so that it fits pictures of any size.
+        model: One of `OUTPUTS`; is changed, so that it fits images of any size.
     """
 
     def __init__(self, model: LVViTPreTrainedModel):
@@ -92,7 +92,7 @@ def export_program(
         run = torch.export.load("model.pt2").module()
         logits = run(pixel_values)["logits"]
 
-    Such a file is a zip archive of the graph (JSON), the weights (raw bytes) and the example pictures that were
+    Such a file is a zip archive of the graph (JSON), the weights (raw bytes) and the example images that were
     traced, zeros, as `torch.save` writes tensors: a pickle, which `torch.export.load` reads with `weights_only=True`
     first, and without if that fails. So load only files that you trust. Lines of source code, which the library notes
     with each operation, are left out.
@@ -103,7 +103,7 @@ def export_program(
         fuse: Whether to fold batch norms and residual divisor into the weights, see `LVViTPreTrainedModel.fuse`.
 
     Returns:
-        Program on the CPU with one input, `pixel_values`: normalised pictures, float32 `(batch_size, num_channels,
+        Program on the CPU with one input, `pixel_values`: normalized images, float32 `(batch_size, num_channels,
         height, width)`, for any batch size of at least 1 and sides that are multiples of the patch size, at least two
         patches (segmentation models pad other sides; exported ones do not). Its output is a dictionary of float32
         tensors: of a classifier `logits` and `cls_logits` `(batch_size, num_labels)` and `patch_logits` `(batch_size,
@@ -126,9 +126,9 @@ def export_program(
         3: side * torch.export.Dim("columns", min=MIN_PATCHES),
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about what the library keeps beside a forward pass
+        warnings.simplefilter("ignore")  # about what the library keeps next to a forward pass
         program = torch.export.export(
-            PicturesToLogits(prepared).eval(), (example,), dynamic_shapes={"pixel_values": sizes}
+            ImagesToLogits(prepared).eval(), (example,), dynamic_shapes={"pixel_values": sizes}
         )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine

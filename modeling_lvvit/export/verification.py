@@ -30,8 +30,8 @@ class Agreement:
     Args:
         difference: Largest absolute difference of any output.
         bound: What it may be.
-        same_class: Share of the predictions (of pictures, or cells of a segmentation) whose best class is the same.
-        sizes: Height and width of the pictures in pixels.
+        same_class: Share of the predictions (of images, or cells of a segmentation) whose best class is the same.
+        sizes: Height and width of the images in pixels.
     """
 
     difference: float
@@ -82,7 +82,7 @@ def program_runner(path: Path) -> Run:
 
 @torch.no_grad()
 def compare(run: Run, model: LVViTPreTrainedModel, dtype: torch.dtype) -> Agreement:
-    """Compares an exported file with its model on random pictures.
+    """Compares an exported file with its model on random images.
 
     Batches of 1 and 3, each in the model's size, a patch larger, and as a rectangle of half the height.
 
@@ -98,8 +98,8 @@ def compare(run: Run, model: LVViTPreTrainedModel, dtype: torch.dtype) -> Agreem
     generator = torch.Generator().manual_seed(0)
     distances, magnitudes, same = [], [], []
     for batch_size, size in product(BATCH_SIZES, sizes):
-        pictures = torch.randn(batch_size, model.config.num_channels, *size, generator=generator)
-        expected, found = model(pictures, interpolate_pos_encoding=True), run(pictures)
+        images = torch.randn(batch_size, model.config.num_channels, *size, generator=generator)
+        expected, found = model(images, interpolate_pos_encoding=True), run(images)
         for name, values in found.items():
             distances.append((values - expected[name]).abs().max())
             magnitudes.append(expected[name].abs().max())

@@ -78,7 +78,7 @@ def _run(check: Callable[[Path], None], path: Path) -> None:
         check(path)
     except (ValueError, SyntaxError, OSError, SafetensorError, pa.ArrowException, struct.error) as error:
         raise ValueError(
-            f"{path} is no whole {path.suffix.lstrip('.')} file and cannot be published: {error}. Write it anew or remove it."
+            f"{path} is no whole {path.suffix.lstrip('.')} file and cannot be published: {error}. Write it again or remove it."
         ) from error
 
 
@@ -107,9 +107,9 @@ def _check_text(path: Path) -> None:
         raise ValueError("it is a pickle")
 
 
-def _check_picture(path: Path) -> None:
-    with Image.open(path) as picture:
-        picture.verify()
+def _check_image(path: Path) -> None:
+    with Image.open(path) as image:
+        image.verify()
 
 
 def _check_parquet(path: Path) -> None:
@@ -140,7 +140,7 @@ FORMATS: dict[str, Callable[[Path], None]] = {
     ".json": _check_json,
     ".py": _check_code,
     ".md": _check_text,
-    **dict.fromkeys((".png", ".jpg", ".jpeg"), _check_picture),
+    **dict.fromkeys((".png", ".jpg", ".jpeg"), _check_image),
     ".parquet": _check_parquet,
     ".onnx": _check_onnx,
 }

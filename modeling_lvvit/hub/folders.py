@@ -52,7 +52,7 @@ def check_model_folder(folder: Path) -> None:
         raise ValueError(f"{folder} is no complete model: it lacks {', '.join(missing)}.")
     if not any(name in names for name in PROCESSORS):
         logger.warning(
-            "%s has no image processor (%s): nobody will know how to prepare pictures.", folder, PROCESSORS[0]
+            "%s has no image processor (%s): no one will know how to prepare images.", folder, PROCESSORS[0]
         )
 
 

@@ -33,11 +33,11 @@ Training in progress: step {step:,} of {steps:,}. These are the weights {kind}; 
 """
 
 
-class PublishingTrainer(Trainer):
+class HubTrainer(Trainer):
     """A `Trainer` whose uploads anybody can load and trust. Training arguments are saved as JSON, not as a pickle; tokens are left out.
 
     `hub_strategy="end"` publishes when the run is over, `"every_save"` also at each checkpoint, in the background, without the
-    state of the optimiser, unless the one before is still on its way (`hub_always_push` waits for it). The repository is opened, and
+    state of the optimizer, unless the one before is still on its way (`hub_always_push` waits for it). The repository is opened, and
     writing to it asked for, when the Trainer is made, which all processes must do together. `push_to_hub` in a
     program comes after evaluation and card.
     """
@@ -166,7 +166,7 @@ class PublishingTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
 
 
-def push_finished_run(trainer: PublishingTrainer, program: str) -> None:
+def push_finished_run(trainer: HubTrainer, program: str) -> None:
     """Publishes a finished run if that was asked for; ends the program with a message if it fails.
 
     Args:

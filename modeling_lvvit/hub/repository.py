@@ -87,7 +87,7 @@ class HubTarget:
             folder: Stays as it is, whatever happens.
             message: Of the commit.
             replaced: Patterns (see `matches`) of files that belong together: those that the folder does not have are deleted there, as
-                weights in another number of files would otherwise stay beside the new ones.
+                weights in another number of files would otherwise stay next to the new ones.
 
         Returns:
             Address of the commit.

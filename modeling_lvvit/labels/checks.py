@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from ..data.image_keys import hashes_of, repeated_keys
-from .columns import SCORES_COLUMN, LabelMapError, label_map_problems, nesting_of
+from ..data.image_keys import hash_keys, repeated_keys
+from .columns import SCORES_COLUMN, LabelMapError, label_map_problems, list_nesting
 from .label_crops import top_classes
 from .label_maps import mass_outside
-from .reader import class_names_of
+from .reader import label_class_names
 from .storage import INDEX_COLUMN, KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN, expand, map_problems
 from .writer import DATA, RECORD
 
@@ -78,7 +78,7 @@ class LabelSetReport:
             lines.append(f"probability outside the classes of a cell: {100 * self.stored_mass:.1f} %{own}")
         if self.temperature is not None:
             lines.append(
-                "WARNING: the targets are flat, because the scores are small beside the 0 of the classes that are not "
+                "WARNING: the targets are flat, because the scores are small next to the 0 of the classes that are not "
                 f"named. Train with --label_temperature {self.temperature:.2g}, or annotate again with --scores relative."
             )
         if self.top_classes:
@@ -103,7 +103,7 @@ def check_label_set(folder: Path, split: str = "train") -> LabelSetReport:
     report, sample, masses, hashes = LabelSetReport(), [], [], []
     outside: list[np.ndarray] = []
     for path, table in _tables(paths, report):
-        hashes.append(hashes_of([key or "" for key in table[KEY_COLUMN].to_pylist()]))
+        hashes.append(hash_keys([key or "" for key in table[KEY_COLUMN].to_pylist()]))
         if OUTSIDE_COLUMN in table.column_names:
             outside.append(table[OUTSIDE_COLUMN].drop_null().to_numpy())
         scores = _check_rows(table, path, report)
@@ -139,8 +139,8 @@ def _tables(paths: list[Path], report: LabelSetReport) -> Iterator[tuple[Path, p
                     continue
                 if first_schema is None:
                     first_schema = schema
-                    report.class_names = class_names_of(datasets.Dataset(file.schema_arrow.empty_table())) or []
-                    report.shape = tuple(nesting_of(schema.field(INDEX_COLUMN).type)[1])
+                    report.class_names = label_class_names(datasets.Dataset(file.schema_arrow.empty_table())) or []
+                    report.shape = tuple(list_nesting(schema.field(INDEX_COLUMN).type)[1])
                 elif not schema.equals(first_schema, check_metadata=True):
                     report.add_problem(f"{path.name}: other columns, map size, K or classes than {paths[0].name}")
                     continue

@@ -45,12 +45,12 @@ def to_arrow(maps: np.ndarray) -> pa.FixedSizeListArray:
     return array
 
 
-def nesting_of(column_type: pa.DataType) -> tuple[int, list[int | None], pa.DataType]:
+def list_nesting(column_type: pa.DataType) -> tuple[int, list[int | None], pa.DataType]:
     """Depth, lengths (`None` where they vary) and value type of a nested list type; Array3D columns included."""
     lengths = []
     if isinstance(column_type, pa.ExtensionType):
         lengths_of_extension = list(getattr(column_type, "shape", ()))
-        depth, _, value_type = nesting_of(column_type.storage_type)
+        depth, _, value_type = list_nesting(column_type.storage_type)
         return depth, lengths_of_extension or [None] * depth, value_type
     while (
         pa.types.is_list(column_type)
@@ -112,7 +112,7 @@ def check_column_types(ids_type: pa.DataType, scores_type: pa.DataType) -> None:
         (IDS_COLUMN, ids_type, pa.types.is_integer),
         (SCORES_COLUMN, scores_type, pa.types.is_floating),
     ):
-        depth, lengths, value_type = nesting_of(column_type)
+        depth, lengths, value_type = list_nesting(column_type)
         if depth != 3:
             raise ValueError(
                 f"`{name}` must be a nested list [K][rows][columns] (rank 3), got rank {depth}: {column_type}."

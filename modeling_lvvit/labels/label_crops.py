@@ -21,11 +21,11 @@ class CropGeometry:
 
     Args:
         crop_box: `(batch_size, 4)` float32, (left, top, right, bottom). Without `label_affine` as fractions of the region
-            that the map covers; with it as fractions of the picture after its geometric augmentation.
-        label_affine: `(batch_size, 2, 3)` float32: takes (x, y, 1), fractions of the picture after geometric augmentation,
-            to fractions of the region that the map covers. `None` if no picture was sheared, moved or rotated.
-        image_box: `(batch_size, 4)` float32, the borders of the picture before that augmentation as fractions of the region
-            that the map covers. What lies outside is filled with one colour. Given with `label_affine`.
+            that the map covers; with it as fractions of the image after its geometric augmentation.
+        label_affine: `(batch_size, 2, 3)` float32: takes (x, y, 1), fractions of the image after geometric augmentation,
+            to fractions of the region that the map covers. `None` if no image was sheared, moved or rotated.
+        image_box: `(batch_size, 4)` float32, the borders of the image before that augmentation as fractions of the region
+            that the map covers. What lies outside is filled with one color. Given with `label_affine`.
     """
 
     crop_box: torch.Tensor
@@ -40,15 +40,15 @@ class CropGeometry:
         """
         left, top, right, bottom = self.crop_box.float().unsqueeze(2).unbind(1)  # (B, 1) each
         count_y, count_x = (tokens * points for tokens, points in zip(grid_size, points_per_token))
-        y = (top + (bottom - top) * _centres(count_y, top.device)).unsqueeze(2)  # (B, count_y, 1)
-        x = (left + (right - left) * _centres(count_x, left.device)).unsqueeze(1)  # (B, 1, count_x)
+        y = (top + (bottom - top) * _centers(count_y, top.device)).unsqueeze(2)  # (B, count_y, 1)
+        x = (left + (right - left) * _centers(count_x, left.device)).unsqueeze(1)  # (B, 1, count_x)
         if self.label_affine is None:
             return torch.stack(torch.broadcast_tensors(x, y), dim=-1)
         along_x, along_y, offset = self.label_affine.float()[:, :, None, None].unbind(4)  # (B, 2, 1, 1) each
         return (along_x * x.unsqueeze(1) + along_y * y.unsqueeze(1) + offset).movedim(1, -1)
 
     def covered_tokens(self, grid_size: tuple[int, int]) -> torch.Tensor:
-        """Which tokens have their centre in the region that the map covers, bool `(batch_size, N)`, row-major."""
+        """Which tokens have their center in the region that the map covers, bool `(batch_size, N)`, row-major."""
         points = self.points(grid_size, (1, 1))  # (B, rows, columns, 2)
         return ((points >= 0) & (points <= 1)).all(dim=-1).flatten(1)
 
@@ -61,8 +61,8 @@ class CropGeometry:
         return CropGeometry(self.crop_box[:, [1, 0, 3, 2]], self.label_affine, self.image_box)
 
 
-def _centres(count: int, device: torch.device) -> torch.Tensor:
-    """Centres of `count` equal parts of [0, 1]."""
+def _centers(count: int, device: torch.device) -> torch.Tensor:
+    """Centers of `count` equal parts of [0, 1]."""
     return (torch.arange(count, device=device) + 0.5) / count
 
 
@@ -72,7 +72,7 @@ def axis_weights(
     """Weights with which the cells of one axis of a map enter the bins of a crop.
 
     The rule is that of RoIAlign (He et al. 2017) with adaptive sampling: a bin that spans up to n cells is sampled at
-    n equidistant points, and each point interpolates linearly between the two nearest cell centres. A point outside the
+    n equidistant points, and each point interpolates linearly between the two nearest cell centers. A point outside the
     map has the value of the nearest cell; only with `min_cells`, the authors' crops, it has none, as in RoIAlign.
 
     Args:
@@ -84,7 +84,7 @@ def axis_weights(
     Returns:
         `(batch_size, num_bins, map_size)` float32; each row sums to 1.
     """
-    first = start * map_size - 0.5  # coordinate 0 is the centre of the first cell
+    first = start * map_size - 0.5  # coordinate 0 is the center of the first cell
     extent = (end * map_size - 0.5 - first).clamp(min=max(min_cells, 1e-6))
     bin_size = extent / num_bins
     # one more than a crop of the whole map needs: rounding can lift an extent over a whole number of bins
@@ -112,7 +112,7 @@ def pool_label_maps(
 ) -> torch.Tensor:
     """Mean scores of the crop on a grid of tokens.
 
-    A place in the picture that the map does not cover has the scores of the nearest cell. A place outside the picture, which
+    A place in the image that the map does not cover has the scores of the nearest cell. A place outside the image, which
     only geometric augmentation shows, has score 0 for every class: nothing is known of it.
 
     Args:
@@ -123,7 +123,7 @@ def pool_label_maps(
             top first and handed to RoIAlign, which expects left first, so that the top half of an image gets the
             labels of its left half. That RoIAlign call also widens a crop of less than one cell to one (here only without
             `label_affine`).
-        known_only: Whether to take the mean over the places in the picture that the map covers.
+        known_only: Whether to take the mean over the places in the image that the map covers.
 
     Returns:
         `(batch_size, U, token_rows, token_columns)` float32.
@@ -133,7 +133,7 @@ def pool_label_maps(
     is_correct = label_crop == "correct"
     geometry = geometry if is_correct else geometry.with_exchanged_axes()
     if geometry.label_affine is not None:
-        return _pool_moved(palette_scores, geometry, grid_size, known_only)
+        return _pool_warped(palette_scores, geometry, grid_size, known_only)
     if known_only:
         geometry = geometry.known_part()
     left, top, right, bottom = geometry.crop_box.float().unbind(1)
@@ -145,10 +145,10 @@ def pool_label_maps(
     return row_weights.unsqueeze(1) @ pooled  # (B, U, token_rows, token_columns)
 
 
-def _pool_moved(
+def _pool_warped(
     palette_scores: torch.Tensor, geometry: CropGeometry, grid_size: tuple[int, int], known_only: bool
 ) -> torch.Tensor:
-    """`pool_label_maps` where pictures were sheared, moved or rotated: each token is the mean of a square of points.
+    """`pool_label_maps` where images were sheared, moved or rotated: each token is the mean of a square of points.
 
     The map is read once, at the composition of all operations, with linear interpolation. Reading it once for each operation,
     to the nearest cell, as the authors do, moves labels by up to half a cell every time.

@@ -14,7 +14,7 @@ from ..data.image_keys import FILE_NAME, MAX_NAMED, ROW_PREFIX, ROWS_PER_BLOCK, 
 from ..data.images import content_hash, read_content
 from ..data.sources import looks_local, open_parquet, open_splits
 from ..hub.file_checks import CARD
-from .reader import LabelMapSource
+from .reader import LabelMapReader
 from .storage import HASH_COLUMN, KEY_COLUMN, PALETTE_COLUMN
 from .writer import DATA, RECORD
 
@@ -33,12 +33,12 @@ class JoinedLabels:
         class_names: Classes that the label set counts; `None` if it does not name them.
     """
 
-    label_maps: LabelMapSource
+    label_maps: LabelMapReader
     images: np.ndarray | None
     class_names: list[str] | None
 
 
-def label_keys_of(labels: datasets.Dataset) -> ImageKeys:
+def read_label_keys(labels: datasets.Dataset) -> ImageKeys:
     """Keys of a label set.
 
     Raises:
@@ -82,8 +82,8 @@ def join_label_set(
     Raises:
         ValueError: If images have no label map, or keys are not unique; the message names them.
     """
-    source = LabelMapSource(labels)
-    label_keys = label_keys_of(labels)
+    source = LabelMapReader(labels)
+    label_keys = read_label_keys(labels)
     number_rows = bool(len(label_keys)) and label_keys[0].startswith(ROW_PREFIX)
     keys = ImageKeys(dataset, image_column, None if number_rows else key_column, number_rows)
     if number_rows and len(keys) != len(label_keys):
@@ -159,7 +159,7 @@ def _compare_files(
     if other:
         logger.warning(
             "%d of %d image files looked at are not byte for byte those that were annotated (first row %d). That is fine for "
-            "resized copies, and wrong if other pictures have the same names.",
+            "resized copies, and wrong if other images have the same names.",
             len(other),
             len(images),
             other[0],
@@ -167,7 +167,7 @@ def _compare_files(
 
 
 def _without_empty(
-    source: LabelMapSource, labels: datasets.Dataset, keys: ImageKeys, row_of: np.ndarray | None
+    source: LabelMapReader, labels: datasets.Dataset, keys: ImageKeys, row_of: np.ndarray | None
 ) -> JoinedLabels:
     """Leaves out images whose label is empty."""
     empty = empty_labels(labels)
@@ -199,7 +199,7 @@ def check_class_names(label_names: Sequence[str] | None, dataset_names: Sequence
     raise ValueError(
         f"The label set has {len(label_names)} classes, the data has {len(dataset_names)}, and they are not the same ones"
         + (": " + "; ".join(differing[:MAX_NAMED]) if differing else "")
-        + ". Annotate these images again, or use the data set that the labels were made for."
+        + ". Annotate these images again, or use the dataset that the labels were made for."
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the label maps of an image data set come from: two of its own columns, or a label set joined to it."""
+"""Where the label maps of an image dataset come from: two of its own columns, or a label set joined to it."""
 
 import copy
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from .storage import (
     INDEX_COLUMN,
     PALETTE_COLUMN,
     LabelMaps,
-    boxes_of,
     decoded_scores,
     expand,
-    ids_of,
     map_problems,
+    palette_to_ids,
+    read_map_boxes,
 )
 
 
-class LabelMapSource:
-    """Label maps of the rows of an image data set, read from Arrow a batch at a time.
+class LabelMapReader:
+    """Label maps of the rows of an image dataset, read from Arrow a batch at a time.
 
     Args:
         dataset: Rows with label maps: columns of ids and scores, or those of a label set (see `label_sets`).
@@ -54,27 +54,27 @@ class LabelMapSource:
             schema = dataset.features.arrow_schema
             check_column_types(schema.field(ids_column).type, schema.field(scores_column).type)
         self.ids_column, self.scores_column = ids_column, scores_column
-        self.class_names = class_names_of(dataset)
+        self.class_names = label_class_names(dataset)
         self.num_classes = num_classes or (len(self.class_names) if self.class_names else 2**31)
         if BOX_COLUMN in dataset.column_names:
             columns.append(BOX_COLUMN)
         self.rows = dataset.select_columns(columns).with_format("arrow")
         self.row_of = row_of
-        self._mapped: MappedLabels | None = None
+        self._mapped: MmapLabelReader | None = None
 
     def __len__(self) -> int:
         return len(self.rows) if self.row_of is None else len(self.row_of)
 
-    def without_regions(self) -> "LabelMapSource":
+    def without_regions(self) -> "LabelMapReader":
         """The source with every map taken to cover the whole image, as the authors' training code does."""
         columns = [name for name in self.rows.column_names if name != BOX_COLUMN]
         return self._changed(rows=self.rows.select_columns(columns), _mapped=None)
 
-    def select(self, images: np.ndarray) -> "LabelMapSource":
+    def select(self, images: np.ndarray) -> "LabelMapReader":
         """The source of some of the images, given by their numbers."""
         return self._changed(row_of=np.asarray(images if self.row_of is None else self.row_of[images]))
 
-    def _changed(self, **attributes: Any) -> "LabelMapSource":
+    def _changed(self, **attributes: Any) -> "LabelMapReader":
         source = copy.copy(self)
         source.__dict__.update(attributes)
         return source
@@ -88,7 +88,7 @@ class LabelMapSource:
         if not self.is_compact:
             return self._maps(self._table(images))
         if self._mapped is None:
-            self._mapped = MappedLabels(self.rows)
+            self._mapped = MmapLabelReader(self.rows)
         rows = np.asarray(images) if self.row_of is None else self.row_of[np.asarray(images)]
         maps = self._mapped.fetch(rows, self.num_classes)
         return self._maps(self._table(images)) if maps is None else maps  # which names what is wrong
@@ -120,10 +120,10 @@ class LabelMapSource:
         if self.is_compact:
             return expand(table, self.num_classes)
         ids, scores = to_numpy(table[self.ids_column]), to_numpy(table[self.scores_column])
-        return LabelMaps(ids, scores, boxes_of(table))
+        return LabelMaps(ids, scores, read_map_boxes(table))
 
 
-class MappedLabels:
+class MmapLabelReader:
     """Columns of a label set as NumPy views of the file that they lie in.
 
     Rows are copied out of the views one by one. That takes half the time of gathering Arrow slices, of which a batch of
@@ -157,7 +157,9 @@ class MappedLabels:
             return
         index, scores = (column.to_numpy(zero_copy_only=False).reshape(shape) for column, shape in values)
         boxes = (
-            boxes_of(pa.table({BOX_COLUMN: batch.column(BOX_COLUMN)})) if BOX_COLUMN in batch.schema.names else None
+            read_map_boxes(pa.table({BOX_COLUMN: batch.column(BOX_COLUMN)}))
+            if BOX_COLUMN in batch.schema.names
+            else None
         )
         if boxes is not None and (boxes == (0, 0, 1, 1)).all():
             boxes = None
@@ -187,22 +189,24 @@ class MappedLabels:
         if 0 in lengths:
             return None
         return LabelMaps(
-            ids_of(index, np.concatenate(palettes), np.asarray(lengths), num_classes), decoded_scores(scores), boxes
+            palette_to_ids(index, np.concatenate(palettes), np.asarray(lengths), num_classes),
+            decoded_scores(scores),
+            boxes,
         )
 
 
-def class_names_of(labels: datasets.Dataset) -> list[str] | None:
+def label_class_names(labels: datasets.Dataset) -> list[str] | None:
     """Names of the classes that a label set counts, `None` if it has none."""
     feature = getattr(labels.features.get(PALETTE_COLUMN), "feature", None)
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
 def covered_region(box: np.ndarray | None, width: int, height: int) -> tuple[float, float, float, float]:
-    """Region of a picture that its map covers, (left, top, right, bottom) as fractions.
+    """Region of an image that its map covers, (left, top, right, bottom) as fractions.
 
     Args:
-        box: `(4,)`, NaN for the centre square; `None` for the whole picture.
-        width, height: Size of the picture in pixels.
+        box: `(4,)`, NaN for the center square; `None` for the whole image.
+        width, height: Size of the image in pixels.
     """
     if box is None:
         return 0.0, 0.0, 1.0, 1.0

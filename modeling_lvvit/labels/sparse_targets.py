@@ -16,7 +16,7 @@ class SparseTargets:
         excess: `(batch_size, U)` or `(batch_size, N, U)` float32.
         other: `(batch_size,)` or `(batch_size, N)` float32.
         num_classes: Number of classes C.
-        names_all: Whether `class_ids` of every image are all classes in order, so that nobody need look them up.
+        names_all: Whether `class_ids` of every image are all classes in order, so that no one need look them up.
     """
 
     class_ids: torch.Tensor

@@ -8,7 +8,7 @@ One row for each image:
     token_label_index    uint16 [K][R][C]  position in the palette of the K classes of each cell, ascending within a cell
     token_label_scores   float16 [K][R][C] their scores; int8 in units of a quarter in the lossy form
     map_box              float32 [4]       region of the image that the map covers, (left, top, right, bottom) as fractions
-                                           of the image; null: its centre square, as wide as its shorter side
+                                           of the image; null: its center square, as wide as its shorter side
     outside_mass         float32 or null   probability that the annotator gave to classes outside the K, mean of the cells
     image_note           string            what was special about the image
 
@@ -52,7 +52,7 @@ class LabelMaps:
     Args:
         ids: `(n, K, rows, columns)` integers.
         scores: The same shape, float16.
-        boxes: Region of its image that each map covers, `(n, 4)` float32, NaN for the centre square; `None` if all maps
+        boxes: Region of its image that each map covers, `(n, 4)` float32, NaN for the center square; `None` if all maps
             cover the whole image.
     """
 
@@ -126,7 +126,7 @@ class LabelSetLayout:
         lengths = [len(palette) for palette in palettes]
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         boxes = maps.boxes if maps.boxes is not None else np.tile(np.float32([0, 0, 1, 1]), (len(maps), 1))
-        is_centre_square = pa.array(np.isnan(boxes).any(axis=1))
+        is_center_square = pa.array(np.isnan(boxes).any(axis=1))
         columns = [
             pa.array(keys, pa.string()),
             pa.array(hashes, pa.int64()),
@@ -134,7 +134,7 @@ class LabelSetLayout:
             to_arrow(index),
             to_arrow(scores),
             pa.FixedSizeListArray.from_arrays(
-                pa.array(boxes.astype(np.float32).reshape(-1)), 4, mask=is_centre_square
+                pa.array(boxes.astype(np.float32).reshape(-1)), 4, mask=is_center_square
             ),
             pa.array(outside_mass, pa.float32()),
             pa.array(notes, pa.string()),
@@ -174,14 +174,14 @@ def expand(table: pa.Table, num_classes: int) -> LabelMaps:
         LabelMapError: If a row has no map, or an empty one; names the first.
     """
     index = to_numpy(table[INDEX_COLUMN])
-    lengths, classes = palettes_of(table)
+    lengths, classes = read_palettes(table)
     if (lengths == 0).any():
         raise LabelMapError(int(np.flatnonzero(lengths == 0)[0]), "it has an empty label (see `image_note`)")
     scores = decoded_scores(to_numpy(table[SCORES_COLUMN]))
-    return LabelMaps(ids_of(index, classes, lengths, num_classes), scores, boxes_of(table))
+    return LabelMaps(palette_to_ids(index, classes, lengths, num_classes), scores, read_map_boxes(table))
 
 
-def ids_of(index: np.ndarray, classes: np.ndarray, lengths: np.ndarray, num_classes: int) -> np.ndarray:
+def palette_to_ids(index: np.ndarray, classes: np.ndarray, lengths: np.ndarray, num_classes: int) -> np.ndarray:
     """Class ids `(n, K, rows, columns)` from positions in palettes.
 
     Args:
@@ -199,7 +199,7 @@ def decoded_scores(scores: np.ndarray) -> np.ndarray:
     return _INT8_SCORES.take(scores.view(np.uint8)) if scores.dtype == np.int8 else scores
 
 
-def palettes_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+def read_palettes(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Length of each palette, `(n,)`, and all their classes one after another.
 
     Raises:
@@ -213,7 +213,7 @@ def palettes_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return lengths, palettes.flatten().to_numpy(zero_copy_only=False)
 
 
-def boxes_of(table: pa.Table) -> np.ndarray | None:
+def read_map_boxes(table: pa.Table) -> np.ndarray | None:
     """`map_box` as `(n, 4)` float32 with NaN for null; `None` without the column."""
     if BOX_COLUMN not in table.column_names:
         return None
@@ -228,7 +228,7 @@ def map_problems(table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
     """Row offsets and descriptions of what is wrong with the stored form itself, before maps are expanded."""
     try:
         index = to_numpy(table[INDEX_COLUMN])
-        lengths, classes = palettes_of(table)
+        lengths, classes = read_palettes(table)
     except LabelMapError as error:
         return [(error.row, str(error))]
     problems = []
@@ -238,7 +238,7 @@ def map_problems(table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
     owner = np.repeat(np.arange(len(lengths)), lengths)
     for position in np.flatnonzero((classes < 0) | (classes >= num_classes))[:10].tolist():
         problems.append((int(owner[position]), f"class id {classes[position]} is outside [0, {num_classes})"))
-    if (boxes := boxes_of(table)) is not None:
+    if (boxes := read_map_boxes(table)) is not None:
         bad = ((boxes[:, 2:] <= boxes[:, :2]) | np.isinf(boxes[:, 2:]) | np.isinf(boxes[:, :2])).any(axis=1)
         bad |= np.isnan(boxes).any(axis=1) & ~np.isnan(boxes).all(axis=1)
         problems += [(row, f"map_box {boxes[row].tolist()} is no region") for row in np.flatnonzero(bad).tolist()]

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from ..data.atomic_files import write_atomically, write_json
-from ..data.image_keys import MAX_NAMED, hashes_of, repeated_keys
+from ..data.image_keys import MAX_NAMED, hash_keys, repeated_keys
 from .storage import KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN, LabelSetLayout, write_shard
 
 
@@ -190,7 +190,7 @@ class LabelSetWriter:
             table = pq.read_table(path, columns=[KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN])
             size += path.stat().st_size
             keys = table[KEY_COLUMN].to_pylist()
-            hashes.append(hashes_of(keys))
+            hashes.append(hash_keys(keys))
             num_empty += int((np.asarray(table[PALETTE_COLUMN].combine_chunks().value_lengths()) == 0).sum())
             outside.append(table[OUTSIDE_COLUMN].drop_null().to_numpy())
             for key, notes in zip(keys, table[NOTE_COLUMN].to_pylist()):
@@ -218,6 +218,6 @@ class LabelSetWriter:
         write_json(self.record, record)
 
 
-def versions_of(*modules: Any) -> dict[str, str]:
+def package_versions(*modules: Any) -> dict[str, str]:
     """Versions of modules, and of the libraries on which the bytes of a shard depend."""
     return {module.__name__: module.__version__ for module in (*modules, datasets, np, pa)}

@@ -75,24 +75,26 @@ def config_from_state_dict(
         names = {"id2label": dict(enumerate(labels))} if labels else {"num_labels": num_labels}
         if labels:
             names["label2id"] = {label: index for index, label in enumerate(labels)}
-        return LVViTConfig(**_trunk_fields(state_dict, num_attention_heads, residual_divisor), **names)
-    trunk = {key.removeprefix("backbone."): value for key, value in state_dict.items() if key.startswith("backbone.")}
-    width = trunk["pos_embed"].shape[-1]
+        return LVViTConfig(**_backbone_fields(state_dict, num_attention_heads, residual_divisor), **names)
+    backbone = {
+        key.removeprefix("backbone."): value for key, value in state_dict.items() if key.startswith("backbone.")
+    }
+    width = backbone["pos_embed"].shape[-1]
     divisor = residual_divisor or SEGMENTATION_RESIDUAL_DIVISORS.get(width)
     is_upernet = "decode_head.bottleneck.conv.weight" in state_dict
     num_labels, decoder_channels = state_dict[SEGMENTATION_SIGN].shape[:2]
     return LVViTConfig(
-        **_trunk_fields(trunk, num_attention_heads, divisor),
+        **_backbone_fields(backbone, num_attention_heads, divisor),
         layer_norm_eps=SEGMENTATION_LAYER_NORM_EPS,
         segmentation_head="upernet" if is_upernet else "fcn",
-        neck_channels=trunk[f"side_layer4.{0 if is_upernet else 3}.weight"].shape[0],
+        neck_channels=backbone[f"side_layer4.{0 if is_upernet else 3}.weight"].shape[0],
         decoder_channels=decoder_channels,
         auxiliary_loss_weight=0.4 if "auxiliary_head.conv_seg.weight" in state_dict else 0.0,
         num_labels=num_labels,
     )
 
 
-def _trunk_fields(
+def _backbone_fields(
     state_dict: dict[str, torch.Tensor], num_attention_heads: int | None, residual_divisor: float | None
 ) -> dict[str, Any]:
     width, stem, kernel, _ = state_dict["patch_embed.proj.weight"].shape

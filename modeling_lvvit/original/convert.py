@@ -20,7 +20,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
 from ..configuration_lvvit import LVViTConfig
-from ..data.atomic_files import check_new_folder, new_folder
+from ..data.atomic_files import atomic_directory, check_new_directory
 from ..hub.file_checks import CARD
 from ..hub.folders import add_target_options, publish_model_folder
 from ..hub.repository import HubTarget
@@ -104,7 +104,7 @@ def convert_checkpoint(
         ValueError: If the checkpoint does not fit, is no such row, or the logits differ by more than
             `MAX_LOGITS_DIFFERENCE`.
     """
-    check_new_folder(output_dir)
+    check_new_directory(output_dir)
     state_dict, class_names = load_original_checkpoint(checkpoint, use_ema)
     config = config_from_state_dict(state_dict, num_attention_heads, residual_divisor)
     if class_names is not None and len(class_names) == config.num_labels:
@@ -128,7 +128,7 @@ def convert_checkpoint(
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit an LV-ViT of its size: {error}") from error
 
-    with new_folder(output_dir) as partial:
+    with atomic_directory(output_dir) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         reloaded = model_class.from_pretrained(partial, dtype=torch.float32).eval()
@@ -156,15 +156,15 @@ def _target(config: LVViTConfig, is_segmentation: bool) -> tuple[type[LVViTPreTr
     """The class that a checkpoint becomes, and its image processor."""
     if is_segmentation:
         mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-        # Pictures keep their shape, in the size of the published evaluation (which looks at them in windows). In the masks of the
-        # published data set, ADE20K with 150 classes, 0 is no class.
+        # Images keep their shape, in the size of the published evaluation (which looks at them in windows). In the masks of the
+        # published dataset, ADE20K with 150 classes, 0 is no class.
         reduces = config.num_labels == ADE20K_CLASSES
         processor = SegformerImageProcessor(
             size=SEGMENTATION_SIZE, image_mean=mean, image_std=std, do_reduce_labels=reduces
         )
         return LVViTForSemanticSegmentation, processor
     variant = find_variant(config)
-    fraction = VARIANTS[variant].crop_fraction if variant else 0.9
+    fraction = VARIANTS[variant].crop_pct if variant else 0.9
     return LVViTForImageClassification, evaluation_image_processor(config.image_height_width, fraction)
 
 
@@ -175,8 +175,8 @@ def _logits_difference(model: LVViTPreTrainedModel, state_dict: dict[str, torch.
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, config.num_channels, *config.image_height_width, generator=generator)
     if isinstance(model, LVViTForSemanticSegmentation):
-        taps = [int(stage.removeprefix("stage")) - 1 for stage in default_stages(config.num_hidden_layers)]
-        reference = OriginalSegmenter(config, taps).eval()
+        layer_indices = [int(stage.removeprefix("stage")) - 1 for stage in default_stages(config.num_hidden_layers)]
+        reference = OriginalSegmenter(config, layer_indices).eval()
     else:
         reference = OriginalLVViT(config).eval()
     reference.load_state_dict(state_dict)

@@ -61,7 +61,7 @@ def family_card(name: str, conversion: Conversion | None = None) -> ModelCard:
 
     Args:
         name: Of `VARIANTS` or `SEGMENTERS`.
-        conversion: Where the weights beside the card come from; they must be those that the authors released.
+        conversion: Where the weights next to the card come from; they must be those that the authors released.
 
     Raises:
         ValueError: If there is no such row.
@@ -75,7 +75,7 @@ def family_card(name: str, conversion: Conversion | None = None) -> ModelCard:
 
 
 def converted_card(config: Any, name: str, is_segmenter: bool, conversion: Conversion) -> ModelCard:
-    """The card of a converted checkpoint of which nobody said that it is a published one: it claims nothing of its training.
+    """The card of a converted checkpoint of which no one said that it is a published one: it claims nothing of its training.
 
     Args:
         config: Its `LVViTConfig`.
@@ -104,10 +104,10 @@ def _classifier(name: str, variant: LVViTVariant) -> dict[str, Any]:
         figures.append(("ImageNet ReaL top-1", f"{variant.published_real_top1} %", PUBLISHED))
     figures += [
         ("parameters", f"{variant.num_parameters:,}", COUNTED),
-        ("multiply-adds a picture", f"{variant.counted_gmacs} billion", COUNTED),
+        ("multiply-adds an image", f"{variant.counted_gmacs} billion", COUNTED),
     ]
     if variant.published_gmacs is not None:
-        figures.append(("multiply-adds a picture", f"{variant.published_gmacs} billion", PUBLISHED))
+        figures.append(("multiply-adds an image", f"{variant.published_gmacs} billion", PUBLISHED))
     recipe = name if name != "lvvit_m_448" else "lvvit_m_384 --image_size 448 --output_dir runs/lvvit_m_448"
     accuracies = {"top-1 accuracy": variant.published_top1, REAL: variant.published_real_top1}
     return {

@@ -4,7 +4,7 @@
 
 Their pack has one file for each training image of ImageNet, `n01440764/n01440764_10026.pt`: a tensor [2, K, rows, columns]
 of float16, scores first and class ids second (main.py and generate_label.py of the authors' repository). A map covers the
-centre square of its image, as wide as its shorter side; this is recorded, so that later crops are cut from the right place.
+center square of its image, as wide as its shorter side; this is recorded, so that later crops are cut from the right place.
 
 The program can be killed at any time and started again; the result is the same.
 """
@@ -27,7 +27,7 @@ from transformers import HfArgumentParser
 from ..data.class_matching import imagenet_class_names
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelMaps, LabelSetLayout
-from ..labels.writer import LabelSetWriter, default_rows_per_shard, versions_of
+from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_versions
 from ..launching import num_cpu_cores
 
 
@@ -146,9 +146,9 @@ def import_shard(folder: Path, files: list[str], writer: LabelSetWriter, shard: 
             notes[row] = "unreadable label file"
     keys = [name.removesuffix(".pt") + args.image_suffix for name in files]
     keys = ["/".join(key.split("/")[-2:]) for key in keys]
-    centre_square = np.full((len(files), 4), np.nan, dtype=np.float32)
+    center_square = np.full((len(files), 4), np.nan, dtype=np.float32)
     unknown = [None] * len(files)
-    maps = LabelMaps(ids, scores, centre_square)
+    maps = LabelMaps(ids, scores, center_square)
     writer.write(shard, writer.layout.table(keys, unknown, maps, unknown, notes, [bool(note) for note in notes]))
     return len(files)
 
@@ -160,7 +160,7 @@ def import_shards(folder: Path, files: list[str], writer: LabelSetWriter, args: 
     missing = [shard for shard in range(len(parts)) if not writer.is_written(shard)]
     workers = min(args.num_workers or num_cpu_cores(), max(1, len(missing)))
     progress = tqdm(total=sum(len(parts[shard]) for shard in missing), desc="Importing", unit="map")
-    # children start anew: a copy of a process with the threads of PyTorch may hang
+    # children start again: a copy of a process with the threads of PyTorch may hang
     context = multiprocessing.get_context("spawn")
     with progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
         tasks = [pool.submit(import_shard, folder, parts[shard], writer, shard, args) for shard in missing]
@@ -213,7 +213,7 @@ def import_labels(args: ImportArguments) -> list[str]:
         "image_suffix": args.image_suffix,
     }
     per_shard = args.rows_per_shard or default_rows_per_shard(len(files))
-    writer = LabelSetWriter(Path(args.output_dir), args.split, layout, settings, versions_of(torch), per_shard)
+    writer = LabelSetWriter(Path(args.output_dir), args.split, layout, settings, package_versions(torch), per_shard)
     target = None
     if args.push_to_hub is not None:
         target = open_label_set_target(args.push_to_hub, args.split, args.private, args.hub_revision)

@@ -40,12 +40,12 @@ def _side_layer(width: int, out_channels: int, factor: int) -> nn.Sequential:
 
 
 class _Backbone(nn.Module):
-    """The trunk without its final norm; four of its layers, each through a side layer."""
+    """The backbone without its final norm; four of its layers, each through a side layer."""
 
-    def __init__(self, config: LVViTConfig, taps: list[int]):
+    def __init__(self, config: LVViTConfig, layer_indices: list[int]):
         super().__init__()
         width = config.hidden_size
-        self.taps, self.grid_size = taps, config.grid_size
+        self.layer_indices, self.grid_size = layer_indices, config.grid_size
         self.patch_embed = _Stem(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], width))
@@ -66,7 +66,7 @@ class _Backbone(nn.Module):
         maps = []
         for index, block in enumerate(self.blocks):
             x = block(x)
-            if index in self.taps:
+            if index in self.layer_indices:
                 maps.append(x[:, 1:].transpose(1, 2).unflatten(2, size))
         layers = (self.side_layer1, self.side_layer2, self.side_layer3, self.side_layer4)
         return [layer(part) for layer, part in zip(layers, maps)]
@@ -115,13 +115,13 @@ class OriginalSegmenter(nn.Module):
 
     Args:
         config: Architecture.
-        taps: Layers that are read, counted from 0.
+        layer_indices: Layers that are read, counted from 0.
     """
 
-    def __init__(self, config: LVViTConfig, taps: list[int]):
+    def __init__(self, config: LVViTConfig, layer_indices: list[int]):
         super().__init__()
         channels, labels = config.decoder_channels, config.num_labels
-        self.backbone = _Backbone(config, taps)
+        self.backbone = _Backbone(config, layer_indices)
         self.is_fcn = config.segmentation_head == "fcn"
         self.decode_head = _FCNHead(config.neck_channels, channels, labels, 2) if self.is_fcn else _UPerHead(config)
         self.auxiliary_head = None

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ..cli.model_arguments import ModelSourceArguments
-from ..data.images import height_width
+from ..data.images import parse_image_size
 from ..data.masks import IGNORED
-from ..training.base_arguments import RunArguments
+from ..training.base_arguments import BaseImageTrainingArguments
 from .inference import SCALES, InferenceSettings
 from .transforms import SegmentationAugmentation
 
 
-# images of an optimiser step for which the learning rate of the published recipe holds
+# images of an optimizer step for which the learning rate of the published recipe holds
 REFERENCE_IMAGES_PER_STEP = 16
 BALANCED = "median_frequency"
 SCORES = ("mean_iou", "pixel_accuracy", "mean_accuracy")  # what an evaluation gives
@@ -20,7 +20,7 @@ SCORES = ("mean_iou", "pixel_accuracy", "mean_accuracy")  # what an evaluation g
 
 @dataclass
 class SegmentationModelArguments(ModelSourceArguments):
-    """Which model to train, besides the fields of `ModelSourceArguments`: a new LV-ViT, a classifier, which becomes the trunk, or a
+    """Which model to train, besides the fields of `ModelSourceArguments`: a new LV-ViT, a classifier, which becomes the backbone, or a
     segmentation model to go on with. `image_size` is the size of the training crops and of the windows of evaluation.
 
     Args:
@@ -53,7 +53,7 @@ class SegmentationDataArguments:
         eval_fraction: Share of the training data that is held out where there is no evaluation split, in (0, 1).
         image_column, mask_column: Column names; default of the latter: annotation, mask, ..., whichever is there.
         class_names: Names of the classes in the order of their ids, or one JSON or text file with them; default: `id2label.json`
-            beside the data, then numbers.
+            next to the data, then numbers.
         ignore_index: Mask value of pixels that do not count.
         reduce_labels: Whether 0 in masks is no class and 1 is the first one (ADE20K).
         mask_values: Mask value of each class; default: the class ids.
@@ -61,12 +61,12 @@ class SegmentationDataArguments:
         check_data: Whether to look at every row before training.
         class_weights: Weight of each class in the loss, or `"median_frequency"`, from the training masks.
         scale_min, scale_max, max_class_share, horizontal_flip, photometric: See `SegmentationAugmentation`.
-        short_side, long_side: Size in pixels in which pictures are evaluated, and to which training scales refer; default: their
+        short_side, long_side: Size in pixels in which images are evaluated, and to which training scales refer; default: their
             own size. See `evaluation_size`.
         window: Windows of evaluation in pixels, one side or height and width; default: the size of the training crops. Windows that
-            are as large as the pictures see them whole.
+            are as large as the images see them whole.
         stride: Distance of windows in pixels, one number or that of rows and columns; default: two thirds of the window.
-        multi_scale: Whether the evaluation at the end also averages over sizes of the picture and, unless `horizontal_flip` is 0,
+        multi_scale: Whether the evaluation at the end also averages over sizes of the image and, unless `horizontal_flip` is 0,
             mirror images.
         scales: Those sizes.
     """
@@ -78,7 +78,7 @@ class SegmentationDataArguments:
     eval_split: str | None = field(default=None, metadata={"help": "Evaluation split; default: found by name."})
     test_split: str | None = field(default=None, metadata={"help": "Split that is evaluated once, at the end."})
     eval_fraction: float = field(default=0.1, metadata={"help": "Share of training rows where no such split is."})
-    image_column: str = field(default="image", metadata={"help": "Column of pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column of images."})
     mask_column: str | None = field(default=None, metadata={"help": "Column of masks; default: found by name."})
     class_names: list[str] | None = field(default=None, metadata={"help": "Names, or one JSON or text file."})
     ignore_index: int = field(default=IGNORED, metadata={"help": "Mask value of pixels that do not count."})
@@ -90,13 +90,13 @@ class SegmentationDataArguments:
     class_weights: list[str] | None = field(
         default=None, metadata={"help": "Weight of each class in the loss, or median_frequency."}
     )
-    scale_min: float = field(default=0.5, metadata={"help": "Smallest factor of the size of training pictures."})
-    scale_max: float = field(default=2.0, metadata={"help": "Largest factor of the size of training pictures."})
-    max_class_share: float = field(default=0.75, metadata={"help": "Crops filled more by a class are drawn anew."})
+    scale_min: float = field(default=0.5, metadata={"help": "Smallest factor of the size of training images."})
+    scale_max: float = field(default=2.0, metadata={"help": "Largest factor of the size of training images."})
+    max_class_share: float = field(default=0.75, metadata={"help": "Crops filled more by a class are drawn again."})
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a mirror image."})
-    photometric: float = field(default=0.5, metadata={"help": "Probability of each colour change."})
-    short_side: int | None = field(default=None, metadata={"help": "Shorter side of pictures; default: their own."})
-    long_side: int | None = field(default=None, metadata={"help": "Largest longer side of pictures."})
+    photometric: float = field(default=0.5, metadata={"help": "Probability of each color change."})
+    short_side: int | None = field(default=None, metadata={"help": "Shorter side of images; default: their own."})
+    long_side: int | None = field(default=None, metadata={"help": "Largest longer side of images."})
     window: list[int] | None = field(default=None, metadata={"help": "Windows of evaluation in pixels."})
     stride: list[int] | None = field(default=None, metadata={"help": "Distance of windows in pixels."})
     multi_scale: bool = field(default=False, metadata={"help": "Also evaluate at several scales, mirrored."})
@@ -113,7 +113,7 @@ class SegmentationDataArguments:
         if self.long_side is not None and (self.short_side is None or self.long_side < self.short_side):
             raise ValueError(f"`long_side` ({self.long_side}) needs a `short_side` that is not larger.")
         for name in ("window", "stride"):
-            height_width(getattr(self, name), f"`{name}`", "length or two in pixels")
+            parse_image_size(getattr(self, name), f"`{name}`", "length or two in pixels")
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"`scales` must be positive factors, got {self.scales}.")
 
@@ -142,13 +142,13 @@ class SegmentationDataArguments:
         return weights
 
     def inference(self, crop_size: tuple[int, int]) -> tuple[InferenceSettings, InferenceSettings | None]:
-        """How pictures are segmented at a single scale and, if that was asked for, at several.
+        """How images are segmented at a single scale and, if that was asked for, at several.
 
         Args:
             crop_size: Height and width of the training crops in pixels.
         """
-        window = height_width(self.window, "`window`") or tuple(crop_size)
-        stride = height_width(self.stride, "`stride`") or tuple(max(1, 2 * side // 3) for side in window)
+        window = parse_image_size(self.window, "`window`") or tuple(crop_size)
+        stride = parse_image_size(self.stride, "`stride`") or tuple(max(1, 2 * side // 3) for side in window)
         if any(step > side for step, side in zip(stride, window)):
             raise ValueError(f"`stride` {stride} is larger than the windows, {window}: pixels would be left out.")
         single = InferenceSettings(window, stride, self.short_side, self.long_side)
@@ -160,16 +160,16 @@ class SegmentationDataArguments:
 
 
 @dataclass
-class SegmentationTrainingArguments(RunArguments):
-    """`RunArguments` with the defaults of the published segmentation recipe.
+class SegmentationTrainingArguments(BaseImageTrainingArguments):
+    """`BaseImageTrainingArguments` with the defaults of the published segmentation recipe.
 
     Args:
-        base_learning_rate (`float`, defaults to 6e-5): Learning rate for 16 images per optimiser step.
+        base_learning_rate (`float`, defaults to 6e-5): Learning rate for 16 images per optimizer step.
         lr_schedule (`str`, defaults to `"published"`): `"published"`, linear warm-up and polynomial decay to 0
             (`trainer.polynomial_factor`); `"library"`, that of `lr_scheduler_type`.
         metric_for_best_model (`str`, *optional*): `mean_iou` (default with `load_best_model_at_end`), `pixel_accuracy` or
             `mean_accuracy`.
-        warmup_steps (`float`, defaults to 0.01): Optimiser steps of warm-up, or below 1 their share of the run (published: 1500 of
+        warmup_steps (`float`, defaults to 0.01): Optimizer steps of warm-up, or below 1 their share of the run (published: 1500 of
             160,000).
         lr_power (`float`, defaults to 1.0): Power of the decay.
     """
@@ -183,12 +183,12 @@ class SegmentationTrainingArguments(RunArguments):
         default="published", metadata={"help": "'published' is warm-up and polynomial decay."}
     )
     lr_power: float = field(default=1.0, metadata={"help": "Power of the polynomial decay."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Pictures that a device takes at a time."})
-    # the last batch of an epoch may have a single picture, of which batch norms cannot take statistics
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Images that a device takes at a time."})
+    # the last batch of an epoch may have a single image, of which batch norms cannot take statistics
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out the last, smaller batch."})
 
     def check_options(self) -> None:
-        """As in `RunArguments`."""
+        """As in `BaseImageTrainingArguments`."""
         super().check_options()
         self.check_numbers(0, "warmup_steps", positive=("lr_power",))
         self.check_choice("lr_schedule", "library", "published")

@@ -1,4 +1,4 @@
-"""The segmentation model of a run: new, with a classifier as its trunk, or one to go on with."""
+"""The segmentation model of a run: new, with a classifier as its backbone, or one to go on with."""
 
 import dataclasses
 from typing import Any
@@ -18,8 +18,8 @@ from .arguments import SegmentationDataArguments, SegmentationModelArguments
 
 
 logger = logging.get_logger(__name__)
-# what a trunk was trained with
-TRUNK_FIELDS = (
+# what a backbone was trained with
+BACKBONE_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "stem_hidden_size", "conv_stem", "residual_divisor",
     "hidden_act", "layer_norm_eps", "patch_size", "qkv_bias",
 )  # fmt: skip
@@ -83,16 +83,16 @@ def build_segmenter(
 
 
 def _overrides(args: SegmentationModelArguments, config: LVViTConfig | None) -> dict[str, Any]:
-    """Configuration fields to change. A trained trunk keeps what it was trained with: recipes describe a new one."""
+    """Configuration fields to change. A trained backbone keeps what it was trained with: recipes describe a new one."""
     overrides = dict(args.config_overrides or {})
     if config is None:
         return overrides
     check_config_fields(LVViTConfig, overrides)
-    kept = [name for name in TRUNK_FIELDS if name in overrides and overrides[name] != getattr(config, name)]
+    kept = [name for name in BACKBONE_FIELDS if name in overrides and overrides[name] != getattr(config, name)]
     if kept:
         about = ", ".join(f"{name} {getattr(config, name)} (not {overrides[name]})" for name in kept)
         logger.warning("%s keeps its %s.", args.model_name_or_path, about)
-    return {name: value for name, value in overrides.items() if name not in TRUNK_FIELDS}
+    return {name: value for name, value in overrides.items() if name not in BACKBONE_FIELDS}
 
 
 def _load(
@@ -107,10 +107,10 @@ def _load(
     except LOADING_ERRORS as error:
         raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
     missing = sorted(loading["missing_keys"])
-    trunk = [key for key in missing if not key.startswith(HEADS)]
-    if trunk:
+    backbone = [key for key in missing if not key.startswith(HEADS)]
+    if backbone:
         raise ValueError(
-            f"{path} lacks weights of the trunk: {', '.join(trunk)}. Was config_overrides meant for a new model?"
+            f"{path} lacks weights of the backbone: {', '.join(backbone)}. Was config_overrides meant for a new model?"
         )
     changes = []
     mismatched = sorted(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"])
@@ -120,7 +120,7 @@ def _load(
             "first, or leave out options that change its heads."
         )
     if missing:
-        changes.append("heads new" if is_segmenter(config) else "a classifier as trunk, heads new")
+        changes.append("heads new" if is_segmenter(config) else "a classifier as backbone, heads new")
     if mismatched:
         changes.append(f"new because of another shape: {', '.join(mismatched)}")
     size = args.image_height_width
@@ -139,12 +139,12 @@ def pretrained_processor(args: SegmentationModelArguments) -> Any | None:
     try:
         return AutoImageProcessor.from_pretrained(args.model_name_or_path, **args.source)
     except OSError:
-        logger.warning("%s has no image processor: pictures are normalised as on ImageNet.", args.model_name_or_path)
+        logger.warning("%s has no image processor: images are normalized as on ImageNet.", args.model_name_or_path)
         return None
 
 
 def as_trained(data_args: SegmentationDataArguments, own: Any) -> SegmentationDataArguments:
-    """Options for evaluating a segmentation model as it was trained: the size of pictures, unless another is given.
+    """Options for evaluating a segmentation model as it was trained: the size of images, unless another is given.
 
     Args:
         data_args: The options.
@@ -170,12 +170,12 @@ def as_trained(data_args: SegmentationDataArguments, own: Any) -> SegmentationDa
 def build_processor(
     own: Any | None, data_args: SegmentationDataArguments, reduces_labels: bool
 ) -> SegformerImageProcessor:
-    """The image processor that is saved with the model: pictures in the size in which they are evaluated, normalised as the trunk
+    """The image processor that is saved with the model: images in the size in which they are evaluated, normalized as the backbone
     knows them, whole and never squashed.
 
     Args:
         own: Result of `pretrained_processor`.
-        data_args: With the size of pictures.
+        data_args: With the size of images.
         reduces_labels: Whether 0 in masks is no class.
     """
     mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if own is None else (own.image_mean, own.image_std)

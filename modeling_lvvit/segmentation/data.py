@@ -9,7 +9,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
 from ..data.class_names import read_class_names
-from ..data.masks import MaskCoding
+from ..data.masks import MaskEncoding
 from ..data.sources import looks_local, open_splits
 from ..data.splits import EVALUATION_SPLITS, find_eval_split, hold_out, split_to_evaluate
 from .arguments import SegmentationDataArguments
@@ -35,7 +35,7 @@ class OpenedSegmentationData:
     """What `open_segmentation_data` found.
 
     Args:
-        train, evaluation: Rows with pictures and masks; `train` is `None` if only an evaluation was asked for.
+        train, evaluation: Rows with images and masks; `train` is `None` if only an evaluation was asked for.
         eval_name: What the evaluation rows are called.
         mask_column: Their column of masks.
         class_names: Names of the classes by id.
@@ -48,7 +48,7 @@ class OpenedSegmentationData:
     eval_name: str
     mask_column: str
     class_names: list[str]
-    coding: MaskCoding
+    coding: MaskEncoding
     test: datasets.Dataset | None = None
 
 
@@ -127,14 +127,14 @@ def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) ->
     about = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
     raise ValueError(
         f"{args.dataset_name} has {wanted}; it has {about}. Name it with --mask_column. In the metadata.csv of an image folder "
-        "the column is called mask_file_name; a folder of pictures and one of masks become such data by "
+        "the column is called mask_file_name; a folder of images and one of masks become such data by "
         "dataset_scripts/image_mask_folder.py."
     )
 
 
 def _classes(
     args: SegmentationDataArguments, rows: datasets.Dataset, mask_column: str, known_names: list[str] | None
-) -> tuple[list[str], MaskCoding]:
+) -> tuple[list[str], MaskEncoding]:
     """Names of the classes, and how mask values stand for them."""
     names = _given_names(args) or _names_beside_data(args)
     if names is not None and (len(names) < 2 or len(set(names)) != len(names)):
@@ -156,7 +156,7 @@ def _classes(
             count = len(values)
         names = [str(index) for index in range(count)]
         logger.warning("The classes have no names: they are numbered 0 to %d. --class_names names them.", count - 1)
-    return names, MaskCoding(len(names), args.ignore_index, args.reduce_labels, values)
+    return names, MaskEncoding(len(names), args.ignore_index, args.reduce_labels, values)
 
 
 def _given_names(args: SegmentationDataArguments) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""Rows with a picture and a mask that become samples, and the look at all of them before training."""
+"""Rows with an image and a mask that become samples, and the look at all of them before training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,9 +10,9 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from ..data.image_dataset import PictureDataset, with_image_column
-from ..data.images import IMAGE_ERRORS, SampleError, picture_size
-from ..data.masks import MAX_VALUE, UNKNOWN, MaskCoding, read_mask
+from ..data.image_dataset import ImageDataset, with_image_column
+from ..data.images import IMAGE_ERRORS, SampleError, read_image_size
+from ..data.masks import MAX_VALUE, UNKNOWN, MaskEncoding, read_mask
 
 
 MAX_LISTED_VALUES = 10
@@ -20,7 +20,7 @@ MAX_LISTED_VALUES = 10
 
 @dataclass
 class ClassCounts:
-    """Pixels of each class over a data set.
+    """Pixels of each class over a dataset.
 
     Args:
         pixels: Number of pixels of each class, int64 `(C,)`.
@@ -55,15 +55,15 @@ class ClassCounts:
         return weights.tolist()
 
 
-class SegmentationDataset(PictureDataset):
-    """Decodes pictures and masks of a `datasets.Dataset` and transforms them together.
+class SegmentationDataset(ImageDataset):
+    """Decodes images and masks of a `datasets.Dataset` and transforms them together.
 
     Args:
         dataset: Rows with two image columns.
-        transform: Called with a picture and the class ids of its pixels `(height, width)`; returns a dict of tensors.
+        transform: Called with an image and the class ids of its pixels `(height, width)`; returns a dict of tensors.
         coding: How mask values stand for classes.
         image_column, mask_column: Column names.
-        name: What messages call the data set.
+        name: What messages call the dataset.
 
     Raises:
         ValueError: If a column is missing.
@@ -73,7 +73,7 @@ class SegmentationDataset(PictureDataset):
         self,
         dataset: datasets.Dataset,
         transform: Callable,
-        coding: MaskCoding,
+        coding: MaskEncoding,
         image_column: str = "image",
         mask_column: str = "mask",
         name: str = "training",
@@ -89,7 +89,7 @@ class SegmentationDataset(PictureDataset):
         return table[self.mask_column]
 
     def sample(self, image: Image.Image, fetched: pa.ChunkedArray, offset: int, index: int) -> dict[str, torch.Tensor]:
-        """What the transform makes of a picture and its mask."""
+        """What the transform makes of an image and its mask."""
         mask, problem = self._read(fetched[offset].as_py(), (image.height, image.width))
         if problem:
             raise SampleError(f"Row {index} of the {self.name} data: {problem}")
@@ -100,17 +100,17 @@ class SegmentationDataset(PictureDataset):
         return self._table[read_mask(self.rows[index][self.mask_column][0].as_py())]
 
     def check_rows(self) -> ClassCounts:
-        """Looks at every row before training: masks wholly, pictures as `check_all_rows` does; counts the pixels of the classes.
+        """Looks at every row before training: masks wholly, images as `check_all_rows` does; counts the pixels of the classes.
 
         Raises:
             ValueError: With the first problems found, each with its row, or if no pixel has a class.
         """
         counts = ClassCounts(np.zeros(self.coding.num_labels, dtype=np.int64))
 
-        def problems_of(table: pa.Table, start: int) -> list[tuple[int, str]]:
+        def find_problems(table: pa.Table, start: int) -> list[tuple[int, str]]:
             problems = []
             for offset, (image, mask) in enumerate(zip(table[self.image_column], table[self.mask_column])):
-                size = picture_size(image.as_py()) if image.is_valid else None
+                size = read_image_size(image.as_py()) if image.is_valid else None
                 ids, problem = self._read(mask.as_py(), size)
                 if problem:
                     problems.append((offset, problem))
@@ -120,7 +120,7 @@ class SegmentationDataset(PictureDataset):
                 counts.add(np.bincount(counted, minlength=len(counts.pixels)), ids.size - len(counted))
             return problems
 
-        self.check_all_rows(problems_of)
+        self.check_all_rows(find_problems)
         if not counts.pixels.any():
             raise ValueError(
                 f"No pixel of the {self.name} masks has a class: all are ignored. Masks may hold {self.coding.describe()}; "
@@ -146,7 +146,7 @@ class SegmentationDataset(PictureDataset):
             return None, f"{name} cannot be used: {error}"
         if size is not None and values.shape != size:
             sizes = [f"{width} x {height}" for height, width in (values.shape, size)]
-            return None, f"{name} is {sizes[0]} pixels (width x height), its picture {sizes[1]}"
+            return None, f"{name} is {sizes[0]} pixels (width x height), its image {sizes[1]}"
         ids = self._table[values]
         if (ids == UNKNOWN).any():
             unknown = np.unique(values[ids == UNKNOWN]).tolist()

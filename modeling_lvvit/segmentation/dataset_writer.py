@@ -1,4 +1,4 @@
-"""Writes pictures and masks of a folder as a data set of Parquet files, which appears only when it is complete."""
+"""Writes images and masks of a folder as a dataset of Parquet files, which appears only when it is complete."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,28 +13,28 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.atomic_files import new_folder
-from ..data.images import IMAGE_ERRORS, picture_size
+from ..data.atomic_files import atomic_directory
+from ..data.images import IMAGE_ERRORS, read_image_size
 from ..data.masks import read_mask
 from ..hub.file_checks import CARD
 
 
 ROWS_PER_SHARD, ROWS_PER_GROUP = 2000, 100
 MAX_REPORTED_PROBLEMS = 10
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture file, its mask file, and values of further columns."""
+    """An image file, its mask file, and values of further columns."""
 
     image: Path
     mask: Path
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def pictures_in(folder: Path) -> dict[str, Path]:
-    """Picture files of a folder and those below it: path without ending, relative to the folder -> file.
+def images_in(folder: Path) -> dict[str, Path]:
+    """Image files of a folder and those below it: path without ending, relative to the folder -> file.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -44,7 +44,7 @@ def pictures_in(folder: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"There is no folder {folder}.")
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() not in PICTURE_SUFFIXES or not file.is_file():
+        if file.suffix.lower() not in IMAGE_SUFFIXES or not file.is_file():
             continue
         key = file.relative_to(folder).with_suffix("").as_posix()
         if key in found:
@@ -54,46 +54,46 @@ def pictures_in(folder: Path) -> dict[str, Path]:
 
 
 def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path], mask_suffix: str = "") -> dict[str, Pair]:
-    """Pictures with the masks of the same name.
+    """Images with the masks of the same name.
 
     Args:
-        images, masks: Results of `pictures_in`.
-        mask_suffix: What names of masks have behind those of their pictures.
+        images, masks: Results of `images_in`.
+        mask_suffix: What names of masks have behind those of their images.
 
     Raises:
-        ValueError: If there are none, or a picture has no mask or the other way round.
+        ValueError: If there are none, or an image has no mask or the other way round.
     """
     by_image = {key.removesuffix(mask_suffix): file for key, file in masks.items() if key.endswith(mask_suffix)}
     if not images:
-        raise ValueError("There are no pictures.")
-    alone = [f"picture {images[key]}" for key in images if key not in by_image]
+        raise ValueError("There are no images.")
+    alone = [f"image {images[key]}" for key in images if key not in by_image]
     alone += [f"mask {file}" for key, file in by_image.items() if key not in images]
     if alone:
         listed = "; ".join(alone[:MAX_REPORTED_PROBLEMS]) + ("; ..." * (len(alone) > MAX_REPORTED_PROBLEMS))
         raise ValueError(
-            f"{len(alone)} of {len(images)} pictures and {len(masks)} masks have no partner of the same name (what masks have behind it "
+            f"{len(alone)} of {len(images)} images and {len(masks)} masks have no partner of the same name (what masks have behind it "
             f"is --mask_suffix, now {mask_suffix!r}): {listed}"
         )
     return {key: Pair(file, by_image[key]) for key, file in images.items()}
 
 
-def check_pairs(pairs: Sequence[Pair], allows_colours: bool) -> None:
-    """Looks at the headers of all files: pictures that can be opened, masks of their size and, unless colours are allowed, of one
+def check_pairs(pairs: Sequence[Pair], allows_colors: bool) -> None:
+    """Looks at the headers of all files: images that can be opened, masks of their size and, unless colors are allowed, of one
     channel.
 
     Raises:
         ValueError: With the first problems.
     """
     problems = []
-    for pair in tqdm(pairs, desc="Looking at the files", unit="picture"):
-        sizes = [picture_size({"bytes": None, "path": str(path)}) for path in (pair.image, pair.mask)]
+    for pair in tqdm(pairs, desc="Looking at the files", unit="image"):
+        sizes = [read_image_size({"bytes": None, "path": str(path)}) for path in (pair.image, pair.mask)]
         broken = [str(path) for path, size in zip((pair.image, pair.mask), sizes) if size is None]
         if broken:
-            problems.append(f"{' and '.join(broken)} cannot be opened as a picture")
+            problems.append(f"{' and '.join(broken)} cannot be opened as an image")
         elif sizes[0] != sizes[1]:
             shown = [f"{width} x {height}" for height, width in sizes]
-            problems.append(f"{pair.mask} is {shown[1]} pixels (width x height), its picture {shown[0]}")
-        elif not allows_colours and (problem := _colour_problem(pair.mask)):
+            problems.append(f"{pair.mask} is {shown[1]} pixels (width x height), its image {shown[0]}")
+        elif not allows_colors and (problem := _color_problem(pair.mask)):
             problems.append(f"{pair.mask}: {problem}")
         if len(problems) >= MAX_REPORTED_PROBLEMS:
             problems.append("... (the check stopped here)")
@@ -114,7 +114,7 @@ def write_segmentation_set(
 
     Args:
         output_dir: Folder to create.
-        splits: Name -> pictures and masks.
+        splits: Name -> images and masks.
         class_names: By id; `None` writes no names.
         notes: Markdown text for the card.
         mask_content: From a mask file to the PNG that is stored.
@@ -125,7 +125,7 @@ def write_segmentation_set(
         ValueError: If a mask cannot be read.
     """
     features = {"image": datasets.Image(), "annotation": datasets.Image(), **(extra_features or {})}
-    with new_folder(output_dir) as partial:
+    with atomic_directory(output_dir) as partial:
         (partial / "data").mkdir()
         for split, pairs in splits.items():
             _write_split(partial / "data", split, pairs, datasets.Features(features), mask_content)
@@ -134,7 +134,7 @@ def write_segmentation_set(
             (partial / "id2label.json").write_text(names + "\n", encoding="utf-8")
         counts = ", ".join(f"{split} {len(pairs):,}" for split, pairs in splits.items())
         card = DatasetCardData(task_categories=["image-segmentation"], pretty_name=output_dir.name)
-        DatasetCard(f"---\n{card}\n---\n\n# {output_dir.name}\n\nPictures and masks: {counts}.\n\n{notes}\n").save(
+        DatasetCard(f"---\n{card}\n---\n\n# {output_dir.name}\n\nImages and masks: {counts}.\n\n{notes}\n").save(
             partial / CARD
         )
 
@@ -148,7 +148,7 @@ def _write_split(
 ) -> None:
     schema = features.arrow_schema
     num_shards = -(-len(pairs) // ROWS_PER_SHARD)
-    progress = tqdm(total=len(pairs), desc=f"Writing {split}", unit="picture")
+    progress = tqdm(total=len(pairs), desc=f"Writing {split}", unit="image")
     for shard in range(num_shards):
         of_shard = pairs[shard * ROWS_PER_SHARD : (shard + 1) * ROWS_PER_SHARD]
         path = folder / f"{split}-{shard:05d}-of-{num_shards:05d}.parquet"
@@ -169,8 +169,8 @@ def _row(pair: Pair, mask_content: Callable[[Path], bytes]) -> dict[str, Any]:
     return {"image": image, "annotation": {"bytes": mask, "path": pair.mask.name}, **pair.extra}
 
 
-def _colour_problem(path: Path) -> str | None:
-    """Why a mask does not hold class ids, `None` if its kind of picture can. Only colour pictures are decoded, as they may be grey."""
+def _color_problem(path: Path) -> str | None:
+    """Why a mask does not hold class ids, `None` if its kind of image can. Only color images are decoded, as they may be grey."""
     with Image.open(path) as image:
         if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
             return None

@@ -1,4 +1,4 @@
-"""Segmentation of whole pictures by a model that was trained on crops: in overlapping windows, at one or several scales."""
+"""Segmentation of whole images by a model that was trained on crops: in overlapping windows, at one or several scales."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from .transforms import evaluation_size
 WINDOW, STRIDE = (512, 512), (341, 341)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
-CLASSES_AT_A_TIME = 8  # of which maps of the size of a picture are in memory together
+CLASSES_AT_A_TIME = 8  # of which maps of the size of an image are in memory together
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class InferenceSettings:
-    """How whole pictures are segmented.
+    """How whole images are segmented.
 
     Args:
         window, stride: Height and width in pixels; see `sliding_window_logits`.
-        short_side, long_side: Size of the pictures; see `transforms.evaluation_size`.
+        short_side, long_side: Size of the images; see `transforms.evaluation_size`.
         scales, flip: See `multi_scale_probabilities`; with the single scale 1 and no mirror image nothing is averaged.
     """
 
@@ -42,7 +42,7 @@ def resized(maps: torch.Tensor, size: tuple[int, int], antialias: bool = False) 
     Args:
         maps: Of any kind.
         size: Height and width.
-        antialias: Whether to average what a smaller map cannot show, as image processors do with pictures.
+        antialias: Whether to average what a smaller map cannot show, as image processors do with images.
     """
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
@@ -56,13 +56,13 @@ def predict_classes(
     settings: InferenceSettings | None = None,
     size: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """The class of every pixel of pictures of one size.
+    """The class of every pixel of images of one size.
 
     Args:
         forward: See `sliding_window_logits`.
         pixel_values: `(B, channels, height, width)` in their own size.
         settings: How.
-        size: Height and width of the result; default: those of the pictures.
+        size: Height and width of the result; default: those of the images.
 
     Returns:
         int64 `(B, *size)`.
@@ -113,7 +113,7 @@ def sliding_window_logits(
     window: tuple[int, int] = WINDOW,
     stride: tuple[int, int] = STRIDE,
 ) -> torch.Tensor:
-    """Logits of whole pictures, averaged where windows overlap.
+    """Logits of whole images, averaged where windows overlap.
 
     Args:
         forward: `(B, channels, h, w)` to logits `(B, C, any height, any width)` of the same field.
@@ -154,14 +154,14 @@ def multi_scale_probabilities(
     stride: tuple[int, int] = STRIDE,
     base_size: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """Class probabilities, averaged over sizes of the picture and its mirror image.
+    """Class probabilities, averaged over sizes of the image and its mirror image.
 
     Args:
         forward, window, stride: See `sliding_window_logits`.
         pixel_values: `(B, channels, height, width)`.
         scales: Factors of height and width.
         flip: Whether to add the mirror image at every scale.
-        base_size: Height and width of scale 1 and of the result; default: those of the pictures. All sizes are made of the pictures
+        base_size: Height and width of scale 1 and of the result; default: those of the images. All sizes are made of the images
             as they are.
 
     Returns:
@@ -171,9 +171,9 @@ def multi_scale_probabilities(
     total = 0.0
     for scale in scales:
         scaled = tuple(max(1, round(side * scale)) for side in size)
-        pictures = resized(pixel_values, scaled, antialias=True)
+        images = resized(pixel_values, scaled, antialias=True)
         for is_flipped in (False, True) if flip else (False,):
-            view = pictures.flip(-1) if is_flipped else pictures
+            view = images.flip(-1) if is_flipped else images
             logits = resized(sliding_window_logits(forward, view, window, stride), size)
             probabilities = logits.softmax(dim=1)
             total = total + (probabilities.flip(-1) if is_flipped else probabilities)

@@ -1,11 +1,11 @@
-"""Measures of semantic segmentation from a confusion matrix, whose size does not depend on the number of pictures."""
+"""Measures of semantic segmentation from a confusion matrix, whose size does not depend on the number of images."""
 
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..training.metrics import CountedMetric
+from ..training.metrics import AccumulatingMetric
 
 
 def confusion_matrix(
@@ -69,13 +69,13 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-class SegmentationScores(CountedMetric):
+class SegmentationScores(AccumulatingMetric):
     """Mean IoU, pixel accuracy and values of each class.
 
     Args:
         num_labels: Number of classes.
         ignore_index: Label of pixels that do not count.
-        kwargs: See `CountedMetric`.
+        kwargs: See `AccumulatingMetric`.
     """
 
     def __init__(self, num_labels: int, ignore_index: int = 255, **kwargs: Any):

@@ -1,4 +1,4 @@
-"""What a segmentation run writes about itself: the table of classes, the picture of predictions and the model card."""
+"""What a segmentation run writes about itself: the table of classes, the image of predictions and the model card."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedModel
 
-from ..cli.model_card import Origin, run_metadata, run_name, training_facts
+from ..cli.model_card import Provenance, run_metadata, run_name, training_facts
 from ..data.atomic_files import write_json
 from ..hub.file_checks import CARD
 from ..visualization import panel_step, save_segmentation_figure
@@ -16,8 +16,8 @@ from .arguments import SCORES
 from .trainer import SegmentationTrainer
 
 
-PICTURE, CLASS_SCORES = "predictions.png", "class_scores.json"
-NUM_PICTURES = 6
+IMAGE, CLASS_SCORES = "predictions.png", "class_scores.json"
+NUM_IMAGES = 6
 REPORTED_OPTIONS = (
     "learning_rate", "max_steps", "num_train_epochs", "images_per_step", "weight_decay", "lr_schedule", "warmup_steps", "seed",
     "batch_norm", "max_grad_norm", "bf16", "fp16",
@@ -59,28 +59,28 @@ def save_class_scores(
 
 
 def draw_predictions(trainer: SegmentationTrainer, class_names: list[str]) -> str:
-    """Writes the picture of some evaluation rows, evenly spread, and returns its name."""
+    """Writes the image of some evaluation rows, evenly spread, and returns its name."""
     samples, model = trainer.eval_dataset, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     model.eval()
-    count = min(NUM_PICTURES, len(samples))
+    count = min(NUM_IMAGES, len(samples))
     rows = [index * len(samples) // count for index in range(count)]
-    pictures, masks, predictions = [], [], []
+    images, masks, predictions = [], [], []
     for row in rows:
         pixel_values = samples[row]["pixel_values"][None].to(trainer.args.device)
-        predicted = trainer.predict_pictures(model, pixel_values)[0].cpu().numpy()
-        step = panel_step(predicted.shape)  # so that large pictures are not kept
-        pictures.append(samples.picture(row).reduce(step))
+        predicted = trainer.predict_images(model, pixel_values)[0].cpu().numpy()
+        step = panel_step(predicted.shape)  # so that large images are not kept
+        images.append(samples.read_image(row).reduce(step))
         masks.append(samples.mask(row)[::step, ::step].copy())
         predictions.append(predicted[::step, ::step].copy())
     save_segmentation_figure(
-        Path(trainer.args.output_dir) / PICTURE,
-        pictures,
+        Path(trainer.args.output_dir) / IMAGE,
+        images,
         masks,
         predictions,
         class_names,
         samples.coding.label_ignore_index,
     )
-    return PICTURE
+    return IMAGE
 
 
 def headline(metrics: Mapping[str, float], prefix: str) -> str:
@@ -92,26 +92,26 @@ def headline(metrics: Mapping[str, float], prefix: str) -> str:
 def write_segmentation_card(
     template: Path,
     trainer: SegmentationTrainer,
-    origin: Origin,
+    provenance: Provenance,
     evaluations: Mapping[str, tuple[str, dict[str, float]]],
     table: str,
-    picture: str | None,
+    image: str | None,
 ) -> None:
     """Fills the template from the finished run and saves it as README.md in the output folder.
 
     Args:
         template: Card with the variables that this function fills.
         trainer: After training and evaluation.
-        origin: Where data and model come from.
+        provenance: Where data and model come from.
         evaluations: Prefix of the metrics -> split in words, and the metrics.
         table: Scores of the classes.
-        picture: File name of the picture of predictions, `None` if there is none.
+        image: File name of the image of predictions, `None` if there is none.
     """
     args, model = trainer.args, trainer.model
     name = run_name(trainer)
     results = [
         EvalResult(
-            "image-segmentation", origin.data, origin.data, "mean_iou" if score == "mean_iou" else "accuracy",
+            "image-segmentation", provenance.data, provenance.data, "mean_iou" if score == "mean_iou" else "accuracy",
             round(metrics[f"{prefix}_{score}"], 4), metric_name=f"{_mode(prefix)} {score}".strip(), dataset_split=split,
         )
         for prefix, (split, metrics) in evaluations.items()
@@ -119,16 +119,16 @@ def write_segmentation_card(
     ]  # fmt: skip
     tags = ["lvvit", "semantic-segmentation"]
     card = ModelCard.from_template(
-        run_metadata(name, "image-segmentation", origin, ["mean_iou", "accuracy"], tags, results),
+        run_metadata(name, "image-segmentation", provenance, ["mean_iou", "accuracy"], tags, results),
         template_path=str(template),
         model_name=name,
-        origin=origin,
+        provenance=provenance,
         evaluations=[
             (split, _mode(prefix) or "single scale", headline(metrics, prefix))
             for prefix, (split, metrics) in evaluations.items()
         ],
         class_table=table,
-        picture=picture,
+        image=image,
         num_train=len(trainer.train_dataset),
         inference=_inference_facts(trainer),
         **training_facts(trainer, REPORTED_OPTIONS),
@@ -159,4 +159,4 @@ def _inference_facts(trainer: SegmentationTrainer) -> str:
     size = (
         "in their own size" if settings.short_side is None else f"with a shorter side of {settings.short_side} pixels"
     )
-    return f"pictures {size}, windows of {window} pixels every {stride}"
+    return f"images {size}, windows of {window} pixels every {stride}"

@@ -20,7 +20,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..cli import digit_scenes
-from ..cli.model_card import origin_of
+from ..cli.model_card import find_provenance
 from ..cli.parser import Program, parse
 from ..data.images import SampleError
 from ..hub.folders import CARD_TEMPLATES
@@ -84,7 +84,7 @@ class Run:
 def build_samples(
     args: SegmentationDataArguments, opened: OpenedSegmentationData, crop_size: tuple[int, int], processor
 ) -> dict[str, SegmentationDataset | None]:
-    """Training samples, jointly augmented, and whole pictures of the other splits."""
+    """Training samples, jointly augmented, and whole images of the other splits."""
     statistics = (processor.image_mean, processor.image_std)
     train_transform = SegmentationTrainTransform(
         crop_size, *statistics, opened.coding.label_ignore_index, args.augmentation(), args.short_side, args.long_side
@@ -189,7 +189,7 @@ def prepare(
     return Run(trainer, opened, samples["test"], multi)
 
 
-def introduce(run: Run) -> None:
+def log_run_summary(run: Run) -> None:
     """Says in one line what will be trained, or evaluated."""
     trainer, opened = run.trainer, run.opened
     config = trainer.model.config
@@ -198,12 +198,12 @@ def introduce(run: Run) -> None:
         f"{config.num_labels} classes"
     )
     if trainer.train_dataset is None:
-        print(f"{about}: evaluation on {len(trainer.eval_dataset):,} pictures ({opened.eval_name})", flush=True)
+        print(f"{about}: evaluation on {len(trainer.eval_dataset):,} images ({opened.eval_name})", flush=True)
         return
     args = trainer.args
     crop = " x ".join(map(str, config.image_height_width))
     print(
-        f"{about}, {len(trainer.train_dataset):,} training pictures, crops of {crop}, {args.images_per_step} a step, peak learning "
+        f"{about}, {len(trainer.train_dataset):,} training images, crops of {crop}, {args.images_per_step} a step, peak learning "
         f"rate {args.learning_rate:.3g}"
         + (f" ({args.base_learning_rate:g} for 16 images, scaled)" if args.is_learning_rate_scaled else ""),
         flush=True,
@@ -211,7 +211,7 @@ def introduce(run: Run) -> None:
 
 
 @contextmanager
-def inference_of(trainer: SegmentationTrainer, settings: InferenceSettings) -> Iterator[None]:
+def temporary_inference(trainer: SegmentationTrainer, settings: InferenceSettings) -> Iterator[None]:
     """Other inference within a `with` block."""
     before, trainer.inference = trainer.inference, settings
     try:
@@ -235,13 +235,13 @@ def evaluate_all(run: Run, test_name: str | None) -> tuple[dict[str, tuple[str, 
         for settings in filter(None, (trainer.inference, run.multi_scale)):
             several = settings is run.multi_scale
             full_prefix = f"{prefix}_multi_scale" if several else prefix
-            with inference_of(trainer, settings):
+            with temporary_inference(trainer, settings):
                 metrics = trainer.evaluate(samples, metric_key_prefix=full_prefix)
             trainer.save_metrics(full_prefix, metrics)
             title = f"{split}, multi-scale" if several else split
             evaluations[full_prefix], class_scores[title] = (split, metrics), trainer.class_scores
             if trainer.is_world_process_zero():
-                print(f"{title} ({len(samples):,} pictures): {headline(metrics, full_prefix)}", flush=True)
+                print(f"{title} ({len(samples):,} images): {headline(metrics, full_prefix)}", flush=True)
     return evaluations, class_scores
 
 
@@ -258,7 +258,7 @@ def main(arguments: list[str]) -> None:
     if is_main:
         if trainer.train_dataset is not None:
             discard_overwritten_checkpoints(training_args, model_args.overwrite_output_dir)
-        introduce(run)
+        log_run_summary(run)
     try:
         if trainer.train_dataset is not None:
             train(trainer)
@@ -271,10 +271,10 @@ def main(arguments: list[str]) -> None:
         save_class_scores(output_dir, names, class_scores)
         table = class_table(names, class_scores)
         print(table)
-        picture = draw_predictions(trainer, names) if model_args.save_picture else None
+        image = draw_predictions(trainer, names) if model_args.save_picture else None
         if trainer.train_dataset is not None:
-            origin = origin_of(model_args, data_args.dataset_name, None, EMBEDDED_RECIPE)
-            write_segmentation_card(CARD_TEMPLATE, trainer, origin, evaluations, table, picture)
+            provenance = find_provenance(model_args, data_args.dataset_name, None, EMBEDDED_RECIPE)
+            write_segmentation_card(CARD_TEMPLATE, trainer, provenance, evaluations, table, image)
         print(f"saved to {training_args.output_dir}")
     end_together()  # the others need not wait for an upload
     if trainer.train_dataset is not None:

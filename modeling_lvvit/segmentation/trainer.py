@@ -1,4 +1,4 @@
-"""A `Trainer` of segmentation models that evaluates whole pictures."""
+"""A `Trainer` of segmentation models that evaluates whole images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data import default_collate as stack
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data.sampling import SharedSampler
-from ..training.base_trainer import RunTrainer
+from ..data.sampling import ShardedEvalSampler
+from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import leave_signals_to_main_process
-from ..training.fsdp import is_sharding_asked_for
+from ..training.fsdp import is_fsdp_requested
 from ..training.schedule import polynomial_factor
 from .arguments import SCORES, SegmentationTrainingArguments
 from .dataset import SegmentationDataset
@@ -26,17 +26,17 @@ def collate_crops(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return stack([{name: sample[name] for name in ("pixel_values", "labels")} for sample in samples])
 
 
-def collate_pictures(samples: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
+def collate_images(samples: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
     """Evaluation samples of any sizes to lists."""
     return {name: [sample[name] for sample in samples] for name in ("pixel_values", "labels")}
 
 
 def check_batches(model: nn.Module, args: SegmentationTrainingArguments, num_rows: int) -> None:
-    """Raises a `ValueError` if an epoch has no batch, or one of a single picture, of which UperNet cannot take statistics."""
+    """Raises a `ValueError` if an epoch has no batch, or one of a single image, of which UperNet cannot take statistics."""
     batch_size, is_alone = args.train_batch_size, args.world_size == 1
     if args.dataloader_drop_last and num_rows < batch_size * args.world_size:
         raise ValueError(
-            f"There are {num_rows} training pictures, fewer than a batch over all devices ({batch_size * args.world_size}). Choose a "
+            f"There are {num_rows} training images, fewer than a batch over all devices ({batch_size * args.world_size}). Choose a "
             "smaller --per_device_train_batch_size."
         )
     needs_two = getattr(model.config, "segmentation_head", None) == "upernet" and 1 in model.config.pool_scales
@@ -44,26 +44,26 @@ def check_batches(model: nn.Module, args: SegmentationTrainingArguments, num_row
         return
     if batch_size == 1:
         raise ValueError(
-            "UperNet cannot be trained on one picture at a time: its batch norms need at least two. Use a larger "
+            "UperNet cannot be trained on one image at a time: its batch norms need at least two. Use a larger "
             "--per_device_train_batch_size, --batch_norm synchronized on several devices, or --segmentation_head fcn."
         )
     if is_alone and not args.dataloader_drop_last and num_rows % batch_size == 1:
         raise ValueError(
-            f"The last batch of {num_rows} pictures in batches of {batch_size} has a single one, of which the batch norms of UperNet "
+            f"The last batch of {num_rows} images in batches of {batch_size} has a single one, of which the batch norms of UperNet "
             "cannot take statistics. Use --dataloader_drop_last true or another --per_device_train_batch_size."
         )
 
 
-class SegmentationTrainer(RunTrainer):
+class SegmentationTrainer(BaseImageTrainer):
     """Trains a model that returns `loss` and `logits` for `pixel_values` and `labels` (`LVViTForSemanticSegmentation`), and evaluates it
-    on whole pictures in windows. No logits are kept or gathered: pixels are counted as pictures come.
+    on whole images in windows. No logits are kept or gathered: pixels are counted as images come.
 
     `evaluate` gives `mean_iou`, `pixel_accuracy` and `mean_accuracy`; those of each class are in `class_scores` after it.
 
     Args:
         model, args, train_dataset, ...: As in `transformers.Trainer`.
         eval_dataset: A `SegmentationDataset` with `SegmentationEvalTransform`.
-        inference: How pictures are segmented.
+        inference: How images are segmented.
 
     Raises:
         ValueError: If training set and batch size do not fit, or FSDP or DataParallel would be used.
@@ -83,9 +83,9 @@ class SegmentationTrainer(RunTrainer):
                 "DataParallel is not supported, it takes batch-norm statistics of parts of a batch. Start one process per GPU: "
                 f"accelerate launch --num_processes {args.n_gpu} ..., or set CUDA_VISIBLE_DEVICES."
             )
-        if is_sharding_asked_for():
+        if is_fsdp_requested():
             raise ValueError(
-                "FSDP is not supported here: processes that evaluate pictures of different sizes would wait for each other. The "
+                "FSDP is not supported here: processes that evaluate images of different sizes would wait for each other. The "
                 "largest model has 209 million parameters; use the configurations without FSDP."
             )
         if train_dataset is not None:
@@ -111,14 +111,14 @@ class SegmentationTrainer(RunTrainer):
         return self.lr_scheduler
 
     def get_eval_dataloader(self, eval_dataset: SegmentationDataset | str | None = None) -> DataLoader:
-        """Pictures of this process in lists; they are moved to the device one after another."""
+        """Images of this process in lists; they are moved to the device one after another."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         loader = DataLoader(
             dataset,
             batch_size=self.args.eval_batch_size,
-            sampler=SharedSampler(len(dataset), self.args.process_index, self.args.world_size),
-            collate_fn=collate_pictures,
+            sampler=ShardedEvalSampler(len(dataset), self.args.process_index, self.args.world_size),
+            collate_fn=collate_images,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
@@ -133,7 +133,7 @@ class SegmentationTrainer(RunTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Segments the pictures of a loader and counts their pixels; see `Trainer.evaluation_loop`."""
+        """Segments the images of a loader and counts their pixels; see `Trainer.evaluation_loop`."""
         own = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         was_training = own.training
         own.to(self.args.device).eval()
@@ -155,19 +155,19 @@ class SegmentationTrainer(RunTrainer):
     def _predictions(
         self, model: nn.Module, batch: dict[str, list[torch.Tensor]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Predicted and true classes `(B, height, width)` of the pictures of a batch, those of one size together."""
+        """Predicted and true classes `(B, height, width)` of the images of a batch, those of one size together."""
         groups: dict[tuple[int, ...], list[int]] = {}
-        for position, picture in enumerate(batch["pixel_values"]):
-            groups.setdefault(tuple(picture.shape), []).append(position)
+        for position, image in enumerate(batch["pixel_values"]):
+            groups.setdefault(tuple(image.shape), []).append(position)
         for positions in groups.values():
-            pictures, labels = (
+            images, labels = (
                 torch.stack([batch[name][position] for position in positions]).to(self.args.device, non_blocking=True)
                 for name in ("pixel_values", "labels")
             )
-            yield self.predict_pictures(model, pictures), labels
+            yield self.predict_images(model, images), labels
 
-    def predict_pictures(self, model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Classes `(B, height, width)` of pictures of one size `(B, 3, height, width)`, in the precision of training."""
+    def predict_images(self, model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Classes `(B, height, width)` of images of one size `(B, 3, height, width)`, in the precision of training."""
 
         def forward(pixel_values: torch.Tensor) -> torch.Tensor:
             with self.accelerator.autocast():

@@ -1,7 +1,7 @@
-"""Joint augmentation of a picture and its mask.
+"""Joint augmentation of an image and its mask.
 
 The published training runs had, in this order: a random scale, a random crop that is not filled by a single class, a mirror image,
-colour changes, normalisation, and a border where the picture is smaller than the crop (MMSegmentation's pipeline for ADE20K, in the
+color changes, normalization, and a border where the image is smaller than the crop (MMSegmentation's pipeline for ADE20K, in the
 authors' folder `seg`). Scale and crop are one resampling here: only the part that the crop shows is ever computed.
 """
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from ..data.images import Normalisation
+from ..data.images import Normalization
 
 
 CROP_TRIES = 10  # crops that are drawn until one has several classes; as in MMSegmentation
@@ -25,11 +25,11 @@ class SegmentationAugmentation:
     """Strength of the training augmentation. Defaults: the published recipe.
 
     Args:
-        scale: Smallest and largest factor of the size in which pictures are evaluated.
-        max_class_share: Crops in which one class has at least this share of the labelled pixels are drawn anew, up to ten times; 1
+        scale: Smallest and largest factor of the size in which images are evaluated.
+        max_class_share: Crops in which one class has at least this share of the labelled pixels are drawn again, up to ten times; 1
             takes every crop.
         horizontal_flip: Probability of a mirror image, in [0, 1].
-        photometric: Probability of each of four colour changes (brightness, contrast, saturation, hue), in [0, 1].
+        photometric: Probability of each of four color changes (brightness, contrast, saturation, hue), in [0, 1].
     """
 
     scale: tuple[float, float] = (0.5, 2.0)
@@ -52,7 +52,7 @@ class PhotometricDistortion(v2.RandomPhotometricDistort):
     """
 
     def __init__(self, probability: float = 0.5):
-        # their hue moves by up to 18 of 180 steps around the colour circle
+        # their hue moves by up to 18 of 180 steps around the color circle
         super().__init__(hue=(-0.1, 0.1), p=probability)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -61,11 +61,11 @@ class PhotometricDistortion(v2.RandomPhotometricDistort):
 
 
 def evaluation_size(size: tuple[int, int], short_side: int | None, long_side: int | None = None) -> tuple[int, int]:
-    """Height and width in which a picture is evaluated, and to which the scales of training refer: its shorter side becomes
+    """Height and width in which an image is evaluated, and to which the scales of training refer: its shorter side becomes
     `short_side`, unless the longer one would exceed `long_side`.
 
     Args:
-        size: Height and width of the picture in pixels.
+        size: Height and width of the image in pixels.
         short_side: In pixels; `None` keeps the size.
         long_side: In pixels; `None` for no limit.
 
@@ -80,14 +80,14 @@ def evaluation_size(size: tuple[int, int], short_side: int | None, long_side: in
 
 
 class SegmentationTrainTransform:
-    """Random scale, crop, mirror image and colour changes of a picture and its mask.
+    """Random scale, crop, mirror image and color changes of an image and its mask.
 
-    Randomness comes from the global generator of PyTorch, which `PictureDataset` starts for every sample.
+    Randomness comes from the global generator of PyTorch, which `ImageDataset` starts for every sample.
 
     Args:
         crop_size: Height and width of the result in pixels.
-        image_mean, image_std: Per-channel normalisation for images in [0, 1].
-        ignore_index: Label of the border around pictures that are smaller than the crop.
+        image_mean, image_std: Per-channel normalization for images in [0, 1].
+        ignore_index: Label of the border around images that are smaller than the crop.
         augmentation: Strengths.
         short_side, long_side: See `evaluation_size`.
     """
@@ -103,7 +103,7 @@ class SegmentationTrainTransform:
         long_side: int | None = None,
     ):
         self.crop_size, self.ignore_index = tuple(crop_size), ignore_index
-        self.normalise = Normalisation(image_mean, image_std)
+        self.normalize = Normalization(image_mean, image_std)
         self.augmentation = augmentation or SegmentationAugmentation()
         self.short_side, self.long_side = short_side, long_side
         self.distort = PhotometricDistortion(self.augmentation.photometric) if self.augmentation.photometric else None
@@ -111,7 +111,7 @@ class SegmentationTrainTransform:
     def __call__(self, image: Image.Image, mask: np.ndarray) -> dict[str, torch.Tensor]:
         """
         Args:
-            image: RGB picture of any size.
+            image: RGB image of any size.
             mask: Class ids of its pixels, integers `(height, width)`.
 
         Returns:
@@ -126,7 +126,7 @@ class SegmentationTrainTransform:
         down, right = (
             image.height / scaled[0],
             image.width / scaled[1],
-        )  # pixels of the picture in one of the scaled one
+        )  # pixels of the image in one of the scaled one
         box = (
             left * right,
             top * down,
@@ -140,13 +140,13 @@ class SegmentationTrainTransform:
         if self.distort is not None:
             pixels = self.distort(pixels)
         pixel_values = torch.zeros(3, *self.crop_size)
-        pixel_values[:, :height, :width] = self.normalise(pixels)
+        pixel_values[:, :height, :width] = self.normalize(pixels)
         framed = torch.full(self.crop_size, self.ignore_index, dtype=torch.int32)
         framed[:height, :width] = torch.from_numpy(labels.astype(np.int32))
         return {"pixel_values": pixel_values, "labels": framed}
 
     def _draw_crop(self, mask: np.ndarray, scaled: tuple[int, int]) -> tuple[int, int, np.ndarray]:
-        """Top and left pixel of a crop in the scaled picture, and its labels, by the nearest pixel of the mask."""
+        """Top and left pixel of a crop in the scaled image, and its labels, by the nearest pixel of the mask."""
         height, width = (min(side, crop) for side, crop in zip(scaled, self.crop_size))
         for _ in range(CROP_TRIES):
             top = int(torch.randint(scaled[0] - height + 1, ()))
@@ -166,16 +166,16 @@ class SegmentationTrainTransform:
 
 
 class SegmentationEvalTransform:
-    """A picture in its own size, normalised, and its mask: both are resized on the device (`inference.predict_classes`).
+    """An image in its own size, normalized, and its mask: both are resized on the device (`inference.predict_classes`).
 
     Args:
-        image_mean, image_std: Per-channel normalisation for images in [0, 1].
+        image_mean, image_std: Per-channel normalization for images in [0, 1].
     """
 
     def __init__(self, image_mean: list[float], image_std: list[float]):
-        self.normalise = Normalisation(image_mean, image_std)
+        self.normalize = Normalization(image_mean, image_std)
 
     def __call__(self, image: Image.Image, mask: np.ndarray) -> dict[str, torch.Tensor]:
         """`pixel_values` float32 `[3, height, width]` and `labels` int32 `[height, width]`."""
         pixels = v2.functional.pil_to_tensor(image)
-        return {"pixel_values": self.normalise(pixels), "labels": torch.from_numpy(mask.astype(np.int32))}
+        return {"pixel_values": self.normalize(pixels), "labels": torch.from_numpy(mask.astype(np.int32))}

@@ -12,7 +12,7 @@ class Arm:
 
     Args:
         name: Of its folder.
-        title: In tables and pictures.
+        title: In tables and images.
         options: Those of `train_tl.py` that tell it from the others.
     """
 

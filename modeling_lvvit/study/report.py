@@ -1,4 +1,4 @@
-"""What a study found: the table, the record and the picture of the curves."""
+"""What a study found: the table, the record and the image of the curves."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from .confidence_intervals import Estimate, estimate, paired_difference
 from .runs import Run
 
 
-TABLE, RECORD, PICTURE = "study.md", "study.json", "curves.png"
+TABLE, RECORD, IMAGE = "study.md", "study.json", "curves.png"
 TITLES = {"eval_accuracy": "top-1", "eval_top5_accuracy": "top-5"}
 
 
@@ -38,7 +38,7 @@ class Scale:
 PER_CENT, PLAIN = Scale(100, 1, " (%)"), Scale(1, 4)
 
 
-def scale_of(metric: str) -> Scale:
+def metric_scale(metric: str) -> Scale:
     """Accuracies are shares; of other metrics that is not known."""
     return PER_CENT if metric.endswith("accuracy") else PLAIN
 
@@ -51,7 +51,7 @@ class ArmResults:
         arm: The arm.
         finals: Value of the metric at the end.
         curves: Epochs and values of the metric at every evaluation, the last one included.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         seconds: Duration of its processes, loading and evaluation included.
     """
 
@@ -94,7 +94,7 @@ def has_equal_budgets(results: Sequence[ArmResults]) -> bool:
 def study_table(results: Sequence[ArmResults], metric: str) -> str:
     """Markdown: a row for each arm, accuracies in per cent; `a ± b` are mean and half the 95 % interval of Student's t; differences are
     those of the first arm and this one between runs of the same seed."""
-    first, scale = results[0], scale_of(metric)
+    first, scale = results[0], metric_scale(metric)
     title = TITLES.get(metric, metric)
     word = "gain" if scale == PER_CENT else "difference"
     lines = [
@@ -120,7 +120,7 @@ def _text(found: Estimate, scale: Scale, signed: bool = False) -> str:
 
 
 def save_report(folder: Path, results: Sequence[ArmResults], metric: str, options: Sequence[str]) -> str:
-    """Writes table, record and picture, and returns the table."""
+    """Writes table, record and image, and returns the table."""
     table = study_table(results, metric)
     write_text(folder / TABLE, table + "\n")
     first = results[0]
@@ -139,8 +139,8 @@ def save_report(folder: Path, results: Sequence[ArmResults], metric: str, option
     write_json(
         folder / RECORD, {"metric": metric, "options": list(options), "arms": arms, "versions": library_versions()}
     )
-    scale = scale_of(metric)
-    save_curves(folder / PICTURE, results, TITLES.get(metric, metric) + scale.unit, scale.factor)
+    scale = metric_scale(metric)
+    save_curves(folder / IMAGE, results, TITLES.get(metric, metric) + scale.unit, scale.factor)
     return table
 
 

@@ -87,7 +87,7 @@ class Run:
             before, now = record["settings"], self.settings
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{file} cannot be read ({error}). Delete its folder, and the run is made anew."
+                f"{file} cannot be read ({error}). Delete its folder, and the run is made again."
             ) from error
         differing = [name for name in now if before.get(name) != now[name]]
         if differing:
@@ -124,7 +124,7 @@ class Runner:
         """Yields each run when it is finished, those first that were before.
 
         Raises:
-            RunError: If one fails; those beside it are ended, as they are when this is interrupted.
+            RunError: If one fails; those next to it are ended, as they are when this is interrupted.
         """
         waiting = [run for run in runs if not run.is_finished()]
         yield from (run for run in runs if run not in waiting)
@@ -173,7 +173,7 @@ class Runner:
 
 
 def _continuation(run: Run) -> list[str]:
-    """Options that let a run go on from its last whole checkpoint, or begin anew where there is none."""
+    """Options that let a run go on from its last whole checkpoint, or begin again where there is none."""
     if last_whole_checkpoint(run.folder, needs_average=False) is not None:
         return ["--resume_from_checkpoint", "last"]
     return ["--overwrite_output_dir", "true"]

@@ -1,6 +1,6 @@
 """Token labeling: dense labels, joint augmentation, losses and the Trainer."""
 
-from ..annotators.online import LiveAnnotator
+from ..annotators.online import OnlineAnnotator
 from ..backbones.image_processors import ImageProcessorTransform
 from ..backbones.patch_head import add_patch_head
 from ..backbones.resize import resize_classifier
@@ -12,10 +12,12 @@ from .trainer import TokenLabelTrainer
 from .transforms import AugmentationConfig, TrainTransform
 
 
+LiveAnnotator = OnlineAnnotator  # its earlier name
+
 __all__ = [
     "AugmentationConfig",
     "ImageProcessorTransform",
-    "LiveAnnotator",
+    "OnlineAnnotator",
     "TokenLabelCollator",
     "TokenLabelDataset",
     "TokenLabelStream",

@@ -4,17 +4,17 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ..labels.label_crops import LabelCrop
-from ..training.base_arguments import RunArguments
+from ..training.base_arguments import BaseImageTrainingArguments
 from ..training.schedule import REFERENCE_IMAGES_PER_STEP
 from .collator import MIX_METHODS
 
 
 @dataclass
-class TokenLabelTrainingArguments(RunArguments):
-    """`RunArguments` with the defaults of the published recipe and the options of token labeling.
+class TokenLabelTrainingArguments(BaseImageTrainingArguments):
+    """`BaseImageTrainingArguments` with the defaults of the published recipe and the options of token labeling.
 
     Args:
-        base_learning_rate (`float`, defaults to 1.6e-3): Learning rate for 1024 images per optimiser step.
+        base_learning_rate (`float`, defaults to 1.6e-3): Learning rate for 1024 images per optimizer step.
         lr_schedule (`str`, defaults to `"library"`): `"library"`, that of `lr_scheduler_type` and `warmup_steps`;
             `"published"`, the authors' (see `schedule.published_factor`), with the options that follow.
         warmup_epochs, cooldown_epochs (`float`, defaults to 5 and 10): Epochs of linear warm-up, and at the minimum at the end;
@@ -34,7 +34,7 @@ class TokenLabelTrainingArguments(RunArguments):
             authors' crops, for comparison runs.
         label_temperature (`float`, defaults to 1.0): Divides the scores of label maps before softmax.
         uncovered_tokens (`str`, defaults to `"nearest"`): What a patch token learns whose place the label map does not
-            cover (maps of the centre square of an image): `"nearest"`, the labels of the nearest cell; `"ignore"`,
+            cover (maps of the center square of an image): `"nearest"`, the labels of the nearest cell; `"ignore"`,
             nothing. Then each micro-batch takes the mean over its own counted tokens.
         mix_probability (`float`, defaults to 1.0): Probability that the images of a batch are mixed.
         mix_methods (`list[str]`, defaults to `["token"]`): How: `"token"` (MixToken), `"cutmix"`, `"mixup"`; one of several is
@@ -46,7 +46,7 @@ class TokenLabelTrainingArguments(RunArguments):
         base_ema_decay (`float`, *optional*): Instead, the decay for 1024 images a step (published recipe: 0.99992), adjusted to
             the batch size and, in a short run, to its number of steps (see `schedule.scaled_ema_decay`).
         evaluate_raw_weights (`bool`, defaults to `True`): Whether evaluation during training also reports the accuracy of the
-            weights themselves, beside that of their average.
+            weights themselves, next to that of their average.
     """
 
     reference_images_per_step: ClassVar[int] = REFERENCE_IMAGES_PER_STEP
@@ -90,7 +90,7 @@ class TokenLabelTrainingArguments(RunArguments):
         metadata={"help": "The same for 1024 images a step, adjusted to batch size and length of the run."},
     )
     evaluate_raw_weights: bool = field(
-        default=True, metadata={"help": "Evaluate the weights themselves beside their average."}
+        default=True, metadata={"help": "Evaluate the weights themselves next to their average."}
     )
 
     @property
@@ -99,7 +99,7 @@ class TokenLabelTrainingArguments(RunArguments):
         return self.ema_decay is not None or self.base_ema_decay is not None
 
     def check_options(self) -> None:
-        """As in `RunArguments`."""
+        """As in `BaseImageTrainingArguments`."""
         super().check_options()
         learning_rates = ("base_warmup_learning_rate", "base_min_learning_rate")
         self.check_numbers(0, "cls_weight", "dense_weight", "warmup_epochs", "cooldown_epochs", *learning_rates)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.sampling import derived_seed, seeded
+from ..data.sampling import fold_in, temporary_seed
 from ..labels.label_maps import build_palette
 
 
@@ -13,9 +13,9 @@ MIX_METHODS = ("token", "cutmix", "mixup")
 
 
 def draw_mix_box(grid_size: tuple[int, int], alpha: float) -> tuple[int, int, int, int]:
-    """Box to exchange: area share `1 - lambda` with `lambda ~ Beta(alpha, alpha)`, centre uniform over the grid, clipped at
+    """Box to exchange: area share `1 - lambda` with `lambda ~ Beta(alpha, alpha)`, center uniform over the grid, clipped at
     its border (the box rule of CutMix, Yun et al. 2019, which MixToken applies to tokens). It reaches half its size, rounded
-    down, to both sides of the centre.
+    down, to both sides of the center.
 
     Args:
         grid_size: Rows and columns of the grid of tokens, or of pixels.
@@ -82,7 +82,7 @@ class TokenLabelCollator:
             batch["token_label_palette"], batch["token_label_index"] = build_palette(ids)
             batch["token_label_scores"] = torch.stack([sample["token_label_scores"] for sample in samples])
         seed = samples[0].get("seed")
-        with seeded(None if seed is None else derived_seed(seed, len(samples))):
+        with temporary_seed(None if seed is None else fold_in(seed, len(samples))):
             if self.mix_probability and torch.rand(()).item() < self.mix_probability:
                 batch |= getattr(self, f"_mix_by_{random.choice(self.mix_methods)}")(batch["pixel_values"])
         return batch

@@ -9,24 +9,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from ..data.image_dataset import PictureDataset, check_has_columns, with_image_column
+from ..data.image_dataset import ImageDataset, check_has_columns, with_image_column
 from ..data.images import SampleError
 from ..labels.columns import LabelMapError
-from ..labels.reader import LabelMapSource, covered_region
+from ..labels.reader import LabelMapReader, covered_region
 from ..labels.storage import LabelMaps
 
 
-class TokenLabelDataset(PictureDataset):
+class TokenLabelDataset(ImageDataset):
     """Decodes images and label maps of a `datasets.Dataset` and transforms them together; label maps never become Python lists.
 
     Args:
         dataset: Rows with an image column and an integer or `ClassLabel` column.
-        transform: Called with a picture, and where there are maps with its map's ids, scores and region; returns a dict
+        transform: Called with an image, and where there are maps with its map's ids, scores and region; returns a dict
             of tensors (`TrainTransform`, `ImageProcessorTransform`).
         image_column, label_column: Column names.
-        ids_column, scores_column: Dense-label columns of the data set itself, or `None` for both.
+        ids_column, scores_column: Dense-label columns of the dataset itself, or `None` for both.
         label_maps: Instead of them, a label set joined to the rows (`label_join.join_label_set`).
-        name: What messages call the data set.
+        name: What messages call the dataset.
 
     Raises:
         ValueError: If a column is missing or has a wrong type.
@@ -41,7 +41,7 @@ class TokenLabelDataset(PictureDataset):
         ids_column: str | None = None,
         scores_column: str | None = None,
         name: str = "train",
-        label_maps: LabelMapSource | None = None,
+        label_maps: LabelMapReader | None = None,
     ):
         if (ids_column is None) != (scores_column is None):
             raise ValueError("Give both dense-label columns, ids and scores, or neither.")
@@ -57,7 +57,7 @@ class TokenLabelDataset(PictureDataset):
         self.label_maps = label_maps
         if ids_column is not None:
             check_has_columns(dataset, [ids_column, scores_column], name)
-            self.label_maps = LabelMapSource(dataset, ids_column=ids_column, scores_column=scores_column)
+            self.label_maps = LabelMapReader(dataset, ids_column=ids_column, scores_column=scores_column)
         if self.label_maps is not None and len(self.label_maps) != len(dataset):
             raise ValueError(f"The {name} data has {len(dataset)} rows, its label maps are {len(self.label_maps)}.")
 
@@ -106,7 +106,7 @@ class TokenLabelDataset(PictureDataset):
         """
         map_shape = None
 
-        def problems_of(table: pa.Table, start: int) -> list[tuple[int, str]]:
+        def find_problems(table: pa.Table, start: int) -> list[tuple[int, str]]:
             nonlocal map_shape
             found = self._label_problems(table, num_classes)
             if self.has_label_maps:
@@ -115,7 +115,7 @@ class TokenLabelDataset(PictureDataset):
                 found += map_problems
             return found
 
-        self.check_all_rows(problems_of)
+        self.check_all_rows(find_problems)
 
     def _label_problems(self, table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
         labels = table[self.label_column]

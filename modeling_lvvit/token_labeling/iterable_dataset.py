@@ -1,4 +1,4 @@
-"""Training samples from a data set that is read one row after another, with the label maps of a label set."""
+"""Training samples from a dataset that is read one row after another, with the label maps of a label set."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from ..annotators.image_batches import values_of
-from ..data.image_keys import ROW_PREFIX, KeyIndex, compiled_pattern, cut_key, hashes_of, key_of_path, keys_of_values
-from ..data.images import IMAGE_ERRORS, SampleError, decode_picture
-from ..data.sampling import derived_seed, seeded
+from ..annotators.image_batches import column_values
+from ..data.image_keys import ROW_PREFIX, KeyIndex, compiled_pattern, cut_key, hash_keys, key_of_path, keys_of_values
+from ..data.images import IMAGE_ERRORS, SampleError, decode_image
+from ..data.sampling import fold_in, temporary_seed
 from ..labels.columns import LabelMapError
-from ..labels.label_set import empty_labels, label_keys_of
-from ..labels.reader import LabelMapSource, covered_region
+from ..labels.label_set import empty_labels, read_label_keys
+from ..labels.reader import LabelMapReader, covered_region
 
 
 ROWS_AT_ONCE = 32  # whose label maps are fetched together
@@ -29,12 +29,12 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
     """An endless stream of training samples; the Trainer stops it after `max_steps`.
 
     Images with an empty label are passed over. Every process and every worker of a `DataLoader` reads its own part of the
-    rows, so that nothing is read twice. What a transform draws for a sample hangs on the seed, the process, the worker and
+    rows, so that nothing is read twice. What a transform draws for a sample depends on the seed, the process, the worker and
     the place of the sample in their part.
 
     Args:
         dataset: Rows with an image column and a `ClassLabel` column.
-        transform: Called with a picture, and where there are maps with its map's ids, scores and region; returns a dict
+        transform: Called with an image, and where there are maps with its map's ids, scores and region; returns a dict
             of tensors (`TrainTransform`).
         image_column, label_column: Column names.
         labels: Label set; `None` for plain labels.
@@ -72,9 +72,9 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         self.image_column, self.label_column, self.key_column = image_column, label_column, key_column
         self.label_maps = None
         if labels is not None:
-            self.label_maps = LabelMapSource(labels)
+            self.label_maps = LabelMapReader(labels)
             self.key_pattern = compiled_pattern(key_pattern) if key_pattern is not None else None
-            keys = label_keys_of(labels)
+            keys = read_label_keys(labels)
             if len(keys) and keys[0].startswith(ROW_PREFIX):
                 raise ValueError(
                     "The label set knows images by their row number, which a stream does not tell. Annotate with keys from a "
@@ -131,11 +131,11 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
             except LabelMapError as error:
                 raise SampleError(f"The label map of {self._key(rows[error.row])!r}: {error}.") from error
         for offset, row in enumerate(rows):
-            image, label_map = self._picture(row), ()
+            image, label_map = self._image(row), ()
             if maps is not None:
                 box = None if maps.boxes is None else maps.boxes[offset]
                 label_map = (maps.ids[offset], maps.scores[offset], covered_region(box, *image.size))
-            with seeded(seed := derived_seed(*place, offset)):
+            with temporary_seed(seed := fold_in(*place, offset)):
                 sample = self.transform(image, *label_map)
             yield {**sample, "labels": self._label(row), "seed": seed}
 
@@ -151,7 +151,7 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         keys = [self._key(row) for row in rows]
         if self.key_pattern is not None:
             keys = [cut_key(key, self.key_pattern) for key in keys]
-        places = self.key_index(hashes_of(keys))
+        places = self.key_index(hash_keys(keys))
         if (places == -1).any():
             raise SampleError(f"Image {keys[int(np.argmin(places))]!r} has no label map in the label set.")
         has_label = ~self.is_empty[places]
@@ -159,7 +159,7 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
 
     def _key(self, row: dict[str, Any]) -> str:
         if self.key_column is not None:
-            return keys_of_values(values_of([row], self.key_column, self.rows.features), self.key_column)[0]
+            return keys_of_values(column_values([row], self.key_column, self.rows.features), self.key_column)[0]
         path = (row[self.image_column] or {}).get("path")
         if path is None:
             raise SampleError(
@@ -168,10 +168,10 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
             )
         return key_of_path(path)
 
-    def _picture(self, row: dict[str, Any]):
+    def _image(self, row: dict[str, Any]):
         value = row[self.image_column]
         try:
-            return decode_picture(value)
+            return decode_image(value)
         except (*IMAGE_ERRORS, TypeError) as error:
             name = (value or {}).get("path") or "without a path"
             raise SampleError(f"Image {name} of the stream cannot be decoded ({error}).") from error

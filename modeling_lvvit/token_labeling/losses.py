@@ -115,7 +115,7 @@ LABEL_FIELDS = (
 )  # fmt: skip
 
 
-class TokenLabelingObjective:
+class TokenLabelingLoss:
     """The loss of a training batch.
 
     Args:
@@ -132,7 +132,7 @@ class TokenLabelingObjective:
         outputs: Any,
         labels: dict[str, torch.Tensor],
         mix_mask: torch.Tensor | None = None,
-        live_targets: tuple[SparseTargets, SparseTargets] | None = None,
+        online_targets: tuple[SparseTargets, SparseTargets] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Named components of the loss (see `losses.token_labeling_loss`).
 
@@ -140,8 +140,8 @@ class TokenLabelingObjective:
             outputs: Output of the model, with `cls_logits` and `patch_logits`.
             labels: The fields of `LABEL_FIELDS` that the batch has.
             mix_mask: Bool `(B, rows, columns)`, or `None` where no tokens were mixed.
-            live_targets: Instead of label maps, targets of class token and patch tokens from an annotator that saw the pictures of
-                the batch (`LiveAnnotator`), also as CutMix and Mixup left them.
+            online_targets: Instead of label maps, targets of class token and patch tokens from an annotator that saw the images of
+                the batch (`OnlineAnnotator`), also as CutMix and Mixup left them.
         """
         args, smoothing = self.args, self.args.label_smoothing_factor
         partner_share = labels["mix_share"].flatten(1) if "mix_share" in labels else None  # (B, N)
@@ -149,8 +149,8 @@ class TokenLabelingObjective:
         kept = 1.0 - exchanged.mean(dim=1) if exchanged is not None else None  # (B,)
         cls_dense = token_targets = counted = None
         dense_kept = kept
-        if live_targets is not None:
-            cls_dense, token_targets = live_targets
+        if online_targets is not None:
+            cls_dense, token_targets = online_targets
             if (
                 mix_mask is None
             ):  # what was mixed in pixels the annotator has seen: its targets are those of the mixture

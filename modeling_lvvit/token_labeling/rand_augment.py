@@ -9,13 +9,13 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
 
-# operations of timm that move pixels; all others change colours only
+# operations of timm that move pixels; all others change colors only
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
 POLICY = re.compile(r"rand(-(m\d+|n\d+|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax\d+|inc[01]))*")
 
 
 class _AffineRecorder:
-    """Stands in for a picture: takes PIL's geometric calls and composes them instead of resampling pixels.
+    """Stands in for an image: takes PIL's geometric calls and composes them instead of resampling pixels.
 
     Args:
         size: Width and height in pixels.
@@ -23,7 +23,7 @@ class _AffineRecorder:
 
     def __init__(self, size: tuple[int, int]):
         self.size = size
-        self.matrix: np.ndarray | None = None  # pixel (x, y, 1) of the result -> pixel of the picture
+        self.matrix: np.ndarray | None = None  # pixel (x, y, 1) of the result -> pixel of the image
 
     def transform(self, size: tuple[int, int], method: Any, data: tuple[float, ...], **options: Any):
         """PIL's `Image.transform` with `AFFINE`."""
@@ -33,7 +33,7 @@ class _AffineRecorder:
         return self
 
     def rotate(self, degrees: float, **options: Any):
-        """PIL's `Image.rotate`: counter-clockwise about the centre."""
+        """PIL's `Image.rotate`: counter-clockwise about the center."""
         x, y = self.size[0] / 2, self.size[1] / 2
         cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
         data = (cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y)
@@ -41,10 +41,10 @@ class _AffineRecorder:
 
 
 class RandAugment:
-    """timm's RandAugment, drawn for one picture at a time.
+    """timm's RandAugment, drawn for one image at a time.
 
     Operations, their strengths and probabilities are timm's (`rand_augment_transform`). Only the order differs: the
-    geometric ones come first, composed, and move the picture once; those of colour follow in the order drawn.
+    geometric ones come first, composed, and move the image once; those of color follow in the order drawn.
 
     Args:
         policy: timm's description. The published recipe is `rand-m9-mstd0.5-inc1`: two operations of fifteen, each applied
@@ -66,20 +66,20 @@ class RandAugment:
         self.operations, self.num_operations = drawn.ops, drawn.num_layers
 
     def draw(self, size: tuple[int, int]) -> tuple[np.ndarray | None, list]:
-        """Draws the operations for a picture.
+        """Draws the operations for an image.
 
         Args:
-            size: Width and height of the picture in pixels.
+            size: Width and height of the image in pixels.
 
         Returns:
-            `[3, 3]` float64 that maps (x, y, 1) in pixels of the moved picture to the given one, `None` if nothing moves; and
-            the colour operations, to be called one after another with a picture (each decides itself whether it acts).
+            `[3, 3]` float64 that maps (x, y, 1) in pixels of the moved image to the given one, `None` if nothing moves; and
+            the color operations, to be called one after another with an image (each decides itself whether it acts).
         """
         recorder = _AffineRecorder(size)
-        colours = []
+        colors = []
         for operation in random.choices(self.operations, k=self.num_operations):
             if operation.name in GEOMETRIC:
                 operation(recorder)
             else:
-                colours.append(operation)
-        return recorder.matrix, colours
+                colors.append(operation)
+        return recorder.matrix, colors

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..annotators.online import LiveAnnotator
-from ..training.base_trainer import RunTrainer
+from ..annotators.online import OnlineAnnotator
+from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import leave_signals_to_main_process
 from ..training.ema import EMACallback
 from ..training.metrics import compute_accuracy, rank_classes
@@ -22,11 +22,11 @@ from ..training.throughput import LossComponents
 from .arguments import TokenLabelTrainingArguments
 from .collator import TokenLabelCollator
 from .iterable_dataset import TokenLabelStream, stream_loader
-from .losses import LABEL_FIELDS, TokenLabelingObjective
-from .trainer_setup import check_fit, token_grid_of, trains_patches, use_patch_head, with_patch_head
+from .losses import LABEL_FIELDS, TokenLabelingLoss
+from .trainer_setup import check_fit, token_grid_size, trains_patches, use_patch_head, with_patch_head
 
 
-class TokenLabelTrainer(RunTrainer):
+class TokenLabelTrainer(BaseImageTrainer):
     """Trains a model on its class token and on every patch token.
 
     The model is LV-ViT, or any image classifier of transformers or timm, which gets a patch head (`add_patch_head`); or one that
@@ -50,11 +50,11 @@ class TokenLabelTrainer(RunTrainer):
         data_collator: Any | None = None,
         train_dataset: Any | None = None,
         compute_metrics: Any | None = None,
-        annotator: LiveAnnotator | None = None,
+        annotator: OnlineAnnotator | None = None,
         **kwargs: Any,
     ):
         model = with_patch_head(model, train_dataset)
-        self.grid_size = token_grid_of(model)
+        self.grid_size = token_grid_size(model)
         self.num_classes = model.config.num_labels
         self.annotator = annotator
         check_fit(args, train_dataset, self.num_classes, self.grid_size, annotator)
@@ -70,7 +70,7 @@ class TokenLabelTrainer(RunTrainer):
         super().__init__(model, args, data_collator, train_dataset, compute_metrics=compute_metrics, **kwargs)
         if annotator is not None:
             annotator.seed(args.seed + args.process_index)
-        self.objective = TokenLabelingObjective(args, self.grid_size, self.num_classes)
+        self.objective = TokenLabelingLoss(args, self.grid_size, self.num_classes)
         self.ema = None
         if args.has_ema:
             self.ema = EMACallback(args.ema_decay or args.base_ema_decay, is_base=args.ema_decay is None)
@@ -144,16 +144,16 @@ class TokenLabelTrainer(RunTrainer):
         """Token-labeling loss in training; cross-entropy of `logits` with the labels in evaluation."""
         labels = {name: inputs[name] for name in LABEL_FIELDS if name in inputs}
         fields = {name: value for name, value in inputs.items() if name not in labels}
-        live_targets = None
+        online_targets = None
         if model.training and self.annotator is not None:
             pixel_values = fields["pixel_values"]
             if self.trains_patches:
-                live_targets = self.annotator.label(pixel_values, self.grid_size, self.args.label_temperature)
+                online_targets = self.annotator.label(pixel_values, self.grid_size, self.args.label_temperature)
             fields["pixel_values"] = self.annotator.erase(pixel_values)
         with self.accelerator.autocast():
             outputs = model(**fields)
         if model.training:
-            losses = self.objective(outputs, labels, inputs.get("mix_mask"), live_targets)
+            losses = self.objective(outputs, labels, inputs.get("mix_mask"), online_targets)
             # every image of a step counts alike, also in a last micro-batch that is smaller than the others; 1 if there is none
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch else 1
             share = len(outputs["cls_logits"]) * micro_batches / (num_items_in_batch or len(outputs["cls_logits"]))
@@ -173,11 +173,11 @@ class TokenLabelTrainer(RunTrainer):
         super().log(logs, *args, **kwargs)
 
     def speed(self) -> dict[str, float]:
-        """As in `RunTrainer`, with the share of the annotator."""
+        """As in `BaseImageTrainer`, with the share of the annotator."""
         return self.throughput.report(self.annotator.clock.seconds() if self.annotator is not None else None)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """As in `RunTrainer`."""
+        """As in `BaseImageTrainer`."""
         if self.ema is not None:
             self.ema.checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -188,7 +188,7 @@ class TokenLabelTrainer(RunTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As in `RunTrainer`; during training with a weight average, that is evaluated, and the raw accuracy added."""
+        """As in `BaseImageTrainer`; during training with a weight average, that is evaluated, and the raw accuracy added."""
         several = isinstance(eval_dataset or self.eval_dataset, dict)
         if several or self.ema is None or self.ema.average is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -207,7 +207,7 @@ class TokenLabelTrainer(RunTrainer):
             return raw | super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `RunTrainer`; a checkpoint also gets the weight average, before any older one is deleted."""
+        """As in `BaseImageTrainer`; a checkpoint also gets the weight average, before any older one is deleted."""
         super().save_model(output_dir, _internal_call)
         is_checkpoint = output_dir is not None and Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
         if is_checkpoint and self.ema is not None and self.ema.average is not None:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..annotators.online import LiveAnnotator
+from ..annotators.online import OnlineAnnotator
 from ..backbones.patch_head import add_patch_head, has_patch_head
 from ..backbones.resize import own_image_size
 from .arguments import TokenLabelTrainingArguments
@@ -21,7 +21,7 @@ def with_patch_head(model: nn.Module, train_dataset: Any | None) -> nn.Module:
 
     Args:
         model: Model.
-        train_dataset: Training samples, whose transform tells the size of the pictures; without it the configuration does.
+        train_dataset: Training samples, whose transform tells the size of the images; without it the configuration does.
 
     Raises:
         ValueError: If the size is unknown, or the model has no spatial features.
@@ -31,13 +31,13 @@ def with_patch_head(model: nn.Module, train_dataset: Any | None) -> nn.Module:
     size = getattr(getattr(train_dataset, "transform", None), "image_size", None) or own_image_size(model)
     if size is None:
         raise ValueError(
-            f"{type(model).__name__} does not say what pictures it takes. Add the patch head before: "
+            f"{type(model).__name__} does not say what images it takes. Add the patch head before: "
             "add_patch_head(model, (height, width))."
         )
     return add_patch_head(model, size)
 
 
-def token_grid_of(model: nn.Module) -> tuple[int, int]:
+def token_grid_size(model: nn.Module) -> tuple[int, int]:
     """Rows and columns of the patch logits of a model."""
     if hasattr(model, "patch_grid_size"):
         return model.patch_grid_size
@@ -53,7 +53,7 @@ def check_fit(
     train_dataset: Any,
     num_classes: int,
     grid_size: tuple[int, int],
-    annotator: LiveAnnotator | None,
+    annotator: OnlineAnnotator | None,
 ) -> None:
     """Checks what would otherwise go wrong in training, or silently.
 
@@ -78,7 +78,7 @@ def check_fit(
         )
     if trains_patches(args, train_dataset, annotator) and min(grid_size) < 2:
         raise ValueError(
-            f"The model has {grid_size[0]} x {grid_size[1]} tokens; token labels need at least 2 x 2. Give it larger pictures or "
+            f"The model has {grid_size[0]} x {grid_size[1]} tokens; token labels need at least 2 x 2. Give it larger images or "
             "smaller patches, or train with plain labels (dense_weight 0)."
         )
     if args.n_gpu > 1:
@@ -95,7 +95,7 @@ def check_fit(
         train_dataset.check_num_classes(num_classes)
 
 
-def trains_patches(args: TokenLabelTrainingArguments, train_dataset: Any, annotator: LiveAnnotator | None) -> bool:
+def trains_patches(args: TokenLabelTrainingArguments, train_dataset: Any, annotator: OnlineAnnotator | None) -> bool:
     """Whether patch tokens learn anything: from label maps, an annotator, or the image label."""
     has_labels = getattr(train_dataset, "has_label_maps", False) or annotator is not None
     return bool(has_labels or args.patch_target == "image") and args.dense_weight > 0

@@ -2,7 +2,7 @@
 
 Geometric operations act on both: a flip mirrors image and map, a crop cuts the image and is handed on as `crop_box`, so
 that the map is cropped once, on the device, in the resolution of the tokens. Shear, shift and rotation of RandAugment are one
-affine map, by which the picture is resampled once and the label map read once (`label_affine`). Photometric operations touch the image only.
+affine map, by which the image is resampled once and the label map read once (`label_affine`). Photometric operations touch the image only.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import v2
 
-from ..data.images import Normalisation
+from ..data.images import Normalization
 from .rand_augment import RandAugment
 
 
@@ -31,8 +31,8 @@ class AugmentationConfig:
         horizontal_flip: Probability of a mirror image, in [0, 1]. Set it to 0 where left and right carry meaning.
         rand_augment: Policy in timm's notation (see `RandAugment`), or `"none"`.
         color_jitter: Strength of brightness, contrast and saturation changes, at least 0. The published recipe uses none
-            beside RandAugment.
-        random_erasing: Probability that a rectangle is replaced by normal noise after normalisation, in [0, 1]; area
+            next to RandAugment.
+        random_erasing: Probability that a rectangle is replaced by normal noise after normalization, in [0, 1]; area
             0.02 to 1/3 of the crop, aspect ratio 0.3 to 1/0.3.
     """
 
@@ -57,7 +57,7 @@ class AugmentationConfig:
             RandAugment(self.rand_augment, [0.5] * 3)  # raises on a bad policy
 
 
-def crop_of_moved_picture(
+def crop_of_warped_image(
     image: Image.Image,
     matrix: np.ndarray,
     box: tuple[int, int, int, int],
@@ -65,20 +65,20 @@ def crop_of_moved_picture(
     resample: Image.Resampling,
     fill: tuple[int, ...],
 ) -> Image.Image:
-    """A crop of an affinely moved picture; only the part that the crop shows is ever computed.
+    """A crop of an affinely moved image; only the part that the crop shows is ever computed.
 
     Args:
-        image: The picture.
-        matrix: `[3, 3]`, pixel of the moved picture (x, y, 1) to pixel of the given one.
-        box: The crop in pixels of the moved picture, (left, top, right, bottom).
+        image: The image.
+        matrix: `[3, 3]`, pixel of the moved image (x, y, 1) to pixel of the given one.
+        box: The crop in pixels of the moved image, (left, top, right, bottom).
         size: Width and height of the result in pixels.
         resample: Filter.
-        fill: Colour of what lies outside the picture.
+        fill: Color of what lies outside the image.
     """
     left, top, right, bottom = box
     width, height = size
-    to_moved = np.array([[(right - left) / width, 0, left], [0, (bottom - top) / height, top], [0, 0, 1]])
-    to_source = matrix @ to_moved  # pixel of the result -> pixel of the picture
+    to_warped = np.array([[(right - left) / width, 0, left], [0, (bottom - top) / height, top], [0, 0, 1]])
+    to_source = matrix @ to_warped  # pixel of the result -> pixel of the image
     # source pixels in a pixel of the result: what is more than one is averaged first, so that none is left out
     shrink = np.maximum(1, np.hypot(to_source[:2, 0], to_source[:2, 1]))
     corners = to_source[:2] @ np.array([[0, width, 0, width], [0, 0, height, height], [1, 1, 1, 1]])
@@ -96,17 +96,17 @@ def crop_of_moved_picture(
 
 
 class TrainTransform:
-    """Random flip, RandAugment, random resized crop, colour jitter, normalisation and random erasing.
+    """Random flip, RandAugment, random resized crop, color jitter, normalization and random erasing.
 
-    The order and the frame of the geometry are those of the published recipe: RandAugment moves the whole picture, then the
-    crop is cut. RandAugment's colour operations act on the crop (as in timm), not on the whole picture: those that look at
+    The order and the frame of the geometry are those of the published recipe: RandAugment moves the whole image, then the
+    crop is cut. RandAugment's color operations act on the crop (as in timm), not on the whole image: those that look at
     the whole histogram see the part that is used.
 
     Randomness comes from the global generators of PyTorch and Python, which `randomness.seeded` starts for every sample.
 
     Args:
         image_size: Height and width of the result in pixels.
-        image_mean, image_std: Per-channel normalisation for images in [0, 1].
+        image_mean, image_std: Per-channel normalization for images in [0, 1].
         augmentation: Strengths.
     """
 
@@ -120,7 +120,7 @@ class TrainTransform:
         self.image_size = tuple(image_size)
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.augmentation = augmentation or AugmentationConfig()
-        self.normalise = Normalisation(self.image_mean, self.image_std)
+        self.normalize = Normalization(self.image_mean, self.image_std)
         policy = self.augmentation.rand_augment
         self.rand_augment = RandAugment(policy, self.image_mean) if policy != "none" else None
         jitter = self.augmentation.color_jitter
@@ -137,7 +137,7 @@ class TrainTransform:
     ) -> dict[str, torch.Tensor]:
         """
         Args:
-            image: RGB picture of any size.
+            image: RGB image of any size.
             token_label_ids: `[K, rows, columns]` integers, or `None`.
             token_label_scores: `[K, rows, columns]` float16, or `None`.
             map_box: Region of the image that the map covers, (left, top, right, bottom) as fractions of the image.
@@ -146,7 +146,7 @@ class TrainTransform:
             `pixel_values` float32 `[3, height, width]`; where given, the flipped `token_label_ids` and
             `token_label_scores`; and where the crop lies: `crop_box` float32 `[4]`, (left, top, right, bottom). Without
             RandAugment these are fractions of the region that the flipped map covers (below 0 or above 1 where the crop
-            leaves it). With it they are fractions of the moved picture, and `label_affine` float32 `[2, 3]` and `image_box`
+            leaves it). With it they are fractions of the moved image, and `label_affine` float32 `[2, 3]` and `image_box`
             float32 `[4]` lead from there to the map (see `label_crops.CropGeometry`).
         """
         sample = {}
@@ -159,14 +159,14 @@ class TrainTransform:
             sample["token_label_ids"] = torch.from_numpy(token_label_ids.copy())
             sample["token_label_scores"] = torch.from_numpy(token_label_scores.copy())
         box = self._draw_crop(image)
-        moved, colours = self.rand_augment.draw(image.size) if self.rand_augment is not None else (None, [])
+        moved, colors = self.rand_augment.draw(image.size) if self.rand_augment is not None else (None, [])
         sample |= self._places(moved, box, image.size, map_box)
         image = self._cut(image, moved, box)
-        for operation in colours:
+        for operation in colors:
             image = operation(image)
         if self.color_jitter is not None:
             image = self.color_jitter(image)
-        pixel_values = self.normalise(v2.functional.pil_to_tensor(image))
+        pixel_values = self.normalize(v2.functional.pil_to_tensor(image))
         if self.random_erasing is not None:
             pixel_values = self.random_erasing(pixel_values)
         return {"pixel_values": pixel_values, **sample}
@@ -177,7 +177,7 @@ class TrainTransform:
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(
             image, self.augmentation.crop_scale, self.augmentation.crop_ratio
         )
-        width, height = max(1, width), max(1, height)  # of tiny pictures it can cut nothing
+        width, height = max(1, width), max(1, height)  # of tiny images it can cut nothing
         left, top = min(left, image.width - width), min(top, image.height - height)
         return left, top, left + width, top + height
 
@@ -187,7 +187,7 @@ class TrainTransform:
         size = self.image_size[::-1]
         if moved is None:
             return image.resize(size, resample, box=box)
-        return crop_of_moved_picture(image, moved, box, size, resample, self.rand_augment.fill)
+        return crop_of_warped_image(image, moved, box, size, resample, self.rand_augment.fill)
 
     def _places(
         self,
@@ -205,7 +205,7 @@ class TrainTransform:
             crop = ((x - o) * s for x, o, s in zip(crop, (left, top) * 2, (scale_x, scale_y) * 2))
             return {"crop_box": torch.tensor([*crop])}
         a, b, c, d, e, f = (1, 0, 0, 0, 1, 0) if moved is None else moved[:2].flatten().tolist()
-        # pixels of the moved picture -> of the picture, between fractions of both and of the map
+        # pixels of the moved image -> of the image, between fractions of both and of the map
         affine = [
             [scale_x * a, scale_x * b * height / width, scale_x * (c / width - left)],
             [scale_y * d * width / height, scale_y * e, scale_y * (f / height - top)],

@@ -12,13 +12,13 @@ from .batch_norm import BatchNormMode
 
 
 @dataclass
-class RunArguments(TrainingArguments):
-    """`TrainingArguments` whose learning rate follows the batch size, with defaults for pictures.
+class BaseImageTrainingArguments(TrainingArguments):
+    """`TrainingArguments` whose learning rate follows the batch size, with defaults for images.
 
     Args:
         learning_rate (`float`, *optional*): Peak learning rate. When it is not given, it is
-            `base_learning_rate * images per optimiser step / reference_images_per_step`.
-        base_learning_rate (`float`): Learning rate for `reference_images_per_step` images per optimiser step.
+            `base_learning_rate * images per optimizer step / reference_images_per_step`.
+        base_learning_rate (`float`): Learning rate for `reference_images_per_step` images per optimizer step.
         batch_norm (`str`, defaults to `"local"`): Statistics of batch norms: `"local"`, of the images of a device, as the authors;
             `"synchronized"`, of all devices; `"frozen"`, those of the checkpoint.
     """
@@ -54,7 +54,7 @@ class RunArguments(TrainingArguments):
         if self.accelerator_config is None:  # pinned batches are copied while the device computes
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         if self.data_seed is None:
-            self.data_seed = self.seed  # the order of images must not hang on what each process drew before
+            self.data_seed = self.seed  # the order of images must not depend on what each process drew before
         self.is_learning_rate_scaled = self.learning_rate is None
         if self.is_learning_rate_scaled:
             self.learning_rate = self.base_learning_rate
@@ -73,7 +73,7 @@ class RunArguments(TrainingArguments):
 
     @property
     def images_per_step(self) -> int:
-        """Images that enter one optimiser step, over all processes."""
+        """Images that enter one optimizer step, over all processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def check_options(self) -> None:
@@ -85,7 +85,7 @@ class RunArguments(TrainingArguments):
         self.check_choice("batch_norm", "local", "synchronized", "frozen")
         if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
             raise ValueError(
-                f"`hub_strategy` {self.hub_strategy!r} would publish the state of the optimiser, which is a pickle. Use `end`, or "
+                f"`hub_strategy` {self.hub_strategy!r} would publish the state of the optimizer, which is a pickle. Use `end`, or "
                 "`every_save`, which publishes the weights of every checkpoint."
             )
         if self.learning_rate is not None and not self.learning_rate >= 0:

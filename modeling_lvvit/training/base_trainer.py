@@ -11,20 +11,20 @@ from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..backbones.patch_head import weights_by_own_names
-from ..data.image_dataset import PictureDataset
-from ..data.sampling import EpochSampler, seeded
-from ..hub.hub_trainer import PublishingTrainer
-from .base_arguments import RunArguments
+from ..data.image_dataset import ImageDataset
+from ..data.sampling import EpochSampler, temporary_seed
+from ..hub.hub_trainer import HubTrainer
+from .base_arguments import BaseImageTrainingArguments
 from .batch_norm import set_batch_norm
 from .callbacks import EpochCallback, StopOnSignal, leave_signals_to_main_process
-from .fsdp import own_class, set_up_sharding, share_statistics
+from .fsdp import broadcast_buffers, configure_fsdp2, own_class
 from .schedule import decayed_parameters
 from .throughput import Throughput
 
 
-class RunTrainer(PublishingTrainer):
+class BaseImageTrainer(HubTrainer):
     """A `Trainer` that ends with a checkpoint when it is told to stop, writes checkpoints that are whole or known not to be, draws the
-    samples of a `PictureDataset` as functions of seed, epoch and row, trains sharded (FSDP2) on any device, and logs its speed.
+    samples of a `ImageDataset` as functions of seed, epoch and row, trains sharded (FSDP2) on any device, and logs its speed.
 
     Args:
         model, args, data_collator, train_dataset, ...: As in `transformers.Trainer`.
@@ -33,7 +33,7 @@ class RunTrainer(PublishingTrainer):
     # the losses are means over a micro-batch; the Trainer divides them by the number of accumulation steps
     loss_is_scaled_for_ga = False
 
-    def __init__(self, model: nn.Module, args: RunArguments, *positional: Any, **kwargs: Any):
+    def __init__(self, model: nn.Module, args: BaseImageTrainingArguments, *positional: Any, **kwargs: Any):
         super().__init__(model, args, *positional, **kwargs)
         # the Trainer seeds every process alike; drop path should differ between them
         torch.manual_seed(args.seed + args.process_index)
@@ -43,21 +43,21 @@ class RunTrainer(PublishingTrainer):
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
         set_batch_norm(model, args.batch_norm, args.device, args.world_size)
-        if isinstance(self.train_dataset, PictureDataset):
+        if isinstance(self.train_dataset, ImageDataset):
             self._sampler = EpochSampler(len(self.train_dataset))
             self.add_callback(EpochCallback(self.train_dataset, self._sampler))
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`, with FSDP2 on any device."""
         super().create_accelerator_and_postprocess()
-        self.is_fsdp_enabled = set_up_sharding(self.accelerator, self.args, self.model)
+        self.is_fsdp_enabled = configure_fsdp2(self.accelerator, self.args, self.model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """See `schedule.decayed_parameters`."""
         return decayed_parameters(model)
 
     def _get_train_sampler(self, train_dataset: Any | None = None) -> torch.utils.data.Sampler | None:
-        if isinstance(self.train_dataset, PictureDataset):
+        if isinstance(self.train_dataset, ImageDataset):
             return self._sampler
         return super()._get_train_sampler(train_dataset)
 
@@ -76,7 +76,7 @@ class RunTrainer(PublishingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], int]:
-        """The micro-batches of an optimiser step, and the number of their images in this process."""
+        """The micro-batches of an optimizer step, and the number of their images in this process."""
         with self.throughput.waiting():
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         images = sum(len(batch["pixel_values"]) for batch in batches)
@@ -103,7 +103,7 @@ class RunTrainer(PublishingTrainer):
 
     def _finalize_training(self, *args: Any):
         if self.stop_on_signal.is_stopping:
-            # the run is not over: its best checkpoint is not loaded, and the one just written not deleted beside it
+            # the run is not over: its best checkpoint is not loaded, and the one just written not deleted next to it
             self.state.best_model_checkpoint = None
         return super()._finalize_training(*args)
 
@@ -112,7 +112,7 @@ class RunTrainer(PublishingTrainer):
             super()._finish_current_push()
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`, but a checkpoint is written before the evaluation, which takes long, unless it hangs on the result."""
+        """As in `Trainer`, but a checkpoint is written before the evaluation, which takes long, unless it depends on the result."""
         control, args_ = self.control, self.args
         if control.should_save and control.should_evaluate and args_.metric_for_best_model is None:
             control.should_evaluate = False
@@ -124,8 +124,8 @@ class RunTrainer(PublishingTrainer):
     def evaluating(self) -> Iterator[None]:
         """What holds during an evaluation: it is no time of training, draws nothing from the random generators of training, and all
         processes have the same statistics."""
-        with self.throughput.paused(), seeded(self.args.seed):
-            share_statistics(self.accelerator, self.accelerator.unwrap_model(self.model))
+        with self.throughput.paused(), temporary_seed(self.args.seed):
+            broadcast_buffers(self.accelerator, self.accelerator.unwrap_model(self.model))
             yield
 
     def evaluate(
@@ -145,7 +145,7 @@ class RunTrainer(PublishingTrainer):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
-        share_statistics(self.accelerator, self.model)  # a sharded checkpoint takes them from any process
+        broadcast_buffers(self.accelerator, self.model)  # a sharded checkpoint takes them from any process
         self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -1,4 +1,4 @@
-"""Batch normalisation across devices, or frozen."""
+"""Batch normalization across devices, or frozen."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ BatchNormMode = Literal["local", "synchronized", "frozen"]
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that always normalises with its running statistics and never changes them; scale and shift still learn."""
+    """Batch norm that always normalizes with its running statistics and never changes them; scale and shift still learn."""
 
     def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
         """Stays in evaluation mode."""
@@ -27,7 +27,7 @@ def set_batch_norm(model: nn.Module, mode: BatchNormMode, device: torch.device, 
         num_processes: Processes that train together.
 
     Raises:
-        ValueError: If synchronisation is asked for on a device that PyTorch cannot do it on.
+        ValueError: If synchronization is asked for on a device that PyTorch cannot do it on.
     """
     if mode == "frozen":
         for module in model.modules():
@@ -37,6 +37,6 @@ def set_batch_norm(model: nn.Module, mode: BatchNormMode, device: torch.device, 
     elif mode == "synchronized" and num_processes > 1:
         if device.type == "cpu":
             raise ValueError(
-                "PyTorch synchronises batch norm on accelerators only. On CPU use --batch_norm local or frozen."
+                "PyTorch synchronizes batch norm on accelerators only. On CPU use --batch_norm local or frozen."
             )
         nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,4 +1,4 @@
-"""What happens beside the steps of training: seeds of an epoch, and stopping when the machine is taken away."""
+"""What happens next to the steps of training: seeds of an epoch, and stopping when the machine is taken away."""
 
 import signal
 import sys
@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class EpochCallback(TrainerCallback):
-    """Tells data set and sampler which epoch begins.
+    """Tells dataset and sampler which epoch begins.
 
     Args:
         parts: Objects with `start_epoch(seed, epoch)`.
@@ -33,7 +33,7 @@ class EpochCallback(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM (pre-emption) or Ctrl-C: finishes the step, saves a checkpoint and ends training.
+    """On SIGTERM (preemption) or Ctrl-C: finishes the step, saves a checkpoint and ends training.
 
     Further SIGTERMs change nothing: launchers pass on what schedulers have already sent. A second Ctrl-C interrupts at once.
     With several processes all stop after the same step, within eight steps. A signal during an evaluation counts after it.

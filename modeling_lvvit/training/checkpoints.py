@@ -9,23 +9,23 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .base_arguments import RunArguments
+from .base_arguments import BaseImageTrainingArguments
 from .ema import EMA_FILE
-from .fsdp import is_sharding_asked_for
+from .fsdp import is_fsdp_requested
 
 
 logger = logging.get_logger(__name__)
 
 
 def is_whole_checkpoint(folder: Path, needs_average: bool) -> bool:
-    """Whether a checkpoint was written to its end: `RunTrainer` writes `trainer_state.json` last."""
+    """Whether a checkpoint was written to its end: `BaseImageTrainer` writes `trainer_state.json` last."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     weights = folder / SAFE_WEIGHTS_NAME
     has_weights = _is_whole_file(weights) if weights.exists() else (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
-    has_optimizer = (folder / SCHEDULER_NAME).is_file()  # written after the optimiser; absent with `save_only_model`
+    has_optimizer = (folder / SCHEDULER_NAME).is_file()  # written after the optimizer; absent with `save_only_model`
     return has_weights and has_optimizer and (not needs_average or (folder / EMA_FILE).is_file())
 
 
@@ -48,7 +48,7 @@ def last_whole_checkpoint(output_dir: Path, needs_average: bool) -> Path | None:
     return None
 
 
-def prepare_output_dir(training_args: RunArguments, start_from: str | None, overwrite: bool) -> None:
+def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: str | None, overwrite: bool) -> None:
     """Makes sure that no other run is written over, and finds the checkpoint that `last` stands for.
 
     Args:
@@ -81,7 +81,7 @@ def prepare_output_dir(training_args: RunArguments, start_from: str | None, over
         )
         raise ValueError(f"{resume} is no complete checkpoint folder; it must hold {wanted}.")
     if resume is not None:
-        _check_sharding(Path(training_args.resume_from_checkpoint))
+        _check_fsdp(Path(training_args.resume_from_checkpoint))
     continues = resume is not None and Path(resume).resolve().parent == output_dir.resolve()
     holds_files = output_dir.is_dir() and any(output_dir.iterdir())
     if holds_files and not continues and not overwrite:
@@ -91,7 +91,7 @@ def prepare_output_dir(training_args: RunArguments, start_from: str | None, over
         )
 
 
-def discard_overwritten_checkpoints(training_args: RunArguments, overwrite: bool) -> None:
+def discard_overwritten_checkpoints(training_args: BaseImageTrainingArguments, overwrite: bool) -> None:
     """Deletes the checkpoints of the run that is written over, so that none of them is taken for one of this run.
 
     To be called once, by the main process, when everything is ready to train.
@@ -111,10 +111,10 @@ def _check_start(start: str, output_dir: Path) -> None:
         )
 
 
-def _check_sharding(checkpoint: Path) -> None:
-    """Raises a `ValueError` if the optimiser state of a checkpoint has another form than this run needs."""
+def _check_fsdp(checkpoint: Path) -> None:
+    """Raises a `ValueError` if the optimizer state of a checkpoint has another form than this run needs."""
     was_sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
-    is_sharded = is_sharding_asked_for()
+    is_sharded = is_fsdp_requested()
     if was_sharded != is_sharded:
         written, needed = ("with" if value else "without" for value in (was_sharded, is_sharded))
         raise ValueError(

@@ -20,9 +20,9 @@ COUNT = "n_averaged"
 
 
 class EMACallback(TrainerCallback):
-    """Averages weights and batch-norm statistics after every optimiser step; the first step starts the average.
+    """Averages weights and batch-norm statistics after every optimizer step; the first step starts the average.
 
-    Each checkpoint keeps the average in `ema.safetensors` beside the raw weights (`save`), so that a resumed run goes on
+    Each checkpoint keeps the average in `ema.safetensors` next to the raw weights (`save`), so that a resumed run goes on
     with both. At the end of training the average is copied into the model. Sharded weights stay sharded.
 
     Args:
@@ -102,13 +102,13 @@ class EMACallback(TrainerCallback):
             _copy(raw, self._tensors_of_model())
 
     def _tensors_of_model(self) -> dict[str, torch.Tensor]:
-        """Weights and buffers, not copied. Asking anew makes FSDP drop the whole copies that it kept of an evaluation."""
+        """Weights and buffers, not copied. Asking again makes FSDP drop the whole copies that it kept of an evaluation."""
         return {name: tensor.detach() for name, tensor in self._model.state_dict().items()}
 
     def _restore(self, args, step: int) -> None:
         folder = Path(self.checkpoint or Path(args.output_dir) / f"checkpoint-{step}")
         if not (folder / EMA_FILE).is_file():
-            logger.warning("The checkpoint has no %s: the weight average starts anew from its weights.", EMA_FILE)
+            logger.warning("The checkpoint has no %s: the weight average starts again from its weights.", EMA_FILE)
             return
         self._load(folder / EMA_FILE)
 

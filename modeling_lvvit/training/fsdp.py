@@ -13,18 +13,18 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from .base_arguments import RunArguments
+from .base_arguments import BaseImageTrainingArguments
 
 
 logger = logging.get_logger(__name__)
 
 
-def is_sharding_asked_for() -> bool:
+def is_fsdp_requested() -> bool:
     """Whether FSDP was chosen, in the configuration of accelerate or with `--fsdp`."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def set_up_sharding(accelerator: Accelerator, args: RunArguments, model: nn.Module) -> bool:
+def configure_fsdp2(accelerator: Accelerator, args: BaseImageTrainingArguments, model: nn.Module) -> bool:
     """Prepares accelerate for FSDP2 if that was asked for, and says whether weights will be sharded.
 
     On CPU processes accelerate would train with whole copies without a word: it knows FSDP for accelerators only. Transformer
@@ -35,7 +35,7 @@ def set_up_sharding(accelerator: Accelerator, args: RunArguments, model: nn.Modu
         ValueError: If FSDP1 is asked for.
     """
     state = accelerator.state
-    if is_sharding_asked_for() and state.distributed_type is DistributedType.MULTI_CPU:
+    if is_fsdp_requested() and state.distributed_type is DistributedType.MULTI_CPU:
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     if state.distributed_type is not DistributedType.FSDP:
@@ -74,7 +74,7 @@ def _outermost(module: nn.Module, kinds: tuple[type, ...]) -> Iterator[nn.Module
             yield from _outermost(part, kinds)
 
 
-def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
+def broadcast_buffers(accelerator: Accelerator, model: nn.Module) -> None:
     """Gives all processes the batch-norm statistics of the main one, which are those that are saved."""
     if accelerator.num_processes > 1:
         for buffer in model.buffers():
@@ -84,7 +84,7 @@ def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
 @contextmanager
 def own_class(model: nn.Module) -> Iterator[None]:
     """Gives a sharded model its own class back within a `with` block: FSDP2 puts another in its place, whose code would be saved
-    beside the weights."""
+    next to the weights."""
     sharded_class = type(model)
     if isinstance(model, FSDPModule):
         model.__class__ = sharded_class.__bases__[1]

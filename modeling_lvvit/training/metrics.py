@@ -1,4 +1,4 @@
-"""Metrics whose measures follow from counts: they need no memory for pictures, and add up over processes."""
+"""Metrics whose measures follow from counts: they need no memory for images, and add up over processes."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 
 
-class CountedMetric(evaluate.Metric):
+class AccumulatingMetric(evaluate.Metric):
     """A metric that counts what is added and keeps nothing else.
 
     Processes of `torch.distributed` add their counts, and each gets the result; others are combined by `evaluate`, with one row of
@@ -53,7 +53,7 @@ class CountedMetric(evaluate.Metric):
         )
 
     def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, Any] | None:
-        """The measures of all that was added in all processes; begins anew. Where `evaluate` combines processes, only the first gets
+        """The measures of all that was added in all processes; begins again. Where `evaluate` combines processes, only the first gets
         them.
 
         Raises:

@@ -5,7 +5,7 @@ import math
 from torch import nn
 
 
-# images of an optimiser step for which learning rates and decays of the published recipe hold
+# images of an optimizer step for which learning rates and decays of the published recipe hold
 REFERENCE_IMAGES_PER_STEP = 1024
 # The average looks back over `1 / (1 - decay)` steps. In the published run this is a thirtieth of the run; when it is more
 # than a tenth, the average still holds weights of the first, poor part of training.
@@ -47,8 +47,8 @@ def scaled_ema_decay(base_decay: float, images_per_step: int, num_steps: int) ->
 
     Args:
         base_decay: Decay for 1024 images a step, in (0, 1).
-        images_per_step: Images of an optimiser step.
-        num_steps: Optimiser steps of the run.
+        images_per_step: Images of an optimizer step.
+        num_steps: Optimizer steps of the run.
 
     Example: 0.99992 (12,500 steps of 1024 images) is 0.99996 for 512 images a step, and 0.99 in a run of 1000 steps.
     """

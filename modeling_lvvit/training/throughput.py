@@ -21,7 +21,7 @@ class LossComponents:
         self.count += 1
 
     def take(self) -> dict[str, torch.Tensor]:
-        """The means; begins anew."""
+        """The means; begins again."""
         means = {name: total / self.count for name, total in self._sums.items()}
         self.count, self._sums = 0, {}
         return means

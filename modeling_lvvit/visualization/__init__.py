@@ -1,4 +1,4 @@
-"""Pictures: what a model sees, predicts and looks at."""
+"""Images: what a model sees, predicts and looks at."""
 
 from .figures import (
     class_colors,

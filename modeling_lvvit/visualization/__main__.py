@@ -1,9 +1,9 @@
-"""Pictures of what classifiers look at in an image, side by side.
+"""Images of what classifiers look at in an image, side by side.
 
-    python -m modeling_lvvit.visualization picture.jpg --model outputs/digit_scenes --output looks.png
-    python -m modeling_lvvit.visualization picture.jpg --model MODEL OTHER_MODEL --classes tabby 207 --annotator ANNOTATOR
+    python -m modeling_lvvit.visualization image.jpg --model outputs/digit_scenes --output looks.png
+    python -m modeling_lvvit.visualization image.jpg --model MODEL OTHER_MODEL --classes tabby 207 --annotator ANNOTATOR
 
-For each model: the picture as it sees it, attention of the class token, relevance for the classes (its best ones, or those of
+For each model: the image as it sees it, attention of the class token, relevance for the classes (its best ones, or those of
 `--classes`), patch predictions where it has them, and dense labels where an annotator is given.
 """
 
@@ -18,11 +18,11 @@ from transformers import HfArgumentParser
 
 from ..annotators.annotator import load_annotator
 from ..data.class_matching import normalized
-from ..data.images import IMAGE_ERRORS, decode_picture, height_width
+from ..data.images import IMAGE_ERRORS, decode_image, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu
 from .figures import heat, save_relevance_figure
-from .panels import cells_panel, short, shown_picture
+from .panels import cells_panel, short, shown_image
 from .relevance import relevance_maps
 
 
@@ -32,7 +32,7 @@ NUM_CLASSES = 2  # best classes that are explained
 
 @dataclass
 class VisualizationArguments:
-    """Options of the program, behind the picture.
+    """Options of the program, behind the image.
 
     Args:
         model: Classifiers of transformers or timm with a class token.
@@ -72,16 +72,16 @@ def class_id(wanted: str, names: list[str]) -> int:
     return found[0]
 
 
-def panels_of(classifier: Classifier, picture: Image.Image, wanted: list[str] | None) -> list[tuple[str, np.ndarray]]:
-    """Titles and pictures of one model."""
-    pixel_values = classifier.transform(picture)[None]
+def draw_panels(classifier: Classifier, image: Image.Image, wanted: list[str] | None) -> list[tuple[str, np.ndarray]]:
+    """Titles and images of one model."""
+    pixel_values = classifier.transform(image)[None]
     names = classifier.class_names
     with torch.no_grad():
         probabilities = classifier.logits(pixel_values)[0].softmax(dim=0)
     ids = [class_id(name, names) for name in wanted or ()] or probabilities.topk(
         min(NUM_CLASSES, len(names))
     ).indices.tolist()
-    shown = shown_picture(pixel_values[0])
+    shown = shown_image(pixel_values[0])
     panels = [(_title(names, probabilities, int(probabilities.argmax())), shown)]
     for index in ids:
         maps = relevance_maps(classifier.model, pixel_values, torch.tensor([index]), classifier.forward_options)
@@ -94,13 +94,13 @@ def panels_of(classifier: Classifier, picture: Image.Image, wanted: list[str] | 
     return panels
 
 
-def dense_label_panel(name: str, picture: Image.Image, trust_remote_code: bool) -> tuple[str, np.ndarray]:
-    """Dense labels of an annotator over the whole picture."""
+def dense_label_panel(name: str, image: Image.Image, trust_remote_code: bool) -> tuple[str, np.ndarray]:
+    """Dense labels of an annotator over the whole image."""
     annotator = load_annotator(name, trust_remote_code=trust_remote_code)
-    pixels, _ = annotator.preprocessing(picture)
+    pixels, _ = annotator.preprocessing(image)
     with torch.inference_mode():
         scores = annotator.score_map(pixels[None])[0]  # (classes, rows, columns)
-    shown = np.asarray(picture.resize(pixels.shape[:0:-1])) / 255.0
+    shown = np.asarray(image.resize(pixels.shape[:0:-1])) / 255.0
     return cells_panel(shown, scores.permute(1, 2, 0), annotator.class_names, "dense labels")
 
 
@@ -115,22 +115,22 @@ def main(arguments: list[str]) -> None:
             arguments, path = arguments, None
         else:
             path, arguments = Path(arguments[0]), arguments[1:]
-        usage = f"python -m {MODULE} PICTURE --model MODEL [MODEL ...] [--option value ...]"
+        usage = f"python -m {MODULE} IMAGE --model MODEL [MODEL ...] [--option value ...]"
         parser = HfArgumentParser(VisualizationArguments, prog=MODULE, usage=usage)
         (args,) = parser.parse_args_into_dataclasses(arguments)
         if path is None:
-            raise ValueError(f"Name a picture first: {usage}.")
+            raise ValueError(f"Name an image first: {usage}.")
         try:
-            picture = decode_picture({"bytes": None, "path": str(path)})
+            image = decode_image({"bytes": None, "path": str(path)})
         except IMAGE_ERRORS as error:
-            raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-        size = height_width(args.image_size, "`image_size`")
+            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        size = parse_image_size(args.image_size, "`image_size`")
         rows = []
         for name in args.model:
             classifier = load_classifier(name, InputOptions(size), trust_remote_code=args.trust_remote_code)
-            rows.append((Path(name).name, panels_of(classifier, picture, args.classes)))
+            rows.append((Path(name).name, draw_panels(classifier, image, args.classes)))
         if args.annotator is not None:
-            rows[0][1].append(dense_label_panel(args.annotator, picture, args.trust_remote_code))
+            rows[0][1].append(dense_label_panel(args.annotator, image, args.trust_remote_code))
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         save_relevance_figure(Path(args.output), rows)
     except (ValueError, OSError) as error:

@@ -20,7 +20,7 @@ from ..data.sources import open_splits
 from ..labels.checks import LabelSetReport, check_label_set
 from ..labels.label_crops import top_classes
 from ..labels.label_set import check_class_names, join_label_set, open_label_set
-from ..labels.reader import LabelMapSource, class_names_of, covered_region
+from ..labels.reader import LabelMapReader, covered_region, label_class_names
 from ..token_labeling.dataset import TokenLabelDataset
 from . import save_contact_sheet
 
@@ -36,12 +36,12 @@ class CheckArguments:
     split: str = field(default="train", metadata={"help": "Split to check."})
     dataset: str | None = field(default=None, metadata={"help": "Images that the labels were made for."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
-    image_column: str = field(default="image", metadata={"help": "Column of pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of class ids or names."})
     key_column: str | None = field(default=None, metadata={"help": "Column of keys; default: paths or row numbers."})
     key_pattern: str | None = field(default=None, metadata={"help": "Expression that cuts the key out of both sides."})
     contact_sheet: str | None = field(default=None, metadata={"help": "PNG to draw; needs --dataset."})
-    num_pictures: int = field(default=12, metadata={"help": "Pictures on it."})
+    num_pictures: int = field(default=12, metadata={"help": "Images on it."})
     max_samples: int | None = field(default=None, metadata={"help": "Join the first images only, as annotated."})
 
     def __post_init__(self):
@@ -57,7 +57,7 @@ def local_folder(label_set: str) -> Path:
     return folder if folder.is_dir() else Path(snapshot_download(label_set, repo_type="dataset"))
 
 
-def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapSource]:
+def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
     """Images with their label maps, joined as in training.
 
     Raises:
@@ -71,8 +71,8 @@ def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapSource]:
     if args.max_samples is not None:
         images = images.select(range(min(args.max_samples, len(images))))
     check_columns(images, args.dataset, args.image_column, args.label_column)
-    images = with_class_ids(images, args.dataset, args.label_column, class_names=class_names_of(labels))
-    check_class_names(class_names_of(labels), images.features[args.label_column].names)
+    images = with_class_ids(images, args.dataset, args.label_column, class_names=label_class_names(labels))
+    check_class_names(label_class_names(labels), images.features[args.label_column].names)
     joined = join_label_set(labels, images, args.image_column, args.key_column, args.key_pattern)
     if joined.images is not None:
         images = images.select(joined.images)
@@ -82,7 +82,7 @@ def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapSource]:
     return samples, joined.label_maps
 
 
-def agreement(samples: TokenLabelDataset, label_maps: LabelMapSource, num_classes: int) -> tuple[float, float]:
+def agreement(samples: TokenLabelDataset, label_maps: LabelMapReader, num_classes: int) -> tuple[float, float]:
     """Share of maps whose first class is the human label, and share of maps that name it in any cell."""
     human = np.asarray(samples.labels(len(samples)))
     first = named = 0
@@ -95,19 +95,19 @@ def agreement(samples: TokenLabelDataset, label_maps: LabelMapSource, num_classe
     return first / len(samples), named / len(samples)
 
 
-def draw(args: CheckArguments, samples: TokenLabelDataset, label_maps: LabelMapSource, names: list[str]) -> None:
-    """Draws maps over the part of their pictures that they cover."""
+def draw(args: CheckArguments, samples: TokenLabelDataset, label_maps: LabelMapReader, names: list[str]) -> None:
+    """Draws maps over the part of their images that they cover."""
     rows = np.unique(np.linspace(0, len(samples) - 1, args.num_pictures).astype(int)).tolist()
     maps = label_maps.fetch(rows)
-    pictures, human = [], samples.labels(len(samples))
+    images, human = [], samples.labels(len(samples))
     for offset, row in enumerate(rows):
-        picture = samples.picture(row)
-        region = covered_region(None if maps.boxes is None else maps.boxes[offset], *picture.size)
-        width, height = picture.size
+        image = samples.read_image(row)
+        region = covered_region(None if maps.boxes is None else maps.boxes[offset], *image.size)
+        width, height = image.size
         box = [round(value) for value in np.multiply(region, [width, height, width, height])]
-        pictures.append((picture, picture.crop(box).convert("RGB") if box != [0, 0, width, height] else picture))
+        images.append((image, image.crop(box).convert("RGB") if box != [0, 0, width, height] else image))
     pairs = [(maps.ids[offset], maps.scores[offset]) for offset in range(len(rows))]
-    save_contact_sheet(Path(args.contact_sheet), pictures, pairs, [names[human[row]] for row in rows], names)
+    save_contact_sheet(Path(args.contact_sheet), images, pairs, [names[human[row]] for row in rows], names)
 
 
 def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:

@@ -1,4 +1,4 @@
-"""Pictures of dense labels and patch predictions."""
+"""Images of dense labels and patch predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +17,10 @@ MAX_PANEL_SIDE = 640  # pixels
 
 
 def class_colors(num_classes: int) -> np.ndarray:
-    """A colour for each class, `(num_classes, 3)` in [0, 1]; distinct up to 20 classes, then around the colour wheel."""
+    """A color for each class, `(num_classes, 3)` in [0, 1]; distinct up to 20 classes, then around the color wheel."""
     if num_classes <= 10:
         colors = matplotlib.colormaps["tab10"](np.arange(10))[:num_classes, :3]
-        colors[7:8] = (1.0, 0.85, 0.1)  # its grey would vanish on grey pictures
+        colors[7:8] = (1.0, 0.85, 0.1)  # its grey would vanish on grey images
         return colors
     if num_classes <= 20:
         return matplotlib.colormaps["tab20"](np.arange(num_classes))[:, :3]
@@ -28,11 +28,11 @@ def class_colors(num_classes: int) -> np.ndarray:
     return matplotlib.colormaps["hsv"](order / num_classes)[:, :3]
 
 
-def overlay(picture: Image.Image, class_ids: np.ndarray, strengths: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Paints a grid of classes over a darkened grey copy of a picture.
+def overlay(image: Image.Image, class_ids: np.ndarray, strengths: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Paints a grid of classes over a darkened grey copy of an image.
 
     Args:
-        picture: RGB picture.
+        image: RGB image.
         class_ids: `(rows, columns)` integers.
         strengths: `(rows, columns)` in [0, 1]; 0 leaves the cell grey.
         colors: `(num_classes, 3)` in [0, 1].
@@ -40,10 +40,10 @@ def overlay(picture: Image.Image, class_ids: np.ndarray, strengths: np.ndarray, 
     Returns:
         `(height, width, 3)` in [0, 1].
     """
-    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255.0 * 0.6
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255.0 * 0.6
     paint = np.dstack([colors[class_ids], strengths]).astype(np.float32)
     channels = [
-        Image.fromarray(paint[..., channel]).resize(picture.size, Image.Resampling.NEAREST) for channel in range(4)
+        Image.fromarray(paint[..., channel]).resize(image.size, Image.Resampling.NEAREST) for channel in range(4)
     ]
     *rgb, opacity = (np.asarray(channel) for channel in channels)
     opacity = 0.85 * opacity[..., None]
@@ -72,7 +72,7 @@ def best_cells(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def save_prediction_figure(
     path: Path,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     labels: Sequence[int],
     logits: torch.Tensor,
     patch_logits: torch.Tensor,
@@ -80,30 +80,30 @@ def save_prediction_figure(
     class_names: Sequence[str],
     label_maps: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> None:
-    """One column for each picture: the picture with its true and predicted class, its dense labels, the model's patches.
+    """One column for each image: the image with its true and predicted class, its dense labels, the model's patches.
 
     Args:
         path: PNG to write.
-        pictures: RGB pictures as the model saw them.
+        images: RGB images as the model saw them.
         labels: True class ids.
         logits: `(B, C)`.
         patch_logits: `(B, N, C)`.
         grid_size: Token rows and columns.
         class_names: C names.
-        label_maps: Ids and scores of each picture, `(K, rows, columns)` each; `None` leaves that row out.
+        label_maps: Ids and scores of each image, `(K, rows, columns)` each; `None` leaves that row out.
     """
     num_classes = len(class_names)
     colors = class_colors(num_classes)
     names = ["image"] + (["dense labels"] if label_maps is not None else []) + ["patch predictions"]
-    figure = Figure(figsize=(1.5 * len(pictures) + 0.6, 1.6 * len(names) + 0.5), layout="constrained")
-    axes = np.atleast_2d(figure.subplots(len(names), len(pictures), squeeze=False))
+    figure = Figure(figsize=(1.5 * len(images) + 0.6, 1.6 * len(names) + 0.5), layout="constrained")
+    axes = np.atleast_2d(figure.subplots(len(names), len(images), squeeze=False))
     ids_of_cells, strengths = best_cells(patch_logits.unflatten(1, grid_size))  # (B, rows, columns)
-    for column, picture in enumerate(pictures):
-        panels = [np.asarray(picture)]
+    for column, image in enumerate(images):
+        panels = [np.asarray(image)]
         if label_maps is not None:
             ids, scores = label_maps[column]
-            panels.append(overlay(picture, ids[0], label_map_strengths(scores, num_classes), colors))
-        panels.append(overlay(picture, ids_of_cells[column], strengths[column], colors))
+            panels.append(overlay(image, ids[0], label_map_strengths(scores, num_classes), colors))
+        panels.append(overlay(image, ids_of_cells[column], strengths[column], colors))
         for row, panel in enumerate(panels):
             axes[row, column].imshow(panel)
             axes[row, column].set(xticks=[], yticks=[])
@@ -121,46 +121,46 @@ def save_prediction_figure(
 
 
 def panel_step(size: tuple[int, int]) -> int:
-    """By what to divide the sides of a picture so that it has no more pixels than a panel shows."""
+    """By what to divide the sides of an image so that it has no more pixels than a panel shows."""
     return max(1, max(size) // MAX_PANEL_SIDE)
 
 
 def save_segmentation_figure(
     path: Path,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     masks: Sequence[np.ndarray],
     predictions: Sequence[np.ndarray],
     class_names: Sequence[str],
     ignore_index: int,
 ) -> None:
-    """One column for each picture: the picture, its mask, the prediction, and where they differ; below them the classes that occur.
+    """One column for each image: the image, its mask, the prediction, and where they differ; below them the classes that occur.
 
     Args:
         path: PNG to write.
-        pictures: RGB pictures.
+        images: RGB images.
         masks, predictions: Class ids `(height, width)` of each; pixels of the mask that are `ignore_index` are grey.
         class_names: C names.
         ignore_index: See there.
     """
     colors = class_colors(len(class_names))
-    width, height = (float(np.mean(sides)) for sides in zip(*(picture.size for picture in pictures)))
+    width, height = (float(np.mean(sides)) for sides in zip(*(image.size for image in images)))
     names = ("image", "mask", "prediction", "errors")
     seen = np.unique(np.concatenate([maps.ravel() for maps in (*masks, *predictions)]))
     seen = [index for index in seen.tolist() if index != ignore_index][:MAX_LEGEND]
     legend_rows = -(-len(seen) // LEGEND_COLUMNS)
     figure = Figure(
-        figsize=(2.2 * len(pictures) + 0.6, 2.2 * height / width * len(names) + 0.3 + 0.22 * legend_rows),
+        figsize=(2.2 * len(images) + 0.6, 2.2 * height / width * len(names) + 0.3 + 0.22 * legend_rows),
         layout="constrained",
     )
-    axes = figure.subplots(len(names), len(pictures), squeeze=False)
-    for column, (picture, mask, prediction) in enumerate(zip(pictures, masks, predictions)):
-        step = panel_step(picture.size)
-        picture, mask, prediction = picture.reduce(step), mask[::step, ::step], prediction[::step, ::step]
+    axes = figure.subplots(len(names), len(images), squeeze=False)
+    for column, (image, mask, prediction) in enumerate(zip(images, masks, predictions)):
+        step = panel_step(image.size)
+        image, mask, prediction = image.reduce(step), mask[::step, ::step], prediction[::step, ::step]
         is_ignored = mask == ignore_index
         truth = np.where(is_ignored[..., None], 0.5, colors[np.where(is_ignored, 0, mask)])
-        grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255.0 * np.ones(3)
+        grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255.0 * np.ones(3)
         errors = np.where(((prediction != mask) & ~is_ignored)[..., None], (0.9, 0.1, 0.1), 0.6 * grey)
-        for row, panel in enumerate((np.asarray(picture), truth, colors[prediction], errors)):
+        for row, panel in enumerate((np.asarray(image), truth, colors[prediction], errors)):
             axes[row, column].imshow(panel)
             axes[row, column].set(xticks=[], yticks=[])
     for row, name in enumerate(names):
@@ -173,22 +173,22 @@ def save_segmentation_figure(
     FigureCanvasAgg(figure).print_png(path)
 
 
-def heat(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A map painted over a darkened grey copy of a picture.
+def heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A map painted over a darkened grey copy of an image.
 
     Args:
-        picture: `(height, width, 3)` in [0, 1].
+        image: `(height, width, 3)` in [0, 1].
         values: `(rows, columns)`; its smallest value is left grey, its largest one bright.
 
     Returns:
         `(height, width, 3)` in [0, 1].
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     spread = float(values.max() - values.min())
     scaled = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
     wide = Image.fromarray(scaled.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     strength = np.asarray(wide).clip(0, 1)
-    grey = picture.mean(axis=2, keepdims=True) * 0.6 * np.ones(3)
+    grey = image.mean(axis=2, keepdims=True) * 0.6 * np.ones(3)
     opacity = 0.8 * strength[..., None]
     return grey * (1 - opacity) + matplotlib.colormaps["inferno"](strength)[..., :3] * opacity
 
@@ -200,7 +200,7 @@ def save_relevance_figure(
 
     Args:
         path: PNG to write.
-        rows: Name of the model, and its panels: title and picture `(height, width, 3)` in [0, 1].
+        rows: Name of the model, and its panels: title and image `(height, width, 3)` in [0, 1].
         note: Text below all.
     """
     columns = max(len(panels) for _, panels in rows)
@@ -209,8 +209,8 @@ def save_relevance_figure(
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], frame_on=False)
     for row, (name, panels) in enumerate(rows):
-        for column, (title, picture) in enumerate(panels):
-            axes[row, column].imshow(picture.clip(0, 1))
+        for column, (title, image) in enumerate(panels):
+            axes[row, column].imshow(image.clip(0, 1))
             axes[row, column].set_title(title, fontsize=8, parse_math=False)
         axes[row, 0].set_ylabel(name, fontsize=8, parse_math=False)
     if note:
@@ -220,36 +220,36 @@ def save_relevance_figure(
 
 def save_contact_sheet(
     path: Path,
-    pictures: Sequence[tuple[Image.Image, Image.Image]],
+    images: Sequence[tuple[Image.Image, Image.Image]],
     label_maps: Sequence[tuple[np.ndarray, np.ndarray]],
     labels: Sequence[str],
     class_names: Sequence[str],
     columns: int = 6,
 ) -> None:
-    """Pairs of a picture and its label map, painted over the part that the map covers.
+    """Pairs of an image and its label map, painted over the part that the map covers.
 
     Args:
         path: PNG to write.
-        pictures: RGB pictures, each with the part that its map covers.
+        images: RGB images, each with the part that its map covers.
         label_maps: Ids and scores of each, `(K, rows, columns)`, in any order of K.
         labels: Human label of each.
         class_names: Names of all classes.
         columns: Pairs in a row.
     """
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.1 * columns + 0.2, 4.6 * rows), layout="constrained")
     axes = figure.subplots(2 * rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     colors = class_colors(len(class_names))
-    for position, ((picture, covered), (ids, scores), label) in enumerate(zip(pictures, label_maps, labels)):
+    for position, ((image, covered), (ids, scores), label) in enumerate(zip(images, label_maps, labels)):
         row, column = divmod(position, columns)
         order = np.argsort(-scores.astype(np.float32), axis=0, kind="stable")
         ids, scores = np.take_along_axis(ids, order, axis=0), np.take_along_axis(scores, order, axis=0)
         named, counts = np.unique(ids[0], return_counts=True)
         most = named[np.argsort(-counts, kind="stable")[:3]]
-        axes[2 * row, column].imshow(np.asarray(picture))
+        axes[2 * row, column].imshow(np.asarray(image))
         axes[2 * row, column].set_title(_shortened(label), fontsize=8, parse_math=False)
         strengths = label_map_strengths(scores, len(class_names))
         axes[2 * row + 1, column].imshow(overlay(covered, ids[0], strengths, colors))

@@ -19,16 +19,16 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from ..cli import digit_scenes
-from ..data.images import IMAGE_ERRORS, decode_picture
+from ..data.images import IMAGE_ERRORS, decode_image
 from ..data.masks import read_mask
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
-from ..evaluate.test_sets import classes_of, open_test_set
+from ..evaluate.test_sets import model_class_map, open_test_set
 from ..launching import set_up_cpu
 from .relevance import relevance_maps
 
 
 MODULE = "modeling_lvvit.visualization.localization"
-WHOLE_VIEW = 0.99  # share of the height that a model must see of pictures of its own shape
+WHOLE_VIEW = 0.99  # share of the height that a model must see of images of its own shape
 TITLES = {
     "relevance": "relevance", "attention": "attention of the class token", "rollout": "attention rollout",
     "patches": "patch predictions", "chance": "chance",
@@ -44,7 +44,7 @@ class LocalizationArguments:
         dataset: Images with labels and masks; default: the embedded digit scenes.
         split, image_column, label_column, mask_column: Where they are; masks hold the ids of the label column.
         max_samples: First rows only.
-        crop_fraction: Share of the resized picture that the centre crop of the models keeps; default: theirs, which must be 1.
+        crop_pct: Share of the resized image that the center crop of the models keeps; default: theirs, which must be 1.
         batch_size: Images at a time.
         trust_remote_code: See `from_pretrained`.
     """
@@ -52,11 +52,13 @@ class LocalizationArguments:
     model: list[str] = field(metadata={"help": "Classifiers."})
     dataset: str | None = field(default=None, metadata={"help": "Images with masks; default: embedded."})
     split: str | None = field(default=None, metadata={"help": "Split; default: found by name."})
-    image_column: str = field(default="image", metadata={"help": "Column of pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of class ids."})
     mask_column: str = field(default="mask", metadata={"help": "Column of masks."})
     max_samples: int | None = field(default=None, metadata={"help": "First rows only."})
-    crop_fraction: float | None = field(default=None, metadata={"help": "Share kept by the centre crop."})
+    crop_pct: float | None = field(
+        default=None, metadata={"help": "Share kept by the center crop.", "aliases": ["--crop_fraction"]}
+    )
     batch_size: int = field(default=50, metadata={"help": "Images at a time."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
 
@@ -88,7 +90,7 @@ def localization_scores(maps: torch.Tensor, masks: torch.Tensor) -> tuple[torch.
 
 
 def chance_scores(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What random maps reach on average: the share a of the picture that the thing takes, and `a / (2 - a)`."""
+    """What random maps reach on average: the share a of the image that the thing takes, and `a / (2 - a)`."""
     share = masks.flatten(1).float().mean(dim=1)
     return share, share / (2 - share)
 
@@ -105,10 +107,10 @@ def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, t
     )
     if args.mask_column not in test_set.rows.column_names:
         raise ValueError(f"{name} has no column {args.mask_column!r}; it has {test_set.rows.column_names}.")
-    class_map = classes_of(classifier.class_names, test_set)
+    class_map = model_class_map(classifier.class_names, test_set)
     if classifier.view is None or classifier.view[1] < WHOLE_VIEW:
         raise ValueError(
-            f"{classifier.name} does not see whole pictures, a centre crop cuts off what the masks show. Use --crop_fraction 1."
+            f"{classifier.name} does not see whole images, a center crop cuts off what the masks show. Use --crop_pct 1."
         )
     rows = test_set.rows.select_columns([args.image_column, args.label_column, args.mask_column]).with_format("arrow")
     totals: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -152,24 +154,21 @@ def _read(
     table, args: LocalizationArguments, classifier: Classifier, start: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Input `(B, 3, h, w)` and masks `(height, width)` of some rows, which must show what the model sees."""
-    pictures, masks = [], []
-    for offset, (image, mask) in enumerate(zip(table[args.image_column], table[args.mask_column])):
+    inputs, masks = [], []
+    for offset, (value, mask) in enumerate(zip(table[args.image_column], table[args.mask_column])):
         try:
-            picture, ids = decode_picture(image.as_py()), read_mask(mask.as_py())
+            image, ids = decode_image(value.as_py()), read_mask(mask.as_py())
         except (*IMAGE_ERRORS, TypeError) as error:
             raise ValueError(f"Row {start + offset} cannot be used: {error}") from error
-        pixels = classifier.transform(picture)
-        if (
-            ids.shape != (picture.height, picture.width)
-            or picture.height * pixels.shape[2] != picture.width * pixels.shape[1]
-        ):
+        pixels = classifier.transform(image)
+        if ids.shape != (image.height, image.width) or image.height * pixels.shape[2] != image.width * pixels.shape[1]:
             raise ValueError(
-                f"Row {start + offset}: picture {picture.width} x {picture.height}, mask {ids.shape[1]} x {ids.shape[0]}, model input "
+                f"Row {start + offset}: image {image.width} x {image.height}, mask {ids.shape[1]} x {ids.shape[0]}, model input "
                 f"{pixels.shape[2]} x {pixels.shape[1]} (width x height): all must have one shape, and nothing may be cut off."
             )
-        pictures.append(pixels)
+        inputs.append(pixels)
         masks.append(torch.from_numpy(ids.astype(np.int64)))
-    return torch.stack(pictures), masks
+    return torch.stack(inputs), masks
 
 
 def markdown_table(results: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
@@ -188,7 +187,7 @@ def main(arguments: list[str]) -> None:
         results = {}
         for name in args.model:
             classifier = load_classifier(
-                name, InputOptions(None, args.crop_fraction), trust_remote_code=args.trust_remote_code
+                name, InputOptions(None, args.crop_pct), trust_remote_code=args.trust_remote_code
             )
             results[name] = localize(classifier, args)
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What is drawn of one model and one picture."""
+"""What is drawn of one model and one image."""
 
 import numpy as np
 import torch
@@ -7,17 +7,17 @@ from PIL import Image
 from .figures import best_cells, class_colors, overlay
 
 
-def shown_picture(pixel_values: torch.Tensor) -> np.ndarray:
-    """The picture as a model sees it, `(3, height, width)` to `(height, width, 3)` in [0, 1], each channel stretched to its range."""
+def shown_image(pixel_values: torch.Tensor) -> np.ndarray:
+    """The image as a model sees it, `(3, height, width)` to `(height, width, 3)` in [0, 1], each channel stretched to its range."""
     low, high = (getattr(pixel_values, extreme)(dim=(1, 2), keepdim=True) for extreme in ("amin", "amax"))
     return ((pixel_values - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).numpy()
 
 
 def cells_panel(shown: np.ndarray, logits: torch.Tensor, names: list[str], kind: str) -> tuple[str, np.ndarray]:
-    """Title and picture of the best class of each cell.
+    """Title and image of the best class of each cell.
 
     Args:
-        shown: Picture `(height, width, 3)` in [0, 1].
+        shown: Image `(height, width, 3)` in [0, 1].
         logits: `(rows, columns, classes)`.
         names: Of the classes.
         kind: What they are called.

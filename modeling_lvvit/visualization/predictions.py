@@ -11,10 +11,10 @@ from ..token_labeling import TokenLabelDataset, TokenLabelTrainer
 from . import save_prediction_figure
 
 
-PICTURE = "predictions.png"
+IMAGE = "predictions.png"
 
 
-NUM_PICTURES = 10
+NUM_IMAGES = 10
 
 
 def dense_columns(rows: datasets.Dataset, args: DataArguments) -> dict[str, str]:
@@ -24,39 +24,39 @@ def dense_columns(rows: datasets.Dataset, args: DataArguments) -> dict[str, str]
     return {"ids_column": args.token_label_ids_column, "scores_column": args.token_label_scores_column}
 
 
-def dense_labels_of(rows: datasets.Dataset, args: DataArguments, count: int):
-    """Label maps of the first rows for the picture; `None` where evaluation data has none or not for all."""
+def read_dense_labels(rows: datasets.Dataset, args: DataArguments, count: int):
+    """Label maps of the first rows for the image; `None` where evaluation data has none or not for all."""
     try:
         columns = dense_columns(rows, args)
         samples = TokenLabelDataset(rows, lambda image: {}, args.image_column, args.label_column, **columns)
         return [samples.label_map(index) for index in range(count)] if samples.has_label_maps else None
-    except ValueError:  # the picture goes without them; training and evaluation never needed them
+    except ValueError:  # the image goes without them; training and evaluation never needed them
         return None
 
 
 @torch.no_grad()
 def draw_predictions(trainer: TokenLabelTrainer, data_args: DataArguments, eval_rows: datasets.Dataset) -> str:
-    """Writes the picture of the first evaluation rows, as the model sees them, and returns its name.
+    """Writes the image of the first evaluation rows, as the model sees them, and returns its name.
 
     All processes must call it, because a sharded model needs all of them; the main process writes.
     """
     model, config, samples = trainer.model.eval(), trainer.model.config, trainer.eval_dataset
-    count = min(NUM_PICTURES, len(samples))
+    count = min(NUM_IMAGES, len(samples))
     pixel_values = torch.stack([sample["pixel_values"] for sample in samples.__getitems__(list(range(count)))])
     output = model(pixel_values.to(model.device))
     if not trainer.is_world_process_zero():
-        return PICTURE
+        return IMAGE
     processor = trainer.processing_class
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
     arrays = (255 * (pixel_values * std + mean)).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     save_prediction_figure(
-        Path(trainer.args.output_dir) / PICTURE,
+        Path(trainer.args.output_dir) / IMAGE,
         [Image.fromarray(array) for array in arrays],
         samples.labels(count),
         output.logits.cpu(),
         output.patch_logits.cpu(),
         trainer.grid_size,
         [config.id2label[index] for index in range(config.num_labels)],
-        dense_labels_of(eval_rows, data_args, count),
+        read_dense_labels(eval_rows, data_args, count),
     )
-    return PICTURE
+    return IMAGE

@@ -142,7 +142,7 @@ def _network_of(model: nn.Module) -> nn.Module:
 
 
 def _check_class_token(model: nn.Module, gradient: torch.Tensor) -> None:
-    """Raises a `ValueError` if a score hangs on what other tokens than the first one receive in the last layer, for example on the mean
+    """Raises a `ValueError` if a score depends on what other tokens than the first one receive in the last layer, for example on the mean
     of the patch tokens: the row of the class token is then not all that speaks for the class.
 
     Args:

@@ -1,4 +1,4 @@
-"""The annotation program: odd pictures, many classes, kills, full disks, streams, the Hub."""
+"""The annotation program: odd images, many classes, kills, full disks, streams, the Hub."""
 
 import io
 import os
@@ -26,7 +26,7 @@ from modeling_lvvit.token_labeling import (
     TokenLabelTrainingArguments,
     TrainTransform,
 )
-from support.images import encode_picture
+from support.images import encode_image
 from support.local_hub import local_hub
 from support.models import tiny_config
 from support.programs import ROOT
@@ -47,7 +47,7 @@ def save_annotator(folder: Path, names: list[str]) -> Path:
 
 
 def save_images(path: Path, contents: list[bytes], names: list[str]) -> Path:
-    """A Parquet file of pictures that are called 0.img, 1.img and so on."""
+    """A Parquet file of images that are called 0.img, 1.img and so on."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     rows = [{"bytes": content, "path": f"{row}.img"} for row, content in enumerate(contents)]
     columns = [pa.array(rows, datasets.Image().pa_type), pa.array(np.arange(len(rows)) % len(names))]
@@ -56,10 +56,10 @@ def save_images(path: Path, contents: list[bytes], names: list[str]) -> Path:
     return path
 
 
-def random_pictures(count: int, seed: int = 0) -> list[bytes]:
+def random_images(count: int, seed: int = 0) -> list[bytes]:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(20, 70, (count, 2))
-    return [encode_picture(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for height, width in sizes]
+    return [encode_image(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for height, width in sizes]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def annotator(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    return save_images(tmp_path_factory.mktemp("images") / "train.parquet", random_pictures(150), NAMES)
+    return save_images(tmp_path_factory.mktemp("images") / "train.parquet", random_images(150), NAMES)
 
 
 def options(images: Path, annotator: Path, output: Path, *more: str) -> list[str]:
@@ -115,7 +115,7 @@ def test_label_set_loads_and_describes_itself(labels):
 
 def test_sets_of_one_folder_name_are_not_confused(annotator, tmp_path):
     for seed in (1, 2):
-        images = save_images(tmp_path / str(seed) / "train.parquet", random_pictures(5 * seed, seed), NAMES)
+        images = save_images(tmp_path / str(seed) / "train.parquet", random_images(5 * seed, seed), NAMES)
         annotate.main(options(images, annotator, tmp_path / f"{seed}" / "set"))
     sizes = [len(datasets.load_dataset(str(tmp_path / f"{seed}" / "set"), split="train")) for seed in (1, 2)]
     assert sizes == [5, 10]
@@ -146,47 +146,47 @@ def test_stream_gives_the_same_shards(labels, images, annotator, tmp_path):
     assert shards(tmp_path / "set") == shards(labels)
 
 
-def odd_pictures() -> dict[str, bytes]:
+def odd_images() -> dict[str, bytes]:
     """Files of many kinds, by what the report says of them."""
     rng = np.random.default_rng(0)
     colors = rng.integers(0, 256, (30, 44, 3), dtype=np.uint8)
-    picture = Image.fromarray(colors)
+    original = Image.fromarray(colors)
 
     def encoded(image: Image.Image, file_format: str, **arguments) -> bytes:
         buffer = io.BytesIO()
         image.save(buffer, format=file_format, **arguments)
         return buffer.getvalue()
 
-    rotated = picture.getexif()
+    rotated = original.getexif()
     rotated[0x0112] = 6
     return {
-        "": encode_picture(colors),
-        "CMYK, converted to RGB": encoded(picture.convert("CMYK"), "JPEG"),
-        "greyscale": encoded(picture.convert("L"), "PNG"),
+        "": encode_image(colors),
+        "CMYK, converted to RGB": encoded(original.convert("CMYK"), "JPEG"),
+        "grayscale": encoded(original.convert("L"), "PNG"),
         "16-bit, scaled to 8": encoded(Image.fromarray(rng.integers(0, 65536, (30, 44), dtype=np.uint16)), "PNG"),
-        "animation, first frame used": encoded(picture, "GIF", save_all=True, append_images=[picture.rotate(90)]),
-        "turned upright as its Exif orientation says": encoded(picture, "JPEG", exif=rotated),
-        "transparency dropped": encoded(picture.convert("RGBA"), "PNG"),
-        "unreadable: image file is truncated": encode_picture(colors)[:-300],
-        "unreadable: cannot identify image file": b"this is no picture",
+        "animation, first frame used": encoded(original, "GIF", save_all=True, append_images=[original.rotate(90)]),
+        "turned upright as its Exif orientation says": encoded(original, "JPEG", exif=rotated),
+        "transparency dropped": encoded(original.convert("RGBA"), "PNG"),
+        "unreadable: image file is truncated": encode_image(colors)[:-300],
+        "unreadable: cannot identify image file": b"this is no image",
     }
 
 
-def test_odd_pictures_are_named_in_the_report(annotator, tmp_path, capsys):
-    pictures = odd_pictures()
-    images = save_images(tmp_path / "odd" / "train.parquet", list(pictures.values()), NAMES)
+def test_odd_images_are_named_in_the_report(annotator, tmp_path, capsys):
+    contents = odd_images()
+    images = save_images(tmp_path / "odd" / "train.parquet", list(contents.values()), NAMES)
     annotate.main(options(images, annotator, tmp_path / "set", "--on_error", "empty"))
     report = capsys.readouterr().out
     rows = datasets.load_dataset(str(tmp_path / "set"), split="train")
-    for row, note in enumerate(pictures):
+    for row, note in enumerate(contents):
         assert rows[row]["image_note"].startswith(note)
         assert bool(rows[row]["token_label_palette"]) != note.startswith("unreadable")
         assert not note or f"{note}" in report
         assert not note or f"{row}.img" in report
 
 
-def test_damaged_picture_stops_and_what_is_done_stays(annotator, tmp_path):
-    contents = [*random_pictures(70), b"this is no picture"]
+def test_damaged_image_stops_and_what_is_done_stays(annotator, tmp_path):
+    contents = [*random_images(70), b"this is no image"]
     images = save_images(tmp_path / "odd" / "train.parquet", contents, NAMES)
     with pytest.raises(SystemExit, match=r"Image 70\.img is unreadable: cannot identify image file"):
         annotate.main(options(images, annotator, tmp_path / "set"))
@@ -216,8 +216,8 @@ def test_full_disk_is_said_and_the_set_continues(images, annotator, labels, tmp_
         (["--top_k", "9"], "more than the 7 classes"),
         (["--annotator", "no/such/model"], "cannot be loaded"),
         (["--annotator", "timm/no_such_network", "--random_weights"], "cannot be loaded"),
-        (["--dataset", "./no_such_folder"], "There is no data set"),
-        (["--image_column", "picture"], "no column 'picture'"),
+        (["--dataset", "./no_such_folder"], "There is no dataset"),
+        (["--image_column", "photo"], "no column 'photo'"),
         (["--key_column", "name"], "no column 'name'"),
         (["--key_column", "label"], "have the same key: '0'"),
         (["--dataset", "{images}", "--split", "dev"], "no split 'dev'"),
@@ -245,14 +245,14 @@ def test_classes_are_matched_by_name(images, tmp_path, labels):
 
 def test_annotator_with_other_classes_is_refused(images, tmp_path):
     other = save_annotator(tmp_path / "annotator", ["ant", "bee", "cat", "dog", "emu", "fox", "yak"])
-    with pytest.raises(SystemExit, match=r"only in the data set: 'gnu'\n.*only in the annotator: 'yak'"):
+    with pytest.raises(SystemExit, match=r"only in the dataset: 'gnu'\n.*only in the annotator: 'yak'"):
         annotate.main(options(images, other, tmp_path / "set"))
 
 
 def save_plain(path: Path, labels: pa.Array | None, count: int = 6) -> Path:
-    """Pictures with a label column that names no classes, or without one."""
+    """Images with a label column that names no classes, or without one."""
     columns = {"image": pa.array([{"bytes": content, "path": f"{row}.img"} for row, content in
-                                  enumerate(random_pictures(count))])}  # fmt: skip
+                                  enumerate(random_images(count))])}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pa.table(columns if labels is None else {**columns, "label": labels}), path)
     return path
@@ -286,7 +286,7 @@ def test_images_without_labels_get_the_annotators_classes(annotator, tmp_path):
 
 
 def test_empty_labels_may_be_allowed_after_a_stop(annotator, tmp_path):
-    images = save_images(tmp_path / "odd" / "train.parquet", [*random_pictures(70), b"no picture"], NAMES)
+    images = save_images(tmp_path / "odd" / "train.parquet", [*random_images(70), b"no image"], NAMES)
     with pytest.raises(SystemExit, match="--on_error empty; then start again"):
         annotate.main(options(images, annotator, tmp_path / "set"))
     kept = (tmp_path / "set" / "data" / "train-00000.parquet").stat().st_mtime_ns
@@ -296,10 +296,10 @@ def test_empty_labels_may_be_allowed_after_a_stop(annotator, tmp_path):
 
 
 def test_stream_of_other_data_is_not_continued(annotator, tmp_path):
-    images = save_images(tmp_path / "images" / "train.parquet", random_pictures(9), NAMES)
+    images = save_images(tmp_path / "images" / "train.parquet", random_images(9), NAMES)
     more = ("--streaming", "--rows_per_shard", "4")
     annotate.main(options(images, annotator, tmp_path / "set", *more))
-    save_images(images, random_pictures(8), NAMES)
+    save_images(images, random_images(8), NAMES)
     with pytest.raises(SystemExit, match="other settings.*\\n.*dataset_state"):
         annotate.main(options(images, annotator, tmp_path / "set", *more))
 
@@ -307,7 +307,7 @@ def test_stream_of_other_data_is_not_continued(annotator, tmp_path):
 def test_many_classes_from_annotation_to_a_training_step(tmp_path):
     names = [f"class {index}" for index in range(21_841)]
     annotator = save_annotator(tmp_path / "annotator", names)
-    images = save_images(tmp_path / "images" / "train.parquet", random_pictures(8), names)
+    images = save_images(tmp_path / "images" / "train.parquet", random_images(8), names)
     annotate.main(options(images, annotator, tmp_path / "set", "--top_k", "5"))
     rows = datasets.load_dataset(str(tmp_path / "images"), split="train")
     joined = join_label_set(datasets.load_dataset(str(tmp_path / "set"), split="train"), rows)

@@ -1,4 +1,4 @@
-"""From pictures to label maps: reading, preparing in order, encoding; rows in batches."""
+"""From images to label maps: reading, preparing in order, encoding; rows in batches."""
 
 import io
 import time
@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, features
 from torchvision.transforms.v2 import functional as F
 
 from modeling_lvvit.annotators import pipeline as annotation
-from modeling_lvvit.annotators.image_batches import RowBatch, StoredRows, StreamedRows
+from modeling_lvvit.annotators.image_batches import ImageBatch, ImageBatches, StreamedImageBatches
 from modeling_lvvit.annotators.pipeline import (
     PreparedImage,
     Scorer,
@@ -25,7 +25,7 @@ from modeling_lvvit.annotators.pipeline import (
     prepared_ahead,
 )
 from modeling_lvvit.data.image_keys import ImageKeys
-from modeling_lvvit.data.images import content_hash, decode_picture, picture_problem
+from modeling_lvvit.data.images import content_hash, decode_image, find_image_problem
 from modeling_lvvit.labels.label_maps import decode, mass_outside
 from modeling_lvvit.labels.storage import LabelSetLayout, expand
 
@@ -133,7 +133,7 @@ def test_batches_are_annotated_one_after_another():
     assert np.array_equal(ids[1:], maps.topk(2, dim=1).indices.numpy())
 
 
-# ---- pictures
+# ---- images
 
 
 def noise(height: int = 9, width: int = 7, channels: int = 3) -> np.ndarray:
@@ -161,7 +161,7 @@ def shown(image: PreparedImage) -> np.ndarray:
     return image.pixels.permute(1, 2, 0).numpy()
 
 
-def test_plain_picture_has_no_note():
+def test_plain_image_has_no_note():
     content = encoded(Image.fromarray(noise()), "PNG")
     image = prepared(content)
     assert np.array_equal(shown(image), noise())
@@ -181,27 +181,27 @@ def test_content_hash_fills_int64_and_tells_files_apart():
 @pytest.mark.parametrize(
     ("mode", "file_format", "note"),
     [
-        ("L", "PNG", "greyscale"),
-        ("1", "PNG", "greyscale"),
+        ("L", "PNG", "grayscale"),
+        ("1", "PNG", "grayscale"),
         ("CMYK", "JPEG", "CMYK, converted to RGB"),
         ("RGBA", "PNG", "transparency dropped"),
         ("LA", "PNG", "transparency dropped"),
         ("P", "GIF", ""),
     ],
 )
-def test_other_colours_are_converted_and_noted(mode, file_format, note):
+def test_other_colors_are_converted_and_noted(mode, file_format, note):
     content = encoded(Image.fromarray(noise()).convert(mode), file_format)
     image = prepared(content)
     assert image.note == note
     assert np.array_equal(shown(image), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
-def test_transparent_pixels_keep_their_colour():
+def test_transparent_pixels_keep_their_color():
     array = np.dstack([noise(), np.uint8(np.indices((9, 7)).sum(axis=0) % 2 * 255)])  # every other pixel is invisible
     assert np.array_equal(shown(prepared(encoded(Image.fromarray(array), "PNG"))), noise())
 
 
-def test_sixteen_bit_pictures_are_scaled():
+def test_sixteen_bit_images_are_scaled():
     values = np.uint16([[0, 256, 257], [32896, 65278, 65535]])
     image = prepared(encoded(Image.fromarray(values), "PNG"))
     assert image.note == "16-bit, scaled to 8"
@@ -223,7 +223,7 @@ def test_first_frame_of_an_animation_is_used(file_format):
     assert np.array_equal(shown(image), expected)
 
 
-def turned_picture(orientation: int) -> bytes:
+def turned_image(orientation: int) -> bytes:
     """24 pixels wide, 16 high as stored: red on the left, blue on the right."""
     array = np.zeros((16, 24, 3), dtype=np.uint8)
     array[:, :12, 0], array[:, 12:, 2] = 255, 255
@@ -233,31 +233,31 @@ def turned_picture(orientation: int) -> bytes:
 
 
 @pytest.mark.parametrize(("orientation", "red"), [(6, "top"), (8, "bottom")])
-def test_pictures_lying_on_their_side_are_turned_upright(orientation, red):
-    image = prepared(turned_picture(orientation))
+def test_images_lying_on_their_side_are_turned_upright(orientation, red):
+    image = prepared(turned_image(orientation))
     assert image.note == "turned upright as its Exif orientation says"
     assert image.pixels.shape == (3, 24, 16)
-    halves = shown(image).reshape(2, 12, 16, 3).mean(axis=(1, 2))  # (half, colour)
+    halves = shown(image).reshape(2, 12, 16, 3).mean(axis=(1, 2))  # (half, color)
     assert halves[:, 0].argmax() == ("top", "bottom").index(red)
     assert halves[:, 2].argmin() == ("top", "bottom").index(red)
 
 
 @pytest.mark.parametrize("orientation", [0, 9])
 def test_unknown_orientation_is_not_noted(orientation):
-    assert prepared(turned_picture(orientation)).pixels.shape == (3, 16, 24)
-    assert prepared(turned_picture(orientation)).note == ""
+    assert prepared(turned_image(orientation)).pixels.shape == (3, 16, 24)
+    assert prepared(turned_image(orientation)).note == ""
 
 
 def test_several_notes_are_joined():
     first, *others = [frame.convert("L") for frame in frames()]
     content = encoded(first, "TIFF", save_all=True, append_images=others)
-    assert prepared(content).note == "animation, first frame used; greyscale"
+    assert prepared(content).note == "animation, first frame used; grayscale"
 
 
 UNREADABLE = {
     "truncated": encoded(Image.fromarray(noise(40, 30)), "JPEG")[:-200],
     "half a PNG": encoded(Image.fromarray(noise(40, 30)), "PNG")[:1000],
-    "text": b"this is no picture",
+    "text": b"this is no image",
     "empty": b"",
     "floating point": encoded(Image.fromarray(noise()[..., 0].astype(np.float32)), "TIFF"),
 }
@@ -288,7 +288,7 @@ def test_missing_file_with_an_apostrophe_is_told_without_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("value", [None, {"bytes": None, "path": None}])
-def test_row_without_a_picture_is_told_by_its_note(value):
+def test_row_without_a_image_is_told_by_its_note(value):
     image = prepare_image(value, as_it_is)
     assert image.pixels is None
     assert image.content_hash is None
@@ -303,7 +303,7 @@ def test_file_on_the_disk_is_read(tmp_path):
     assert image.content_hash == content_hash(path.read_bytes())
 
 
-def test_remote_file_that_cannot_be_fetched_is_no_fault_of_the_picture(monkeypatch):
+def test_remote_file_that_cannot_be_fetched_is_no_fault_of_the_image(monkeypatch):
     def refuse(value):
         raise ConnectionError("no network")
 
@@ -330,12 +330,12 @@ def test_animation_cut_off_anywhere_is_read_or_told_by_its_note(file_format):
 
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
 def test_damaged_avif_is_told_by_its_note():
-    content = encoded(Image.fromarray(noise(40, 30)), "AVIF").replace(b"iloc", b"lost")  # where the picture lies
+    content = encoded(Image.fromarray(noise(40, 30)), "AVIF").replace(b"iloc", b"lost")  # where the image lies
     assert prepared(content).note.startswith("unreadable: ")
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_picture_with_changed_bytes_is_read_or_told_by_its_note(file_format):
+def test_image_with_changed_bytes_is_read_or_told_by_its_note(file_format):
     rng = np.random.default_rng(0)
     content = np.frombuffer(encoded(Image.fromarray(noise()), file_format), dtype=np.uint8)
     for _ in range(60):
@@ -349,15 +349,15 @@ def test_picture_with_changed_bytes_is_read_or_told_by_its_note(file_format):
 def test_check_before_training_and_annotation_refuse_the_same_files(what):
     value = {"bytes": UNREADABLE[what], "path": None}
     scalar = pa.scalar(value, datasets.Image().pa_type)
-    assert "cannot be decoded" in picture_problem(scalar)
+    assert "cannot be decoded" in find_image_problem(scalar)
     with pytest.raises((OSError, SyntaxError)):
-        decode_picture(value)
+        decode_image(value)
 
 
 # ---- preparing ahead
 
 
-def tiny_picture(number: int) -> dict:
+def tiny_image(number: int) -> dict:
     return {"bytes": encoded(Image.new("RGB", (3, 2), (number, 0, 0)), "PNG"), "path": None}
 
 
@@ -366,13 +366,13 @@ def number_of(image: PreparedImage) -> int:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 5])
-def test_pictures_prepared_ahead_keep_their_order(num_workers):
+def test_images_prepared_ahead_keep_their_order(num_workers):
     def slow_at_first(image):
         time.sleep(0.02 if image.getpixel((0, 0))[0] % 7 == 0 else 0)
         return as_it_is(image)
 
     batches = [("a", range(3)), ("b", range(3, 4)), ("c", []), ("d", range(4, 9)), ("e", range(9, 20)), ("f", [20])]
-    given = [(about, [tiny_picture(number) for number in numbers]) for about, numbers in batches]
+    given = [(about, [tiny_image(number) for number in numbers]) for about, numbers in batches]
     result = list(prepared_ahead(given, slow_at_first, num_workers))
     assert [(about, [number_of(image) for image in images]) for about, images in result] == [
         (about, list(numbers)) for about, numbers in batches
@@ -385,7 +385,7 @@ def test_only_few_batches_are_prepared_ahead():
     def batches():
         for number in range(20):
             taken.append(number)
-            yield number, [tiny_picture(number)]
+            yield number, [tiny_image(number)]
 
     stream = prepared_ahead(batches(), as_it_is, 2)
     assert next(stream)[0] == 0
@@ -399,7 +399,7 @@ def test_errors_of_threads_reach_the_caller():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        list(prepared_ahead([("a", [tiny_picture(0)])], fail, 2))
+        list(prepared_ahead([("a", [tiny_image(0)])], fail, 2))
 
 
 # ---- scorer and shards
@@ -417,12 +417,12 @@ def scores_of_pixels(pixels: torch.Tensor) -> torch.Tensor:
     return scores
 
 
-def scorer(score_map_of=scores_of_pixels, kind="logits") -> Scorer:
-    return Scorer(score_map_of, LAYOUT, kind, torch.device("cpu"), nullcontext)
+def scorer(score_map=scores_of_pixels, kind="logits") -> Scorer:
+    return Scorer(score_map, LAYOUT, kind, torch.device("cpu"), nullcontext)
 
 
 def ready(*numbers: int) -> list[PreparedImage]:
-    return [prepare_image(tiny_picture(number), as_it_is) for number in numbers]
+    return [prepare_image(tiny_image(number), as_it_is) for number in numbers]
 
 
 def test_shard_is_complete_with_its_last_batch():
@@ -439,16 +439,16 @@ def test_shard_is_complete_with_its_last_batch():
     assert second["image_key"].to_pylist() == ["u"]
 
 
-def test_damaged_picture_stops_the_shard_by_name():
+def test_damaged_image_stops_the_shard_by_name():
     builder = ShardBuilder(scorer(), LAYOUT, keep_damaged=False)
-    images = [*ready(3), prepared(b"no picture")]
+    images = [*ready(3), prepared(b"no image")]
     with pytest.raises(ValueError, match="Image b/2.jpg is unreadable: cannot identify.*--on_error empty"):
         builder.add(["b/1.jpg", "b/2.jpg"], images, is_last=True)
 
 
-def test_damaged_picture_gets_an_empty_label_on_demand():
+def test_damaged_image_gets_an_empty_label_on_demand():
     builder = ShardBuilder(scorer(), LAYOUT, keep_damaged=True)
-    builder.add(["x"], [prepared(b"no picture")], is_last=False)  # a batch without any picture
+    builder.add(["x"], [prepared(b"no image")], is_last=False)  # a batch without any image
     table = builder.add(["y", "z"], [prepared(b""), *ready(6)], is_last=True)
     assert [len(palette) > 0 for palette in table["token_label_palette"].to_pylist()] == [False, False, True]
     assert [mass is None for mass in table["outside_mass"].to_pylist()] == [True, True, False]
@@ -477,10 +477,10 @@ PATHS = [f"data/{folder}/{number}.png" for number, folder in enumerate("aabbbccd
 
 
 def rows_of(paths: list[str | None], missing: tuple[int, ...] = ()) -> datasets.Dataset:
-    """Pictures that hold their number, with columns that could be keys; those in `missing` have no picture."""
+    """Images that hold their number, with columns that could be keys; those in `missing` have no image."""
     columns = {
         "image": [
-            None if number in missing else {**tiny_picture(number), "path": path} for number, path in enumerate(paths)
+            None if number in missing else {**tiny_image(number), "path": path} for number, path in enumerate(paths)
         ],
         "number": [10 * number for number in range(len(paths))],
         "half": [number / 2 for number in range(len(paths))],
@@ -488,18 +488,18 @@ def rows_of(paths: list[str | None], missing: tuple[int, ...] = ()) -> datasets.
     }
     columns["copy"] = columns["image"]
     kinds = {"number": datasets.Value("int64"), "half": datasets.Value("float64"), "name": datasets.Value("string")}
-    pictures = datasets.Image()
-    return datasets.Dataset.from_dict(columns, datasets.Features({"image": pictures, **kinds, "copy": pictures}))
+    images = datasets.Image()
+    return datasets.Dataset.from_dict(columns, datasets.Features({"image": images, **kinds, "copy": images}))
 
 
-def stored_rows(rows, rows_per_shard=5, batch_size=2, key_column=None, number_rows=False) -> StoredRows:
+def stored_rows(rows, rows_per_shard=5, batch_size=2, key_column=None, number_rows=False) -> ImageBatches:
     keys = ImageKeys(rows, "image", key_column, number_rows)
-    return StoredRows(rows, "image", keys, rows_per_shard, batch_size)
+    return ImageBatches(rows, "image", keys, rows_per_shard, batch_size)
 
 
-def streamed_rows(rows, rows_per_shard=5, batch_size=2, key_column=None, number_rows=False) -> StreamedRows:
+def streamed_rows(rows, rows_per_shard=5, batch_size=2, key_column=None, number_rows=False) -> StreamedImageBatches:
     stream = rows.to_iterable_dataset(num_shards=min(3, len(rows)))
-    return StreamedRows(stream, "image", key_column, number_rows, rows_per_shard, batch_size)
+    return StreamedImageBatches(stream, "image", key_column, number_rows, rows_per_shard, batch_size)
 
 
 # what `batches` takes to give every shard of thirteen rows, five to a shard
@@ -540,7 +540,7 @@ def test_stored_and_streamed_rows_give_the_same_batches(num_rows, rows_per_shard
         num_rows, rows_per_shard, batch_size
     )
     values = [value for _, values in stored for value in values]
-    assert values == [{**tiny_picture(number), "path": path} for number, path in enumerate(PATHS[:num_rows])]
+    assert values == [{**tiny_image(number), "path": path} for number, path in enumerate(PATHS[:num_rows])]
     assert keys_of(stored) == [path.removeprefix("data/") for path in PATHS[:num_rows]]
 
 
@@ -566,7 +566,7 @@ def test_rows_of_plain_paths_are_read():
     stored, streamed = both_ways(rows)
     assert stored == streamed
     assert stored[0] == (
-        RowBatch(0, ["a/0.png", "a/1.png"], False),
+        ImageBatch(0, ["a/0.png", "a/1.png"], False),
         [{"bytes": None, "path": f"/x/a/{number}.png"} for number in range(2)],
     )
 
@@ -589,26 +589,26 @@ def test_processes_share_shards_without_gaps():
 
 
 @pytest.mark.parametrize("way", [stored_rows, streamed_rows])
-def test_first_picture_without_a_path_among_others_is_refused(way):
+def test_first_image_without_a_path_among_others_is_refused(way):
     rows = rows_of([None, *PATHS[1:]])
     with pytest.raises(ValueError, match="path"):
         list(way(rows).batches(ALL[way]))
 
 
 @pytest.mark.parametrize("way", [stored_rows, streamed_rows])
-def test_picture_without_a_path_among_others_is_refused(way):
+def test_image_without_a_path_among_others_is_refused(way):
     rows = rows_of([*PATHS[:4], None, *PATHS[5:]])
     with pytest.raises(ValueError, match="path"):
         list(way(rows).batches(ALL[way]))
 
 
 @pytest.mark.parametrize("way", [stored_rows, streamed_rows])
-def test_row_without_a_picture_among_paths_is_refused(way):
+def test_row_without_a_image_among_paths_is_refused(way):
     with pytest.raises(ValueError, match="path"):
         list(way(rows_of(PATHS, missing=(4, 7))).batches(ALL[way]))
 
 
-def test_numbered_rows_without_a_picture_are_passed_on():
+def test_numbered_rows_without_a_image_are_passed_on():
     stored, streamed = both_ways(rows_of(PATHS, missing=(4, 7)), number_rows=True)
     assert stored == streamed
     values = [value for _, values in stored for value in values]

@@ -1,4 +1,4 @@
-"""Dense classifiers and annotators: tiny networks, each map against the network's own head, each picture by its stripes."""
+"""Dense classifiers and annotators: tiny networks, each map against the network's own head, each image by its stripes."""
 
 import functools
 import json
@@ -184,7 +184,7 @@ def test_painted_corner_changes_its_own_region_most(name, bottom, right):
     assert divmod(change.argmax().item(), columns) == (bottom * (rows - 1), right * (columns - 1))
 
 
-def test_map_of_a_picture_does_not_depend_on_its_batch():
+def test_map_of_a_image_does_not_depend_on_its_batch():
     _, dense = network("Dinov2")
     pixels = noise(SIZE, 3)
     torch.testing.assert_close(dense(pixels)[1:2], dense(pixels[1:2]), rtol=1e-4, atol=1e-5)
@@ -281,10 +281,10 @@ def test_network_whose_head_does_not_pool_one_map_is_refused(make):
 
 
 @pytest.mark.parametrize("name", ["ResNet", "ViT"])
-def test_network_with_the_same_scores_for_all_pictures_is_refused(name):
+def test_network_with_the_same_scores_for_all_images_is_refused(name):
     model = NETWORKS[name][0]().eval()
     nn.init.zeros_([layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1].weight)
-    with pytest.raises(ValueError, match="gives every picture the same scores"):
+    with pytest.raises(ValueError, match="gives every image the same scores"):
         DenseClassifier(model, SIZE)
 
 
@@ -327,7 +327,7 @@ def test_grid_of_few_cells_leaves_prefix_tokens_out(make, image_size, grid_size)
     assert DenseClassifier(make().eval(), image_size).grid_size == grid_size
 
 
-def test_grid_of_patches_that_leave_a_rest_of_the_picture_is_found():
+def test_grid_of_patches_that_leave_a_rest_of_the_image_is_found():
     torch.manual_seed(0)
     model = of_transformers("ViT", **{**TRANSFORMER, "image_size": (18, 72)}).eval()
     dense = DenseClassifier(model, (18, 72))
@@ -364,7 +364,7 @@ def save(model: nn.Module, folder: Path, size: tuple[int, int]) -> None:
     processor.save_pretrained(folder)
 
 
-def picture(height: int, width: int) -> Image.Image:
+def image(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -372,8 +372,8 @@ def picture(height: int, width: int) -> Image.Image:
 def test_preprocessing_equals_the_image_processor(folders, name, size):
     preprocessing = load_annotator(str(folders[name])).preprocessing
     processor = transformers.AutoImageProcessor.from_pretrained(folders[name])
-    pixels, box = preprocessing(picture(*size))
-    expected = processor(images=picture(*size), return_tensors="pt")["pixel_values"]
+    pixels, box = preprocessing(image(*size))
+    expected = processor(images=image(*size), return_tensors="pt")["pixel_values"]
     assert preprocessing.image_size == size
     assert box == (0.0, 0.0, 1.0, 1.0)
     assert pixels.dtype == torch.uint8
@@ -383,7 +383,7 @@ def test_preprocessing_equals_the_image_processor(folders, name, size):
 def test_transformers_folder_gives_its_own_scores(folders):
     annotator = load_annotator(str(folders["vit"]))
     model = transformers.ViTForImageClassification.from_pretrained(folders["vit"]).eval()
-    pixels, _ = annotator.preprocessing(picture(40, 50))
+    pixels, _ = annotator.preprocessing(image(40, 50))
     inputs = annotator.preprocessing.normalize(pixels[None])
     expected = model.classifier(model.vit(inputs).last_hidden_state[:, 1:]).mT.unflatten(2, (4, 4))
     torch.testing.assert_close(annotator.score_map(pixels[None]), expected, rtol=1e-4, atol=1e-5)
@@ -396,7 +396,7 @@ def test_transformers_folder_gives_its_own_scores(folders):
 def test_timm_folder_gives_its_own_scores_and_names(folders):
     annotator = load_annotator(str(folders["timm"]), image_size=(64, 96))
     model = timm.create_model(f"local-dir:{folders['timm']}", pretrained=True).eval()
-    pixels, _ = annotator.preprocessing(picture(64, 96))
+    pixels, _ = annotator.preprocessing(image(64, 96))
     inputs = (pixels[None] / 255.0 - 0.5) / 0.5
     expected = timm_resnet_at_cells(model, inputs).mT.unflatten(2, (2, 3))
     torch.testing.assert_close(annotator.score_map(pixels[None]), expected, rtol=1e-4, atol=1e-5)
@@ -411,7 +411,7 @@ def test_timm_folder_is_recorded_by_its_name(folders):
 def test_patch_head_is_used_where_it_was_trained(folders):
     annotator = load_annotator(str(folders["patch head"]))
     model = LVViTForImageClassification.from_pretrained(folders["patch head"]).eval()
-    pixels, _ = annotator.preprocessing(picture(50, 40))
+    pixels, _ = annotator.preprocessing(image(50, 40))
     expected = model(annotator.preprocessing.normalize(pixels[None])).patch_logits.mT.unflatten(2, (4, 6))
     assert isinstance(annotator.dense, PatchClassifier)
     assert annotator.provenance["map_size"] == [4, 6]
@@ -421,7 +421,7 @@ def test_patch_head_is_used_where_it_was_trained(folders):
 def test_class_token_head_is_used_where_the_patch_head_has_no_weight(folders):
     annotator = load_annotator(str(folders["class token"]))
     model = LVViTForImageClassification.from_pretrained(folders["class token"]).eval()
-    pixels, _ = annotator.preprocessing(picture(50, 40))
+    pixels, _ = annotator.preprocessing(image(50, 40))
     tokens = model.lvvit(annotator.preprocessing.normalize(pixels[None])).last_hidden_state
     expected = model.classifier(tokens[:, 1:]).mT.unflatten(2, (4, 6))
     torch.testing.assert_close(annotator.score_map(pixels[None]), expected, rtol=1e-4, atol=1e-5)
@@ -439,7 +439,7 @@ def test_class_token_head_is_used_where_the_patch_head_has_no_weight(folders):
 )
 def test_image_size_is_taken_over(folders, name, image_size, grid_size):
     annotator = load_annotator(str(folders[name]), image_size)
-    pixels, _ = annotator.preprocessing(picture(30, 70))
+    pixels, _ = annotator.preprocessing(image(30, 70))
     scores = annotator.score_map(pixels[None])
     assert pixels.shape == (3, *image_size)
     assert scores.shape == (1, len(annotator.class_names), *grid_size)
@@ -464,7 +464,7 @@ def test_vit_with_a_table_that_is_not_square_gives_its_own_scores(tmp_path, size
     model = of_transformers("ViT", image_size=size, initializer_range=0.2, **TRANSFORMER).eval()
     save(model, tmp_path, size)
     annotator = load_annotator(str(tmp_path))
-    pixels, _ = annotator.preprocessing(picture(*size))
+    pixels, _ = annotator.preprocessing(image(*size))
     inputs = annotator.preprocessing.normalize(pixels[None])
     expected = tokens_from(1)(model, inputs).mT.unflatten(2, (size[0] // 8, size[1] // 8))
     torch.testing.assert_close(annotator.score_map(pixels[None]), expected, rtol=1e-4, atol=1e-5)
@@ -506,7 +506,7 @@ def test_unknown_names_are_refused_in_one_line(name):
 
 @pytest.mark.parametrize("config", [None, {"model_type": "no_such_type"}, {"model_type": "bert"}])
 def test_message_of_a_library_is_put_into_one_line(tmp_path, config):
-    name = "nobody/no_such_model" if config is None else str(tmp_path)
+    name = "no one/no_such_model" if config is None else str(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"annotator {name} cannot be loaded") as error:
         load_annotator(name)
@@ -585,7 +585,7 @@ def test_score_map_is_in_the_classes_of_the_data_set():
     assert annotator.score_map(pixels[None]).tolist() == [[[[5.0, 6.0]], [[1.0, 2.0]]]]
 
 
-# ---- pictures of another shape: four stripes, 24 x 8 pixels or 8 x 24, in an input of 8 rows and 12 columns
+# ---- images of another shape: four stripes, 24 x 8 pixels or 8 x 24, in an input of 8 rows and 12 columns
 
 COLORS = np.uint8([[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0]])
 BORDER, MEAN = 4, (10, 20, 30)
@@ -597,7 +597,7 @@ def striped(is_wide: bool) -> Image.Image:
 
 
 def stripes_of(pixels: torch.Tensor) -> np.ndarray:
-    """Which stripe each pixel shows, `(rows, columns)`; `BORDER` for the mean colour."""
+    """Which stripe each pixel shows, `(rows, columns)`; `BORDER` for the mean color."""
     palette = np.concatenate([COLORS, np.uint8([MEAN])])
     same = (pixels.permute(1, 2, 0).numpy()[:, :, None] == palette).all(axis=-1)
     assert same.any(axis=-1).all()
@@ -611,7 +611,7 @@ def fitted(fit: str, is_wide: bool) -> tuple[np.ndarray, tuple[float, ...]]:
     return stripes_of(pixels), box
 
 
-def test_squashed_pictures_are_whole():
+def test_squashed_images_are_whole():
     wide, box = fitted("squash", True)
     assert (wide == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]).all()
     assert box == (0, 0, 1, 1)
@@ -620,7 +620,7 @@ def test_squashed_pictures_are_whole():
     assert box == (0, 0, 1, 1)
 
 
-def test_padded_pictures_are_whole_and_have_borders():
+def test_padded_images_are_whole_and_have_borders():
     wide, box = fitted("pad", True)  # 12 x 4 pixels in the middle
     assert (wide[2:6] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]).all()
     assert (wide[[0, 1, 6, 7]] == BORDER).all()
@@ -631,7 +631,7 @@ def test_padded_pictures_are_whole_and_have_borders():
     assert box == pytest.approx((-1.75, 0, 2.75, 1))
 
 
-def test_cropped_pictures_are_their_centre():
+def test_cropped_images_are_their_center():
     wide, box = fitted("center_crop", True)  # columns 6 to 18 of 24
     assert (wide == [1] * 6 + [2] * 6).all()
     assert box == pytest.approx((0.25, 0, 0.75, 1))
@@ -642,9 +642,9 @@ def test_cropped_pictures_are_their_centre():
 
 @pytest.mark.parametrize("fit", ["squash", "pad", "center_crop"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (16, 24)])
-def test_pictures_of_any_shape_get_the_input_size(fit, size):
+def test_images_of_any_shape_get_the_input_size(fit, size):
     preprocessing = Preprocessing((8, 12), (1 / 255,) * 3, (0.0,) * 3, fit=fit)
-    pixels, (left, top, right, bottom) = preprocessing(picture(*size))
+    pixels, (left, top, right, bottom) = preprocessing(image(*size))
     assert pixels.shape == (3, 8, 12)
     if fit != "squash":  # the region has the shape of the input
         assert (right - left) * size[1] * 8 == pytest.approx((bottom - top) * size[0] * 12)

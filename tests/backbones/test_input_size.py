@@ -1,4 +1,4 @@
-"""Classifiers of transformers and timm made for pictures of another size."""
+"""Classifiers of transformers and timm made for images of another size."""
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from modeling_lvvit import LVViTForImageClassification
-from modeling_lvvit.backbones.patch_head import exchange_pixels, load_patch_head, patch_head_of
+from modeling_lvvit.backbones.patch_head import exchange_pixels, get_patch_head, load_patch_head
 from modeling_lvvit.cli.build_backbone import random_classifier
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.token_labeling import (
@@ -135,13 +135,13 @@ def test_patch_logits_are_the_head_on_the_normed_patch_tokens():
     with torch.no_grad():
         output = model(pixel_values)
         tokens = model.vit(pixel_values).last_hidden_state[:, 1:]
-        torch.testing.assert_close(output.patch_logits, patch_head_of(model)(tokens))
+        torch.testing.assert_close(output.patch_logits, get_patch_head(model)(tokens))
         assert torch.equal(output.logits, model.classifier(model.vit(pixel_values).last_hidden_state[:, 0]))
     assert torch.equal(output.logits, output.cls_logits)
 
 
 def test_rows_come_before_columns():
-    """A picture that is dark but for one cell changes the features of that cell most."""
+    """An image that is dark but for one cell changes the features of that cell most."""
     model = add_patch_head(transformers_model("resnet"), (64, 128)).eval()
     assert model.patch_grid_size == (2, 4)
     pixel_values = torch.zeros(1, 3, 64, 128)
@@ -153,8 +153,8 @@ def test_rows_come_before_columns():
 
 
 @pytest.mark.parametrize("kind", ["cvt", "donut-swin", "hiera", "pvt_v2"])
-def test_maps_that_the_head_was_not_run_on_lie_over_the_picture(kind):
-    """As above, in the quarters of the picture; the window of a Swin and the units of a Hiera keep tokens in another order inside."""
+def test_maps_that_the_head_was_not_run_on_lie_over_the_image(kind):
+    """As above, in the quarters of the image; the window of a Swin and the units of a Hiera keep tokens in another order inside."""
     model = add_patch_head(transformers_model(kind), SIZE).eval()
     rows, columns = model.patch_grid_size
     pixel_values = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(2))
@@ -197,11 +197,11 @@ class Flattening(PreTrainedModel):
 def test_cells_out_of_place_are_not_taken_for_a_map(transposes):
     """Labels would go to the wrong tokens; the map in front of the shuffling is found instead."""
     model = Flattening(PreTrainedConfig(num_labels=NUM_CLASSES), Shuffled(transposes))
-    assert add_patch_head(model, SIZE).feature_tap.module_name == "stem"
+    assert add_patch_head(model, SIZE).feature_hook.module_name == "stem"
 
 
 def test_exchanging_pixels_is_mixtoken_for_a_plain_patch_embedding():
-    """The same tokens enter the first layer as if they had been exchanged after the embedding; rows 3 x 4 of a picture 48 x 64."""
+    """The same tokens enter the first layer as if they had been exchanged after the embedding; rows 3 x 4 of an image 48 x 64."""
     torch.manual_seed(0)
     embedding = nn.Conv2d(3, 8, kernel_size=16, stride=16)
     pixel_values = torch.randn(4, 3, 48, 64)
@@ -272,12 +272,12 @@ def test_models_are_copied_and_pickled_with_their_patch_head(tmp_path):
     model = add_patch_head(transformers_model("resnet"), SIZE).eval()
     pixel_values = torch.randn(2, 3, *SIZE)
     model.resnet(pixel_values)  # outside of a forward pass nothing is kept
-    assert model.feature_tap.kept is None
+    assert model.feature_hook.kept is None
     torch.save(model, tmp_path / "model.pt")
     with torch.no_grad():
         expected = model(pixel_values).patch_logits
-        for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
-            torch.testing.assert_close(twin(pixel_values).patch_logits, expected)
+        for copied in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+            torch.testing.assert_close(copied(pixel_values).patch_logits, expected)
 
 
 def test_half_precision_weights_and_other_outputs():
@@ -327,7 +327,7 @@ def test_evaluation_gathers_no_patch_logits(labelled_rows, tmp_path):
 
 
 class NoSpace(PreTrainedModel):
-    """Averages colours and classifies them."""
+    """Averages colors and classifies them."""
 
     config_class = PreTrainedConfig
 
@@ -349,16 +349,14 @@ def test_models_without_spatial_features_are_refused():
 
 
 def test_grids_smaller_than_two_by_two_are_refused(labelled_rows, tmp_path):
-    with pytest.raises(ValueError, match="on pictures of 64 x 64 it has 2 x 2 cells, on these fewer than the 2 x 2"):
+    with pytest.raises(ValueError, match="on images of 64 x 64 it has 2 x 2 cells, on these fewer than the 2 x 2"):
         add_patch_head(transformers_model("resnet"), (32, 32))
-    with pytest.raises(
-        ValueError, match="1 x 2 cells on pictures of 32 x 64 pixels; token labels need at least 2 x 2"
-    ):
+    with pytest.raises(ValueError, match="1 x 2 cells on images of 32 x 64 pixels; token labels need at least 2 x 2"):
         add_patch_head(transformers_model("resnet"), (32, 64))
 
 
 def test_failures_keep_their_own_reason():
-    """A model of fixed size has enough cells on larger pictures, which says nothing of these."""
+    """A model of fixed size has enough cells on larger images, which says nothing of these."""
     model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_vit", num_labels=NUM_CLASSES))
     with pytest.raises(ValueError, match=r"60 x 60 pixels: Input height \(60\)"):
         add_patch_head(model, (60, 60))
@@ -387,9 +385,9 @@ def test_layers_to_shard(model, layers):
         assert layer_class_names(model()) == layers
 
 
-def test_pictures_of_another_size_are_refused():
+def test_images_of_another_size_are_refused():
     model = add_patch_head(transformers_model("resnet"), SIZE)
-    with pytest.raises(ValueError, match="made for pictures of 64 x 64 pixels, on which the model has 2 x 2 cells"):
+    with pytest.raises(ValueError, match="made for images of 64 x 64 pixels, on which the model has 2 x 2 cells"):
         model(torch.zeros(1, 3, 96, 96))
 
 

@@ -13,10 +13,10 @@ from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.benchmark import interleaved_timing as turns
 from modeling_lvvit.benchmark import measure, published_comparison
 from modeling_lvvit.benchmark.__main__ import main
-from modeling_lvvit.benchmark.comparison import size_of
+from modeling_lvvit.benchmark.comparison import count_size
 from modeling_lvvit.benchmark.data_loading import synthetic_label_map, synthetic_rows
-from modeling_lvvit.benchmark.models import Contestant
-from modeling_lvvit.benchmark.published_comparison import contestant_of
+from modeling_lvvit.benchmark.models import BenchmarkModel
+from modeling_lvvit.benchmark.published_comparison import find_benchmark_model
 from modeling_lvvit.benchmark.published_results import COMPETITORS, PublishedRow, lvvit_rows, published_rows
 from modeling_lvvit.benchmark.report import table
 from modeling_lvvit.variants import VARIANTS
@@ -34,8 +34,8 @@ def tiny(tmp_path) -> str:
 
 
 @pytest.fixture
-def few_pictures(labelled_rows, tmp_path) -> str:
-    """A Parquet file with 12 pictures."""
+def few_images(labelled_rows, tmp_path) -> str:
+    """A Parquet file with 12 images."""
     labelled_rows.to_parquet(tmp_path / "rows.parquet")
     return str(tmp_path / "rows.parquet")
 
@@ -50,7 +50,7 @@ def test_inference_rows_have_speed_size_and_ratio(tiny, capsys, tmp_path):
     options = ["+fused+bfloat16", "+eager", "+kept_memory"]
     models = [f"original/{tiny}", tiny, *(tiny + option for option in options), f"original/{tiny}+bfloat16"]
     rows, printed = figures(capsys, tmp_path, "inference", *models, "--batch_sizes", "2", "3", "--ceiling")
-    assert [row["contestant"] for row in rows] == 2 * models
+    assert [row["model"] for row in rows] == 2 * models
     assert rows[0]["ratio"] == rows[6]["ratio"] == 1
     for row in rows:
         assert len(row["seconds"]) == 2
@@ -75,21 +75,21 @@ def test_folders_of_any_patch_size_train(capsys, tmp_path):
     assert rows[0]["parameters"] > 0
 
 
-def test_run_takes_new_batches(tiny, few_pictures, capsys, tmp_path):
+def test_run_takes_new_batches(tiny, few_images, capsys, tmp_path):
     models = [tiny, tiny + "+plain"]
-    rows, _ = figures(capsys, tmp_path, "run", *models, "--batch_sizes", "2", "--images", few_pictures)
+    rows, _ = figures(capsys, tmp_path, "run", *models, "--batch_sizes", "2", "--images", few_images)
     assert {row["mode"] for row in rows} == {"run"}
 
 
-def test_loaders_side_by_side(few_pictures, capsys, tmp_path):
-    rows, printed = figures(capsys, tmp_path, "data", "--batch_sizes", "3", "--images", few_pictures)
-    assert [row["contestant"] for row in rows] == ["token_labels", "plain_labels", "timm", "torchvision"]
+def test_loaders_side_by_side(few_images, capsys, tmp_path):
+    rows, printed = figures(capsys, tmp_path, "data", "--batch_sizes", "3", "--images", few_images)
+    assert [row["model"] for row in rows] == ["token_labels", "plain_labels", "timm", "torchvision"]
     assert "data, batch size 3" in printed
 
 
-def test_too_few_pictures(few_pictures, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="has 12 pictures, fewer than a batch of 16"):
-        figures(capsys, tmp_path, "data", "token_labels", "--images", few_pictures)
+def test_too_few_images(few_images, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="has 12 images, fewer than a batch of 16"):
+        figures(capsys, tmp_path, "data", "token_labels", "--images", few_images)
 
 
 @pytest.mark.slow
@@ -112,9 +112,9 @@ def test_larger_batches_take_more_memory(capsys, tmp_path):
         ("lvvit_t_224+bfloat16+float16", "more than one precision"),
     ],
 )
-def test_unknown_contestants_are_named_before_anything_runs(text, message):
+def test_unknown_benchmark_models_are_named_before_anything_runs(text, message):
     with pytest.raises(ValueError, match=message):
-        Contestant.parse(text)
+        BenchmarkModel.parse(text)
     with pytest.raises(SystemExit, match=message.replace("+", r"\+")):
         main(["inference", "lvvit_t_224", text])
 
@@ -154,10 +154,10 @@ def note_turns(file: Path, name: str):
     return call
 
 
-def test_contestants_are_taken_in_turn_in_processes_of_their_own(tmp_path):
+def test_benchmark_models_are_taken_in_turn_in_processes_of_their_own(tmp_path):
     file = tmp_path / "turns"
     entries = {name: turns.Entry(partial(note_turns, file, name), threads=1) for name in "abc"}
-    times = turns.take_turns(entries, torch.device("cpu"), rounds=3, warmup=1)
+    times = turns.time_interleaved(entries, torch.device("cpu"), rounds=3, warmup=1)
     lines = file.read_text().splitlines()
     assert "".join(line[0] for line in lines) == "abc" + "abc" + "bca" + "cab"
     assert len(set(lines)) == 3 and str(os.getpid()) not in " ".join(lines).split()
@@ -178,29 +178,29 @@ def test_synthetic_maps_name_a_few_classes_and_repeat():
 
 
 def test_table_has_the_columns_that_rows_have():
-    lines = table([{"contestant": "a", "ratio": 1.0}, {"contestant": "longer", "ratio": 12.351}]).splitlines()
-    assert lines == ["contestant  ratio", "a            1.00", "longer      12.35"]
+    lines = table([{"model": "a", "ratio": 1.0}, {"model": "longer", "ratio": 12.351}]).splitlines()
+    assert lines == ["model   ratio", "a        1.00", "longer  12.35"]
 
 
-def test_side_of_pictures_behind_the_name():
-    assert Contestant.parse("timm/cait_xxs24_224@96").build(5).patch_embed.img_size == (96, 96)
-    assert Contestant.parse("timm/resnet18@96").image_size() == (96, 96)  # whose constructor takes no size
-    ours = Contestant.parse("lvvit_t_224@64+fused")
+def test_side_of_images_behind_the_name():
+    assert BenchmarkModel.parse("timm/cait_xxs24_224@96").build(5).patch_embed.img_size == (96, 96)
+    assert BenchmarkModel.parse("timm/resnet18@96").image_size() == (96, 96)  # whose constructor takes no size
+    ours = BenchmarkModel.parse("lvvit_t_224@64+fused")
     assert ours.build().config.image_size == 64 and ours.grid_size() == (4, 4) and ours.options == {"fused"}
     for text in ("lvvit_t_224@", "lvvit_t_224@0", "timm/resnet18@big"):
-        with pytest.raises(ValueError, match="expected the side of its pictures in pixels behind the @"):
-            Contestant.parse(text)
+        with pytest.raises(ValueError, match="expected the side of its images in pixels behind the @"):
+            BenchmarkModel.parse(text)
 
 
 def test_every_published_row_has_a_model_or_says_why_not():
     rows = published_rows([])
-    assert {row.network for row in rows if contestant_of(row) is None} == {"DeepViT-S", "DeepViT-L"}
-    assert all(row.note for row in rows if contestant_of(row) is None)
+    assert {row.network for row in rows if find_benchmark_model(row) is None} == {"DeepViT-S", "DeepViT-L"}
+    assert all(row.note for row in rows if find_benchmark_model(row) is None)
     assert len({(row.network, row.train_size, row.test_size) for row in rows}) == len(rows)
 
 
 def counted_gmacs(row: PublishedRow) -> float:
-    return size_of(contestant_of(row), None)[1] / 2e9
+    return count_size(find_benchmark_model(row), None)[1] / 2e9
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_flops_of_m_at_224_are_not_the_published_ones_and_the_table_says_so():
 )
 def test_competitors_are_the_published_networks(row):
     """Papers count a little differently; another network would be further off."""
-    parameters, flops = size_of(contestant_of(row), None)
+    parameters, flops = count_size(find_benchmark_model(row), None)
     assert flops / 2e9 == pytest.approx(row.gmacs, rel=0.04)
     assert parameters / 1e6 == pytest.approx(row.million_parameters, rel=0.02)
 

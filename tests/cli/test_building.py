@@ -72,11 +72,11 @@ def test_resized_model_saves_and_loads(checkpoint, tmp_path):
 
 
 def test_crop_fraction_replaces_that_of_the_checkpoint(checkpoint):
-    _, processor = build(checkpoint, crop_fraction=1.0)
+    _, processor = build(checkpoint, crop_pct=1.0)
     assert processor.size["shortest_edge"] == 48
 
 
-def test_new_heads_are_listed_and_the_trunk_is_kept(checkpoint, warnings):
+def test_new_heads_are_listed_and_the_backbone_is_kept(checkpoint, warnings):
     with pytest.raises(ValueError, match="has 7 classes, the data has 2"):
         build(checkpoint, ["cat", "dog"])
     model, _ = build(checkpoint, ["cat", "dog"], ignore_mismatched_sizes=True)
@@ -110,7 +110,7 @@ def test_impossible_size_leaves_the_model_as_it_is(tiny_model):
     assert all(torch.equal(weight, before[name]) for name, weight in tiny_model.state_dict().items())
 
 
-def test_trained_tables_keep_their_optimiser_when_nothing_changes(tiny_model):
+def test_trained_tables_keep_their_optimizer_when_nothing_changes(tiny_model):
     table = tiny_model.get_position_embeddings()
     tiny_model.resize_position_embeddings((32, 48))
     assert tiny_model.get_position_embeddings() is table

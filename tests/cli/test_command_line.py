@@ -141,7 +141,7 @@ def test_resuming_elsewhere_does_not_open_the_way_into_another_run(tmp_path):
 
 
 @pytest.mark.parametrize("was_sharded", [True, False])
-def test_sharded_and_whole_optimiser_states_are_not_mixed(was_sharded, tmp_path, monkeypatch):
+def test_sharded_and_whole_optimizer_states_are_not_mixed(was_sharded, tmp_path, monkeypatch):
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
     save_file({"weight": torch.zeros(1)}, checkpoint / "model.safetensors")

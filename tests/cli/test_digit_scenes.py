@@ -23,8 +23,8 @@ def test_scenes_follow_from_the_seed():
 
 
 def test_the_label_is_the_largest_digit_of_the_mask():
-    pictures, masks, labels = digit_scenes.draw_split("train", 40, seed=0)
-    assert pictures.shape == (40, 64, 64, 3)
+    images, masks, labels = digit_scenes.draw_split("train", 40, seed=0)
+    assert images.shape == (40, 64, 64, 3)
     for mask, label in zip(masks, labels):
         counts = np.bincount(mask[mask < 10], minlength=10)
         assert counts[label] >= 0.25 * counts.sum()

@@ -27,9 +27,9 @@ from transformers.utils import logging as transformers_logging
 
 import train_tl
 from modeling_lvvit.annotators.annotator import load_annotator
-from modeling_lvvit.backbones.patch_head import patch_head_of
-from modeling_lvvit.backbones.preprocessing import view_of
-from modeling_lvvit.cli.build_model import build_model, picture_size_of
+from modeling_lvvit.backbones.patch_head import get_patch_head
+from modeling_lvvit.backbones.preprocessing import processor_view
+from modeling_lvvit.cli.build_model import build_model, model_image_size
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.parser import parse
 from modeling_lvvit.token_labeling import add_patch_head
@@ -45,7 +45,7 @@ SMALL_RESNET = '{"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    """A ViT of 64 x 64 pixels with a patch head and its own normalisation."""
+    """A ViT of 64 x 64 pixels with a patch head and its own normalization."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model = add_patch_head(transformers_model("vit"), (64, 64))
     model.config.id2label = dict(enumerate(NAMES))
@@ -76,11 +76,11 @@ def test_architectures_from_random_weights(architecture, overrides, kind, tmp_pa
     """They have the classes of the data and the asked-for size, and are built again from what is saved."""
     model, processor = build(architecture=architecture, config_overrides=overrides, image_size=[96, 64])
     assert type(model).__name__ == kind
-    assert picture_size_of(model) == (96, 64) == (processor.crop_size["height"], processor.crop_size["width"])
+    assert model_image_size(model) == (96, 64) == (processor.crop_size["height"], processor.crop_size["width"])
     assert list(model.config.id2label.values()) == NAMES
     model.save_pretrained(tmp_path)
     pixel_values = torch.randn(1, 3, 96, 64)
-    options = model.feature_tap.forward_options
+    options = model.feature_hook.forward_options
     with torch.no_grad():
         again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()(pixel_values, **options)
         torch.testing.assert_close(again.logits, model.eval()(pixel_values).logits)
@@ -98,14 +98,14 @@ def test_sizes_are_given_in_the_form_that_an_architecture_takes():
     assert model.config.vision_config.image_size == 96 and model.patch_grid_size == (6, 6)
 
 
-def test_checkpoint_keeps_weights_patch_head_and_normalisation(checkpoint):
+def test_checkpoint_keeps_weights_patch_head_and_normalization(checkpoint):
     model, processor = build(model_name_or_path=checkpoint)
     assert processor.image_mean == pytest.approx(MEAN) and processor.image_std == pytest.approx(STD)
     assert isinstance(processor, BitImageProcessor)
     saved = AutoModelForImageClassification.from_pretrained(checkpoint)
     assert torch.equal(model.vit.layernorm.weight, saved.vit.layernorm.weight)
     again, _ = build(model_name_or_path=checkpoint)
-    assert torch.equal(patch_head_of(again)[1].weight, patch_head_of(model)[1].weight)
+    assert torch.equal(get_patch_head(again)[1].weight, get_patch_head(model)[1].weight)
 
 
 def test_other_classes_are_refused_or_make_new_heads(checkpoint):
@@ -129,7 +129,7 @@ def test_timm_checkpoint_gets_other_classes(tmp_path):
 
 
 def test_checkpoint_at_another_resolution(checkpoint, tmp_path):
-    """The position table is resized once; the saved model takes pictures of the new size without options."""
+    """The position table is resized once; the saved model takes images of the new size without options."""
     model, processor = build(model_name_or_path=checkpoint, image_size=[96, 64])
     assert model.patch_grid_size == (6, 4) and processor.crop_size["height"] == 96
     model.save_pretrained(tmp_path)
@@ -150,20 +150,20 @@ def saved_with(processor, tmp_path, size: int = 64) -> str:
 
 
 def test_the_image_processor_of_a_checkpoint_stays(tmp_path):
-    """This one squashes pictures with another filter, also at another size; a crop replaces it."""
+    """This one squashes images with another filter, also at another size; a crop replaces it."""
     own = ViTImageProcessor(size={"height": 64, "width": 64}, image_mean=MEAN, image_std=STD, resample=2)
     path = saved_with(own, tmp_path)
     _, processor = build(model_name_or_path=path)
     assert isinstance(processor, ViTImageProcessor) and processor.to_dict() == own.to_dict()
     model, processor = build(model_name_or_path=path, image_size=[96, 64])
     assert not processor.do_center_crop and processor.resample == 2
-    assert (processor.size["height"], processor.size["width"]) == (96, 64) == picture_size_of(model)
-    _, processor = build(model_name_or_path=path, crop_fraction=0.8)
+    assert (processor.size["height"], processor.size["width"]) == (96, 64) == model_image_size(model)
+    _, processor = build(model_name_or_path=path, crop_pct=0.8)
     assert isinstance(processor, BitImageProcessor) and processor.size["shortest_edge"] == 80
     assert processor.image_mean == pytest.approx(MEAN) and processor.resample == 2
 
 
-def test_processors_that_make_pictures_of_several_sizes_are_replaced(tmp_path):
+def test_processors_that_make_images_of_several_sizes_are_replaced(tmp_path):
     own = BitImageProcessor(size={"shortest_edge": 64}, do_center_crop=False, image_mean=MEAN, image_std=STD)
     _, processor = build(model_name_or_path=saved_with(own, tmp_path), image_size=[64])
     assert processor.do_center_crop and processor.crop_size["height"] == 64
@@ -174,15 +174,15 @@ def test_models_are_made_for_the_size_of_their_processor_or_their_own(tmp_path, 
     """A processor that does not resize has none; the model has."""
     own = ViTImageProcessor(do_resize=False, image_mean=MEAN, image_std=STD)
     model, processor = build(model_name_or_path=saved_with(own, tmp_path))
-    assert picture_size_of(model) == (64, 64) and processor.crop_size["height"] == 64
+    assert model_image_size(model) == (64, 64) and processor.crop_size["height"] == 64
 
 
-def test_squashed_and_cropped_pictures_stay_so_at_another_size(tmp_path):
+def test_squashed_and_cropped_images_stay_so_at_another_size(tmp_path):
     """DeiT: 256 x 256, of which 224 x 224 are kept; at 112 x 56 it is 128 x 64."""
     own = DeiTImageProcessor(image_mean=MEAN, image_std=STD)
     _, processor = build(model_name_or_path=saved_with(own, tmp_path, 224), image_size=[112, 56])
     assert (processor.size["height"], processor.size["width"]) == (128, 64) and processor.do_center_crop
-    assert view_of(processor) == pytest.approx((0.875, 0.875), abs=0.01)
+    assert processor_view(processor) == pytest.approx((0.875, 0.875), abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -197,17 +197,17 @@ def test_squashed_and_cropped_pictures_stay_so_at_another_size(tmp_path):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_rebuilt_processors_show_the_same_part_of_a_picture(own, view, tmp_path):
-    """Shares of the width and height of a picture of 8:5."""
-    assert view_of(own) == pytest.approx(view, abs=0.01)
+def test_rebuilt_processors_show_the_same_part_of_a_image(own, view, tmp_path):
+    """Shares of the width and height of an image of 8:5."""
+    assert processor_view(own) == pytest.approx(view, abs=0.01)
     _, processor = build(model_name_or_path=saved_with(own, tmp_path), image_size=[112])
-    assert view_of(processor) == pytest.approx(view, abs=0.02)
+    assert processor_view(processor) == pytest.approx(view, abs=0.02)
     pixels = [part(Image.new("RGB", (640, 400), (200, 100, 50)), return_tensors="pt") for part in (own, processor)]
     middle = [part["pixel_values"][0, :, 56, 56] for part in pixels]
     torch.testing.assert_close(*middle, atol=0.02, rtol=0)
 
 
-def test_processors_that_exchange_colours_are_refused(tmp_path):
+def test_processors_that_exchange_colors_are_refused(tmp_path):
     own = MobileViTImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     with pytest.raises(ValueError, match="MobileViTImageProcessor exchanges red and blue"):
         build(model_name_or_path=saved_with(own, tmp_path))
@@ -240,7 +240,7 @@ def test_timm_checkpoints_are_used_as_they_were_trained(tmp_path):
     assert isinstance(processor, BitImageProcessor) and processor.crop_size["height"] == 80
     assert len(pipeline("image-classification", str(tmp_path / "end"))(Image.new("RGB", (90, 70)), top_k=3)) == 3
     again, _ = build(model_name_or_path=str(tmp_path / "end"))
-    assert picture_size_of(again) == (80, 80)
+    assert model_image_size(again) == (80, 80)
     assert load_annotator(str(tmp_path / "end")).preprocessing.image_size == (80, 80)
 
 

@@ -71,16 +71,14 @@ def test_recipes_instantiate_the_exact_model(name):
     variant = model_args.variant or "lvvit_s_224"
     if not name.startswith("ablation") or name >= "ablation/5":
         assert model.num_parameters() == VARIANTS[variant].num_parameters
-        assert processor.size["shortest_edge"] == int(
-            model.config.image_height_width[0] / VARIANTS[variant].crop_fraction
-        )
+        assert processor.size["shortest_edge"] == int(model.config.image_height_width[0] / VARIANTS[variant].crop_pct)
     rates = {"t": 0.0, "s": 0.1, "m": 0.2, "l": 0.3}
     assert model.config.drop_path_rate == rates[variant[6]]
     assert training_args.num_train_epochs == 310
 
 
 def test_ablation_starts_at_deit_s():
-    """22.05 million parameters (Touvron et al. 2021), beside the auxiliary head that plain labels leave alone."""
+    """22.05 million parameters (Touvron et al. 2021), next to the auxiliary head that plain labels leave alone."""
     with torch.device("meta"):
         model, _ = build_model(parse(["ablation/1_deit_s"])[0], THOUSAND)
     assert model.num_parameters() - model.patch_classifier.weight.numel() - 1000 == 22_050_664

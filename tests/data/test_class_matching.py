@@ -1,4 +1,4 @@
-"""Which class of an annotator is which class of a data set."""
+"""Which class of an annotator is which class of a dataset."""
 
 import functools
 import random
@@ -10,9 +10,9 @@ from timm.data import ImageNetInfo
 
 from modeling_lvvit.data.class_matching import (
     ClassMap,
+    all_names,
     imagenet_class_names,
     match_classes,
-    names_of,
     normalized,
     read_class_map,
     same_classes,
@@ -25,7 +25,7 @@ DATASET = ["eel", "dog", "cat"]
 
 
 def pairs_of(class_map: ClassMap) -> list[int]:
-    """The one annotator class of each class of the data set."""
+    """The one annotator class of each class of the dataset."""
     assert all(len(group) == 1 for group in class_map.groups)
     return [group[0] for group in class_map.groups]
 
@@ -57,9 +57,9 @@ def test_normalized_names_lose_case_and_separators_only():
 
 def test_names_of_a_wordnet_id_are_its_synonyms():
     wordnet = {"n00000001": "tench, Tinca tinca"}
-    assert names_of("n00000001", wordnet) == {"n00000001", "tench", "tinca tinca"}
-    assert names_of("n00000002", wordnet) == {"n00000002"}
-    assert names_of("Eel, ,sea_eel", {}) == {"eel, ,sea eel", "eel", "sea eel"}
+    assert all_names("n00000001", wordnet) == {"n00000001", "tench", "tinca tinca"}
+    assert all_names("n00000002", wordnet) == {"n00000002"}
+    assert all_names("Eel, ,sea_eel", {}) == {"eel, ,sea eel", "eel", "sea eel"}
 
 
 def test_wordnet_ids_match_names_in_another_order():
@@ -83,7 +83,7 @@ def test_numbered_names_are_refused(names):
 def test_missing_and_extra_classes_are_named():
     with pytest.raises(ValueError) as error:
         match_classes(["cat", "wolf", "fox"], ["owl", "cat"], ignore_extra_classes=True)
-    assert "only in the data set: 'owl'\n" in str(error.value)
+    assert "only in the dataset: 'owl'\n" in str(error.value)
     assert "only in the annotator: 'wolf', 'fox'\n" in str(error.value)
     assert "--ignore_extra_classes" not in str(error.value)  # it would not help
 
@@ -116,14 +116,14 @@ def test_first_classes_of_a_longer_list_are_no_identity():
     ],
 )
 def test_names_that_do_not_settle_it_are_refused(annotator, dataset):
-    with pytest.raises(ValueError, match="only in the data set"):
+    with pytest.raises(ValueError, match="only in the dataset"):
         match_classes(annotator, dataset)
 
 
 def test_namesakes_are_paired_in_order_where_all_others_keep_theirs():
     annotator = ["eel", "crane", "cat", "Crane"]
     assert pairs_of(match_classes(annotator, ["crane, bird", "eel", "crane, machine", "cat"])) == [1, 0, 3, 2]
-    with pytest.raises(ValueError, match="only in the data set: 'crane, bird', 'crane, machine'\n"):
+    with pytest.raises(ValueError, match="only in the dataset: 'crane, bird', 'crane, machine'\n"):
         match_classes(annotator, ["crane, bird", "cat", "crane, machine", "eel"])
 
 
@@ -173,7 +173,7 @@ def test_shuffled_namesakes_of_imagenet_are_refused_by_name():
     ids, names = imagenet()
     with pytest.raises(ValueError) as error:
         match_classes([names["synonyms"][index] for index in shuffled()], ids, wordnet_names(ids))
-    assert "only in the data set: 'n02012849', 'n03126707'\n" in str(error.value)
+    assert "only in the dataset: 'n02012849', 'n03126707'\n" in str(error.value)
     assert "only in the annotator: 'crane', 'crane'\n" in str(error.value)
 
 
@@ -279,7 +279,7 @@ def test_names_come_before_ids(tmp_path):
         ("eel,eel\ndog,fox\ncat,cat", "map.csv", r"annotator: 'fox': no class of 4 has this name or id"),
         ("eel,eel\ndog,4\ncat,cat", "map.csv", r"annotator: '4': no class of 4"),
         ("eel,eel\ndog,-1\ncat,cat", "map.csv", r"annotator: '-1': no class of 4"),
-        ("eel,eel\nfox,dog\ncat,cat", "map.csv", r"data set: 'fox': no class of 3"),
+        ("eel,eel\nfox,dog\ncat,cat", "map.csv", r"dataset: 'fox': no class of 3"),
         ("dog,dog", "map.csv", r"leaves classes .* without a partner: 'eel', 'cat'"),
         ('{"eel": "eel", "dog": [], "cat": "cat"}', "map.json", r"without a partner: 'dog'"),
         ('{"eel": "eel", "dog": null, "cat": "cat"}', "map.json", r"annotator: None"),

@@ -1,4 +1,4 @@
-"""The demo: what it says of a picture, the page as a program uses it, and the folder for a Space."""
+"""The demo: what it says of an image, the page as a program uses it, and the folder for a Space."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, SegformerIm
 from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation
 from modeling_lvvit.demo.__main__ import main
 from modeling_lvvit.demo.explanation import Explainer, annotated
-from modeling_lvvit.demo.page import build_page, build_segmentation_page, read_picture
+from modeling_lvvit.demo.page import build_page, build_segmentation_page, read_image
 from modeling_lvvit.demo.segmentation import Segmenter, is_segmentation_model
 from modeling_lvvit.demo.space import export_space
 from modeling_lvvit.variants import evaluation_image_processor
@@ -45,54 +45,54 @@ def folder(tmp_path) -> str:
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8))
 
 
-def test_explanation_of_a_class(folder, picture):
+def test_explanation_of_a_class(folder, image):
     explainer = Explainer(folder)
     assert (
         "LVViTForImageClassification" in explainer.description and "5 classes, 32 x 48 pixels" in explainer.description
     )
-    assert explainer.probabilities(picture).sum().item() == pytest.approx(1)
-    one, other = (explainer.explain(picture, index) for index in (0, 1))
+    assert explainer.probabilities(image).sum().item() == pytest.approx(1)
+    one, other = (explainer.explain(image, index) for index in (0, 1))
     assert one.relevance.shape == one.attention.shape == (320, 480, 3) and one.relevance.dtype == np.uint8
     assert (one.relevance != other.relevance).any() and (one.attention == other.attention).all()
     assert one.note == ""
-    (shown, sections), note = explainer.cells(picture)
+    (shown, sections), note = explainer.cells(image)
     assert note == "" and all(mask.shape == shown.shape[:2] for mask, _ in sections)
 
 
-def test_model_that_was_trained_with_plain_labels_still_has_cells(tmp_path, picture):
+def test_model_that_was_trained_with_plain_labels_still_has_cells(tmp_path, image):
     explainer = Explainer(save_model(tmp_path / "model", patch_logits_weight=0.0))
-    assert explainer.cells(picture)[0] is not None
+    assert explainer.cells(image)[0] is not None
 
 
-def test_model_without_class_token_says_what_is_missing(tmp_path, picture):
+def test_model_without_class_token_says_what_is_missing(tmp_path, image):
     shape = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}
     ResNetForImageClassification(ResNetConfig(**shape, num_labels=5, id2label=NAMES)).save_pretrained(tmp_path)
     evaluation_image_processor((64, 64), 1.0).save_pretrained(tmp_path)
     explainer = Explainer(str(tmp_path))
-    found = explainer.explain(picture, 0)
+    found = explainer.explain(image, 0)
     assert found.relevance is None and found.note.startswith("No relevance: ")
-    assert explainer.cells(picture)[0] is not None
+    assert explainer.cells(image)[0] is not None
 
 
 def test_cells_of_the_strongest_classes_come_first():
     ids, strengths = np.array([[0, 1], [1, 2]]), np.array([[0.4, 0.5], [0.3, 0.0]])
-    picture, sections = annotated(np.zeros((4, 4, 3)), ids, strengths, ["a", "b", "c"])
+    image, sections = annotated(np.zeros((4, 4, 3)), ids, strengths, ["a", "b", "c"])
     assert [name for _, name in sections] == ["b 50 %", "a 25 %"]  # c is at chance
     assert sections[0][0][0, 3] == pytest.approx(0.5) and sections[0][0][3, 3] == 0
 
 
-def test_segmentation_model_paints_classes(tmp_path, picture):
+def test_segmentation_model_paints_classes(tmp_path, image):
     config = tiny_config(segmentation_head="fcn", num_hidden_layers=4, num_labels=len(NAMES), id2label=NAMES)
     LVViTForSemanticSegmentation(config).save_pretrained(tmp_path)
     SegformerImageProcessor(do_resize=True, size={"shortest_edge": 32}).save_pretrained(tmp_path)
     assert is_segmentation_model(str(tmp_path))
     segmenter = Segmenter(str(tmp_path))
     assert segmenter.settings.window == (32, 48) and segmenter.settings.short_side == 32
-    shown, sections = segmenter.segment(picture)
+    shown, sections = segmenter.segment(image)
     assert shown.shape == (40, 70, 3)
     assert sum((mask > 0).astype(int) for mask, _ in sections).tolist() == np.ones((40, 70), int).tolist()
     build_segmentation_page(segmenter)
@@ -106,8 +106,8 @@ def client(folder):
     page.close()
 
 
-def test_page_classifies_and_explains(client, picture, tmp_path):
-    picture.save(tmp_path / "scene.png")
+def test_page_classifies_and_explains(client, image, tmp_path):
+    image.save(tmp_path / "scene.png")
     file = handle_file(str(tmp_path / "scene.png"))
     best, dropdown, relevance, attention, cells, notes = client.predict(file, api_name="/classify")
     assert len(best["confidences"]) == 5 and best["label"] == dropdown["choices"][0][0]
@@ -117,23 +117,23 @@ def test_page_classifies_and_explains(client, picture, tmp_path):
     assert Path(other).read_bytes() != Path(relevance).read_bytes()
 
 
-def test_page_says_that_a_file_is_no_picture(client, tmp_path):
-    for name, content in (("notes.png", b"not a picture"), ("cut.jpg", _jpeg()[:200])):
+def test_page_says_that_a_file_is_no_image(client, tmp_path):
+    for name, content in (("notes.png", b"not an image"), ("cut.jpg", _jpeg()[:200])):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(Exception, match=f"{name} cannot be read as a picture"):
+        with pytest.raises(Exception, match=f"{name} cannot be read as an image"):
             client.predict(handle_file(str(tmp_path / name)), api_name="/classify")
 
 
-def test_page_opens_uploaded_files_only(client, picture, tmp_path):
-    picture.save(tmp_path / "private.png")
+def test_page_opens_uploaded_files_only(client, image, tmp_path):
+    image.save(tmp_path / "private.png")
     for path in (str(tmp_path / "private.png"), "/etc/hostname", "http://127.0.0.1:9/a.png"):
-        with pytest.raises(gr.Error, match="Upload a picture first"):
-            read_picture(SimpleNamespace(path=path, orig_name=None))
-    assert read_picture(None) is None
+        with pytest.raises(gr.Error, match="Upload an image first"):
+            read_image(SimpleNamespace(path=path, orig_name=None))
+    assert read_image(None) is None
 
 
-def test_relevance_alone(client, picture, tmp_path):
-    picture.save(tmp_path / "scene.png")
+def test_relevance_alone(client, image, tmp_path):
+    image.save(tmp_path / "scene.png")
     assert Path(client.predict(handle_file(str(tmp_path / "scene.png")), 1, api_name="/relevance")).is_file()
 
 

@@ -16,14 +16,14 @@ from sklearn.metrics import top_k_accuracy_score
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from modeling_lvvit import LVViTForImageClassification
-from modeling_lvvit.backbones.image_processors import crop_fraction_of
+from modeling_lvvit.backbones.image_processors import processor_crop_pct
 from modeling_lvvit.evaluate import ClassificationScores, mean_corruption_error, read_real_labels
 from modeling_lvvit.evaluate.__main__ import MODULE, main
 from modeling_lvvit.evaluate.classifier import InputOptions, load_classifier
 from modeling_lvvit.evaluate.scores import ALEXNET_ERRORS, find_real_labels, imagenet_real_labels
-from modeling_lvvit.evaluate.test_sets import classes_of, corruption_folders, open_test_set, real_labels_of
+from modeling_lvvit.evaluate.test_sets import corruption_folders, model_class_map, open_test_set, reassessed_labels
 from modeling_lvvit.variants import evaluation_image_processor
-from support.images import encode_picture
+from support.images import encode_image
 from support.models import tiny_config
 from support.programs import ROOT, environment_of
 
@@ -80,7 +80,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def save_vit(folder: Path) -> None:
-    """A tiny ViT of eight classes whose processor squashes pictures to 32 x 32 pixels."""
+    """A tiny ViT of eight classes whose processor squashes images to 32 x 32 pixels."""
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     ViTForImageClassification(ViTConfig(**shape, image_size=32, patch_size=8, num_labels=8)).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -88,11 +88,11 @@ def save_vit(folder: Path) -> None:
 
 def rows_of(names: list[str], number: int = 11, seed: int = 0, paths: list[str] | None = None) -> datasets.Dataset:
     rng = np.random.default_rng(seed)
-    pictures = [
+    arrays = [
         rng.integers(0, 256, (rng.integers(30, 60), rng.integers(30, 60), 3), dtype=np.uint8) for _ in range(number)
     ]
     paths = paths or [f"{index}.png" for index in range(number)]
-    images = [{"bytes": encode_picture(picture, "PNG"), "path": path} for picture, path in zip(pictures, paths)]
+    images = [{"bytes": encode_image(array, "PNG"), "path": path} for array, path in zip(arrays, paths)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     return datasets.Dataset.from_dict(
         {"image": images, "label": rng.integers(0, len(names), number).tolist()}, features
@@ -106,8 +106,8 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def logits_of(model: Path, rows: datasets.Dataset) -> torch.Tensor:
-    """Picture by picture, by the standard classes of transformers."""
+def output_logits(model: Path, rows: datasets.Dataset) -> torch.Tensor:
+    """Image by image, by the standard classes of transformers."""
     network = LVViTForImageClassification.from_pretrained(model).eval()
     processor = evaluation_image_processor((32, 32), 0.8)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def results_of(tmp_path: Path, *arguments) -> list[dict]:
 
 def test_program_equals_an_independent_computation(model, data, tmp_path, capsys):
     rows = datasets.load_dataset("parquet", data_files=str(data / "test.parquet"), split="train")
-    logits, labels = logits_of(model, rows), np.array(rows["label"])
+    logits, labels = output_logits(model, rows), np.array(rows["label"])
     rng = np.random.default_rng(3)
     real = [sorted(set(rng.integers(0, 8, rng.integers(0, 4)).tolist())) for _ in rows]
     (tmp_path / "real.json").write_text(json.dumps(real))
@@ -149,7 +149,7 @@ def test_fewer_classes_are_decided_among_themselves(model, tmp_path):
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "test.parquet"), split="train")
     (record,) = results_of(tmp_path, "--model", model, "--dataset", tmp_path / "test.parquet")
     (found,) = record["results"].values()
-    expected = logits_of(model, rows)[:, [6, 1, 3]].argmax(1).numpy() == np.array(rows["label"])
+    expected = output_logits(model, rows)[:, [6, 1, 3]].argmax(1).numpy() == np.array(rows["label"])
     assert found["accuracy"] == pytest.approx(expected.mean()) and found["classes"] == 3
 
 
@@ -160,42 +160,44 @@ def test_folders_called_by_numbers_name_class_ids(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
     test_set = open_test_set(str(tmp_path))
     assert test_set.class_names == ["0", "10", "2"]
-    found = classes_of([f"thing {index}" for index in range(11)], test_set)
+    found = model_class_map([f"thing {index}" for index in range(11)], test_set)
     assert found.groups == ((0,), (10,), (2,))
-    assert classes_of(["0", "10", "2"], test_set) is None  # a model that was trained on such folders has their names
-    assert classes_of(["10", "2", "5", "0"], test_set).groups == ((3,), (0,), (1,))
+    assert (
+        model_class_map(["0", "10", "2"], test_set) is None
+    )  # a model that was trained on such folders has their names
+    assert model_class_map(["10", "2", "5", "0"], test_set).groups == ((3,), (0,), (1,))
     with pytest.raises(ValueError, match="class folder 10; the model has the classes 0 to 9"):
-        classes_of([f"thing {index}" for index in range(10)], test_set)
+        model_class_map([f"thing {index}" for index in range(10)], test_set)
 
 
 def test_real_labels_follow_the_numbers_of_the_files(tmp_path):
     paths = [f"val/ILSVRC2012_val_{number:08d}_n01440764.JPEG" for number in (3, 1)]
     rows_of(NAMES, 2, paths=paths).to_parquet(tmp_path / "validation.parquet")
     test_set = open_test_set(str(tmp_path))
-    assert real_labels_of(test_set, "image", "label", [[1, 2], [3], []]) == [None, frozenset({1, 2})]
+    assert reassessed_labels(test_set, "image", "label", [[1, 2], [3], []]) == [None, frozenset({1, 2})]
     with pytest.raises(ValueError, match="images up to 3 and 8 classes"):
-        real_labels_of(test_set, "image", "label", [[1], [2]])
+        reassessed_labels(test_set, "image", "label", [[1], [2]])
     with pytest.raises(ValueError, match="at least 9 classes"):
-        real_labels_of(test_set, "image", "label", [[1], [2], [8]])
+        reassessed_labels(test_set, "image", "label", [[1], [2], [8]])
     rows_of(NAMES, 2).to_parquet(tmp_path / "validation.parquet")
     test_set = open_test_set(str(tmp_path))
-    assert real_labels_of(test_set, "image", "label", [[1], [2, 3]]) == [
+    assert reassessed_labels(test_set, "image", "label", [[1], [2, 3]]) == [
         frozenset({1}),
         frozenset({2, 3}),
     ]  # as many: by their place
-    with pytest.raises(ValueError, match="nobody can tell which label is whose"):
-        real_labels_of(test_set, "image", "label", [[1], [2], [3]])
+    with pytest.raises(ValueError, match="no one can tell which label is whose"):
+        reassessed_labels(test_set, "image", "label", [[1], [2], [3]])
 
 
 def test_real_labels_of_other_images_are_refused(tmp_path):
     rows_of(NAMES, 60).to_parquet(tmp_path / "validation.parquet")
     test_set = open_test_set(str(tmp_path))
     human = test_set.rows["label"]
-    assert len(real_labels_of(test_set, "image", "label", [[label] for label in human])) == 60
+    assert len(reassessed_labels(test_set, "image", "label", [[label] for label in human])) == 60
     with pytest.raises(ValueError, match="Only 0 % of the re-assessed labels hold the label of their image"):
-        real_labels_of(test_set, "image", "label", [[(label + 1) % 8] for label in human])
+        reassessed_labels(test_set, "image", "label", [[(label + 1) % 8] for label in human])
     first = open_test_set(str(tmp_path), max_samples=3)  # the first labels are those of the first rows
-    assert real_labels_of(first, "image", "label", [[label] for label in human]) == [
+    assert reassessed_labels(first, "image", "label", [[label] for label in human]) == [
         frozenset({label}) for label in human[:3]
     ]
 
@@ -232,9 +234,9 @@ def make_corruptions(folder: Path, names: tuple[str, ...], severities: str = "12
 
 def test_corruptions_are_evaluated(model, tmp_path, capsys):
     make_corruptions(tmp_path / "c", ("fog", "noise/shot_noise"))
-    renamed = rows_of(NAMES).rename_columns({"image": "picture", "label": "kind"})
+    renamed = rows_of(NAMES).rename_columns({"image": "photo", "label": "kind"})
     renamed.to_parquet(tmp_path / "test.parquet")
-    columns = ("--dataset", tmp_path / "test.parquet", "--image_column", "picture", "--label_column", "kind")
+    columns = ("--dataset", tmp_path / "test.parquet", "--image_column", "photo", "--label_column", "kind")
     (record,) = results_of(tmp_path, "--model", model, *columns, "--corruptions", tmp_path / "c")
     errors = record["corruptions"]["errors"]
     assert set(errors) == {"fog", "shot_noise"} and all(len(values) == 5 for values in errors.values())
@@ -253,28 +255,28 @@ def test_unfit_folders_of_corruptions_are_named(tmp_path):
 
 
 def test_other_sizes_and_crops(model, tmp_path):
-    """LV-ViT, a ViT of transformers and a timm model on pictures of 48 x 48; the crop keeps half."""
+    """LV-ViT, a ViT of transformers and a timm model on images of 48 x 48; the crop keeps half."""
     save_vit(tmp_path / "vit")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
     for name, random in ((str(model), False), (str(tmp_path / "vit"), False), ("timm/test_vit", True)):
         classifier = load_classifier(name, InputOptions((48, 48), 0.5), random_weights=random)
-        pixels = classifier.transform(picture)
+        pixels = classifier.transform(image)
         assert pixels.shape == (3, 48, 48) and classifier.facts["input_size"] == [48, 48]
         assert classifier.logits(pixels[None]).shape == (1, len(classifier.class_names))
-        # the shorter side becomes 96, of which the middle is kept: 30 x 30 pixels of the picture
-        middle = picture.crop((30, 15, 60, 45)).resize((48, 48), Image.Resampling.BICUBIC)
+        # the shorter side becomes 96, of which the middle is kept: 30 x 30 pixels of the image
+        middle = image.crop((30, 15, 60, 45)).resize((48, 48), Image.Resampling.BICUBIC)
         shown = torch.from_numpy(np.array(middle)).permute(2, 0, 1).float()
         assert np.corrcoef(pixels.flatten().numpy(), shown.flatten().numpy())[0, 1] > 0.9
         assert (
-            pickle.loads(pickle.dumps(classifier.transform))(picture).shape == pixels.shape
+            pickle.loads(pickle.dumps(classifier.transform))(image).shape == pixels.shape
         )  # for workers that are spawned
     own = load_classifier("timm/resnet18", InputOptions(), random_weights=True)
     settings = timm.data.resolve_model_data_config(own.model, use_test_size=True)
     assert own.facts["input_size"] == list(settings["input_size"][1:]) and len(own.class_names) == 1000
 
 
-def test_models_keep_their_view_of_pictures_at_other_sizes(model, tmp_path):
-    """A processor that squashes pictures squashes them at another size too; that of LV-ViT keeps its crop of 0.8."""
+def test_models_keep_their_view_of_images_at_other_sizes(model, tmp_path):
+    """A processor that squashes images squashes them at another size too; that of LV-ViT keeps its crop of 0.8."""
     save_vit(tmp_path / "vit")
     for size in (None, (32, 32), (48, 48)):
         assert load_classifier(str(tmp_path / "vit"), InputOptions(size)).view == pytest.approx((1, 1), abs=0.01)
@@ -289,12 +291,12 @@ def test_models_keep_their_view_of_pictures_at_other_sizes(model, tmp_path):
 )
 def test_crop_fractions_are_read_exactly(side, fraction, shortest):
     processor = evaluation_image_processor((side, side), fraction)
-    assert processor.size["shortest_edge"] == shortest and crop_fraction_of(processor) == fraction
+    assert processor.size["shortest_edge"] == shortest and processor_crop_pct(processor) == fraction
 
 
-def test_what_was_measured_is_kept_when_a_later_picture_is_broken(model, data, tmp_path):
+def test_what_was_measured_is_kept_when_a_later_image_is_broken(model, data, tmp_path):
     table = rows_of(NAMES, 3).cast_column("image", datasets.Image(decode=False)).to_list()
-    table[1]["image"]["bytes"] = b"no picture"
+    table[1]["image"]["bytes"] = b"no image"
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
     datasets.Dataset.from_list(table, features=features).to_parquet(tmp_path / "broken.parquet")
     with pytest.raises(SystemExit, match="Row 1 of the .*broken.parquet data.*cannot be decoded"):
@@ -303,8 +305,8 @@ def test_what_was_measured_is_kept_when_a_later_picture_is_broken(model, data, t
     assert [found["images"] for found in record["results"].values()] == [11]
 
 
-def test_models_that_do_not_take_their_pictures_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"on pictures of \[100, 100\] pixels|cannot be evaluated"):
+def test_models_that_do_not_take_their_images_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"on images of \[100, 100\] pixels|cannot be evaluated"):
         load_classifier("timm/test_vit", InputOptions((100, 100)), random_weights=True)
 
 
@@ -321,14 +323,14 @@ def test_models_are_compared_on_several_sets(model, data, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"--model": "./nowhere"}, "There is no model folder ./nowhere"),
-        ({"--dataset": "./nowhere"}, "There is no data set at"),
+        ({"--dataset": "./nowhere"}, "There is no dataset at"),
         ({"--dataset": None}, "Give test sets"),
         ({"--split": "dev"}, "no split 'dev'; it has"),
         ({"--label_column": "target"}, "Name it with --label_column"),
         ({"--real_labels": "nowhere.json"}, "no file of re-assessed labels"),
-        ({"--real_labels": "imagenet"}, "nobody can tell"),
+        ({"--real_labels": "imagenet"}, "no one can tell"),
         ({"--corruptions": "./nowhere"}, "no folder of corruptions"),
-        ({"--crop_fraction": "2"}, "must lie in"),
+        ({"--crop_pct": "2"}, "must lie in"),
         ({"--image_size": "31"}, "cannot be evaluated"),
         ({"--batch_size": "0"}, "at least 1"),
     ],
@@ -342,7 +344,7 @@ def test_errors_come_before_any_work(changes, message, model, data):
 
 def test_other_classes_are_refused(model, tmp_path):
     rows_of(["class a", "something else"]).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(SystemExit, match="only in the data set: 'something else'"):
+    with pytest.raises(SystemExit, match="only in the dataset: 'something else'"):
         main(["--model", str(model), "--dataset", str(tmp_path / "test.parquet")])
 
 

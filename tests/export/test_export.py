@@ -37,7 +37,7 @@ onnx = pytest.importorskip("onnx")
 predict = pytest.importorskip("modeling_lvvit.export.predict")
 PATCH = 8
 BOUND = {"rtol": 0.0, "atol": 1e-4}
-GREY_LEVEL = 1 / 255 / 0.224
+GRAY_LEVEL = 1 / 255 / 0.224
 SEGMENTATION = {"num_hidden_layers": 4, "neck_channels": 16, "decoder_channels": 8}
 
 
@@ -63,19 +63,19 @@ def segmenter(head: str) -> LVViTForSemanticSegmentation:
 
 
 def assert_same(run, model: nn.Module, tolerance: dict[str, float] = BOUND, least: int = 1) -> None:
-    """The model's size, one patch more, rectangles both ways, the smallest; one picture, three, eight."""
+    """The model's size, one patch more, rectangles both ways, the smallest; one image, three, eight."""
     (rows, columns), side = model.config.grid_size, model.config.patch_size
     grids = ((rows, columns), (rows + 1, columns + 1), (2, 9), (9, 2), (least, least))
     for batch_size, grid in zip((1, 3, 8, 1, 3), grids):
-        pictures = torch.randn(batch_size, 3, *(side * cells for cells in grid))
-        expected, found = model(pictures, interpolate_pos_encoding=True), run(pictures)
+        images = torch.randn(batch_size, 3, *(side * cells for cells in grid))
+        expected, found = model(images, interpolate_pos_encoding=True), run(images)
         for name, values in found.items():
             assert values.dtype == torch.float32
             torch.testing.assert_close(values, expected[name], **tolerance)
 
 
 def photograph(size: tuple[int, int] = (90, 60)) -> Image.Image:
-    """A smooth picture with a lot of colours."""
+    """A smooth image with a lot of colors."""
     noise = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
@@ -151,10 +151,10 @@ def test_onnx_file_says_what_the_model_says(exported):
 
 @pytest.mark.slow
 def test_script_predicts_what_processor_and_model_predict(exported, saved, tmp_path):
-    model, picture = classifier(), photograph()
-    picture.save(tmp_path / "picture.png")
-    lines = run_script(exported, tmp_path / "picture.png", "--top", "3").splitlines()
-    pixel_values = AutoImageProcessor.from_pretrained(saved)(picture, return_tensors="pt")["pixel_values"]
+    model, image = classifier(), photograph()
+    image.save(tmp_path / "image.png")
+    lines = run_script(exported, tmp_path / "image.png", "--top", "3").splitlines()
+    pixel_values = AutoImageProcessor.from_pretrained(saved)(image, return_tensors="pt")["pixel_values"]
     shares, ids = model(torch.as_tensor(pixel_values)).logits.softmax(dim=1)[0].topk(3)
     assert [line.split()[1] for line in lines] == [model.config.id2label[index] for index in ids.tolist()]
     assert [float(line.split("%")[0]) for line in lines] == pytest.approx((100 * shares).tolist(), abs=0.1)
@@ -222,15 +222,15 @@ def test_fcn_segmentation(tmp_path):
 
 @pytest.mark.slow
 def test_upernet_segmentation_and_its_script(tmp_path):
-    model, picture = segmenter("upernet"), photograph((70, 50))
+    model, image = segmenter("upernet"), photograph((70, 50))
     processor = SegformerImageProcessor(size={"shortest_edge": 40, "longest_edge": 50})
     agreement = export_folder(str(save(model, processor, tmp_path / "model")), tmp_path / "out")
     assert agreement.is_near
     assert_same(onnx_runner(tmp_path / "out" / "model.onnx"), model)
 
-    picture.save(tmp_path / "picture.png")
-    lines = run_script(tmp_path / "out", tmp_path / "picture.png", "--output", tmp_path / "classes.png").splitlines()
-    pixel_values = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])
+    image.save(tmp_path / "image.png")
+    lines = run_script(tmp_path / "out", tmp_path / "image.png", "--output", tmp_path / "classes.png").splitlines()
+    pixel_values = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"])
     assert pixel_values.shape[2:] == (36, 50)  # no multiples of the patch size
     logits = nn.functional.interpolate(model(pixel_values).logits, (50, 70), mode="bilinear", align_corners=False)
     expected = logits[0].argmax(dim=0).numpy()
@@ -262,27 +262,27 @@ def test_mean_pooling(bins, size):
         (BitImageProcessor(do_resize=False, do_center_crop=False, do_normalize=False), 0),
     ],
 )
-def test_script_prepares_pictures_as_processors_do(processor, levels, size):
-    """To the last bits but for the filters of torchvision, which differ from Pillow's by up to two grey levels."""
-    picture = photograph(size)
-    expected = np.asarray(processor(picture, return_tensors="pt")["pixel_values"])
-    found = predict.prepare(picture, json.loads(processor.to_json_string()))
+def test_script_prepares_images_as_processors_do(processor, levels, size):
+    """To the last bits but for the filters of torchvision, which differ from Pillow's by up to two gray levels."""
+    image = photograph(size)
+    expected = np.asarray(processor(image, return_tensors="pt")["pixel_values"])
+    found = predict.prepare(image, json.loads(processor.to_json_string()))
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=0, atol=levels * GREY_LEVEL + 1e-6)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=levels * GRAY_LEVEL + 1e-6)
 
 
-def test_script_takes_pictures_of_any_mode():
+def test_script_takes_images_of_any_mode():
     settings = json.loads(evaluation_image_processor((32, 48), 0.9).to_json_string())
     for mode in ("L", "RGBA", "P", "CMYK"):
         assert predict.prepare(photograph().convert(mode), settings).shape == (1, 3, 32, 48)
 
 
 def test_differences_are_found(saved):
-    """A batch of three that gets the result of its first picture, a small error, and a NaN."""
+    """A batch of three that gets the result of its first image, a small error, and a NaN."""
     model = classifier()
 
     def run_with(change):
-        return lambda pictures: {"logits": change(model(pictures, interpolate_pos_encoding=True).logits)}
+        return lambda images: {"logits": change(model(images, interpolate_pos_encoding=True).logits)}
 
     assert compare(run_with(lambda logits: logits), model, torch.float32).is_near
     for change in (
@@ -296,8 +296,8 @@ def test_differences_are_found(saved):
 def test_file_that_differs_is_not_kept(saved, tmp_path, monkeypatch):
     model = classifier()
     monkeypatch.setattr(folder, "export_onnx", lambda model, path, dtype, fuse: path.write_bytes(b""))
-    monkeypatch.setattr(folder, "onnx_runner", lambda path: lambda pictures: {
-        "logits": model(pictures, interpolate_pos_encoding=True).logits + 0.01
+    monkeypatch.setattr(folder, "onnx_runner", lambda path: lambda images: {
+        "logits": model(images, interpolate_pos_encoding=True).logits + 0.01
     })  # fmt: skip
     with pytest.raises(ValueError, match="differ from the model's by up to 1.0e-02, more than 1.0e-04; not saved"):
         export_folder(str(saved), tmp_path / "new" / "out")
@@ -321,7 +321,7 @@ def test_models_that_cannot_be_exported(saved, tmp_path, capsys):
         (tmp_path / "nowhere", [], "There is no model folder"),
         (tmp_path / "empty", [], "empty is no model"),
         (save(ViTForImageClassification(vit), processor, tmp_path / "vit"), [], "vit is ViTForImageClassification"),
-        (save(LVViTModel(tiny_config()), processor, tmp_path / "trunk"), [], "trunk is LVViTModel; LVViTFor"),
+        (save(LVViTModel(tiny_config()), processor, tmp_path / "backbone"), [], "backbone is LVViTModel; LVViTFor"),
         (save(classifier(), None, tmp_path / "bare"), [], "bare has no preprocessor_config.json"),
         (save(one_row, processor, tmp_path / "row"), ["--format", "torch"], "has (1, 2) patches; programs need 2"),
     ):  # fmt: skip
@@ -343,7 +343,7 @@ def test_processor_that_the_script_does_not_follow_is_refused(tmp_path, capsys):
     path = tmp_path / "model" / "preprocessor_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(settings | {"do_pad": True, "pad_size": {"height": 64, "width": 64}}), encoding="utf-8")
-    assert "would prepare pictures in another way" in refused(capsys, tmp_path / "model", tmp_path / "out")
+    assert "would prepare images in another way" in refused(capsys, tmp_path / "model", tmp_path / "out")
 
 
 def test_folders_that_hold_something_are_left_alone(saved, tmp_path, capsys):

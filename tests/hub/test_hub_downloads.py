@@ -26,7 +26,7 @@ from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmenta
 from modeling_lvvit.hub.repository import HubTarget
 from modeling_lvvit.publish import publish_folder
 from modeling_lvvit.variants import evaluation_image_processor
-from support.images import encode_picture, labelled_table
+from support.images import encode_image, labelled_table
 from support.label_sets import layout_of, random_maps, table_of, write_label_set
 from support.local_hub import local_hub
 from support.models import tiny_config
@@ -48,11 +48,11 @@ from transformers import (
     AutoModelForSemanticSegmentation, pipeline,
 )
 
-name, other, picture = "user/net", "user/segmenter", Image.open(sys.argv[1])
+name, other, image = "user/net", "user/segmenter", Image.open(sys.argv[1])
 trusted = {"trust_remote_code": True}
 config = AutoConfig.from_pretrained(name, **trusted)
 processor = AutoImageProcessor.from_pretrained(name, **trusted)
-pixels = processor(picture, return_tensors="pt")["pixel_values"]
+pixels = processor(image, return_tensors="pt")["pixel_values"]
 classifier = AutoModelForImageClassification.from_pretrained(name, **trusted).eval()
 with torch.no_grad():
     found = {
@@ -62,7 +62,7 @@ with torch.no_grad():
         "map": AutoBackbone.from_pretrained(name, **trusted).eval()(pixels).feature_maps[-1],
         "classes": AutoModelForSemanticSegmentation.from_pretrained(other, **trusted).eval()(pixels).logits,
     }
-scores = {each["label"]: each["score"] for each in pipeline("image-classification", model=name, top_k=7, **trusted)(picture)}
+scores = {each["label"]: each["score"] for each in pipeline("image-classification", model=name, top_k=7, **trusted)(image)}
 found["scores"] = torch.tensor([scores[config.id2label[index]] for index in range(7)])
 torch.save(found, sys.argv[2])
 labels = load_dataset("user/labels", split="train", **trusted)
@@ -90,7 +90,7 @@ for load, name in (
         except ValueError as error:
             assert "contains custom code" in str(error) and "trust_remote_code=True" in str(error), error
         else:
-            sys.exit(f"{load} ran code that nobody allowed")
+            sys.exit(f"{load} ran code that no one allowed")
 assert not [module for module in sys.modules if module.startswith("transformers_modules.")]
 print("refused")
 """
@@ -150,24 +150,22 @@ def run(code: str, hub, home: Path, *arguments: str, **environment: str) -> str:
 
 
 @pytest.fixture
-def picture(tmp_path) -> Path:
-    path = tmp_path / "picture.jpg"
+def image(tmp_path) -> Path:
+    path = tmp_path / "image.jpg"
     rng = np.random.default_rng(3)
-    path.write_bytes(encode_picture(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)))
+    path.write_bytes(encode_image(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)))
     return path
 
 
-def check_loaded(published, picture: Path, home: Path, **environment: str) -> str:
+def check_loaded(published, image: Path, home: Path, **environment: str) -> str:
     """Loads everything in a fresh process and compares it with what was published; returns the version of transformers."""
     hub, folder = published
     version, model_type, num_rows, module = json.loads(
-        run(CLIENT, hub, home, str(picture), str(home / "out.pt"), **environment)
+        run(CLIENT, hub, home, str(image), str(home / "out.pt"), **environment)
     )
     assert (model_type, num_rows) == ("lvvit", 20) and module.startswith("transformers_modules.user.net.")
     found = torch.load(home / "out.pt", weights_only=True)
-    pixels = AutoImageProcessor.from_pretrained(folder / "net")(Image.open(picture), return_tensors="pt")[
-        "pixel_values"
-    ]
+    pixels = AutoImageProcessor.from_pretrained(folder / "net")(Image.open(image), return_tensors="pt")["pixel_values"]
     classifier = LVViTForImageClassification.from_pretrained(folder / "net").eval()
     segmenter = LVViTForSemanticSegmentation.from_pretrained(folder / "segmenter").eval()
     with torch.no_grad():
@@ -180,18 +178,18 @@ def check_loaded(published, picture: Path, home: Path, **environment: str) -> st
     return version
 
 
-def test_everything_is_loaded_by_name_with_equal_logits(published, picture, tmp_path):
-    assert check_loaded(published, picture, tmp_path) == transformers.__version__
+def test_everything_is_loaded_by_name_with_equal_logits(published, image, tmp_path):
+    assert check_loaded(published, image, tmp_path) == transformers.__version__
 
 
 def test_no_code_runs_that_was_not_allowed(published, tmp_path):
     assert run(DISTRUSTFUL, published[0], tmp_path).endswith("refused")
 
 
-def test_the_oldest_allowed_transformers_loads_it_too(published, picture, tmp_path):
+def test_the_oldest_allowed_transformers_loads_it_too(published, image, tmp_path):
     oldest = re.search(r'"transformers>=([0-9.]+),', (ROOT / "setup.py").read_text(encoding="utf-8"))[1] + ".0"
     folder = package_folder(f"transformers=={oldest}")
-    assert check_loaded(published, picture, tmp_path, PYTHONPATH=str(folder)) == oldest
+    assert check_loaded(published, image, tmp_path, PYTHONPATH=str(folder)) == oldest
 
 
 def package_folder(requirement: str) -> Path:
@@ -202,7 +200,7 @@ def package_folder(requirement: str) -> Path:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries", "1", "--no-deps", "--only-binary", ":all:"]
-    # filled beside its final place and then renamed, so that an interrupted run leaves no half copy
+    # filled next to its final place and then renamed, so that an interrupted run leaves no half copy
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         command = [*pip, "--target", f"{temporary}/package", requirement]
         try:

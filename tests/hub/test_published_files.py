@@ -22,7 +22,7 @@ def write_good_files(folder):
     (folder / "modeling_net.py").write_text("x = 1\n")
     (folder / "README.md").write_text("# Größe\n")
     (folder / "LICENSE").write_text("Do what you like.\n")
-    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "picture.png")
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "image.png")
     for name in ("data", "onnx"):
         (folder / name).mkdir()
     pq.write_table(pa.table({"a": [1]}), folder / "data" / "train-00000.parquet")
@@ -48,8 +48,8 @@ def test_what_belongs_to_a_model_is_published_and_the_rest_named(tmp_path):
     (tmp_path / "link.png").symlink_to(outside)
     published, others = published_files(tmp_path)
     assert published == [
-        "LICENSE", "README.md", "config.json", "data/train-00000.parquet", "model.safetensors", "modeling_net.py",
-        "onnx/model.onnx", "picture.png", f"runs/{events}",
+        "LICENSE", "README.md", "config.json", "data/train-00000.parquet", "image.png", "model.safetensors", "modeling_net.py",
+        "onnx/model.onnx", f"runs/{events}",
     ]  # fmt: skip
     assert others == [
         "kaggle.json", "link.png", "other/model.safetensors", "other/optimizer.pt", "token.txt", "training_args.bin"
@@ -116,7 +116,7 @@ def test_pickles_are_found_whatever_they_are_called(name, content, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "modeling_net.py", "picture.png", "data/train-00000.parquet"]
+    "name", ["model.safetensors", "config.json", "modeling_net.py", "image.png", "data/train-00000.parquet"]
 )
 def test_damaged_files_are_named(name, tmp_path):
     write_good_files(tmp_path)

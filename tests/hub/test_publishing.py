@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 
 from modeling_lvvit import LVViTForImageClassification, publish
 from modeling_lvvit.cli.model_arguments import ModelArguments
-from modeling_lvvit.cli.model_card import Origin, origin_of, run_metadata, training_table
+from modeling_lvvit.cli.model_card import Provenance, find_provenance, run_metadata, training_table
 from modeling_lvvit.hub import hub_trainer as publishing
 from modeling_lvvit.hub import repository as hub_uploads
 from modeling_lvvit.hub.hub_trainer import push_finished_run
@@ -231,18 +231,18 @@ def test_card_names_data_base_model_and_its_licence(hub, tmp_path, monkeypatch):
     HubTarget("user/start", token="hf_test").open().upload(tmp_path / "start", "First")
     HubTarget("user/bare", token="hf_test").open()
     args = ModelArguments(model_name_or_path="user/start")
-    origin = origin_of(args, "user/images", "user/labels", "digit_scenes")
-    assert origin == Origin(
+    provenance = find_provenance(args, "user/images", "user/labels", "digit_scenes")
+    assert provenance == Provenance(
         "user/images", ("user/images", "user/labels"), "user/start", "user/start", {"license": "cc-by-4.0"}
     )
-    data = run_metadata("mine", "image-classification", origin, ["accuracy"], ["lvvit"], [])
+    data = run_metadata("mine", "image-classification", provenance, ["accuracy"], ["lvvit"], [])
     assert (data.datasets, data.base_model) == (["user/images", "user/labels"], "user/start")
     for start, license_name in (("user/bare", None), (str(tmp_path / "nowhere"), None), (None, "apache-2.0")):
-        found = origin_of(ModelArguments(model_name_or_path=start), None, None, "digit_scenes").license
+        found = find_provenance(ModelArguments(model_name_or_path=start), None, None, "digit_scenes").license
         assert found.get("license") == license_name
     args = ModelArguments(model_name_or_path=str(tmp_path / "start"), license="mit")
-    origin = origin_of(args, str(tmp_path / "pictures"), None, "digit_scenes")
-    assert origin == Origin("pictures", (), "start", None, {"license": "mit"})
+    provenance = find_provenance(args, str(tmp_path / "images"), None, "digit_scenes")
+    assert provenance == Provenance("images", (), "start", None, {"license": "mit"})
 
 
 def test_training_table_is_short_and_ends_with_the_last_evaluation():
@@ -277,14 +277,14 @@ def test_training_table_is_short_and_ends_with_the_last_evaluation():
 
 def test_data_in_a_folder_with_two_names_is_no_data_set_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    (tmp_path / "data" / "images").mkdir(parents=True)
     (tmp_path / "runs" / "base").mkdir(parents=True)
     (tmp_path / "runs" / "base" / "README.md").write_text(
         "---\nlicense: other\nlicense_name: house-rules\nlicense_link: LICENSE\n---\n# Base\n"
     )
-    origin = origin_of(ModelArguments(model_name_or_path="runs/base"), "data/pictures", None, "digit_scenes")
+    provenance = find_provenance(ModelArguments(model_name_or_path="runs/base"), "data/images", None, "digit_scenes")
     expected = {"license": "other", "license_name": "house-rules", "license_link": "LICENSE"}
-    assert origin == Origin("pictures", (), "base", None, expected)
+    assert provenance == Provenance("images", (), "base", None, expected)
 
 
 def test_card_in_the_repository_names_it_and_the_local_one_stays(hub, tmp_path):
@@ -309,7 +309,7 @@ def test_card_in_the_repository_names_it_and_the_local_one_stays(hub, tmp_path):
 
 
 def test_own_script_gets_a_card_with_its_results(hub, tiny_model, labelled_rows, tmp_path):
-    """`save_model` pushes, as in the library; a draft of it is written anew, a card that somebody wrote is kept."""
+    """`save_model` pushes, as in the library; a draft of it is written again, a card that somebody wrote is kept."""
     options = {**PUSH, "max_steps": 1}
     trainer = trainer_for(tiny_model, labelled_rows, tmp_path, **options)
     trainer.train()

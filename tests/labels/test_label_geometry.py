@@ -8,25 +8,25 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import AugmentOp, rand_augment_transform
 
-from modeling_lvvit.data.sampling import start_generators
+from modeling_lvvit.data.sampling import seed_generators
 from modeling_lvvit.labels.label_crops import CropGeometry, crop_label_maps
 from modeling_lvvit.labels.label_maps import build_palette
 from modeling_lvvit.token_labeling.arguments import TokenLabelTrainingArguments
 from modeling_lvvit.token_labeling.collator import TokenLabelCollator
-from modeling_lvvit.token_labeling.losses import TokenLabelingObjective
+from modeling_lvvit.token_labeling.losses import TokenLabelingLoss
 from modeling_lvvit.token_labeling.rand_augment import GEOMETRIC, RandAugment, _AffineRecorder
 from modeling_lvvit.token_labeling.transforms import AugmentationConfig, TrainTransform
 from support.label_geometry import (
     STRONG,
     apply_operations,
-    coloured_field,
+    colored_field,
     composition,
     measure_many,
     recorded_matrix,
     shown_classes,
     single,
     transform_with,
-    whole_picture,
+    whole_image,
 )
 
 
@@ -40,7 +40,7 @@ MOVES = {
 }
 
 
-def smooth_picture(size: tuple[int, int]) -> np.ndarray:
+def smooth_image(size: tuple[int, int]) -> np.ndarray:
     """No symmetry, and hardly curved, so that interpolation costs next to nothing."""
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     return np.float32(0.9 * x + 0.4 * y + 5 * np.sin(x / 15) + 7 * np.cos(y / 20 + x / 40))
@@ -51,14 +51,14 @@ def test_recorded_matrix_equals_operations_of_pil(moves):
     size = (150, 110)
     mask = np.pad(np.ones((size[1] - 6, size[0] - 6), np.float32), 3)  # PIL repeats the outermost half pixel
     data = tuple(recorded_matrix(MOVES[moves], size)[:2].flatten())
-    pictures = [Image.fromarray(values) for values in (smooth_picture(size), mask)]
+    images = [Image.fromarray(values) for values in (smooth_image(size), mask)]
     once, once_mask = (
-        np.asarray(p.transform(size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)) for p in pictures
+        np.asarray(p.transform(size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)) for p in images
     )
-    in_steps, steps_mask = (np.asarray(apply_operations(p, MOVES[moves])) for p in pictures)
+    in_steps, steps_mask = (np.asarray(apply_operations(p, MOVES[moves])) for p in images)
     compared = (once_mask > 0.999) & (steps_mask > 0.999)
     assert compared.mean() > 0.1
-    # single operations are equal; the rest is interpolation. A rotation about a centre half a pixel off gives 0.2
+    # single operations are equal; the rest is interpolation. A rotation about a center half a pixel off gives 0.2
     assert np.quantile(np.abs(once - in_steps)[compared], 0.98) < 0.02
 
 
@@ -97,7 +97,7 @@ def targets_of(sample: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return cls.to_dense()[0], tokens.to_dense()[0]
 
 
-# rows and columns of the picture in cells; cells that the map covers (top, bottom, left, right); pixels of a cell
+# rows and columns of the image in cells; cells that the map covers (top, bottom, left, right); pixels of a cell
 FIELDS = {
     "wide": ((10, 16), (0, 10, 0, 16), 20),
     "tall": ((18, 11), (0, 18, 0, 11), 15),
@@ -108,17 +108,17 @@ FIELDS = {
 
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("is_moved", [True, False])
-def test_tokens_learn_the_class_of_the_colour_they_show(name, is_moved):
+def test_tokens_learn_the_class_of_the_color_they_show(name, is_moved):
     (rows, columns), (top, bottom, left, right), cell = FIELDS[name]
-    picture, classes = coloured_field(rows, columns, cell)
+    image, classes = colored_field(rows, columns, cell)
     box = (left / columns, top / rows, right / columns, bottom / rows)
     shown_box = (left * cell, top * cell, right * cell, bottom * cell)
-    bordered = Image.new("RGB", picture.size, (100, 100, 100))  # neither the colour of a class nor fill
-    bordered.paste(picture.crop(shown_box), shown_box)
+    bordered = Image.new("RGB", image.size, (100, 100, 100))  # neither the color of a class nor fill
+    bordered.paste(image.crop(shown_box), shown_box)
     ids = classes[None, top:bottom, left:right].astype(np.int16)
     counts = np.zeros(2, int)
     for seed in range(8 if cell > 50 else 16):
-        start_generators(seed)
+        seed_generators(seed)
         transform = geometric_transform(is_moved, horizontal_flip=seed % 2, crop_scale=(0.2, 1.0))
         sample = transform(bordered, ids, np.full(ids.shape, 10, np.float16), box)
         shown, (_, targets) = shown_classes(sample["pixel_values"]), targets_of(sample)
@@ -129,7 +129,7 @@ def test_tokens_learn_the_class_of_the_colour_they_show(name, is_moved):
     assert (counts[1] > 100) == is_moved
 
 
-# mean total-variation distance to the field moved at full resolution, measured with 30 pictures a row (label_geometry.py):
+# mean total-variation distance to the field moved at full resolution, measured with 30 images a row (label_geometry.py):
 # ours 0.034 to 0.053, with operations and without; nearest cell 0.061 to 0.096 for one operation, 0.095 to 0.126 for two or
 # three; authors' moves 0.142 to 0.214 where they rotate or shear; with their crops, 0.55 to 0.60
 SHORT = {name: single(name) for name in STRONG} | {"two": composition(2), "three": composition(3)}
@@ -156,14 +156,14 @@ def random_map(rows=12, columns=17, seed=0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_affine_path_without_moves_equals_the_plain_path():
     """Same pixels; labels apart by the number of points a token is sampled at. The map covers a part of the image."""
-    picture, distances = coloured_field(10, 16, 20)[0], []
+    image, distances = colored_field(10, 16, 20)[0], []
     for seed in range(60):
         samples = []
         for policy in ("none", "rand-m9-p0"):
-            start_generators(seed)
+            seed_generators(seed)
             config = AugmentationConfig(rand_augment=policy, random_erasing=0.0)
             transform = TrainTransform(IMAGE, [0.5] * 3, [0.5] * 3, config)
-            samples.append(transform(picture, *random_map(), (0.1, 0.0, 0.8, 0.9)))
+            samples.append(transform(image, *random_map(), (0.1, 0.0, 0.8, 0.9)))
         assert torch.equal(samples[0]["pixel_values"], samples[1]["pixel_values"])
         assert ("label_affine" in samples[0], "label_affine" in samples[1]) == (False, True)
         pairs = zip(*(targets_of(sample) for sample in samples))
@@ -172,17 +172,17 @@ def test_affine_path_without_moves_equals_the_plain_path():
 
 
 def test_what_lies_outside_has_uniform_targets_and_no_part_in_the_class_token():
-    """The picture is moved out by 0.4 of its width, so that the crop of everything shows its right 60 %."""
+    """The image is moved out by 0.4 of its width, so that the crop of everything shows its right 60 %."""
     size, ids = (300, 200), np.arange(10, dtype=np.int16).repeat(3).reshape(1, 1, 30).repeat(20, 1)
-    transform = transform_with((("TranslateXRel", 0.4),), IMAGE, **whole_picture(size))
+    transform = transform_with((("TranslateXRel", 0.4),), IMAGE, **whole_image(size))
     transform.rand_augment.fill = (51, 102, 204)
     sample = transform(Image.new("RGB", size), ids, np.full(ids.shape, 4, np.float16))
     cls, tokens = targets_of(sample)
-    filled = tokens.view(*GRID, -1)[:, 9:]  # 0.6 * 14 = 8.4 columns show the picture
+    filled = tokens.view(*GRID, -1)[:, 9:]  # 0.6 * 14 = 8.4 columns show the image
     assert torch.allclose(filled, torch.full_like(filled, 1 / NUM_CLASSES))
     assert (tokens.view(*GRID, -1)[:, :8].max(-1).values > 0.3).all()
-    colour = sample["pixel_values"][:, 80, 200] * 0.5 + 0.5
-    assert colour.tolist() == pytest.approx([0.2, 0.4, 0.8], abs=1e-3)
+    color = sample["pixel_values"][:, 80, 200] * 0.5 + 0.5
+    assert color.tolist() == pytest.approx([0.2, 0.4, 0.8], abs=1e-3)
     pooled = torch.tensor([0.0] * 4 + [4 / 6] * 6 + [0.0])  # the classes 4 to 9 share what is shown
     assert torch.allclose(cls, pooled.softmax(0), atol=1e-2)
 
@@ -206,10 +206,10 @@ def mixed_batch(count: int, method: str) -> tuple[dict, list[dict]]:
 def test_loss_of_mixed_pixels_equals_the_dense_definition(count, method, uncovered, tmp_path):
     batch, samples = mixed_batch(count, method)
     number = torch.arange(count).unsqueeze(1)
-    colour = torch.nn.functional.avg_pool2d(batch["pixel_values"][:, 0], 16).flatten(1)  # (B, N)
-    share = colour[0].expand_as(colour) / (count - 1)  # the first picture is 0, its partner the last
+    color = torch.nn.functional.avg_pool2d(batch["pixel_values"][:, 0], 16).flatten(1)  # (B, N)
+    share = color[0].expand_as(color) / (count - 1)  # the first image is 0, its partner the last
     assert 0 < share.mean() < 1
-    torch.testing.assert_close(colour, number + (count - 1 - 2 * number) * share)
+    torch.testing.assert_close(color, number + (count - 1 - 2 * number) * share)
     torch.testing.assert_close(batch["mix_share"].flatten(1), share)
     cls, tokens = (0.9 * torch.stack(part) + 0.1 / NUM_CLASSES for part in zip(*map(targets_of, samples)))
     outputs = {"cls_logits": torch.randn(cls.shape), "patch_logits": torch.randn(tokens.shape)}
@@ -225,7 +225,7 @@ def test_loss_of_mixed_pixels_equals_the_dense_definition(count, method, uncover
     mean = share.mean()
     cls_loss = -(((1 - mean) * cls + mean * cls.flip(0)) * outputs["cls_logits"].log_softmax(-1)).sum(-1).mean()
     args = TokenLabelTrainingArguments(str(tmp_path), report_to="none", uncovered_tokens=uncovered)
-    losses = TokenLabelingObjective(args, GRID, NUM_CLASSES)(outputs, batch)
+    losses = TokenLabelingLoss(args, GRID, NUM_CLASSES)(outputs, batch)
     torch.testing.assert_close(losses["token_loss"], token_loss)
     torch.testing.assert_close(losses["cls_loss"], cls_loss)
 
@@ -234,7 +234,7 @@ def test_operations_are_drawn_as_often_as_by_timm(monkeypatch):
     ours, timms = RandAugment(PUBLISHED, [0.5] * 3), rand_augment_transform(PUBLISHED, {"img_mean": (128,) * 3})
     assert [repr(operation) for operation in ours.operations] == [repr(operation) for operation in timms.ops]
     called: list[str] = []
-    monkeypatch.setattr(AugmentOp, "__call__", lambda operation, picture: called.append(operation.name) or picture)
+    monkeypatch.setattr(AugmentOp, "__call__", lambda operation, image: called.append(operation.name) or image)
     random.seed(0)
     np.random.seed(0)
     for source in ("ours", "timm"):
@@ -254,7 +254,7 @@ LIMITS = {"Rotate": 0.5, "ShearX": 0.3, "ShearY": 0.3, "TranslateXRel": 90, "Tra
 
 @pytest.mark.parametrize("name", PLACES)
 def test_strength_of_moves_is_that_of_the_published_policy(name):
-    """Magnitude 9 of 10, deviation 0.5, both signs, half of the time, on a picture of 200 x 100."""
+    """Magnitude 9 of 10, deviation 0.5, both signs, half of the time, on an image of 200 x 100."""
     random.seed(0)
     augment = RandAugment("rand-m9-n1-mstd0.5-inc1", [0.5] * 3)
     augment.operations = [operation for operation in augment.operations if operation.name == name]
@@ -267,25 +267,25 @@ def test_strength_of_moves_is_that_of_the_published_policy(name):
     assert 0.03 < np.abs(values).std() < 0.06
 
 
-def test_every_operation_of_colour_changes_the_picture():
-    picture = Image.fromarray(np.random.default_rng(0).integers(30, 200, (40, 60, 3), dtype=np.uint8))
-    colours = [op for op in RandAugment(PUBLISHED, [0.5] * 3).operations if op.name not in GEOMETRIC]
-    assert len(colours) == 10
-    for operation in colours:
+def test_every_operation_of_color_changes_the_image():
+    image = Image.fromarray(np.random.default_rng(0).integers(30, 200, (40, 60, 3), dtype=np.uint8))
+    colors = [op for op in RandAugment(PUBLISHED, [0.5] * 3).operations if op.name not in GEOMETRIC]
+    assert len(colors) == 10
+    for operation in colors:
         operation.prob = 1.0
-        assert np.abs(np.int16(operation(picture)) - np.int16(picture)).mean() > 1, operation.name
+        assert np.abs(np.int16(operation(image)) - np.int16(image)).mean() > 1, operation.name
 
 
-def test_colours_are_changed_in_the_sample():
-    picture, samples = coloured_field(10, 16, 20)[0], []
+def test_colors_are_changed_in_the_sample():
+    image, samples = colored_field(10, 16, 20)[0], []
     for policy in ("none", "rand-m9-n1-p1-inc1"):
-        start_generators(0)
+        seed_generators(0)
         config = AugmentationConfig(rand_augment=policy, random_erasing=0.0)
         transform = TrainTransform(IMAGE, [0.5] * 3, [0.5] * 3, config)
         if policy != "none":
             operations = transform.rand_augment.operations
             transform.rand_augment.operations = [operation for operation in operations if operation.name == "Invert"]
-        samples.append(transform(picture))
+        samples.append(transform(image))
     torch.testing.assert_close(samples[1]["pixel_values"], -samples[0]["pixel_values"])
     assert set(samples[0]) == {"pixel_values", "crop_box"}  # switched off
 

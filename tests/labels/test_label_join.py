@@ -23,7 +23,7 @@ from modeling_lvvit.labels.storage import LabelMaps, LabelSetLayout
 from modeling_lvvit.token_labeling import AugmentationConfig, TokenLabelDataset, TrainTransform
 from modeling_lvvit.token_labeling.losses import token_labeling_loss
 from modeling_lvvit.token_labeling.sparse_cross_entropy import soft_cross_entropy
-from support.images import encode_picture
+from support.images import encode_image
 from support.label_sets import layout_of, random_maps, table_of, write_label_set
 
 
@@ -36,17 +36,17 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def picture_bytes(number: int) -> bytes:
-    """Picture `number`, of class `number % 3`: red tells the class, green the number."""
-    colour = np.uint8([80 * (number % 3), 10 * number, 0])
-    return encode_picture(np.tile(colour, (6 + number % 4, 8, 1)), "PNG")
+def image_bytes(number: int) -> bytes:
+    """Image `number`, of class `number % 3`: red tells the class, green the number."""
+    color = np.uint8([80 * (number % 3), 10 * number, 0])
+    return encode_image(np.tile(color, (6 + number % 4, 8, 1)), "PNG")
 
 
 def numbers_and_classes(samples: TokenLabelDataset) -> list[tuple[int, int, int, int, int]]:
-    """What colours, label maps and labels of all samples say: number and class twice, class once more."""
+    """What colors, label maps and labels of all samples say: number and class twice, class once more."""
     told = []
     for row, label in enumerate(samples.labels(len(samples))):
-        red, green, _ = np.asarray(samples.picture(row))[0, 0].tolist()
+        red, green, _ = np.asarray(samples.read_image(row))[0, 0].tolist()
         ids, scores = samples.label_map(row)
         best = int(scores[:, 0, 0].argmax())
         told.append((green // 10, int(scores[best, 0, 0]), red // 80, int(ids[best, 0, 0]), label))
@@ -69,7 +69,7 @@ def key_of(number: int) -> str:
 def labels_table(numbers: list[int], class_names=CLASSES, **columns) -> pa.Table:
     layout = LabelSetLayout(tuple(class_names), K, (ROWS, COLUMNS))
     known = {"keys": [key_of(number) for number in numbers]}
-    known["hashes"] = [content_hash(picture_bytes(number)) for number in numbers]
+    known["hashes"] = [content_hash(image_bytes(number)) for number in numbers]
     return table_of(maps_of(numbers), layout, **{**known, **columns})
 
 
@@ -78,9 +78,9 @@ def label_rows(numbers: list[int], **columns) -> datasets.Dataset:
 
 
 def image_rows(numbers: list[int], folder: str | None = "/data/train", **columns: list) -> datasets.Dataset:
-    """Pictures in memory; `folder` is what their paths begin with, `None` for pictures without path."""
+    """Images in memory; `folder` is what their paths begin with, `None` for images without path."""
     paths = [None if folder is None else f"{folder}/{key_of(number)}" for number in numbers]
-    images = [{"bytes": picture_bytes(number), "path": path} for number, path in zip(numbers, paths)]
+    images = [{"bytes": image_bytes(number), "path": path} for number, path in zip(numbers, paths)]
     labels = [number % 3 for number in numbers]
     rows = datasets.Dataset.from_dict({"image": images, "label": labels, **columns})
     return rows.cast(
@@ -91,7 +91,7 @@ def image_rows(numbers: list[int], folder: str | None = "/data/train", **columns
 
 
 def assert_joined(joined: JoinedLabels, images: datasets.Dataset) -> None:
-    """Every picture has the map of its number."""
+    """Every image has the map of its number."""
     images = images if joined.images is None else images.select(joined.images)
     samples = TokenLabelDataset(images, lambda image, *label_map: {}, label_maps=joined.label_maps)
     told = numbers_and_classes(samples)
@@ -227,7 +227,7 @@ def test_bad_key_patterns_are_named():
         join_label_set(labels, images, key_pattern=r"dog/(\d)|cat/\d")
 
 
-def test_row_numbers_are_keys_of_pictures_without_paths():
+def test_row_numbers_are_keys_of_images_without_paths():
     images = image_rows([3, 1, 4, 2], None)
     keys = [f"row:{row}" for row in range(4)]
     assert ImageKeys(images, "image").block(0, 9) == keys
@@ -252,7 +252,7 @@ def test_row_numbers_of_changed_images_are_refused():
 
 
 def test_changed_images_with_paths_are_a_warning(caplog):
-    hashes = [content_hash(picture_bytes(0)), 17, None]
+    hashes = [content_hash(image_bytes(0)), 17, None]
     joined = join_label_set(label_rows([0, 1, 2], hashes=hashes), image_rows([0, 1, 2]))
     assert len(joined.label_maps) == 3
     assert "1 of 3 image files looked at are not byte for byte those that were annotated (first row 1)" in caplog.text
@@ -284,12 +284,12 @@ PATHS = {
 @pytest.mark.parametrize("path", PATHS)
 def test_keys_are_the_last_two_parts_of_a_path(path):
     assert key_of_path(path) == PATHS[path]
-    rows = datasets.Dataset.from_dict({"picture": [path]})
-    for column in (rows, rows.cast_column("picture", datasets.Image())):
-        assert ImageKeys(column, "picture")[0] == PATHS[path]
+    rows = datasets.Dataset.from_dict({"image": [path]})
+    for column in (rows, rows.cast_column("image", datasets.Image())):
+        assert ImageKeys(column, "image")[0] == PATHS[path]
 
 
-def test_picture_without_path_among_others_is_named():
+def test_image_without_path_among_others_is_named():
     images = datasets.concatenate_datasets([image_rows([0, 1]), image_rows([2], None)])
     with pytest.raises(ValueError, match="Row 2 has no path, though the first row has one"):
         join_label_set(label_rows([0, 1, 2]), images)
@@ -331,7 +331,7 @@ def image_folder(root: Path, numbers: list[int], classes=CLASSES, split: str = "
     for number in numbers:
         folder = root / split / classes[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.png").write_bytes(picture_bytes(number))
+        (folder / f"{number}.png").write_bytes(image_bytes(number))
     return root
 
 
@@ -392,7 +392,7 @@ def test_other_classes_of_the_images_are_refused(tmp_path):
 
 
 def test_maps_of_other_classes_are_a_warning(tmp_path, caplog):
-    """Keys match, but map `number` belongs to picture `number - 2` and names the two classes that this is not."""
+    """Keys match, but map `number` belongs to image `number - 2` and names the two classes that this is not."""
     images = image_folder(tmp_path / "pets", [0, 1, 2, 3])
     keys = [key_of(number) for number in (0, 1, 2, 3)]
     wrong = label_folder(tmp_path / "wrong", [1, 2, 3, 4], keys=keys, hashes=[None] * 4)
@@ -434,10 +434,10 @@ def test_label_set_of_empty_labels_only_is_refused(tmp_path):
         open_datasets(DataArguments(str(images), token_labels=str(labels)), seed=0)
 
 
-# A picture of 100 x 50 pixels whose map of 4 x 6 cells covers the pixels 10 to 70 and 10 to 40. Cells are 10 x 7.5 pixels.
-PICTURE_SIZE, MAP_BOX = (100, 50), (0.1, 0.2, 0.7, 0.8)
+# An image of 100 x 50 pixels whose map of 4 x 6 cells covers the pixels 10 to 70 and 10 to 40. Cells are 10 x 7.5 pixels.
+IMAGE_SIZE, MAP_BOX = (100, 50), (0.1, 0.2, 0.7, 0.8)
 CELLS = torch.arange(24).view(4, 6)  # every cell has a class of its own
-CROPS = {  # pixels left, top, right, bottom; rows and columns of the map; the same crop for the mirrored picture
+CROPS = {  # pixels left, top, right, bottom; rows and columns of the map; the same crop for the mirrored image
     "whole": ((10, 10, 70, 40), slice(0, 4), slice(0, 6)),
     "left": ((10, 10, 40, 40), slice(0, 4), slice(0, 3)),
     "right": ((40, 10, 70, 40), slice(0, 4), slice(3, 6)),
@@ -447,7 +447,7 @@ CROPS = {  # pixels left, top, right, bottom; rows and columns of the map; the s
 }
 
 
-def train_crop(monkeypatch, pixels, mirrored: bool, map_box=MAP_BOX, size=PICTURE_SIZE) -> dict[str, torch.Tensor]:
+def train_crop(monkeypatch, pixels, mirrored: bool, map_box=MAP_BOX, size=IMAGE_SIZE) -> dict[str, torch.Tensor]:
     """A training sample of a given crop."""
     left, top, right, bottom = pixels
     params = (top, left, bottom - top, right - left)
@@ -456,8 +456,8 @@ def train_crop(monkeypatch, pixels, mirrored: bool, map_box=MAP_BOX, size=PICTUR
     )
     plain = AugmentationConfig(horizontal_flip=float(mirrored), rand_augment="none", random_erasing=0.0)
     ids = CELLS.numpy()[None].astype(np.int16)
-    picture = Image.new("RGB", size)
-    return TrainTransform((16, 24), [0.5] * 3, [0.5] * 3, plain)(picture, ids, ids.astype(np.float16) + 30, map_box)
+    image = Image.new("RGB", size)
+    return TrainTransform((16, 24), [0.5] * 3, [0.5] * 3, plain)(image, ids, ids.astype(np.float16) + 30, map_box)
 
 
 def token_classes(sample: dict[str, torch.Tensor], grid_size: tuple[int, int]) -> torch.Tensor:
@@ -480,7 +480,7 @@ def test_crops_get_the_cells_of_their_region(crop, mirrored, monkeypatch):
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_maps_that_reach_beyond_the_image_are_cut(mirrored, monkeypatch):
-    """Pictures that the annotator saw with borders: the outer columns, or rows, of the map show the border."""
+    """Images that the annotator saw with borders: the outer columns, or rows, of the map show the border."""
     flip = [1] if mirrored else []
     sample = train_crop(monkeypatch, (0, 0, 100, 50), mirrored, (-0.25, 0, 1.25, 1))
     assert torch.equal(token_classes(sample, (4, 4)), CELLS[:, 1:5].flip(flip))
@@ -495,10 +495,10 @@ def test_places_within_a_region_by_hand(monkeypatch):
     assert sample["crop_box"].tolist() == pytest.approx([0.0, 0.2, 1 / 6, 0.6])
 
 
-def test_centre_square_of_a_wide_picture_is_where_the_map_lies(monkeypatch):
+def test_center_square_of_a_wide_image_is_where_the_map_lies(monkeypatch):
     maps = LabelMaps(CELLS.numpy()[None, None], np.full((1, 1, 4, 6), 30, np.float16), np.full((1, 4), np.nan))
     layout = layout_of(maps, 24)
-    content = encode_picture(np.zeros((40, 160, 3), np.uint8), "PNG")
+    content = encode_image(np.zeros((40, 160, 3), np.uint8), "PNG")
     images = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None}], "label": [1]})
     images = images.cast_column("image", datasets.Image())
     labels = datasets.Dataset(table_of(maps, layout, keys=["row:0"]))

@@ -21,11 +21,11 @@ from modeling_lvvit.cli.open_data import open_datasets
 from modeling_lvvit.data.class_matching import imagenet_class_names
 from modeling_lvvit.labels.checks import check_label_set
 from modeling_lvvit.labels.checks import top_classes as top_classes_of
-from modeling_lvvit.labels.reader import LabelMapSource, covered_region
+from modeling_lvvit.labels.reader import LabelMapReader, covered_region
 from modeling_lvvit.labels.storage import LabelMaps, LabelSetLayout, write_shard
 from modeling_lvvit.original import label_import
 from modeling_lvvit.visualization import check_labels
-from support.images import encode_picture
+from support.images import encode_image
 from support.label_sets import assert_same_cells, load, random_maps, table_of, write_label_set
 from support.programs import ROOT
 
@@ -75,7 +75,7 @@ def test_authors_files_are_imported_losslessly(tmp_path, capsys):
     labels = load(tmp_path / "labels")
     assert labels["image_key"][:] == [f"{name}.JPEG" for name in IMAGENET_FILES]
     assert labels["image_hash"][:] == labels["map_box"][:] == [None] * 3
-    source = LabelMapSource(labels)
+    source = LabelMapReader(labels)
     assert source.class_names == imagenet_class_names()
     stored = source.fetch(range(3))
     assert_same_cells(stored, maps)
@@ -85,11 +85,11 @@ def test_authors_files_are_imported_losslessly(tmp_path, capsys):
 
 
 def write_images(root: Path, names: list[str], suffix: str = ".JPEG") -> Path:
-    """An image folder; every picture is wider than high, and grey in its own tone."""
+    """An image folder; every image is wider than high, and grey in its own tone."""
     for tone, name in enumerate(names):
         path = root / "train" / f"{name}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_picture(np.full((20, 40, 3), 9 * tone, np.uint8), "PNG"))
+        path.write_bytes(encode_image(np.full((20, 40, 3), 9 * tone, np.uint8), "PNG"))
     return root
 
 
@@ -263,7 +263,7 @@ def test_other_class_names_and_suffix_are_used(tmp_path):
     options = ("--class_names", classes, "--image_suffix", ".png", "--score_type", "int8", "--split", "validation")
     import_labels(tmp_path / "maps", tmp_path / "labels", *options)
     labels = load(tmp_path / "labels", "validation")
-    assert LabelMapSource(labels).class_names == ["eins", "zwei", "drei, die dritte", "vier"]
+    assert LabelMapReader(labels).class_names == ["eins", "zwei", "drei, die dritte", "vier"]
     assert labels["image_key"][:] == ["deep/1.png", "top.png"]
     assert labels.features["token_label_scores"].feature.feature.feature.dtype == "int8"
 
@@ -328,7 +328,7 @@ def test_sound_label_set_passes(tmp_path, capsys):
     maps = random_maps(8, len(CLASSES), MAP_SHAPE)
     maps.scores[0, 0, 0, 0], maps.scores[7, 2, 1, 4] = 30.5, -20.25
     notes, empty = (
-        ["greyscale", "greyscale; CMYK: odd", *[""] * 5, "unreadable: no image"],
+        ["grayscale", "grayscale; CMYK: odd", *[""] * 5, "unreadable: no image"],
         [False] * 6 + [True, False],
     )
     folder = sound_set(tmp_path / "labels", maps, notes=notes, is_empty=empty, outside_mass=[0.25] * 7 + [None])
@@ -338,7 +338,7 @@ def test_sound_label_set_passes(tmp_path, capsys):
         "8 label maps, 1 of them empty",
         "maps of 2 x 5 cells, 3 of 4 classes in each",
         "scores from -20.25 to 30.50",
-        "2 x greyscale",
+        "2 x grayscale",
         "1 x CMYK",
         "1 x unreadable",
     ):
@@ -471,7 +471,7 @@ def test_foreign_images_are_a_problem(case, tmp_path, capsys):
 
 def test_missing_images_are_an_error(tmp_path):
     folder = sound_set(tmp_path / "labels")
-    with pytest.raises(SystemExit, match="check_token_labels.py: There is no data set at .*pets"):
+    with pytest.raises(SystemExit, match="check_token_labels.py: There is no dataset at .*pets"):
         check_labels.main([str(folder), "--dataset", str(tmp_path / "pets")])
 
 
@@ -504,7 +504,7 @@ def test_no_temperature_is_proposed_for_sharp_targets(tmp_path):
 
 def test_contact_sheet_is_written(tmp_path, capsys, monkeypatch):
     maps = random_maps(8, len(CLASSES), MAP_SHAPE)
-    maps.boxes = np.full((8, 4), np.nan, dtype=np.float32)  # the centre square
+    maps.boxes = np.full((8, 4), np.nan, dtype=np.float32)  # the center square
     maps.boxes[0] = [-0.25, 0, 1.25, 1]
     folder = sound_set(tmp_path / "labels", maps)
     images = write_images(tmp_path / "images", [key.removesuffix(".JPEG") for key in KEYS])
@@ -518,8 +518,8 @@ def test_contact_sheet_is_written(tmp_path, capsys, monkeypatch):
     sheet = tmp_path / "sheet.png"
     code, output = run_check(capsys, folder, "--dataset", images, "--contact_sheet", sheet, "--num_pictures", 3)
     assert (code, f"contact sheet -> {sheet}" in output) == (0, True)
-    pictures, pairs, labels, names = drawn[0]
-    assert [covered.size for _, covered in pictures] == [(60, 20), (20, 20), (20, 20)]
+    parts, pairs, labels, names = drawn[0]
+    assert [covered.size for _, covered in parts] == [(60, 20), (20, 20), (20, 20)]
     assert (len(pairs), labels, names) == (3, ["cat", "dog", "fox"], list(CLASSES))
     assert Image.open(sheet).size[0] > 3 * 150
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from modeling_lvvit.labels.columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError, label_map_features, to_arrow
-from modeling_lvvit.labels.reader import LabelMapSource, class_names_of, covered_region
+from modeling_lvvit.labels.reader import LabelMapReader, covered_region, label_class_names
 from modeling_lvvit.labels.storage import (
     BOX_COLUMN,
     INDEX_COLUMN,
@@ -179,7 +179,7 @@ def test_load_dataset_gives_back_equal_maps(tmp_path):
     labels = load(write_label_set(tmp_path / "labels", table_of(maps, layout, hashes=hashes), layout))
     assert labels.features == layout.features
     assert labels["image_hash"][:] == hashes
-    stored = LabelMapSource(labels).fetch(range(9))
+    stored = LabelMapReader(labels).fetch(range(9))
     assert_same_cells(stored, maps)
     assert np.array_equal(stored.boxes, maps.boxes, equal_nan=True)
 
@@ -202,7 +202,7 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
 
 
 def plain_rows(maps: LabelMaps) -> datasets.Dataset:
-    """The same maps as two columns of an image data set."""
+    """The same maps as two columns of an image dataset."""
     features = label_map_features(*maps.ids.shape[1:], "int32")
     columns = [to_arrow(maps.ids.astype(np.int32)), to_arrow(maps.scores)]
     return datasets.Dataset(pa.Table.from_arrays(columns, schema=features.arrow_schema))
@@ -214,7 +214,7 @@ def compact_rows(maps: LabelMaps, **columns) -> datasets.Dataset:
 
 def test_plain_columns_and_compact_form_give_equal_maps():
     maps = random_maps(8)
-    plain, stored = LabelMapSource(plain_rows(maps)), LabelMapSource(compact_rows(maps))
+    plain, stored = LabelMapReader(plain_rows(maps)), LabelMapReader(compact_rows(maps))
     assert (plain.is_compact, stored.is_compact) == (False, True)
     for images in ([5, 0, 0], range(2, 6)):
         assert_same_cells(stored.fetch(images), plain.fetch(images))
@@ -226,7 +226,7 @@ def test_plain_columns_and_compact_form_give_equal_maps():
 @pytest.mark.parametrize("make_rows", [plain_rows, compact_rows])
 def test_selections_compose(make_rows):
     maps = random_maps(8)
-    source = LabelMapSource(make_rows(maps))
+    source = LabelMapReader(make_rows(maps))
     first = source.select(np.array([6, 1, 4, 3]))
     second = first.select(np.array([2, 0]))
     assert [len(part) for part in (source, first, second)] == [8, 4, 2]
@@ -236,7 +236,7 @@ def test_selections_compose(make_rows):
 
 def test_order_of_images_is_followed():
     maps = random_maps(5)
-    source = LabelMapSource(compact_rows(maps), row_of=np.array([4, 4, 2]))
+    source = LabelMapReader(compact_rows(maps), row_of=np.array([4, 4, 2]))
     assert len(source) == 3
     assert_same_cells(source.fetch([2, 0]), LabelMaps(maps.ids[[2, 4]], maps.scores[[2, 4]]))
 
@@ -244,7 +244,7 @@ def test_order_of_images_is_followed():
 def test_source_without_regions_covers_whole_images():
     maps = random_maps(3)
     maps.boxes = np.float32([[0.25, 0, 0.75, 1]] * 3)
-    source = LabelMapSource(compact_rows(maps)).select(np.array([2, 1]))
+    source = LabelMapReader(compact_rows(maps)).select(np.array([2, 1]))
     assert source.fetch([0]).boxes.tolist() == [[0.25, 0, 0.75, 1]]
     whole = source.without_regions()
     assert whole.fetch([0]).boxes is None
@@ -262,7 +262,7 @@ REGIONS = {
 
 
 @pytest.mark.parametrize("case", REGIONS)
-def test_covered_region_is_the_centre_square_or_the_box(case):
+def test_covered_region_is_the_center_square_or_the_box(case):
     box, (width, height), expected = REGIONS[case]
     assert covered_region(box, width, height) == expected
 
@@ -294,7 +294,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("case", PROBLEMS)
 def test_broken_maps_are_named_by_their_offset(case):
     name, change, message = PROBLEMS[case]
-    source = LabelMapSource(datasets.Dataset(changed(table_of(random_maps(6)), name, change)))
+    source = LabelMapReader(datasets.Dataset(changed(table_of(random_maps(6)), name, change)))
     assert source.problems([3, 4, 1], NUM_CLASSES) == ([], MAP_SHAPE)
     problems, _ = source.problems([5, 2, 0], NUM_CLASSES)
     assert {offset for offset, _ in problems} == {1}
@@ -303,7 +303,7 @@ def test_broken_maps_are_named_by_their_offset(case):
 
 def test_all_broken_maps_are_named_in_order():
     table = changed(table_of(random_maps(6)), INDEX_COLUMN, lambda v: [set_cell(row, 0, 99)(v) for row in (4, 1)])
-    problems, shape = LabelMapSource(datasets.Dataset(table)).problems(range(6), NUM_CLASSES)
+    problems, shape = LabelMapReader(datasets.Dataset(table)).problems(range(6), NUM_CLASSES)
     assert [row for row, _ in problems] == [1, 4]
     assert shape is None
 
@@ -311,14 +311,14 @@ def test_all_broken_maps_are_named_in_order():
 def test_source_names_missing_columns():
     rows = compact_rows(random_maps(2)).remove_columns(PALETTE_COLUMN)
     with pytest.raises(ValueError, match=f"no column '{PALETTE_COLUMN}'; the data has \\['image_key'"):
-        LabelMapSource(rows)
+        LabelMapReader(rows)
     with pytest.raises(ValueError, match=f"no column '{IDS_COLUMN}', '{SCORES_COLUMN}'"):
-        LabelMapSource(datasets.Dataset.from_dict({"image": [1, 2]}))
+        LabelMapReader(datasets.Dataset.from_dict({"image": [1, 2]}))
 
 
 def test_class_names_are_those_of_the_palette():
-    assert class_names_of(compact_rows(random_maps(2))) == [f"class {index}" for index in range(NUM_CLASSES)]
-    assert class_names_of(plain_rows(random_maps(2))) is None
+    assert label_class_names(compact_rows(random_maps(2))) == [f"class {index}" for index in range(NUM_CLASSES)]
+    assert label_class_names(plain_rows(random_maps(2))) is None
 
 
 def writer_of(folder: Path, rows_per_shard: int = 4, **settings) -> LabelSetWriter:
@@ -460,14 +460,14 @@ def test_shards_of_another_run_are_refused(tmp_path):
 def test_report_counts_notes_empty_labels_and_mass(tmp_path):
     writer = writer_of(tmp_path)
     writer.begin()
-    notes = ["greyscale", "", "greyscale; transparency dropped", "unreadable: no image"]
+    notes = ["grayscale", "", "grayscale; transparency dropped", "unreadable: no image"]
     empty, outside = [False, False, False, True], [0.25, 0.5, 0.75, None]
     writer.write(0, table_of(random_maps(4), notes=notes, is_empty=empty, outside_mass=outside))
     report = writer.finish(1)["report"]
     assert (report["num_images"], report["num_empty_labels"], report["mean_outside_mass"]) == (4, 1, 0.5)
     assert report["bytes_per_image"] == round(writer.path(0).stat().st_size / 4, 1)
     assert report["notes"] == {
-        "greyscale": {"count": 2, "first": ["row:0", "row:2"]},
+        "grayscale": {"count": 2, "first": ["row:0", "row:2"]},
         "transparency dropped": {"count": 1, "first": ["row:2"]},
         "unreadable: no image": {"count": 1, "first": ["row:3"]},
     }
@@ -477,16 +477,16 @@ def test_report_counts_notes_empty_labels_and_mass(tmp_path):
 def test_card_is_yaml_and_the_folder_loads(split, tmp_path):
     maps = random_maps(6)
     layout = layout_of(maps)
-    table = table_of(maps, layout, notes=["greyscale", *[""] * 5], outside_mass=[0.5] * 6)
+    table = table_of(maps, layout, notes=["grayscale", *[""] * 5], outside_mass=[0.5] * 6)
     folder = write_label_set(tmp_path / "labels", table, layout, split=split)
     _, head, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     assert yaml.safe_load(head)["pretty_name"] == "Dice"
-    for part in ("# Dice", "6 images a map of 4 x 6 cells", "| annotator | dice |", "1 x greyscale: row:0", "0.5 to"):
+    for part in ("# Dice", "6 images a map of 4 x 6 cells", "| annotator | dice |", "1 x grayscale: row:0", "0.5 to"):
         assert part in text
     assert "{{" not in text
     labels = load(folder, split)
     assert labels[KEY_COLUMN][:] == [f"row:{row}" for row in range(6)]
-    assert labels[NOTE_COLUMN][0] == "greyscale"
+    assert labels[NOTE_COLUMN][0] == "grayscale"
 
 
 @pytest.mark.parametrize("num_rows, expected", [(1, 64), (4096, 64), (4097, 65), (100_000, 1563), (1_281_167, 4096)])

@@ -15,7 +15,7 @@ from support.original_layout import original_shapes, original_state_dict, recipe
 
 @pytest.fixture(scope="module")
 def tiny_original():
-    """LV-ViT-T for 32-pixel images and 5 classes, the smallest file that is recognised as a published size."""
+    """LV-ViT-T for 32-pixel images and 5 classes, the smallest file that is recognized as a published size."""
     config = variant_config("lvvit_t_224", image_size=32, num_labels=5)
     return config, original_state_dict(config)
 

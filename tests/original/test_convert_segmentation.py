@@ -16,7 +16,7 @@ HEADS = {"upernet": {"neck_channels": 24}, "fcn": {"neck_channels": 20}}
 
 
 def original_weights(head: str, variant: str = "lvvit_s_224", divisor: float = 2.0) -> tuple[OriginalSegmenter, dict]:
-    """A segmenter of 64-pixel pictures and 7 classes; its tensors hold the values that the recipe draws for their names."""
+    """A segmenter of 64-pixel images and 7 classes; its tensors hold the values that the recipe draws for their names."""
     settings = {"image_size": 64, "num_labels": 7, "decoder_channels": 16, "segmentation_head": head, **HEADS[head]}
     config = variant_config(variant, layer_norm_eps=1e-6, residual_divisor=divisor, **settings)
     last = config.num_hidden_layers - 1
@@ -31,7 +31,7 @@ def original_weights(head: str, variant: str = "lvvit_s_224", divisor: float = 2
 
 @pytest.mark.parametrize("head", HEADS)
 def test_segmentation_checkpoints_convert(head, tmp_path):
-    """Head and auxiliary head, on a picture of another size too."""
+    """Head and auxiliary head, on an image of another size too."""
     original, weights = original_weights(head)
     layout = {"meta": {"epoch": 1, "CLASSES": ("wall", "sky")}, "state_dict": weights}
     torch.save(layout, tmp_path / "upernet.pth")

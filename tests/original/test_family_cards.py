@@ -39,7 +39,7 @@ def committed(name: str) -> str:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_card_says_what_the_table_says(name):
-    """To write them anew: python -m modeling_lvvit.family_cards."""
+    """To write them again: python -m modeling_lvvit.family_cards."""
     assert committed(name) == f"{family_card(name)}\n"
     row = VARIANTS.get(name) or SEGMENTERS[name]
     card = ModelCard(committed(name))
@@ -79,7 +79,7 @@ def test_card_is_one_of_the_hub(name, hub):
         "Environmental note",
     ):
         assert f"\n## {title}\n" in card.text
-    assert "\n## Licence\n" in card.text and "@inproceedings{jiang2021all" in card.text
+    assert "\n## License\n" in card.text and "@inproceedings{jiang2021all" in card.text
 
 
 def test_every_card_has_a_row():
@@ -91,14 +91,14 @@ def test_every_card_has_a_row():
 def test_parameters_of_segmenters(name):
     row = SEGMENTERS[name]
     settings = {"num_labels": 150, "image_size": 512, "decoder_channels": row.decoder_channels}
-    config = variant_config(row.trunk, **settings)
+    config = variant_config(row.backbone, **settings)
     with torch.device("meta"):
         assert LVViTForSemanticSegmentation(config).num_parameters() == row.num_parameters
     assert abs(row.num_parameters / 1e6 - row.published_millions) < 0.6
     assert published_row(config, is_segmenter=True) == name
 
 
-def test_rows_are_recognised_by_their_configuration():
+def test_rows_are_recognized_by_their_configuration():
     assert all(published_row(variant_config(name), is_segmenter=False) == name for name in VARIANTS)
     for other in ({"num_labels": 10}, {"image_size": 240}, {"patch_size": 8}, {"hidden_size": 390}):
         assert published_row(variant_config("lvvit_s_224", **other), is_segmenter=False) is None
@@ -132,7 +132,7 @@ def checkpoint_of(name: str) -> dict[str, torch.Tensor]:
     row = SEGMENTERS[name]
     divisor = {"residual_divisor": 1.0} if name == "upernet_l" else {}
     settings = {"num_labels": 150, "decoder_channels": row.decoder_channels, "layer_norm_eps": 1e-6, **divisor}
-    config = variant_config(row.trunk, **settings)
+    config = variant_config(row.backbone, **settings)
     last = config.num_hidden_layers - 1
     with torch.device("meta"):
         shapes = OriginalSegmenter(config, [last - 9, last - 6, last - 3, last]).state_dict()
@@ -155,8 +155,8 @@ def test_example_of_the_card_runs_on_a_converted_model(name, tmp_path, monkeypat
     printed = capsys.readouterr().out
     assert name in SEGMENTERS or f"{name}, 1000 classes" in printed
     assert float(printed.split()[-1]) < (1e-3 if name in SEGMENTERS else 5e-5)
-    picture = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-    Image.fromarray(picture).save("picture.jpg")
+    image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    Image.fromarray(image).save("image.jpg")
     (example,) = re.findall(r"```python\n(.*?)```", committed(name), flags=re.DOTALL)
     exec(example, {})
     lines = capsys.readouterr().out.splitlines()

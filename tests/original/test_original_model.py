@@ -10,7 +10,7 @@ from modeling_lvvit.original import model as original_model
 from modeling_lvvit.original.convert import convert_state_dict
 from modeling_lvvit.original.model import OriginalLVViT, draw_box, original_loss
 from modeling_lvvit.token_labeling import TokenLabelCollator, TokenLabelTrainingArguments
-from modeling_lvvit.token_labeling.losses import LABEL_FIELDS, TokenLabelingObjective
+from modeling_lvvit.token_labeling.losses import LABEL_FIELDS, TokenLabelingLoss
 from support.models import NUM_CLASSES, tiny_config
 from support.samples import samples_of
 
@@ -45,7 +45,7 @@ def test_training_losses_and_gradients_agree(both_models, labelled_rows, tmp_pat
     args = TokenLabelTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     outputs = ours(batch["pixel_values"], mix_mask=batch["mix_mask"])
     labels = {name: batch[name] for name in LABEL_FIELDS if name in batch}
-    loss = TokenLabelingObjective(args, (4, 6), NUM_CLASSES)(outputs, labels, batch["mix_mask"])["loss"]
+    loss = TokenLabelingLoss(args, (4, 6), NUM_CLASSES)(outputs, labels, batch["mix_mask"])["loss"]
     torch.testing.assert_close(loss, theirs, rtol=1e-4, atol=1e-5)
     theirs.backward()
     loss.backward()

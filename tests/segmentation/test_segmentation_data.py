@@ -1,4 +1,4 @@
-"""Masks, their check before training, and the joint augmentation of pictures and masks."""
+"""Masks, their check before training, and the joint augmentation of images and masks."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from modeling_lvvit.data.images import SampleError
-from modeling_lvvit.data.masks import MaskCoding, read_mask
+from modeling_lvvit.data.masks import MaskEncoding, read_mask
 from modeling_lvvit.segmentation.arguments import SegmentationDataArguments
 from modeling_lvvit.segmentation.data import open_segmentation_data
 from modeling_lvvit.segmentation.dataset import ClassCounts, SegmentationDataset
@@ -31,11 +31,11 @@ from support.segmentation_rows import (
 @pytest.mark.parametrize(
     ("coding", "expected"),
     [
-        (MaskCoding(3), {0: 0, 2: 2, 3: -1, 255: 255}),
-        (MaskCoding(3, reduce_labels=True), {0: 255, 1: 0, 3: 2, 4: -1, 255: 255}),
-        (MaskCoding(2, values=(0, 255)), {0: 0, 255: 1, 7: -1}),  # binary masks: 255 is a class here
-        (MaskCoding(3, ignore_index=9), {9: 255, 2: 2, 255: -1}),
-        (MaskCoding(300, ignore_index=400), {255: 255, 400: -100}),
+        (MaskEncoding(3), {0: 0, 2: 2, 3: -1, 255: 255}),
+        (MaskEncoding(3, reduce_labels=True), {0: 255, 1: 0, 3: 2, 4: -1, 255: 255}),
+        (MaskEncoding(2, values=(0, 255)), {0: 0, 255: 1, 7: -1}),  # binary masks: 255 is a class here
+        (MaskEncoding(3, ignore_index=9), {9: 255, 2: 2, 255: -1}),
+        (MaskEncoding(300, ignore_index=400), {255: 255, 400: -100}),
     ],
 )
 def test_mask_values_stand_for_classes(coding, expected):
@@ -57,7 +57,7 @@ def test_mask_values_stand_for_classes(coding, expected):
 )
 def test_impossible_codings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        MaskCoding(**settings)
+        MaskEncoding(**settings)
 
 
 def encoded(image: Image.Image, file_format: str = "PNG") -> dict:
@@ -66,7 +66,7 @@ def encoded(image: Image.Image, file_format: str = "PNG") -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def test_masks_are_read_as_ids_whatever_their_kind_of_picture():
+def test_masks_are_read_as_ids_whatever_their_kind_of_image():
     ids = np.array([[0, 1, 2], [3, 2, 1]], dtype=np.uint8)
     palette = Image.fromarray(ids)
     palette.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
@@ -79,7 +79,7 @@ def test_masks_are_read_as_ids_whatever_their_kind_of_picture():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "CMYK"])
-def test_colour_masks_are_refused(mode):
+def test_color_masks_are_refused(mode):
     image = Image.new(mode, (3, 2), tuple(range(10, 10 + len(Image.new(mode, (1, 1)).getbands()))))
     file_format = "TIFF" if mode == "CMYK" else "PNG"
     with pytest.raises(ValueError, match=f"mode {mode}; expected one channel with class ids.*--colors"):
@@ -87,14 +87,14 @@ def test_colour_masks_are_refused(mode):
 
 
 def broken_rows() -> datasets.Dataset:
-    pictures, masks = zip(*(scene(30, 44, np.random.default_rng(seed)) for seed in range(7)))
+    images, masks = zip(*(scene(30, 44, np.random.default_rng(seed)) for seed in range(7)))
     files = [mask_bytes(mask) for mask in masks]
     files[1] = mask_bytes(np.zeros((44, 30), dtype=np.uint8))
     files[2] = mask_bytes(np.full((30, 44), 4, dtype=np.uint8))
-    files[3] = mask_bytes(pictures[3])
+    files[3] = mask_bytes(images[3])
     files[4] = None
     files[5] = files[5][:40]
-    return rows_of(list(pictures), files)
+    return rows_of(list(images), files)
 
 
 def test_every_unusable_mask_is_named_before_training():
@@ -102,7 +102,7 @@ def test_every_unusable_mask_is_named_before_training():
         samples_of(broken_rows()).check_rows()
     lines = str(caught.value).splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == [f"row {row} ({row}.png)" for row in range(1, 6)]
-    assert "1_mask.png is 30 x 44 pixels (width x height), its picture 44 x 30" in lines[0]
+    assert "1_mask.png is 30 x 44 pixels (width x height), its image 44 x 30" in lines[0]
     assert "has the values 4; expected 0, 1, 2, 3 for 4 classes, and 255, which is ignored" in lines[1]
     assert "mode RGB" in lines[2] and "no mask" in lines[3] and "cannot be used" in lines[4]
 
@@ -121,8 +121,8 @@ def test_masks_without_any_class_are_refused():
         samples_of(rows).check_rows()
 
 
-def test_pictures_are_checked_in_their_upright_size():
-    """A camera's picture of 6 x 4 pixels that lies on its side, and a mask of 4 x 6."""
+def test_images_are_checked_in_their_upright_size():
+    """A camera's image of 6 x 4 pixels that lies on its side, and a mask of 4 x 6."""
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(buffer, format="JPEG", exif=exif)
@@ -159,14 +159,14 @@ def test_evaluation_size(size, settings, expected):
     assert evaluation_size(size, *settings) == expected
 
 
-def colours_of(sample: dict[str, torch.Tensor]) -> np.ndarray:
-    """The class whose colour is nearest, 4 for black."""
+def colors_of(sample: dict[str, torch.Tensor]) -> np.ndarray:
+    """The class whose color is nearest, 4 for black."""
     pixels = (sample["pixel_values"].permute(1, 2, 0).numpy() * 0.5 + 0.5) * 255
     return ((pixels[..., None, :] - COLORS.astype(float)) ** 2).sum(-1).argmin(-1)
 
 
-def test_picture_and_mask_stay_together():
-    """Scale, crop and mirror image: off the borders between classes every pixel has the colour of its label."""
+def test_image_and_mask_stay_together():
+    """Scale, crop and mirror image: off the borders between classes every pixel has the color of its label."""
     augmentation = SegmentationAugmentation((0.5, 2.0), 1.0, 0.5, 0.0)
     samples = crops_of(masked_rows(), augmentation)
     flips = set()
@@ -179,13 +179,13 @@ def test_picture_and_mask_stay_together():
             for shift in ((0, 2), (0, -2), (2, 0), (-2, 0)):
                 is_inside &= np.roll(shown, shift, axis=(0, 1)) == shown
             is_inside[:2], is_inside[-2:], is_inside[:, :2], is_inside[:, -2:] = False, False, False, False
-            is_inside &= shown != 4  # the border around small pictures is the mean colour
-            assert (colours_of(sample) == shown)[is_inside].mean() > 0.999
+            is_inside &= shown != 4  # the border around small images is the mean color
+            assert (colors_of(sample) == shown)[is_inside].mean() > 0.999
             flips.add(tuple(labels.ravel()[:8]))
     assert len(flips) > 5
 
 
-def test_small_pictures_get_a_border_that_does_not_count():
+def test_small_images_get_a_border_that_does_not_count():
     """30 x 44 pixels at scale 0.5 in a crop of 32 x 48: 15 rows and 22 columns."""
     sample = crops_of(masked_rows(1), SegmentationAugmentation((0.5, 0.5), 1.0, 0.0, 0.0))[0]
     assert sample["pixel_values"].shape == (3, 32, 48) and sample["labels"].dtype == torch.int32
@@ -194,7 +194,7 @@ def test_small_pictures_get_a_border_that_does_not_count():
     assert (sample["labels"][:15, :22] != 255).any()
 
 
-def test_a_crop_of_the_whole_picture_is_the_picture():
+def test_a_crop_of_the_whole_image_is_the_image():
     rows = masked_rows(1, sizes=((32, 48),))
     crop, whole = crops_of(rows, PLAIN)[0], samples_of(rows)[0]
     assert torch.allclose(crop["pixel_values"], whole["pixel_values"], atol=1e-6)
@@ -202,7 +202,7 @@ def test_a_crop_of_the_whole_picture_is_the_picture():
 
 
 def test_crops_of_a_single_class_are_drawn_anew():
-    """Class 1 fills the right tenth of a long picture: a plain crop mostly misses it."""
+    """Class 1 fills the right tenth of a long image: a plain crop mostly misses it."""
     mask = np.zeros((32, 480), dtype=np.uint8)
     mask[:, 432:] = 1
     rows = rows_of([COLORS[mask]], [mask_bytes(mask)])
@@ -233,7 +233,7 @@ def test_samples_hang_on_seed_epoch_and_row_alone():
     assert not torch.equal(drawn(0, 3, [3, 7]), first) and not torch.equal(drawn(1, 2, [3, 7]), first)
 
 
-def test_colour_changes_touch_the_picture_only():
+def test_color_changes_touch_the_image_only():
     rows = masked_rows(1, sizes=((32, 48),))
     changed = crops_of(rows, SegmentationAugmentation((1.0, 1.0), 1.0, 0.0, 1.0))[0]
     plain = crops_of(rows, PLAIN)[0]
@@ -277,7 +277,7 @@ def test_given_class_names_hold_over_those_beside_the_data(stored):
 
 def test_classes_without_names_are_counted(stored):
     found = opened(stored)
-    assert found.class_names == ["0", "1", "2", "3"] and found.coding == MaskCoding(4)
+    assert found.class_names == ["0", "1", "2", "3"] and found.coding == MaskEncoding(4)
     assert opened(stored, reduce_labels=True).class_names == ["0", "1", "2"]
     assert opened(stored, mask_values=[3, 2, 1, 0]).coding.values == (3, 2, 1, 0)
 
@@ -297,7 +297,7 @@ def test_binary_masks_of_0_and_255_get_an_explanation(tmp_path):
     ("options", "message"),
     [
         ({"mask_column": "masks"}, "no column 'masks' of images; it has image .Image., annotation .Image."),
-        ({"image_column": "picture"}, "Name it with --image_column"),
+        ({"image_column": "photo"}, "Name it with --image_column"),
         ({"test_split": "testing"}, "no split 'testing'"),
         ({"class_names": ["one"]}, "two or more different names"),
         ({"class_names": ["nowhere.txt"]}, "no file of class names nowhere.txt"),
@@ -325,8 +325,8 @@ def test_trained_models_are_evaluated_on_the_split_there_is(stored, tmp_path_fac
 def test_image_folders_name_masks_in_their_metadata(tmp_path):
     lines = ["file_name,mask_file_name"]
     for row in range(3):
-        picture, mask = scene(30, 44, np.random.default_rng(row))
-        Image.fromarray(picture).save(tmp_path / f"{row}.png")
+        image, mask = scene(30, 44, np.random.default_rng(row))
+        Image.fromarray(image).save(tmp_path / f"{row}.png")
         Image.fromarray(mask).save(tmp_path / f"{row}_mask.png")
         lines.append(f"{row}.png,{row}_mask.png")
     (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
@@ -344,9 +344,9 @@ def test_columns_of_other_kinds_are_no_masks(tmp_path):
 
 
 def test_columns_of_paths_are_masks_when_they_are_named(stored, tmp_path):
-    picture, mask = scene(30, 44, np.random.default_rng(0))
+    pixels, mask = scene(30, 44, np.random.default_rng(0))
     paths = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
-    Image.fromarray(picture).save(paths[0])
+    Image.fromarray(pixels).save(paths[0])
     Image.fromarray(mask).save(paths[1])
     for kind in ("string", "large_string"):
         features = datasets.Features({"image": datasets.Value(kind), "path": datasets.Value(kind)})

@@ -70,8 +70,8 @@ def test_unknown_ids_are_refused(predictions, labels, message):
         confusion_matrix(torch.tensor(predictions), torch.tensor(labels), CLASSES)
 
 
-def test_nothing_grows_with_the_number_of_pictures():
-    """What is stored after many pictures is one matrix; a second evaluation begins anew."""
+def test_nothing_grows_with_the_number_of_images():
+    """What is stored after many images is one matrix; a second evaluation begins again."""
     scores = SegmentationScores(CLASSES, keep_in_memory=True)
     predictions, labels = random_maps()
     for _ in range(50):
@@ -92,7 +92,7 @@ from support.segmentation_rows import CLASSES, random_maps
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 predictions, labels = random_maps(3)
-mine = slice(rank, None, 2)  # two pictures in one process, one in the other
+mine = slice(rank, None, 2)  # two images in one process, one in the other
 scores = SegmentationScores(CLASSES, num_process=2, process_id=rank, experiment_id="pair", cache_dir=folder)
 results = []
 for _ in range(5):  # one after another, without a pause
@@ -173,14 +173,14 @@ def convolution(seed: int = 0) -> nn.Module:
 
 
 @torch.no_grad()
-def test_one_window_is_the_whole_picture():
-    """Also where the picture is smaller than the window; logits of a quarter of the resolution are enlarged."""
+def test_one_window_is_the_whole_image():
+    """Also where the image is smaller than the window; logits of a quarter of the resolution are enlarged."""
     model, pixel_values = convolution(), torch.randn(2, 3, 24, 36)
     for window in ((24, 36), (512, 512)):
         assert torch.equal(sliding_window_logits(model, pixel_values, window, window), model(pixel_values))
 
-    def coarse(pictures):
-        return model(pictures)[..., ::4, ::4]
+    def coarse(images):
+        return model(images)[..., ::4, ::4]
 
     expected = nn.functional.interpolate(coarse(pixel_values), (24, 36), mode="bilinear")
     assert torch.equal(sliding_window_logits(coarse, pixel_values, (24, 36), (24, 36)), expected)
@@ -191,8 +191,8 @@ def test_overlapping_windows_are_averaged():
     """Each window says its number: where the second begins, both count."""
     numbers = iter(range(10))
 
-    def numbered(pictures):
-        return torch.full((1, 1, *pictures.shape[-2:]), float(next(numbers)))
+    def numbered(images):
+        return torch.full((1, 1, *images.shape[-2:]), float(next(numbers)))
 
     logits = sliding_window_logits(numbered, torch.zeros(1, 3, 4, 9), (4, 4), (4, 3))
     assert logits[0, 0, 2].tolist() == [0.0, 0.0, 0.0, 0.5, 1.0, 1.5, 1.5, 2.0, 2.0]
@@ -212,7 +212,7 @@ def test_windows_that_leave_gaps_are_refused():
 
 @torch.no_grad()
 def test_several_scales_and_mirror_images():
-    """One scale without a mirror image is the plain prediction; a symmetric model of a symmetric picture gives a symmetric map."""
+    """One scale without a mirror image is the plain prediction; a symmetric model of a symmetric image gives a symmetric map."""
     model, pixel_values = convolution(), torch.randn(1, 3, 16, 24)
     single = multi_scale_probabilities(model, pixel_values, (1.0,), flip=False)
     torch.testing.assert_close(single, model(pixel_values).softmax(1))

@@ -1,4 +1,4 @@
-"""`LVViTForSemanticSegmentation`: sizes, trunk weights from classifiers, losses, pictures of any size, saving and loading."""
+"""`LVViTForSemanticSegmentation`: sizes, backbone weights from classifiers, losses, images of any size, saving and loading."""
 
 import copy
 import subprocess
@@ -49,8 +49,8 @@ def test_published_layers_are_read(layers, stages):
     assert default_stages(layers) == [f"stage{stage}" for stage in stages]
 
 
-def test_trunks_that_are_too_short_are_refused():
-    with pytest.raises(ValueError, match="read four layers; the trunk has 3"):
+def test_backbones_that_are_too_short_are_refused():
+    with pytest.raises(ValueError, match="read four layers; the backbone has 3"):
         model_of(num_hidden_layers=3)
 
 
@@ -63,7 +63,7 @@ def test_logits_have_the_resolution_of_the_head(head, stride):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 50), (33, 16), (64, 128)])
-def test_pictures_of_any_size(size):
+def test_images_of_any_size(size):
     model = model_of()
     labels = torch.zeros(1, *size, dtype=torch.long)
     with torch.no_grad():
@@ -73,8 +73,8 @@ def test_pictures_of_any_size(size):
     assert torch.isfinite(output.loss)
 
 
-def test_a_border_does_not_move_the_picture():
-    """Logits of a padded picture are enlarged with the border, which is then cut off."""
+def test_a_border_does_not_move_the_image():
+    """Logits of a padded image are enlarged with the border, which is then cut off."""
     logits = torch.arange(16.0).view(1, 1, 4, 4)
     whole = nn.functional.interpolate(logits, (16, 16), mode="bilinear")
     assert torch.equal(model_of()._cropped(logits, (16, 16), (10, 7)), whole[..., :10, :7])
@@ -113,7 +113,7 @@ def test_one_step_changes_every_parameter(head):
     assert [name for name in still if not name.startswith(tuple(unused) or "-")] == []
 
 
-def test_a_classifier_is_loaded_as_trunk(tmp_path):
+def test_a_classifier_is_loaded_as_backbone(tmp_path):
     """Of another class count; its heads and final norm are left out without a warning about them."""
     classifier = LVViTForImageClassification(tiny_config(num_hidden_layers=4, num_labels=9))
     classifier.save_pretrained(tmp_path)
@@ -127,7 +127,7 @@ def test_a_classifier_is_loaded_as_trunk(tmp_path):
         assert torch.equal(value, expected[key]), key
 
 
-def test_a_trunk_alone_is_loaded_too(tmp_path):
+def test_a_backbone_alone_is_loaded_too(tmp_path):
     LVViTModel(tiny_config(num_hidden_layers=4)).save_pretrained(tmp_path)
     _, loading = LVViTForSemanticSegmentation.from_pretrained(
         tmp_path, num_labels=NUM_CLASSES, neck_channels=16, decoder_channels=8, output_loading_info=True
@@ -166,9 +166,9 @@ def test_a_fresh_model_compiles_without_graph_breaks():
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(pixel_values).logits, expected)
 
 
-def test_single_pictures_in_training_are_refused_where_they_cannot_be_learned():
+def test_single_images_in_training_are_refused_where_they_cannot_be_learned():
     pixel_values, labels = torch.randn(1, 3, 32, 48), torch.zeros(1, 32, 48, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="cannot be trained on a single picture"):
+    with pytest.raises(ValueError, match="cannot be trained on a single image"):
         model_of().train()(pixel_values, labels=labels)
     assert torch.isfinite(model_of(segmentation_head="fcn").train()(pixel_values, labels=labels).loss)
 
@@ -210,7 +210,7 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-def test_a_fresh_process_loads_a_classifier_as_trunk(tmp_path):
+def test_a_fresh_process_loads_a_classifier_as_backbone(tmp_path):
     """Every saved folder has the code of all classes that its configuration names."""
     LVViTForImageClassification(tiny_config(num_hidden_layers=4)).save_pretrained(tmp_path / "model")
     code = FRESH.replace("trust_remote_code=True", "trust_remote_code=True, neck_channels=16, decoder_channels=8")

@@ -1,4 +1,4 @@
-"""The programs that write pictures and masks as Parquet files."""
+"""The programs that write images and masks as Parquet files."""
 
 import json
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def save(path: Path, array: np.ndarray) -> None:
 
 @pytest.fixture
 def release(tmp_path) -> Path:
-    """The scene-parsing release in small: 3 training pictures, 1 for validation, classes 1 to 150."""
+    """The scene-parsing release in small: 3 training images, 1 for validation, classes 1 to 150."""
     folder, rng = tmp_path / "ADEChallengeData2016", np.random.default_rng(0)
     for split, name, count in (("training", "train", 3), ("validation", "val", 1)):
         for number in range(count):
@@ -60,7 +60,7 @@ def release(tmp_path) -> Path:
 def test_ade20k_release_becomes_parquet(run, release, tmp_path):
     done = run(ade20k, release, "--output_dir", tmp_path / "ade20k")
     assert done.returncode == 0, done.stderr
-    assert "3 train and 1 validation pictures" in done.stdout
+    assert "3 train and 1 validation images" in done.stdout
     found = datasets.load_dataset(str(tmp_path / "ade20k"))
     assert {split: len(rows) for split, rows in found.items()} == {"train": 3, "validation": 1}
     row = found["train"].cast_column("annotation", datasets.Image(decode=False))[1]
@@ -82,10 +82,10 @@ def test_ade20k_release_becomes_parquet(run, release, tmp_path):
         (lambda folder: (folder / "annotations/training/ADE_train_00000000.png").unlink(), "have no partner"),
         (
             lambda folder: save(folder / "annotations/validation/ADE_val_00000000.png", np.zeros((30, 20), np.uint8)),
-            "ADE_val_00000000.png is 20 x 30 pixels (width x height), its picture 30 x 20",
+            "ADE_val_00000000.png is 20 x 30 pixels (width x height), its image 30 x 20",
         ),
         (
-            lambda folder: (folder / "images/training/ADE_train_00000002.jpg").write_bytes(b"no picture"),
+            lambda folder: (folder / "images/training/ADE_train_00000002.jpg").write_bytes(b"no image"),
             "ADE_train_00000002.jpg cannot be opened",
         ),
     ],
@@ -113,15 +113,15 @@ def test_folders_with_split_names_become_splits(run, tmp_path):
     assert "have no partner" in run(image_mask_folder, *arguments).stderr  # without the suffix
 
 
-def test_colours_become_class_ids(run, tmp_path):
+def test_colors_become_class_ids(run, tmp_path):
     colors = np.array([[[128, 64, 128], [0, 0, 255]], [[0, 0, 255], [1, 2, 3]]], dtype=np.uint8)
     save(tmp_path / "images" / "a.png", np.zeros((2, 2, 3), np.uint8))
     save(tmp_path / "masks" / "a.png", colors)
     (tmp_path / "colors.json").write_text('{"road": [128, 64, 128], "car": [0, 0, 255]}')
     arguments = (tmp_path / "images", tmp_path / "masks", "--output_dir", tmp_path / "out")
-    assert "--colors turns colours into ids" in run(image_mask_folder, *arguments).stderr
+    assert "--colors turns colors into ids" in run(image_mask_folder, *arguments).stderr
     refused = run(image_mask_folder, *arguments, "--colors", tmp_path / "colors.json")
-    assert refused.returncode == 1 and "1 colours that no class has: [1, 2, 3]" in refused.stderr
+    assert refused.returncode == 1 and "1 colors that no class has: [1, 2, 3]" in refused.stderr
     assert not (tmp_path / "out").exists()
     done = run(image_mask_folder, *arguments, "--colors", tmp_path / "colors.json", "--ignore_other_colors")
     assert done.returncode == 0, done.stderr

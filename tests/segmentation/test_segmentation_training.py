@@ -1,4 +1,4 @@
-"""The segmentation Trainer and its program: training, evaluation of whole pictures, resuming, saving, errors before training."""
+"""The segmentation Trainer and its program: training, evaluation of whole images, resuming, saving, errors before training."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from transformers import AutoModelForSemanticSegmentation, pipeline
 
 from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation
 from modeling_lvvit.cli.parser import parse, recipe_names
-from modeling_lvvit.data.sampling import SharedSampler
+from modeling_lvvit.data.sampling import ShardedEvalSampler
 from modeling_lvvit.segmentation import train as program
 from modeling_lvvit.segmentation.inference import InferenceSettings, best_classes, predict_classes
 from modeling_lvvit.training.schedule import polynomial_factor
@@ -53,7 +53,7 @@ def test_one_step_changes_every_parameter(tmp_path):
     assert unchanged == []
 
 
-def test_training_learns_the_colours(tmp_path):
+def test_training_learns_the_colors(tmp_path):
     model = segmenter(initializer_range=0.1)
     rows = masked_rows(16)
     trainer = trainer_of(model, tmp_path, rows, rows, max_steps=60, per_device_train_batch_size=8)
@@ -65,7 +65,7 @@ def test_training_learns_the_colours(tmp_path):
 
 
 def independent_scores(model, samples, settings: InferenceSettings) -> tuple[float, float, np.ndarray]:
-    """Mean IoU, pixel accuracy and the IoU of the classes, picture by picture, counted by scikit-learn."""
+    """Mean IoU, pixel accuracy and the IoU of the classes, image by image, counted by scikit-learn."""
     total = 0
     for sample in (samples[index] for index in range(len(samples))):
         predicted = predict_classes(lambda pixels: model(pixels).logits, sample["pixel_values"][None], settings)[0]
@@ -81,7 +81,7 @@ def independent_scores(model, samples, settings: InferenceSettings) -> tuple[flo
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("scales", [(1.0,), (0.75, 1.0, 1.5)])
 def test_evaluation_equals_an_independent_computation(batch_size, scales, tmp_path):
-    """11 pictures of three sizes: batches hold several sizes, the last one is smaller."""
+    """11 images of three sizes: batches hold several sizes, the last one is smaller."""
     model, rows = segmenter(initializer_range=0.1).eval(), masked_rows(11)
     trainer = trainer_of(model, tmp_path, None, rows, per_device_eval_batch_size=batch_size)
     trainer.inference = InferenceSettings((32, 48), (20, 30), scales=scales, flip=len(scales) > 1)
@@ -104,7 +104,7 @@ def test_evaluation_does_not_change_training(tmp_path):
 
 @pytest.mark.parametrize(("rows", "processes"), [(11, 3), (2, 4), (6, 2)])
 def test_every_row_is_evaluated_once(rows, processes):
-    shares = [SharedSampler(rows, index, processes) for index in range(processes)]
+    shares = [ShardedEvalSampler(rows, index, processes) for index in range(processes)]
     assert sorted(row for share in shares for row in share) == list(range(rows))
     assert sum(map(len, shares)) == rows
 
@@ -118,7 +118,7 @@ def test_best_classes_are_those_of_argmax():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (400, 2), (4000, 16), (33, 49)])
-def test_pictures_of_any_size_are_segmented(size):
+def test_images_of_any_size_are_segmented(size):
     model = segmenter().eval()
     pixel_values = torch.rand(1, 3, *size)
     settings = InferenceSettings((32, 48), (20, 30), scales=(0.5, 1.0), flip=True)
@@ -160,15 +160,15 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_training_sets_smaller_than_a_batch_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="3 training pictures, fewer than a batch"):
+    with pytest.raises(ValueError, match="3 training images, fewer than a batch"):
         trainer_of(segmenter(), tmp_path, masked_rows(3))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"per_device_train_batch_size": 1}, "UperNet cannot be trained on one picture at a time"),
-        ({"per_device_train_batch_size": 11, "dataloader_drop_last": False}, "The last batch of 12 pictures .* a single one"),
+        ({"per_device_train_batch_size": 1}, "UperNet cannot be trained on one image at a time"),
+        ({"per_device_train_batch_size": 11, "dataloader_drop_last": False}, "The last batch of 12 images .* a single one"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no meaning"),
         ({"lr_scheduler_type": "constant"}, "needs `lr_schedule` library"),
         ({"metric_for_best_model": "miou"}, "must be one of mean_iou, pixel_accuracy, mean_accuracy, got miou"),
@@ -254,8 +254,8 @@ def test_program_writes_what_a_run_gives(trained):
     scores = json.loads((trained / "class_scores.json").read_text())
     assert list(scores) == ["validation", "validation, multi-scale", "test", "test, multi-scale"]
     assert list(scores["test"]) == NAMES and set(scores["test"]["car"]) == {"iou", "accuracy"}
-    with Image.open(trained / "predictions.png") as picture:
-        assert picture.width > 300 and picture.height > 300
+    with Image.open(trained / "predictions.png") as image:
+        assert image.width > 300 and image.height > 300
     card = (trained / "README.md").read_text()
     assert "pipeline_tag: image-segmentation" in card and "| car |" in card and "multi-scale mean_iou" in card
     config = json.loads((trained / "config.json").read_text())
@@ -282,14 +282,14 @@ def test_saved_model_works_in_a_fresh_process(trained, data):
 
 
 def test_pipeline_is_close_to_the_evaluation(trained, data):
-    """Whole pictures of the size of a window: the same classes but where two are nearly equal."""
+    """Whole images of the size of a window: the same classes but where two are nearly equal."""
     model = AutoModelForSemanticSegmentation.from_pretrained(trained).eval()
-    picture, _ = scene(32, 48, np.random.default_rng(5))
-    found = pipeline("image-segmentation", model=str(trained))(Image.fromarray(picture))
-    names = np.full(picture.shape[:2], "", dtype=object)
+    image, _ = scene(32, 48, np.random.default_rng(5))
+    found = pipeline("image-segmentation", model=str(trained))(Image.fromarray(image))
+    names = np.full(image.shape[:2], "", dtype=object)
     for part in found:
         names[np.asarray(part["mask"]) > 0] = part["label"]
-    sample = samples_of(rows_of([picture], [mask_bytes(np.zeros((32, 48), np.uint8))]))[0]
+    sample = samples_of(rows_of([image], [mask_bytes(np.zeros((32, 48), np.uint8))]))[0]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     pixel_values = ((sample["pixel_values"] * 0.5 + 0.5) - mean) / std
     predicted = predict_classes(
@@ -307,7 +307,7 @@ def test_a_trained_model_is_evaluated_without_training(trained, data, tmp_path):
     assert not (tmp_path / "again" / "model.safetensors").exists()
 
 
-def test_a_classifier_becomes_the_trunk(data, tmp_path, caplog):
+def test_a_classifier_becomes_the_backbone(data, tmp_path, caplog):
     torch.manual_seed(1)
     classifier = LVViTForImageClassification(tiny_config(num_hidden_layers=4))
     classifier.save_pretrained(tmp_path / "classifier")
@@ -316,19 +316,21 @@ def test_a_classifier_becomes_the_trunk(data, tmp_path, caplog):
     program.main(options_of(data, tmp_path / "run", **options, save_picture="false"))
     model = LVViTForSemanticSegmentation.from_pretrained(tmp_path / "run")
     weights = model.lvvit.state_dict()
-    trunk = {
+    backbone = {
         k: v
         for k, v in classifier.lvvit.state_dict().items()
         if k in weights and "running" not in k and "num_" not in k
     }
-    assert len(trunk) > 40 and all(torch.allclose(weights[name], value, atol=1e-6) for name, value in trunk.items())
+    assert len(backbone) > 40 and all(
+        torch.allclose(weights[name], value, atol=1e-6) for name, value in backbone.items()
+    )
     assert model.config.id2label == dict(enumerate(NAMES))
     with pytest.raises(SystemExit, match="evaluation|trained model|classes") as caught:
         program.main(options_of(data, tmp_path / "b", evaluate_only="true"))
     assert "--model_name_or_path" in str(caught.value)
 
 
-def test_a_trunk_keeps_its_shape_whatever_a_recipe_says(data, tmp_path):
+def test_a_backbone_keeps_its_shape_whatever_a_recipe_says(data, tmp_path):
     classifier = LVViTForImageClassification(tiny_config(num_hidden_layers=4, residual_divisor=2.0))
     classifier.save_pretrained(tmp_path / "classifier")
     overrides = {
@@ -356,7 +358,7 @@ def test_models_without_trained_heads_are_not_evaluated(data, tmp_path):
 
 
 def test_models_are_evaluated_as_they_were_trained(data, tmp_path):
-    """Without the options again: the size of pictures is kept, other mask values are refused."""
+    """Without the options again: the size of images is kept, other mask values are refused."""
     names = {"class_names": "a b c", "reduce_labels": "true"}
     program.main(options_of(data, tmp_path / "run", **names, short_side=40, long_side=70, save_picture="false"))
     again = {
@@ -402,7 +404,7 @@ def test_median_frequency_weights_enter_the_loss(data, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"dataset_name": "./nowhere"}, "There is no data set at"),
+        ({"dataset_name": "./nowhere"}, "There is no dataset at"),
         ({"model_name_or_path": "./nowhere", "config_overrides": None}, "There is no model folder"),
         ({"class_weights": "1 2 3"}, "`class_weights` has 3 numbers; the data has 4 classes"),
         ({"class_weights": "many"}, "`class_weights` must be median_frequency or a number for each class"),
@@ -441,19 +443,19 @@ def test_another_run_is_not_written_over(trained, data):
         program.main(options_of(data, trained))
 
 
-def test_the_picture_of_predictions_shows_wide_pictures(tmp_path):
+def test_the_image_of_predictions_shows_wide_images(tmp_path):
     """4000 x 30 pixels; 70 classes, of which two have dollar signs."""
     mask = np.tile(np.arange(4000) // 60, (30, 1))
     mask[:, :50] = 255
     names = [f"${index}$" for index in range(70)]
     save_segmentation_figure(tmp_path / "a.png", [Image.new("RGB", (4000, 30))], [mask], [mask % 70], names, 255)
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.width < 2000
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width < 2000
 
 
 @pytest.mark.slow
 def test_two_processes_evaluate_like_one(trained, data, tmp_path):
-    """5 and 3 pictures over two processes, through accelerate."""
+    """5 and 3 images over two processes, through accelerate."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     options = {"model_name_or_path": trained, "evaluate_only": "true", "config_overrides": None, "image_size": None}
     words = options_of(data, tmp_path / "two", **options, test_split="test", save_picture="false")

@@ -11,17 +11,17 @@ from modeling_lvvit.labels.columns import label_map_features, to_arrow
 from support.models import MAP_COLUMNS, MAP_ROWS, NUM_CLASSES, K
 
 
-def encode_picture(array: np.ndarray, file_format: str = "JPEG") -> bytes:
+def encode_image(array: np.ndarray, file_format: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format=file_format)
     return buffer.getvalue()
 
 
 def labelled_table(num_rows: int = 12, seed: int = 0) -> pa.Table:
-    """Random pictures of different sizes with labels and label maps."""
+    """Random images of different sizes with labels and label maps."""
     rng = np.random.default_rng(seed)
-    pictures = [
-        encode_picture(rng.integers(0, 256, (rng.integers(20, 40), rng.integers(20, 60), 3), dtype=np.uint8))
+    images = [
+        encode_image(rng.integers(0, 256, (rng.integers(20, 40), rng.integers(20, 60), 3), dtype=np.uint8))
         for _ in range(num_rows)
     ]
     shape = (num_rows, K, MAP_ROWS, MAP_COLUMNS)
@@ -36,7 +36,7 @@ def labelled_table(num_rows: int = 12, seed: int = 0) -> pa.Table:
     )
     columns = [
         pa.array(
-            [{"bytes": picture, "path": f"{row}.jpg"} for row, picture in enumerate(pictures)],
+            [{"bytes": image, "path": f"{row}.jpg"} for row, image in enumerate(images)],
             datasets.Image().pa_type,
         ),
         pa.array(rng.integers(0, NUM_CLASSES, num_rows)),

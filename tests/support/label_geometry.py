@@ -1,18 +1,18 @@
 """How far the labels of tokens are from what the tokens show after geometric augmentation.
 
-A picture is stood in for by a field of class scores at full resolution; its label map is the mean of the field over each of
+An image is stood in for by a field of class scores at full resolution; its label map is the mean of the field over each of
 18 x 18 cells. The reference moves the field, channel by channel, with the calls of PIL that timm makes, one operation after
 another, cuts the crop, takes the mean over each token and softmax. Reported is the mean total-variation distance
 (0.5 * sum |p - q|) of four ways to move the map instead:
 
     ours            all operations composed into one affine map, read once with linear interpolation
-    nearest         the map moved to the nearest cell, once for each operation, with the right centre and aspect ratio
+    nearest         the map moved to the nearest cell, once for each operation, with the right center and aspect ratio
     authors' moves  the same in index coordinates: rotation about cell 9, shear factors of pixels taken for cells
     authors         the same with the corners of the crop exchanged (`label_crop="authors"`)
 
-Tokens are told apart by the share of them that the reference shows of the picture. Distances are over the tokens at least half
-of which is picture. The others are fill; of those, "cut" are tokens that operations one after another have filled, because
-the picture left the frame in between, while a single composed move shows the picture. Only ours is given for them.
+Tokens are told apart by the share of them that the reference shows of the image. Distances are over the tokens at least half
+of which is image. The others are fill; of those, "cut" are tokens that operations one after another have filled, because
+the image left the frame in between, while a single composed move shows the image. Only ours is given for them.
 
     python tests/label_geometry.py --samples 40
 """
@@ -40,11 +40,11 @@ METHODS = ("ours", "nearest", "authors' moves", "authors")
 BILINEAR = Image.Resampling.BILINEAR
 
 
-def apply_operations(picture, operations: Operations, fill=0):
-    """timm's functions one after another, on a picture or on an `_AffineRecorder`."""
+def apply_operations(image, operations: Operations, fill=0):
+    """timm's functions one after another, on an image or on an `_AffineRecorder`."""
     for name, value in operations:
-        picture = NAME_TO_OP[name](picture, value, resample=BILINEAR, fillcolor=fill)
-    return picture
+        image = NAME_TO_OP[name](image, value, resample=BILINEAR, fillcolor=fill)
+    return image
 
 
 def recorded_matrix(operations: Operations, size: tuple[int, int]) -> np.ndarray | None:
@@ -57,7 +57,7 @@ class FixedGeometry:
 
     Args:
         operations: Geometric operations, in order.
-        fill: Colour of what moves in.
+        fill: Color of what moves in.
     """
 
     def __init__(self, operations: Operations, fill: tuple[int, ...] = (128, 128, 128)):
@@ -69,14 +69,14 @@ class FixedGeometry:
 
 
 def transform_with(operations: Operations, image_size=(224, 224), **augmentation) -> TrainTransform:
-    """A `TrainTransform` without chance in colours and moves; flip off and the crop random unless told otherwise."""
+    """A `TrainTransform` without chance in colors and moves; flip off and the crop random unless told otherwise."""
     settings = {"horizontal_flip": 0.0, "rand_augment": "none", "random_erasing": 0.0} | augmentation
     transform = TrainTransform(image_size, [0.5] * 3, [0.5] * 3, AugmentationConfig(**settings))
     transform.rand_augment = FixedGeometry(operations)
     return transform
 
 
-def whole_picture(size: tuple[int, int]) -> dict:
+def whole_image(size: tuple[int, int]) -> dict:
     """Augmentation options for a crop of everything."""
     return {"crop_scale": (1.0, 1.0), "crop_ratio": (size[0] / size[1],) * 2}
 
@@ -117,7 +117,7 @@ def moved_field(field: np.ndarray, operations: Operations) -> np.ndarray:
 
 
 def shown_once(size: tuple[int, int], matrix: np.ndarray | None) -> np.ndarray:
-    """Which pixels of the picture moved by one affine map lie in the picture, `[height, width]` float32."""
+    """Which pixels of the image moved by one affine map lie in the image, `[height, width]` float32."""
     width, height = size
     y, x = np.mgrid[0:height, 0:width] + 0.5
     x, y, _ = np.einsum("ij,jhw->ihw", np.eye(3) if matrix is None else matrix, np.stack([x, y, np.ones_like(x)]))
@@ -139,7 +139,7 @@ def moved_map(scores: np.ndarray, operations: Operations, size: tuple[int, int],
     for operation in operations:
         if (
             like_authors
-        ):  # indices for coordinates: (0, 0) is the centre of the first cell, (9, 9) the centre of rotation
+        ):  # indices for coordinates: (0, 0) is the center of the first cell, (9, 9) the center of rotation
             matrix, cells = recorded_matrix((operation,), (columns, rows)), np.eye(3)
             cells[:2, 2] = 0.5
         else:
@@ -173,8 +173,8 @@ class Distances:
 
     Args:
         by_method: `[N]` for each of `METHODS`.
-        shown: `[N]`, share of each token that shows the picture in the reference.
-        shown_once: The same if the picture is moved once.
+        shown: `[N]`, share of each token that shows the image in the reference.
+        shown_once: The same if the image is moved once.
     """
 
     by_method: dict[str, np.ndarray]
@@ -214,12 +214,12 @@ def measure(field: np.ndarray, operations: Operations, flip: bool, augmentation:
 
 
 def measure_many(draw_operations, samples: int, seed: int, cropped: bool) -> Distances:
-    """`measure` for several fields and sizes; with `cropped` a random flip and crop (scale 0.08 to 1), else the whole picture."""
+    """`measure` for several fields and sizes; with `cropped` a random flip and crop (scale 0.08 to 1), else the whole image."""
     generator, results = np.random.default_rng(seed), []
     torch.manual_seed(seed)
     for number in range(samples):
         size = SIZES[number % len(SIZES)]
-        augmentation = {} if cropped else whole_picture(size)
+        augmentation = {} if cropped else whole_image(size)
         flip = cropped and bool(generator.random() < 0.5)
         results.append(measure(class_field(size, generator), draw_operations(generator, number), flip, augmentation))
     by_method = {name: np.concatenate([result.by_method[name] for result in results]) for name in METHODS}
@@ -244,18 +244,18 @@ def composition(count: int):
     return draw
 
 
-def coloured_field(rows: int, columns: int, cell: int) -> tuple[Image.Image, np.ndarray]:
-    """Blocks of 2 x 2 cells of one class, no two neighbours alike; class k has the colour of the bits of k."""
+def colored_field(rows: int, columns: int, cell: int) -> tuple[Image.Image, np.ndarray]:
+    """Blocks of 2 x 2 cells of one class, no two neighbours alike; class k has the color of the bits of k."""
     block_rows, block_columns = (rows + 1) // 2, (columns + 1) // 2
     parity = np.arange(block_rows)[:, None] % 2 * 2 + np.arange(block_columns) % 2
     blocks = parity + 4 * np.random.default_rng(3).integers(0, 2, parity.shape)
     classes = blocks.repeat(2, 0).repeat(2, 1)[:rows, :columns]
-    colours = np.uint8((classes[..., None] >> np.arange(3) & 1) * 255)
-    return Image.fromarray(colours.repeat(cell, 0).repeat(cell, 1)), classes
+    colors = np.uint8((classes[..., None] >> np.arange(3) & 1) * 255)
+    return Image.fromarray(colors.repeat(cell, 0).repeat(cell, 1)), classes
 
 
 def shown_classes(pixel_values: torch.Tensor) -> np.ndarray:
-    """Class of the colour of each token `[N]`; -1 where it has more than one, -2 where all of it is fill (grey)."""
+    """Class of the color of each token `[N]`; -1 where it has more than one, -2 where all of it is fill (grey)."""
     channels = pixel_values.unfold(1, 16, 16).unfold(2, 16, 16).flatten(3).flatten(1, 2)  # (3, N, pixels), in [-1, 1]
     bits = (channels > 0).all(-1).int() * torch.tensor([[1], [2], [4]])
     is_pure = ((channels > 0.5).all(-1) | (channels < -0.5).all(-1)).all(0)
@@ -276,7 +276,7 @@ def report(title: str, distances: Distances) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--samples", type=int, default=30, help="Pictures for each row of the table.")
+    parser.add_argument("--samples", type=int, default=30, help="Images for each row of the table.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     random.seed(options.seed)

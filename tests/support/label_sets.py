@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from modeling_lvvit.labels.publishing import finish_label_set
 from modeling_lvvit.labels.storage import LabelMaps, LabelSetLayout
-from modeling_lvvit.labels.writer import LabelSetWriter, versions_of
+from modeling_lvvit.labels.writer import LabelSetWriter, package_versions
 
 
 NUM_CLASSES, MAP_SHAPE = 7, (3, 4, 6)  # K, rows, columns
@@ -46,7 +46,7 @@ def write_label_set(
     folder: Path, table: pa.Table, layout: LabelSetLayout, rows_per_shard: int = 4, split: str = "train"
 ) -> Path:
     """A finished label set."""
-    writer = LabelSetWriter(folder, split, layout, {"annotator": "dice"}, versions_of(), rows_per_shard)
+    writer = LabelSetWriter(folder, split, layout, {"annotator": "dice"}, package_versions(), rows_per_shard)
     writer.begin()
     starts = range(0, len(table), rows_per_shard)
     for shard, start in enumerate(starts):

@@ -1,4 +1,4 @@
-"""Pictures with masks for tests: rows of different sizes whose colours say their class."""
+"""Images with masks for tests: rows of different sizes whose colors say their class."""
 
 import io
 
@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import SegformerImageProcessor
 
 from modeling_lvvit import LVViTForSemanticSegmentation
-from modeling_lvvit.data.masks import MaskCoding
+from modeling_lvvit.data.masks import MaskEncoding
 from modeling_lvvit.segmentation.arguments import SegmentationTrainingArguments
 from modeling_lvvit.segmentation.dataset import SegmentationDataset
 from modeling_lvvit.segmentation.inference import InferenceSettings
@@ -20,7 +20,7 @@ from modeling_lvvit.segmentation.transforms import (
     SegmentationEvalTransform,
     SegmentationTrainTransform,
 )
-from support.images import encode_picture
+from support.images import encode_image
 from support.models import tiny_config
 
 
@@ -32,7 +32,7 @@ SETTINGS = {"num_labels": len(NAMES), "num_hidden_layers": 4, "neck_channels": 1
 
 
 def scene(height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A picture whose colours are those of its classes, and its mask: class 0 with rectangles of others and of ignored pixels."""
+    """An image whose colors are those of its classes, and its mask: class 0 with rectangles of others and of ignored pixels."""
     mask = np.zeros((height, width), dtype=np.uint8)
     for index in (1, 2, 3, 255, 2, 1):
         top, left = rng.integers(0, height - 6), rng.integers(0, width - 6)
@@ -51,23 +51,23 @@ def masked_rows(count: int = 12, seed: int = 0, sizes: tuple[tuple[int, int], ..
     """Rows of sizes in turn, with the columns image and annotation."""
     rng = np.random.default_rng(seed)
     scenes = [scene(*sizes[index % len(sizes)], rng) for index in range(count)]
-    return rows_of([picture for picture, _ in scenes], [mask_bytes(mask) for _, mask in scenes])
+    return rows_of([image for image, _ in scenes], [mask_bytes(mask) for _, mask in scenes])
 
 
-def rows_of(pictures: list[np.ndarray], masks: list[bytes | None]) -> datasets.Dataset:
-    """Rows of pictures and of files of masks."""
+def rows_of(arrays: list[np.ndarray], masks: list[bytes | None]) -> datasets.Dataset:
+    """Rows of images and of files of masks."""
     kind = datasets.Image().pa_type
-    images = [{"bytes": encode_picture(picture, "PNG"), "path": f"{row}.png"} for row, picture in enumerate(pictures)]
+    images = [{"bytes": encode_image(array, "PNG"), "path": f"{row}.png"} for row, array in enumerate(arrays)]
     files = [None if mask is None else {"bytes": mask, "path": f"{row}_mask.png"} for row, mask in enumerate(masks)]
     features = datasets.Features({"image": datasets.Image(), "annotation": datasets.Image()})
     columns = [pa.array(images, kind), pa.array(files, kind)]
     return datasets.Dataset(pa.Table.from_arrays(columns, schema=features.arrow_schema))
 
 
-def samples_of(rows: datasets.Dataset, transform=None, coding: MaskCoding | None = None) -> SegmentationDataset:
-    """Whole pictures, or what a transform makes of them."""
+def samples_of(rows: datasets.Dataset, transform=None, coding: MaskEncoding | None = None) -> SegmentationDataset:
+    """Whole images, or what a transform makes of them."""
     transform = transform or SegmentationEvalTransform(*HALF)
-    return SegmentationDataset(rows, transform, coding or MaskCoding(len(NAMES)), mask_column="annotation")
+    return SegmentationDataset(rows, transform, coding or MaskEncoding(len(NAMES)), mask_column="annotation")
 
 
 def crops_of(rows: datasets.Dataset, augmentation: SegmentationAugmentation | None = None, **settings):
@@ -82,7 +82,7 @@ def segmenter(**settings) -> LVViTForSemanticSegmentation:
 
 
 def trainer_of(model, folder, rows=None, evaluation=None, **options) -> SegmentationTrainer:
-    """A trainer on crops of rows that evaluates whole pictures in windows of 32 x 48 pixels."""
+    """A trainer on crops of rows that evaluates whole images in windows of 32 x 48 pixels."""
     defaults = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 4}
     defaults |= {"learning_rate": 1e-2, "max_steps": 2, "use_cpu": True, "seed": 3}
     return SegmentationTrainer(

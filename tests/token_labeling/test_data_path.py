@@ -13,11 +13,11 @@ from PIL import Image
 
 from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.cli.open_data import has_dense_columns, open_datasets
-from modeling_lvvit.data.sampling import start_generators
+from modeling_lvvit.data.sampling import seed_generators
 from modeling_lvvit.labels.columns import IDS_COLUMN, SCORES_COLUMN, to_numpy
 from modeling_lvvit.token_labeling import AugmentationConfig, TokenLabelCollator, TokenLabelDataset, TrainTransform
 from modeling_lvvit.token_labeling.collator import draw_mix_box
-from support.images import encode_picture, labelled_table
+from support.images import encode_image, labelled_table
 from support.models import MAP_COLUMNS, MAP_ROWS, NUM_CLASSES, K
 from support.samples import plain_transform, samples_of
 
@@ -62,29 +62,29 @@ def test_shuffled_rows_keep_image_and_map_together(labelled_rows):
     for position, row in enumerate(order):
         assert np.array_equal(shuffled.label_map(position)[0], samples_of(labelled_rows).label_map(row)[0])
         assert np.array_equal(
-            np.asarray(shuffled.picture(position)), np.asarray(samples_of(labelled_rows).picture(row))
+            np.asarray(shuffled.read_image(position)), np.asarray(samples_of(labelled_rows).read_image(row))
         )
 
 
 def test_flip_mirrors_image_and_map():
-    picture = np.zeros((40, 60, 3), dtype=np.uint8)
-    picture[:, :30] = 255  # left half white
+    image = np.zeros((40, 60, 3), dtype=np.uint8)
+    image[:, :30] = 255  # left half white
     ids = np.arange(6, dtype=np.int16).reshape(1, 2, 3)
     transform = plain_transform(horizontal_flip=1.0, crop_scale=(1.0, 1.0), crop_ratio=(1.5, 1.5))
-    sample = transform(Image.fromarray(picture), ids, ids.astype(np.float16))
+    sample = transform(Image.fromarray(image), ids, ids.astype(np.float16))
     assert sample["pixel_values"][0, 16, 40] > 0.9  # now the right half is white
     assert sample["pixel_values"][0, 16, 8] < -0.9
     assert sample["token_label_ids"].tolist() == [[[2, 1, 0], [5, 4, 3]]]
 
 
 def test_crop_box_tells_where_the_pixels_come_from():
-    """On a picture whose colour is its position, the crop's corner colours are the box."""
+    """On an image whose color is its position, the crop's corner colors are the box."""
     rows, columns = np.mgrid[0:100, 0:150]
-    picture = np.stack([columns / 149, rows / 99, 0 * rows], axis=-1)
+    image = np.stack([columns / 149, rows / 99, 0 * rows], axis=-1)
     transform = plain_transform(crop_scale=(0.2, 0.4))
     for seed in range(5):
-        start_generators(seed)
-        sample = transform(Image.fromarray(np.uint8(255 * picture)))
+        seed_generators(seed)
+        sample = transform(Image.fromarray(np.uint8(255 * image)))
         left, top, right, bottom = sample["crop_box"].tolist()
         pixels = sample["pixel_values"] * 0.5 + 0.5
         assert pixels[0, 16, 0].item() == pytest.approx(left, abs=0.03)
@@ -94,9 +94,9 @@ def test_crop_box_tells_where_the_pixels_come_from():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 2)])
-def test_crops_of_tiny_pictures_are_not_empty(size):
+def test_crops_of_tiny_images_are_not_empty(size):
     for seed in range(40):
-        start_generators(seed)
+        seed_generators(seed)
         left, top, right, bottom = plain_transform()(Image.new("RGB", size))["crop_box"].tolist()
         assert 0 <= left < right <= 1
         assert 0 <= top < bottom <= 1
@@ -107,7 +107,7 @@ def equal_samples(first: dict, second: dict) -> bool:
 
 
 def test_a_sample_hangs_on_seed_epoch_and_row_alone(labelled_rows):
-    """Not on what was drawn before, and nothing that is drawn later hangs on it."""
+    """Not on what was drawn before, and nothing that is drawn later depends on it."""
     samples = samples_of(labelled_rows, TrainTransform((32, 48), [0.5] * 3, [0.5] * 3))
     samples.start_epoch(3, 1)
     before = torch.get_rng_state(), random.getstate()
@@ -171,10 +171,10 @@ def test_mix_boxes_stay_on_the_grid_and_have_the_published_area():
 
 
 def test_mix_box_by_hand(monkeypatch):
-    """Kept share 0.75: half of 10 rows and of 6 columns, 5 and 3; from the centre (7, 1) two rows and one column each way."""
+    """Kept share 0.75: half of 10 rows and of 6 columns, 5 and 3; from the center (7, 1) two rows and one column each way."""
     monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: torch.tensor(0.75))
-    centre = iter((7, 1))
-    monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(next(centre)))
+    center = iter((7, 1))
+    monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(next(center)))
     assert draw_mix_box((10, 6), alpha=1.0) == (0, 5, 2, 9)
 
 
@@ -187,7 +187,7 @@ def break_image(row: int, content: bytes | None) -> datasets.Dataset:
 
 
 def whole_jpeg() -> bytes:
-    return encode_picture(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    return encode_image(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
 def set_cell(value, row: int = 4):
@@ -260,8 +260,8 @@ def test_float_ids_are_refused():
 
 
 def test_missing_column_is_named(labelled_rows):
-    with pytest.raises(ValueError, match=r"no column 'picture'; it has \['image'"):
-        TokenLabelDataset(labelled_rows, plain_transform(), image_column="picture")
+    with pytest.raises(ValueError, match=r"no column 'photo'; it has \['image'"):
+        TokenLabelDataset(labelled_rows, plain_transform(), image_column="photo")
 
 
 def test_only_one_dense_column_is_refused(labelled_rows):
@@ -306,7 +306,7 @@ def test_class_names_as_text_become_ids(tmp_path, labelled_rows):
 
 
 def test_wrong_path_and_split_are_named(tmp_path, labelled_rows):
-    with pytest.raises(FileNotFoundError, match=r"no data set at .*missing"):
+    with pytest.raises(FileNotFoundError, match=r"no dataset at .*missing"):
         open_datasets(DataArguments(dataset_name=str(tmp_path / "missing")), seed=0)
     with pytest.raises(FileNotFoundError, match="some/name is neither a local folder or Parquet file"):
         open_datasets(DataArguments(dataset_name="some/name"), seed=0)
@@ -345,16 +345,16 @@ def test_shapes_are_compared_beyond_one_block(monkeypatch):
 
 
 def test_damaged_png_is_named():
-    content = encode_picture(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), "PNG")
+    content = encode_image(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), "PNG")
     with pytest.raises(ValueError, match=r"row 4 .*cannot be decoded"):
         samples_of(break_image(4, content[:4000] + content[-12:])).check_rows(NUM_CLASSES)
 
 
-def test_sixteen_bit_greyscale_keeps_its_tones():
+def test_sixteen_bit_grayscale_keeps_its_tones():
     values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
-    content = encode_picture(values, "PNG")
-    picture = samples_of(break_image(4, content)).picture(4)
-    assert np.asarray(picture)[0, :, 0].tolist() == [0, 100, 255]
+    content = encode_image(values, "PNG")
+    image = samples_of(break_image(4, content)).read_image(4)
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 100, 255]
 
 
 def test_training_split_never_serves_as_evaluation(tmp_path, labelled_rows):
@@ -409,9 +409,9 @@ def test_mistyped_dense_columns_are_refused(labelled_rows):
         has_dense_columns(labelled_rows, arguments)
 
 
-def test_floating_point_pictures_are_named():
-    content = encode_picture(np.zeros((8, 8), dtype=np.float32), "TIFF")
-    with pytest.raises(ValueError, match=r"row 4 .*save the pictures with 8 or 16 bits"):
+def test_floating_point_images_are_named():
+    content = encode_image(np.zeros((8, 8), dtype=np.float32), "TIFF")
+    with pytest.raises(ValueError, match=r"row 4 .*save the images with 8 or 16 bits"):
         samples_of(break_image(4, content)).check_rows(NUM_CLASSES)
 
 
@@ -423,6 +423,6 @@ def test_labels_that_are_no_ids_are_refused(labelled_rows):
 
 @pytest.mark.parametrize("file_format", ["TIFF", "BMP", "GIF", "WEBP", "PNG", "JPEG"])
 def test_whole_files_of_every_format_pass(file_format):
-    content = encode_picture(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8), file_format)
+    content = encode_image(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8), file_format)
     samples_of(break_image(4, content)).check_rows(NUM_CLASSES)
-    assert samples_of(break_image(4, content)).picture(4).size == (30, 20)
+    assert samples_of(break_image(4, content)).read_image(4).size == (30, 20)

@@ -89,7 +89,7 @@ def test_loss_in_parts_equals_loss_at_once(dtype, monkeypatch):
 
 
 class LargeTensors(TorchDispatchMode):
-    """Counts the tensors of at least `size` elements that operations make anew."""
+    """Counts the tensors of at least `size` elements that operations make again."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -107,7 +107,7 @@ class LargeTensors(TorchDispatchMode):
 
 
 def test_the_gradient_is_the_only_tensor_of_the_size_of_the_logits(monkeypatch):
-    """Whatever the number of classes, beside the logits."""
+    """Whatever the number of classes, next to the logits."""
     monkeypatch.setattr("modeling_lvvit.token_labeling.sparse_cross_entropy.CHUNK_ELEMENTS", 900)
     targets = SparseTargets(torch.zeros(4, 2, dtype=torch.long), torch.rand(4, 300, 2), torch.rand(4, 300), 9)
     logits = torch.randn(4, 300, 9, dtype=torch.bfloat16, requires_grad=True)

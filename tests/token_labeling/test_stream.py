@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from modeling_lvvit.annotators.pipeline import spread_to_borders
-from modeling_lvvit.data.image_keys import hashes_of
+from modeling_lvvit.data.image_keys import hash_keys
 from modeling_lvvit.data.images import SampleError
 from modeling_lvvit.token_labeling import TokenLabelStream
-from support.images import encode_picture
+from support.images import encode_image
 from support.label_sets import layout_of, random_maps
 
 
@@ -20,8 +20,8 @@ CLASSES = ("cat", "dog", "eel")
 
 
 def image_stream(numbers: list[int], labels: list[int | None] | None = None) -> datasets.IterableDataset:
-    """Pictures called `x/NUMBER.png`, as high as 4 and their number."""
-    contents = [encode_picture(np.zeros((4 + number, 8, 3), dtype=np.uint8), "PNG") for number in numbers]
+    """Images called `x/NUMBER.png`, as high as 4 and their number."""
+    contents = [encode_image(np.zeros((4 + number, 8, 3), dtype=np.uint8), "PNG") for number in numbers]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
     images = pa.array(
         [{"bytes": content, "path": f"x/{number}.png"} for content, number in zip(contents, numbers)],
@@ -115,13 +115,13 @@ def test_row_numbers_are_no_keys_of_a_stream():
 
 
 def test_accents_may_be_written_in_two_ways():
-    assert hashes_of(["K\u00e4fer/1.jpg"]) == hashes_of(["Ka\u0308fer/1.jpg"])
-    assert hashes_of(["Kafer/1.jpg"]) != hashes_of(["Ka\u0308fer/1.jpg"])
+    assert hash_keys(["K\u00e4fer/1.jpg"]) == hash_keys(["Ka\u0308fer/1.jpg"])
+    assert hash_keys(["Kafer/1.jpg"]) != hash_keys(["Ka\u0308fer/1.jpg"])
 
 
-def test_cells_on_added_borders_take_those_of_the_picture():
+def test_cells_on_added_borders_take_those_of_the_image():
     values = np.arange(2 * 4 * 3).reshape(1, 2, 4, 3)
-    spread = spread_to_borders(values, [(0.0, -0.5, 1.0, 1.5)])  # the middle two of four rows show the picture
+    spread = spread_to_borders(values, [(0.0, -0.5, 1.0, 1.5)])  # the middle two of four rows show the image
     assert np.array_equal(spread[0, :, 0], values[0, :, 1])
     assert np.array_equal(spread[0, :, 1:3], values[0, :, 1:3])
     assert np.array_equal(spread[0, :, 3], values[0, :, 2])

@@ -22,7 +22,7 @@ from support.trainers import trainer_for
 
 CONFIGS = ROOT / "modeling_lvvit" / "accelerate_configs"
 LAUNCH = ["-m", "accelerate.commands.launch"]
-# 20 steps of 32 images with every augmentation, but nothing that hangs on who sits beside whom in a batch
+# 20 steps of 32 images with every augmentation, but nothing that depends on who sits next to whom in a batch
 ALIKE = ["--max_steps", "20", "--logging_steps", "1", "--mix_probability", "0", "--batch_norm", "frozen"]
 ALIKE += [
     "--learning_rate",
@@ -200,7 +200,7 @@ def test_synchronized_batch_norm_is_refused_where_it_cannot_be_done(tiny_model):
     assert isinstance(norm, torch.nn.SyncBatchNorm)
 
 
-def test_one_process_needs_no_synchronisation(tiny_model):
+def test_one_process_needs_no_synchronization(tiny_model):
     set_batch_norm(tiny_model, "synchronized", torch.device("cpu"), num_processes=1)
     assert type(tiny_model.lvvit.embeddings.patch_embeddings.norm1) is torch.nn.BatchNorm2d
 

@@ -168,7 +168,7 @@ def test_run_killed_five_times_equals_an_uninterrupted_one(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", [[], ["-m", "accelerate.commands.launch", "--cpu"]], ids=["python", "accelerate"])
 def test_sigterm_ends_the_program_and_says_how_to_go_on(launch, data, tmp_path):
-    """accelerate's launcher passes the signal to nobody, and goes; its process notices."""
+    """accelerate's launcher passes the signal to no one, and goes; its process notices."""
     arguments_ = command(data, tmp_path / "run", "--save_steps", "20", "--dataloader_num_workers", "1")
     process = start([*launch, *arguments_], data)
     wait_for_a_later_checkpoint(process, tmp_path / "run")

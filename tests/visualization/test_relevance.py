@@ -26,7 +26,7 @@ from modeling_lvvit.visualization.__main__ import main as draw
 from modeling_lvvit.visualization.localization import chance_scores, localization_scores
 from modeling_lvvit.visualization.localization import main as measure
 from modeling_lvvit.visualization.relevance import attention_rollout, class_relevance
-from support.images import encode_picture
+from support.images import encode_image
 from support.models import NUM_CLASSES, tiny_config
 
 
@@ -73,7 +73,7 @@ def test_maps_have_the_grid_of_the_patches(tiny_model):
     assert relevance_maps(tiny_model, pixel_values).patch_logits is None
 
 
-def test_maps_of_a_batch_are_those_of_its_pictures(tiny_model):
+def test_maps_of_a_batch_are_those_of_its_images(tiny_model):
     pixel_values, ids = torch.rand(3, 3, 32, 48), torch.tensor([1, 4, 2])
     together = relevance_maps(tiny_model.eval(), pixel_values, ids).relevance
     for index in range(3):
@@ -213,11 +213,11 @@ def masked(mask_of, size: int = 40) -> datasets.Dataset:
             "mask": datasets.Image(),
         }
     )
-    pictures = [encode_picture(rng.integers(0, 256, (size, size, 3), dtype=np.uint8), "PNG") for _ in labels]
-    masks = [encode_picture(mask_of(label), "PNG") for label in labels]
+    images = [encode_image(rng.integers(0, 256, (size, size, 3), dtype=np.uint8), "PNG") for _ in labels]
+    masks = [encode_image(mask_of(label), "PNG") for label in labels]
     kind = datasets.Image().pa_type
     columns = [
-        pa.array([{"bytes": value, "path": None} for value in pictures], kind),
+        pa.array([{"bytes": value, "path": None} for value in images], kind),
         pa.array(labels),
         pa.array([{"bytes": value, "path": None} for value in masks], kind),
     ]
@@ -246,7 +246,7 @@ def test_localization_program(model, tmp_path, capsys):
     [
         (["--mask_column", "masks"], 40, "no column 'masks'"),
         ([], 36, "all must have one shape"),
-        (["--crop_fraction", "0.9"], 40, "does not see whole pictures"),
+        (["--crop_pct", "0.9"], 40, "does not see whole images"),
         (["--model", "./nowhere"], 40, "There is no model folder"),
     ],
 )
@@ -260,23 +260,23 @@ def test_drawing_program(model, tmp_path, capsys):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     command = [str(tmp_path / "a.png"), "--model", str(model), str(model), "--output", str(tmp_path / "new" / "b.png")]
     draw([*command, "--classes", "thing 3, synonym 3", "5", "synonym 2", "--annotator", str(model)])
-    with Image.open(tmp_path / "new" / "b.png") as picture:
-        assert picture.width > 1200 and picture.height > 500
+    with Image.open(tmp_path / "new" / "b.png") as image:
+        assert image.width > 1200 and image.height > 500
     assert "saved to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "MODEL"], "Name a picture first"),
-        (["nowhere.png", "--model", "MODEL"], "nowhere.png cannot be read as a picture"),
-        (["PICTURE", "--model", "MODEL", "--classes", "dog"], "None of 7 classes has the name 'dog'"),
-        (["PICTURE", "--model", "timm/resnet18"], "cannot be evaluated"),
+        (["--model", "MODEL"], "Name an image first"),
+        (["nowhere.png", "--model", "MODEL"], "nowhere.png cannot be read as an image"),
+        (["IMAGE", "--model", "MODEL", "--classes", "dog"], "None of 7 classes has the name 'dog'"),
+        (["IMAGE", "--model", "timm/resnet18"], "cannot be evaluated"),
     ],
 )
 def test_errors_of_drawing(arguments, message, model, tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    words = [word.replace("MODEL", str(model)).replace("PICTURE", str(tmp_path / "a.png")) for word in arguments]
+    words = [word.replace("MODEL", str(model)).replace("IMAGE", str(tmp_path / "a.png")) for word in arguments]
     with pytest.raises(SystemExit, match=message):
         draw(words)
 

@@ -16,8 +16,8 @@ from modeling_lvvit.data.class_matching import ClassMap
 from modeling_lvvit.labels.label_crops import CropGeometry, crop_label_maps
 from modeling_lvvit.labels.label_maps import build_palette, encode_top_k
 from modeling_lvvit.labels.sparse_targets import SparseTargets
-from modeling_lvvit.token_labeling import LiveAnnotator, TokenLabelTrainer
-from modeling_lvvit.token_labeling.losses import TokenLabelingObjective
+from modeling_lvvit.token_labeling import OnlineAnnotator, TokenLabelTrainer
+from modeling_lvvit.token_labeling.losses import TokenLabelingLoss
 from modeling_lvvit.token_labeling.sparse_cross_entropy import soft_cross_entropy
 from modeling_lvvit.variants import evaluation_image_processor
 from support.classifiers import samples_of as samples_at
@@ -31,7 +31,7 @@ SIZE, CELLS = (32, 48), (4, 6)
 
 
 class Cells(nn.Module):
-    """Scores each cell of 8 x 8 pixels by its mean colour."""
+    """Scores each cell of 8 x 8 pixels by its mean color."""
 
     grid_size = CELLS
 
@@ -55,33 +55,33 @@ def annotator_of(dense: nn.Module | None = None, size=SIZE, class_map: ClassMap 
     return Annotator("cells", dense, names, Preprocessing(size, scale, (-1.5,) * 3), class_map=class_map)
 
 
-def pictures(count: int = 3) -> torch.Tensor:
-    """8-bit pictures."""
+def images(count: int = 3) -> torch.Tensor:
+    """8-bit images."""
     return torch.randint(0, 256, (count, 3, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def normalised(pixels: torch.Tensor) -> torch.Tensor:
+def normalized(pixels: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (pixels / 255 - mean) / std
 
 
-def live(annotator: Annotator | None = None, **options) -> LiveAnnotator:
-    return LiveAnnotator(annotator or annotator_of(), MEAN, STD, **options)
+def live(annotator: Annotator | None = None, **options) -> OnlineAnnotator:
+    return OnlineAnnotator(annotator or annotator_of(), MEAN, STD, **options)
 
 
 @pytest.mark.parametrize("grid_size", [(4, 6), (2, 3), (8, 5)])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_live_labels_equal_stored_ones_for_whole_pictures(grid_size, temperature):
-    """All classes are stored, as float16 scores; the crop is the whole picture."""
+def test_live_labels_equal_stored_ones_for_whole_images(grid_size, temperature):
+    """All classes are stored, as float16 scores; the crop is the whole image."""
     annotator = annotator_of()
     with torch.no_grad():
-        ids, scores = encode_top_k(annotator.score_map(pictures()), k=NUM_CLASSES)
+        ids, scores = encode_top_k(annotator.score_map(images()), k=NUM_CLASSES)
     palette, index = build_palette(torch.from_numpy(ids))
     whole = CropGeometry(torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(3, 4))
     stored = crop_label_maps(
         palette, index, torch.from_numpy(scores), whole, grid_size, NUM_CLASSES, temperature=temperature
     )
-    made = live(annotator).label(normalised(pictures()), grid_size, temperature)
+    made = live(annotator).label(normalized(images()), grid_size, temperature)
     for ours, theirs in zip(made, stored, strict=True):
         torch.testing.assert_close(ours.to_dense(), theirs.to_dense(), atol=1e-3, rtol=1e-3)
         assert (ours.to_dense().amax(-1) > 0.3).any()  # the labels say something
@@ -90,20 +90,20 @@ def test_live_labels_equal_stored_ones_for_whole_pictures(grid_size, temperature
 def test_each_cell_has_its_own_label():
     """The loss of the annotator's own scores is their entropy, cell by cell."""
     annotator = annotator_of()
-    _, tokens = live(annotator).label(normalised(pictures()), CELLS)
+    _, tokens = live(annotator).label(normalized(images()), CELLS)
     with torch.no_grad():
-        expected = annotator.score_map(pictures()).flatten(2).mT.softmax(-1)
+        expected = annotator.score_map(images()).flatten(2).mT.softmax(-1)
     torch.testing.assert_close(tokens.to_dense(), expected, atol=1e-5, rtol=1e-4)
     entropy = -(expected * expected.log()).sum(-1)
     torch.testing.assert_close(soft_cross_entropy(expected.log(), tokens), entropy, atol=1e-4, rtol=1e-4)
 
 
-def test_annotator_gets_its_own_size_and_normalisation():
+def test_annotator_gets_its_own_size_and_normalization():
     dense = Cells()
-    live(annotator_of(dense, size=(64, 96))).label(normalised(pictures()), (2, 2))
+    live(annotator_of(dense, size=(64, 96))).label(normalized(images()), (2, 2))
     assert dense.seen.shape == (3, 3, 64, 96)
-    live(annotator_of(dense)).label(normalised(pictures()), (2, 2))
-    torch.testing.assert_close(dense.seen, pictures() / (255 * 0.3) - 1.5, atol=1e-4, rtol=1e-4)
+    live(annotator_of(dense)).label(normalized(images()), (2, 2))
+    torch.testing.assert_close(dense.seen, images() / (255 * 0.3) - 1.5, atol=1e-4, rtol=1e-4)
 
 
 def test_classes_are_those_of_the_data():
@@ -112,15 +112,15 @@ def test_classes_are_those_of_the_data():
     annotator = annotator_of(Cells(NUM_CLASSES + 1), class_map=class_map)
     labels = live(annotator)
     assert labels.num_classes == NUM_CLASSES
-    _, tokens = labels.label(normalised(pictures()), CELLS)
+    _, tokens = labels.label(normalized(images()), CELLS)
     with torch.no_grad():
-        scores = annotator.dense(annotator.preprocessing.normalize(pictures())).flatten(2).mT.softmax(-1)
+        scores = annotator.dense(annotator.preprocessing.normalize(images())).flatten(2).mT.softmax(-1)
     torch.testing.assert_close(tokens.to_dense()[..., -1], scores[..., -2:].sum(-1), atol=1e-5, rtol=1e-4)
 
 
 def test_annotator_computes_in_its_own_type_and_the_loss_in_float32():
     dense = Cells()
-    _, tokens = live(annotator_of(dense), dtype=torch.bfloat16).label(normalised(pictures()), CELLS)
+    _, tokens = live(annotator_of(dense), dtype=torch.bfloat16).label(normalized(images()), CELLS)
     assert dense.seen.dtype == dense.scorer.weight.dtype == torch.bfloat16
     assert tokens.excess.dtype == torch.float32 and not tokens.excess.is_inference()
 
@@ -131,8 +131,8 @@ def outputs_like(batch_size: int = 4) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def objective(tmp_path, **options) -> TokenLabelingObjective:
-    return TokenLabelingObjective(arguments(tmp_path, label_smoothing_factor=0.0, **options), CELLS, NUM_CLASSES)
+def objective(tmp_path, **options) -> TokenLabelingLoss:
+    return TokenLabelingLoss(arguments(tmp_path, label_smoothing_factor=0.0, **options), CELLS, NUM_CLASSES)
 
 
 def cross_entropy(logits: torch.Tensor, targets: SparseTargets) -> torch.Tensor:
@@ -140,8 +140,8 @@ def cross_entropy(logits: torch.Tensor, targets: SparseTargets) -> torch.Tensor:
 
 
 def test_exchanged_tokens_share_the_class_target_by_area(tmp_path):
-    """An annotator sees pictures before tokens are exchanged: a quarter of the class target is the partner's."""
-    made = live().label(normalised(pictures(4)), CELLS)
+    """An annotator sees images before tokens are exchanged: a quarter of the class target is the partner's."""
+    made = live().label(normalized(images(4)), CELLS)
     mix_mask = torch.zeros(4, *CELLS, dtype=torch.bool)
     mix_mask[:, :2, :3] = True
     outputs = outputs_like()
@@ -154,7 +154,7 @@ def test_exchanged_tokens_share_the_class_target_by_area(tmp_path):
 
 def test_mixtures_of_pixels_are_labelled_as_they_are(tmp_path):
     """CutMix and Mixup come before the annotator: its targets are not shared again, the human label is."""
-    made = live().label(normalised(pictures(4)), CELLS)
+    made = live().label(normalized(images(4)), CELLS)
     labels = {"labels": torch.tensor([0, 1, 2, 3]), "mix_share": torch.full((4, *CELLS), 0.25)}
     outputs = outputs_like()
     dense = objective(tmp_path)(outputs, labels, None, made)
@@ -186,7 +186,7 @@ def test_training_uses_the_annotator_and_reports_its_share(tiny_model, labelled_
     assert (output.patch_logits.argmax(-1) == 2).all()
 
 
-def test_annotator_sees_no_erased_pictures(tiny_model, labelled_rows, tmp_path):
+def test_annotator_sees_no_erased_images(tiny_model, labelled_rows, tmp_path):
     """With erasing everywhere the model sees noise that the annotator does not."""
     dense, seen = Cells(), []
     tiny_model.register_forward_pre_hook(
@@ -195,10 +195,10 @@ def test_annotator_sees_no_erased_pictures(tiny_model, labelled_rows, tmp_path):
     arguments_ = arguments(tmp_path, max_steps=1)
     samples = trainer_for(copy.deepcopy(tiny_model), labelled_rows, tmp_path, with_maps=False).train_dataset
     random.seed(0)
-    labels = LiveAnnotator(annotator_of(dense), [0.5] * 3, [0.5] * 3, random_erasing=1.0)
+    labels = OnlineAnnotator(annotator_of(dense), [0.5] * 3, [0.5] * 3, random_erasing=1.0)
     TokenLabelTrainer(tiny_model, arguments_, train_dataset=samples, annotator=labels).train()
     clean = ((dense.seen + 1.5) * 0.3 - 0.5) / 0.5
-    changed = ((seen[0] - clean).abs() > 1e-3).any(dim=1).float().mean(dim=(1, 2))  # share of pixels of each picture
+    changed = ((seen[0] - clean).abs() > 1e-3).any(dim=1).float().mean(dim=(1, 2))  # share of pixels of each image
     assert ((changed > 0.015) & (changed < 0.4)).all()
 
 
@@ -285,10 +285,10 @@ def test_wrong_options_are_named(options, message):
 
 def test_drawn_classes_follow_the_probabilities():
     """The mean of many draws is the target that they are drawn from; each draw names one class."""
-    soft = live().label(normalised(pictures()), CELLS)[1].to_dense()
+    soft = live().label(normalized(images()), CELLS)[1].to_dense()
     sampler = live(draws_classes=True)
     torch.manual_seed(0)
-    draws = [sampler.label(normalised(pictures()), CELLS)[1].to_dense() for _ in range(400)]
+    draws = [sampler.label(normalized(images()), CELLS)[1].to_dense() for _ in range(400)]
     assert all(((draw == 0) | (draw == 1)).all() and (draw.sum(-1) == 1).all() for draw in draws)
     torch.testing.assert_close(torch.stack(draws).mean(0), soft, atol=0.12, rtol=0)
 
