@@ -20,6 +20,7 @@ from dataset_scripts import digit_scenes
 from modeling_lvvit.building import build_model, picture_size_of
 from modeling_lvvit.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from modeling_lvvit.command_line import EMBEDDED_RECIPE, parse
+from modeling_lvvit.deployment import prepare_for_cpu
 from modeling_lvvit.launching import (
     end_with_launcher,
     is_main_process,
@@ -144,6 +145,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
             data_args = dataclasses.replace(data_args, dataset_name=str(digit_scenes.build_or_reuse()))
         opened = open_datasets(data_args, training_args.seed)
         model, image_processor = build_model(model_args, opened.train.features[data_args.label_column].names)
+        prepare_for_cpu(model, training_args.device, training_args.bf16)
         samples = build_samples(data_args, training_args, picture_size_of(model), image_processor, opened)
         annotator = None
         if data_args.annotator is not None:

@@ -15,13 +15,18 @@ from transformers import (
 )
 
 from .configuration_lvvit import LVViTConfig
-from .modeling_lvvit import LVViTBackbone, LVViTForImageClassification, LVViTModel, LVViTPreTrainedModel
-from .modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from .modeling_lvvit import (
+    LVViTBackbone,
+    LVViTForImageClassification,
+    LVViTForSemanticSegmentation,
+    LVViTModel,
+    LVViTPreTrainedModel,
+)
 
 
 def _register(auto_class, model_class):
-    # the first call lets a program that imported this package load by name; the second makes `save_pretrained` write
-    # the code beside the weights, for programs that did not
+    # the first call lets a program that imported this package load by name; with the second, `save_pretrained` copies
+    # the code next to the weights, for programs that did not import it
     auto_class.register(LVViTConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)
 

@@ -22,8 +22,12 @@ from transformers.utils import logging
 from .configuration_lvvit import LVViTConfig
 from .family_cards import TEMPLATE, Conversion, converted_card, family_card, is_released
 from .hub_folders import add_target_options, publish_folder
-from .modeling_lvvit import LVViTForImageClassification, LVViTPreTrainedModel
-from .modeling_lvvit_segmentation import LVViTForSemanticSegmentation, default_stages
+from .modeling_lvvit import (
+    LVViTForImageClassification,
+    LVViTForSemanticSegmentation,
+    LVViTPreTrainedModel,
+    default_stages,
+)
 from .original_checkpoint import SEGMENTATION_SIGN, config_from_state_dict, load_original_checkpoint
 from .original_model import OriginalLVViT
 from .original_segmentation import OriginalSegmenter

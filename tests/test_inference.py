@@ -9,8 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForImageClassification
 
 from modeling_lvvit import LVViTBackbone, LVViTForImageClassification, LVViTModel
-from modeling_lvvit.deployment import Int8Linear, prepare_for_inference
-from modeling_lvvit.modeling_lvvit import LVViTLinear
+from modeling_lvvit.deployment import ConvolutionLinear, Int8Linear, prepare_for_inference
 
 
 @pytest.fixture
@@ -179,10 +178,10 @@ def test_int8_layer_by_hand():
 @pytest.mark.parametrize("bias", [True, False])
 def test_many_tokens_give_the_same_products_and_gradients(bias, monkeypatch):
     torch.manual_seed(0)
-    layer, tokens, weight = LVViTLinear(24, 40, bias), torch.randn(3, 7, 48)[..., ::2], torch.randn(3, 7, 40)
+    layer, tokens, weight = ConvolutionLinear(24, 40, bias), torch.randn(3, 7, 48)[..., ::2], torch.randn(3, 7, 40)
     results = []
     for least in (22, 21):  # product, convolution
-        monkeypatch.setattr("modeling_lvvit.modeling_lvvit.MIN_ROWS_FOR_CONVOLUTION", least)
+        monkeypatch.setattr("modeling_lvvit.deployment.MIN_ROWS_FOR_CONVOLUTION", least)
         inputs = tokens.clone().requires_grad_()
         layer.zero_grad()
         output = layer(inputs)

@@ -26,7 +26,7 @@ from modeling_lvvit.token_labeling.publishing import push_finished_run
 from modeling_lvvit.variants import evaluation_image_processor, variant_config
 
 
-CODE = {"configuration_lvvit.py", "modeling_lvvit.py", "modeling_lvvit_segmentation.py"}
+CODE = {"configuration_lvvit.py", "modeling_lvvit.py"}
 MODEL = {"config.json", "model.safetensors", "README.md", *CODE}
 PUSH = {"push_to_hub": True, "hub_model_id": "user/run", "hub_token": "hf_test"}
 

@@ -6,7 +6,7 @@ from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor
 
 from ..evaluate.classifier import LOADING_ERRORS
-from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..modeling_lvvit import LVViTForSemanticSegmentation
 from ..segmentation.building import is_segmenter
 from ..segmentation.inference import InferenceSettings, predict_classes
 from ..token_labeling.annotators import first_line, transformers_class_names

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
-from ..modeling_lvvit import LVViTPreTrainedModel
-from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..modeling_lvvit import LVViTForSemanticSegmentation, LVViTPreTrainedModel
 from ..segmentation.building import LOADING_ERRORS
 from ..token_labeling.annotators import first_line
 from ..token_labeling.data_sources import looks_local

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..building import read_config
 from ..configuration_lvvit import LVViTConfig
 from ..model_arguments import check_config_fields
-from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..modeling_lvvit import LVViTForSemanticSegmentation
 from ..variants import variant_config
 from .arguments import SegmentationDataArguments, SegmentationModelArguments
 

@@ -23,9 +23,10 @@ from dataset_scripts import digit_scenes
 
 from ..checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from ..command_line import Program, parse
+from ..deployment import prepare_for_cpu
 from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
 from ..model_card import origin_of
-from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..modeling_lvvit import LVViTForSemanticSegmentation
 from ..token_labeling.callbacks import end_after_signal
 from ..token_labeling.pictures import SampleError
 from ..token_labeling.publishing import push_finished_run
@@ -174,6 +175,7 @@ def prepare(
                 f"`class_weights` has {len(weights)} numbers; the data has {len(opened.class_names)} classes."
             )
         model = build_segmenter(model_args, config, opened.class_names, opened.coding.label_ignore_index)
+        prepare_for_cpu(model, training_args.device, training_args.bf16)
     processor = build_processor(own_processor, data_args, opened.coding.reduce_labels)
     samples = build_samples(data_args, opened, model.config.image_height_width, processor)
     single, multi = data_args.inference(model.config.image_height_width)
