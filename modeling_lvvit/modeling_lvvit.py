@@ -325,6 +325,11 @@ class LVViTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _input_embed_layer = "patch_embeddings"
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Versions of transformers look for different lines in the source of a model to find this out."""
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """Initializes as the authors' code does: linear layers, class token and position table from a truncated normal
