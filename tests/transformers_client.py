@@ -75,7 +75,7 @@ def segmenter_outputs(name: str, classifier_name: str, pixels: torch.Tensor) -> 
 
 
 def pipeline_outputs(name: str, segmenter_name: str, image: Image.Image) -> dict[str, torch.Tensor]:
-    """Pixels of the image processor, and probabilities of the pipeline in the order of the class ids."""
+    """Pixels of the image processor, which the pipelines must use too."""
     config = AutoConfig.from_pretrained(name, **TRUSTED)
     pixels = AutoImageProcessor.from_pretrained(name, **TRUSTED)(image, return_tensors="pt")["pixel_values"]
     classify = pipeline("image-classification", model=name, top_k=config.num_labels, **TRUSTED)
@@ -83,7 +83,9 @@ def pipeline_outputs(name: str, segmenter_name: str, image: Image.Image) -> dict
     segments = pipeline("image-segmentation", model=segmenter_name, **TRUSTED)(image)
     assert segments and segments[0]["mask"].size == image.size
     scores = torch.tensor([scores[config.id2label[index]] for index in range(config.num_labels)])
-    return {"processor_pixels": pixels, "scores": scores}
+    with torch.no_grad():
+        torch.testing.assert_close(scores, classify.model(pixels).logits.softmax(-1)[0])
+    return {"processor_pixels": pixels}
 
 
 def fine_tune(auto_class: type, name: str, pixels: torch.Tensor, labels: torch.Tensor, folder: Path) -> torch.Tensor:
@@ -95,6 +97,7 @@ def fine_tune(auto_class: type, name: str, pixels: torch.Tensor, labels: torch.T
         max_steps=STEPS,
         per_device_train_batch_size=len(pixels),
         learning_rate=1e-3,
+        gradient_checkpointing=True,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
