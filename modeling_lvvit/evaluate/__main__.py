@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from ..deployment import prepare_for_cpu
 from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
 from ..token_labeling.dataset import TokenLabelDataset
 from ..token_labeling.pictures import SampleError
@@ -243,7 +244,7 @@ def evaluate_all(
 
     columns = (args.image_column, args.label_column)
     for classifier in classifiers:
-        classifier.model.to(state.device)
+        prepare_for_cpu(classifier.model.to(state.device))
         record = {"model": classifier.name, **classifier.facts, "results": {}}
         results.append(record)
         for test_set in test_sets:
