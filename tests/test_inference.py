@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForImageClassification
 
 from modeling_lvvit import LVViTBackbone, LVViTForImageClassification, LVViTModel
-from modeling_lvvit.deployment import ConvolutionLinear, Int8Linear, prepare_for_inference
+from modeling_lvvit.deployment import ConvolutionLinear, Int8Linear, prepare_for_cpu, prepare_for_inference
 
 
 @pytest.fixture
@@ -173,6 +173,24 @@ def test_int8_layer_by_hand():
     torch.testing.assert_close(
         Int8Linear(linear)(tokens), torch.tensor([[[16127.0, -61.5], [1.0, 2.0]]]), rtol=1e-6, atol=0.3
     )
+
+
+@pytest.mark.parametrize(("bf16", "implementation"), [(False, "sdpa"), (True, "eager")])
+def test_model_prepared_for_the_cpu_gives_the_same_outputs(trained, bf16, implementation):
+    prepared = prepare_for_cpu(copy.deepcopy(trained), torch.device("cpu"), bf16)
+    assert all(
+        type(module) is ConvolutionLinear for module in prepared.modules() if isinstance(module, torch.nn.Linear)
+    )
+    assert prepared.state_dict().keys() == trained.state_dict().keys()
+    assert prepared.config._attn_implementation == implementation
+    many = images(90)  # above `MIN_ROWS_FOR_CONVOLUTION`
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(many).logits, trained(many).logits, rtol=1e-4, atol=1e-6)
+
+
+def test_model_for_another_device_is_not_prepared(trained):
+    prepare_for_cpu(trained, torch.device("cuda"), bf16=True)
+    assert type(trained.classifier) is torch.nn.Linear and trained.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("bias", [True, False])
