@@ -20,6 +20,7 @@ from modeling_lvvit.cli.model_card import find_provenance, write_model_card
 from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_datasets
 from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, parse
 from modeling_lvvit.data.images import SampleError
+from modeling_lvvit.deployment import prepare_for_cpu
 from modeling_lvvit.hub.folders import CARD_TEMPLATES
 from modeling_lvvit.hub.hub_trainer import push_finished_run
 from modeling_lvvit.launching import (
@@ -89,6 +90,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
             data_args = dataclasses.replace(data_args, dataset_name=str(digit_scenes.build_or_reuse()))
         opened = open_datasets(data_args, training_args.seed)
         model, image_processor = build_model(model_args, opened.train.features[data_args.label_column].names)
+        prepare_for_cpu(model, training_args.device, training_args.bf16)
         samples = build_samples(data_args, training_args, model_image_size(model), image_processor, opened)
         annotator = None
         if data_args.annotator is not None:

@@ -1,6 +1,7 @@
 """Options that say which model a training program trains."""
 
 import difflib
+import inspect
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -119,7 +120,9 @@ class ModelArguments(ModelSourceArguments):
 
 def check_config_fields(config_class: type, overrides: dict[str, Any]) -> None:
     """Raises a `ValueError` with the nearest names if overrides name no fields of a configuration class."""
-    known = {entry.name for entry in fields(config_class) if not entry.name.startswith("_")}
+    # some classes are dataclasses, others have an `__init__`
+    known = {entry.name for entry in fields(config_class)} | set(inspect.signature(config_class.__init__).parameters)
+    known = {name for name in known - {"self", "args", "kwargs"} if not name.startswith("_")}
     known |= set(config_class.attribute_map)
     unknown = [with_nearest(key, known) for key in overrides if key not in known]
     if unknown:

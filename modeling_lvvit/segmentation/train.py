@@ -23,10 +23,11 @@ from ..cli import digit_scenes
 from ..cli.model_card import find_provenance
 from ..cli.parser import Program, parse
 from ..data.images import SampleError
+from ..deployment import prepare_for_cpu
 from ..hub.folders import CARD_TEMPLATES
 from ..hub.hub_trainer import push_finished_run
 from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
-from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..modeling_lvvit import LVViTForSemanticSegmentation
 from ..training.callbacks import end_after_signal
 from ..training.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from .arguments import (
@@ -174,6 +175,7 @@ def prepare(
                 f"`class_weights` has {len(weights)} numbers; the data has {len(opened.class_names)} classes."
             )
         model = build_segmenter(model_args, config, opened.class_names, opened.coding.label_ignore_index)
+        prepare_for_cpu(model, training_args.device, training_args.bf16)
     processor = build_processor(own_processor, data_args, opened.coding.reduce_labels)
     samples = build_samples(data_args, opened, model.config.image_height_width, processor)
     single, multi = data_args.inference(model.config.image_height_width)
