@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import HfApi, constants
-from local_hub import TOKEN, LocalHub, local_hub
 from PIL import Image
 from transformers import SegformerImageProcessor
 
 from modeling_lvvit import LVViTConfig, LVViTForImageClassification, LVViTForSemanticSegmentation
 from modeling_lvvit.variants import evaluation_image_processor
+from support.local_hub import TOKEN, LocalHub, local_hub
 
 
 VERSIONS = ("4.57.1", "5.0.0", "5.5.0", "5.10.4", "5.24.0")
