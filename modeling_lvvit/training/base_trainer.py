@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..backbones.patch_head import weights_by_own_names
 from ..data.image_dataset import ImageDataset
-from ..data.sampling import EpochSampler, temporary_seed
+from ..data.sampling import temporary_seed
 from ..hub.hub_trainer import HubTrainer
 from .base_arguments import BaseImageTrainingArguments
 from .batch_norm import set_batch_norm
@@ -44,8 +44,7 @@ class BaseImageTrainer(HubTrainer):
         self.add_callback(self.stop_on_signal)
         set_batch_norm(model, args.batch_norm, args.device, args.world_size)
         if isinstance(self.train_dataset, ImageDataset):
-            self._sampler = EpochSampler(len(self.train_dataset))
-            self.add_callback(EpochCallback(self.train_dataset, self._sampler))
+            self.add_callback(EpochCallback(self.train_dataset))
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`, with FSDP2 on any device."""
@@ -55,11 +54,6 @@ class BaseImageTrainer(HubTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """See `schedule.decayed_parameters`."""
         return decayed_parameters(model)
-
-    def _get_train_sampler(self, train_dataset: Any | None = None) -> torch.utils.data.Sampler | None:
-        if isinstance(self.train_dataset, ImageDataset):
-            return self._sampler
-        return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`."""

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from ..data.image_dataset import ImageDataset
+
 
 # Processes agree on stopping by a collective operation, which waits for the device: not at every step.
 STEPS_BETWEEN_AGREEMENTS = 8
@@ -18,18 +20,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class EpochCallback(TrainerCallback):
-    """Tells dataset and sampler which epoch begins.
+    """Tells a dataset which epoch begins. The order of its rows comes from accelerate's `SeedableRandomSampler`, which is told by its loader."""
 
-    Args:
-        parts: Objects with `start_epoch(seed, epoch)`.
-    """
-
-    def __init__(self, *parts: Any):
-        self.parts = parts
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        for part in self.parts:
-            part.start_epoch(args.data_seed, int(state.epoch or 0))
+        self.dataset.start_epoch(args.data_seed, int(state.epoch or 0))
 
 
 class StopOnSignal(TrainerCallback):
