@@ -57,15 +57,11 @@ class BaseImageTrainer(HubTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`."""
-        loader = super().get_train_dataloader()
-        leave_signals_to_main_process(loader)
-        return loader
+        return leave_signals_to_main_process(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As in `Trainer`."""
-        loader = super().get_eval_dataloader(*args, **kwargs)
-        leave_signals_to_main_process(loader)
-        return loader
+        return leave_signals_to_main_process(super().get_eval_dataloader(*args, **kwargs))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -153,10 +149,10 @@ class BaseImageTrainer(HubTrainer):
         state = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE_NAME
         if self.args.should_save:
             state.unlink(missing_ok=True)  # of an earlier run that is written over
-        own = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with self.throughput.paused(), weights_by_own_names(own):
-            super()._save_checkpoint(model, trial)
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with self.throughput.paused():
+            with weights_by_own_names(unwrapped):
+                super()._save_checkpoint(model, trial)
             self.publish_in_background()
 
     def _save_rng_state(self, output_dir: str) -> None:
