@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from modeling_lvvit.data.class_names import read_class_names
+from modeling_lvvit.data.images import pillow_errors
 from modeling_lvvit.data.masks import IGNORED
 from modeling_lvvit.segmentation.dataset_writer import (
     Pair,
@@ -79,7 +80,7 @@ def ids_of_colors(colors: dict[str, tuple[int, int, int]], ignores_others: bool)
         table[red << 16 | green << 8 | blue] = index
 
     def content(path: Path) -> bytes:
-        with Image.open(path) as image:
+        with pillow_errors(), Image.open(path) as image:
             channels = np.asarray(image.convert("RGB")).astype(np.uint32)
         codes = channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
         ids = table[codes]

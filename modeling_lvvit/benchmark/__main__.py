@@ -7,7 +7,7 @@
     python -m modeling_lvvit.benchmark data token_labels plain_labels timm torchvision --threads 1
     python -m modeling_lvvit.benchmark --table                                  # the paper's comparison; --rounds 0: without speed
 
-Models are written NAME@SIDE+OPTION+OPTION. Each of a comparison has a process of its own; they are warmed up and then taken in turn, round
+Models are written NAME@SIZE+OPTION+OPTION. Each of a comparison has a process of its own; they are warmed up and then taken in turn, round
 after round. Figures are medians; `ratio` is images a second against the first of the list, the median over the rounds; the peak of
 memory is that of the process (or device) above what it had before the model was built.
 """
@@ -111,12 +111,15 @@ def check_table(args: argparse.Namespace) -> None:
 
 def environment(args: argparse.Namespace) -> dict[str, object]:
     """Hardware and versions, for the record."""
-    device = torch.device(args.device)
-    names = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
-    names |= {"cores": os.cpu_count()}
-    names |= {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
-    names["device"] = device_name(device)
-    return names
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": device_name(torch.device(args.device)),
+    }
 
 
 def run(args: argparse.Namespace) -> list[dict[str, object]]:
@@ -130,12 +133,12 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
         for batch_size in args.batch_sizes or [16]:
             setting = Setting(torch.device(args.device), batch_size, args.num_classes)
             if mode == "data":
-                found = compare_loaders(models or list(LOADERS), setting, rounds, args.images)
+                measured = compare_loaders(models or list(LOADERS), setting, rounds, args.images)
             else:
                 models = models or ["original/lvvit_s_224", "lvvit_s_224", "timm/deit_small_patch16_224"]
-                found = compare_models(mode, models, setting, rounds, args.images, with_ceiling=args.ceiling)
-            print(f"\n{mode}, batch size {batch_size}, {args.device}\n{table(found)}", flush=True)
-            rows += found
+                measured = compare_models(mode, models, setting, rounds, args.images, with_ceiling=args.ceiling)
+            print(f"\n{mode}, batch size {batch_size}, {args.device}\n{table(measured)}", flush=True)
+            rows += measured
     return rows
 
 
@@ -145,18 +148,16 @@ def run_table(args: argparse.Namespace) -> list[dict[str, object]]:
     setting = Setting(torch.device(args.device), (args.batch_sizes or [4])[0], args.num_classes)
     rounds = 3 if args.rounds is None else args.rounds
     compared = compare_published(rows, setting, rounds, frozenset(args.options), args.json)
-    found = list(tqdm(compared, total=len(rows), unit="model"))
+    measured = list(tqdm(compared, total=len(rows), unit="model"))
     heading = "As published; and as counted here, FLOPs as multiply-adds of convolutions and matrix products."
     if rounds:
+        machine = ", ".join(f"{name} {value}" for name, value in environment(args).items())
         heading += (
-            f" Speed: {setting.batch_size} images at a time, median of {rounds} rounds, {' '.join(args.options)}, "
+            f" Speed: {setting.batch_size} images at a time, median of {rounds} rounds, {' '.join(args.options)}, each in turn with "
+            f"LV-ViT-S at 224 pixels: {machine}."
         )
-        heading += "each in turn with LV-ViT-S at 224 pixels: " + ", ".join(
-            f"{name} {value}" for name, value in environment(args).items()
-        )
-        heading += "."
-    print(f"\n{published_table(found, heading)}", flush=True)
-    return found
+    print(f"\n{published_table(measured, heading)}", flush=True)
+    return measured
 
 
 def main(arguments: list[str] | None = None) -> None:

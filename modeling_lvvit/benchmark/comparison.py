@@ -1,4 +1,4 @@
-"""Comparisons: what is measured of each benchmark_model."""
+"""Comparisons: what is measured of each model."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -43,18 +43,18 @@ def compare_models(
         `images_per_second`, `ratio`, `peak_megabytes` and asked for `ceiling_share`.
     """
     models = {text: BenchmarkModel.parse(text) for text in specifications}
-    entries = {text: model_entry(mode, benchmark_model, setting, images) for text, benchmark_model in models.items()}
+    entries = {text: model_entry(mode, model, setting, images) for text, model in models.items()}
     times = time_interleaved(entries, setting.device, rounds)
     first = times[specifications[0]]
     rows = []
-    for text, benchmark_model in models.items():
-        parameters, flops = count_size(benchmark_model, setting.num_classes)
+    for text, model in models.items():
+        parameters, flops = count_size(model, setting.num_classes)
         row = {"mode": mode, "model": text, "batch_size": setting.batch_size, "parameters": parameters}
         row |= {"gflops": flops / 1e9, **relative_speed(times[text], first, setting.batch_size)}
         row["ratio_per_flop"] = row["ratio"] * row["gflops"] / (rows[0]["gflops"] if rows else row["gflops"])
         if with_ceiling:
             speed = flops * row["images_per_second"] * (1 if mode == "inference" else TRAINING_FLOPS)
-            row["ceiling_share"] = speed / matmul_ceiling(setting.device, benchmark_model.dtype)
+            row["ceiling_share"] = speed / matmul_ceiling(setting.device, model.dtype)
         rows.append(row)
     return rows
 
@@ -79,23 +79,21 @@ def compare_loaders(
     ]
 
 
-def model_entry(mode: str, benchmark_model: BenchmarkModel, setting: Setting, images: str | None = None) -> Entry:
+def model_entry(mode: str, model: BenchmarkModel, setting: Setting, images: str | None = None) -> Entry:
     """A model that takes part, see `compare_models`."""
-    return Entry(
-        partial(_call, mode, benchmark_model, setting, images), torch.get_num_threads(), benchmark_model.keeps_memory
-    )
+    return Entry(partial(_call, mode, model, setting, images), torch.get_num_threads(), model.keeps_memory)
 
 
-def count_size(benchmark_model: BenchmarkModel, num_classes: int | None) -> tuple[int, float]:
+def count_size(model: BenchmarkModel, num_classes: int | None) -> tuple[int, float]:
     """Parameters, and FLOPs of one image forward, before any option."""
-    plain = replace(benchmark_model, options=frozenset())
+    plain = replace(model, options=frozenset())
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in plain.build(num_classes).parameters())
     return parameters, count_flops(lambda: plain.build(num_classes), plain.image_size())
 
 
 def relative_speed(times: Times, reference: Times, images: int) -> dict[str, object]:
-    """What is said of the speed of a benchmark_model that takes so many images a turn."""
+    """What is said of the speed of a model or loader that takes so many images a turn."""
     median = statistics.median(times.seconds)
     return {
         "milliseconds": 1000 * median,
@@ -106,23 +104,21 @@ def relative_speed(times: Times, reference: Times, images: int) -> dict[str, obj
     }
 
 
-def _call(mode: str, benchmark_model: BenchmarkModel, setting: Setting, images: str | None) -> Callable[[], object]:
+def _call(mode: str, model: BenchmarkModel, setting: Setting, images: str | None) -> Callable[[], object]:
     if mode == "inference":
-        return inference_call(benchmark_model, setting)
-    return training_call(benchmark_model, setting, _batches(mode, benchmark_model, setting, images))
+        return inference_call(model, setting)
+    return training_call(model, setting, _batches(mode, model, setting, images))
 
 
 def _batches(
-    mode: str, benchmark_model: BenchmarkModel, setting: Setting, images: str | None
+    mode: str, model: BenchmarkModel, setting: Setting, images: str | None
 ) -> Iterator[dict[str, torch.Tensor]]:
     rows = _image_rows(
-        images, benchmark_model.num_classes(setting.num_classes), setting.batch_size if mode == "training" else None
+        images, model.num_classes(setting.num_classes), setting.batch_size if mode == "training" else None
     )
     torch.manual_seed(0)
-    has_maps = "plain" not in benchmark_model.options or mode == "training"
-    loader = token_label_loader(
-        rows, setting.batch_size, benchmark_model.image_size(), benchmark_model.grid_size(), has_maps
-    )
+    has_maps = "plain" not in model.options or mode == "training"
+    loader = token_label_loader(rows, setting.batch_size, model.image_size(), model.grid_size(), has_maps)
     if mode == "run":
         return endless(loader)
     batch = next(iter(loader))
@@ -132,6 +128,5 @@ def _batches(
 def _image_rows(images: str | None, num_classes: int, count: int | None = None) -> datasets.Dataset:
     if images is None:
         return synthetic_rows(count or SYNTHETIC_IMAGES, num_classes)
-    found = open_splits(images)
-    rows = found["train"] if "train" in found else next(iter(found.values()))
-    return with_label_maps(rows, num_classes)
+    splits = open_splits(images)
+    return with_label_maps(splits.get("train", next(iter(splits.values()))), num_classes)

@@ -19,7 +19,7 @@ from ..token_labeling import TokenLabelCollator, TokenLabelDataset, TrainTransfo
 
 LOADERS = ("token_labels", "plain_labels", "timm", "torchvision")
 ANNOTATOR_CELLS, TOP_K = 18, 5
-CLASSES_IN_A_IMAGE = 40
+CLASSES_IN_AN_IMAGE = 40
 
 
 def synthetic_rows(count: int, num_classes: int, image_size: tuple[int, int] = (500, 375), seed: int = 0):
@@ -64,7 +64,7 @@ def with_label_maps(rows: datasets.Dataset, num_classes: int, seed: int = 0) -> 
 
 def synthetic_label_map(num_classes: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Ids and scores `[5, 18, 18]` of a smooth map that names a few dozen classes."""
-    named = rng.choice(num_classes, min(CLASSES_IN_A_IMAGE, num_classes), replace=False)
+    named = rng.choice(num_classes, min(CLASSES_IN_AN_IMAGE, num_classes), replace=False)
     coarse = torch.from_numpy(rng.normal(0, 6, (1, len(named), 5, 5)).astype(np.float32))
     smooth = torch.nn.functional.interpolate(coarse, size=(ANNOTATOR_CELLS, ANNOTATOR_CELLS), mode="bicubic")[0]
     ids, scores = encode_top_k(smooth, min(TOP_K, len(named)))

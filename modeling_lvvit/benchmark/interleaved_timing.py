@@ -1,4 +1,4 @@
-"""Taking turns: every benchmark_model in a process of its own, so that none finds the heap or the caches that another left."""
+"""Taking turns: every model in a process of its own, so that none finds the heap or the caches that another left."""
 
 import multiprocessing
 import statistics
@@ -85,31 +85,31 @@ class _WorkerProcess:
     call: Callable[[], object]
 
 
-_own: _WorkerProcess | None = None
+_this_process: _WorkerProcess | None = None
 
 
 def _begin(entry: Entry, device: torch.device, warmup: int) -> int:
     """Prepares the call of this process; returns how often it is to be made at each turn."""
-    global _own
+    global _this_process
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     torch.set_num_threads(entry.threads)
     if entry.keeps_memory:
         keep_freed_memory()
     before = memory_now(device)
-    _own = _WorkerProcess(device, before, entry.prepare())
+    _this_process = _WorkerProcess(device, before, entry.prepare())
     for _ in range(warmup):
-        _own.call()
+        _this_process.call()
     if device.type == "cpu":
         return 1
     return max(1, round(MIN_SECONDS_BETWEEN_SYNCHRONIZATIONS / _take(3)))
 
 
 def _take(repeats: int) -> float:
-    return time_call(_own.call, _own.device, repeats)
+    return time_call(_this_process.call, _this_process.device, repeats)
 
 
 def _peak() -> int:
-    return peak_memory(_own.device, _own.bytes_before)
+    return peak_memory(_this_process.device, _this_process.bytes_before)
 
 
 def median_ratio(reference: list[float], seconds: list[float]) -> float:

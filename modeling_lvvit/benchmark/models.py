@@ -1,7 +1,7 @@
 """Who takes part in a benchmark: a model with its options, and what it does in a step."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,15 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 TRAINING, INFERENCE = {"training", "run"}, {"inference"}
 EVERYONE, OURS = {"ours", "timm", "original"}, {"ours"}
+BOTH = TRAINING | INFERENCE
+PRECISION = "weights in inference, autocast in training (and where the model is original/)"
 # option -> whose it is, in which modes, and what it does
 OPTIONS = {
-    **dict.fromkeys(
-        PRECISIONS,
-        (
-            EVERYONE,
-            TRAINING | INFERENCE,
-            "weights in inference, autocast in training (and where the model is original/)",
-        ),
-    ),
-    **dict.fromkeys(ATTENTIONS, (OURS, TRAINING | INFERENCE, "attention implementation")),
-    "compiled": (EVERYONE, TRAINING | INFERENCE, "torch.compile"),
-    "kept_memory": (
-        EVERYONE,
-        TRAINING | INFERENCE,
-        "freed memory stays in the process, as with train_tl.py; on a CPU",
-    ),
-    "channels_last": (EVERYONE, TRAINING | INFERENCE, "weights and images in channels-last layout"),
+    **dict.fromkeys(PRECISIONS, (EVERYONE, BOTH, PRECISION)),
+    **dict.fromkeys(ATTENTIONS, (OURS, BOTH, "attention implementation")),
+    "compiled": (EVERYONE, BOTH, "torch.compile"),
+    "kept_memory": (EVERYONE, BOTH, "freed memory stays in the process, as with train_tl.py; on a CPU"),
+    "channels_last": (EVERYONE, BOTH, "weights and images in channels-last layout"),
     "fused": (OURS, INFERENCE, "batch norms and residual divisor folded in"),
     "deployed": (OURS, INFERENCE, "prepare_for_inference: fused, compiled, packed"),
     "int8": (OURS, INFERENCE, "deployed, with 8-bit weights; on a CPU"),
@@ -67,20 +58,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class BenchmarkModel:
-    """A model and how it runs, written `NAME@SIDE+option+option`.
+    """A model and how it runs, written `NAME@SIZE+option+option`.
 
     Args:
         source: `"ours"`, `"timm"` or `"original"` (the authors' model and step, rendered plainly).
         name: A published size, a folder with a saved model of ours, or a model of timm.
         options: Of `OPTIONS`.
-        side: Of its square images in pixels; default: its own size.
+        square_size: Height and width of its images in pixels; default: its own size.
         arguments: Further ones for the constructor of timm, as pairs.
     """
 
     source: str
     name: str
     options: frozenset[str] = frozenset()
-    side: int | None = None
+    square_size: int | None = None
     arguments: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
@@ -110,16 +101,16 @@ class BenchmarkModel:
             if option not in OPTIONS or source not in sources:
                 reason = "is for our models only" if option in OPTIONS else "is unknown"
                 raise ValueError(f"{text!r}: option {option} {reason}; options are {', '.join(OPTIONS)}.")
-        for kind, names in (("precision", PRECISIONS), ("attention", ATTENTIONS)):
+        for choice, names in (("precision", PRECISIONS), ("attention", ATTENTIONS)):
             if len(set(names) & set(options)) > 1:
-                raise ValueError(f"{text!r} has more than one {kind}.")
+                raise ValueError(f"{text!r} has more than one {choice}.")
         return cls(source, name, frozenset(options), int(side) if has_side else None)
 
     def check_mode(self, mode: str) -> None:
         """Raises a `ValueError` if an option does nothing in a mode."""
-        idle = sorted(option for option in self.options if mode not in OPTIONS[option][1])
-        if idle:
-            raise ValueError(f"{self.source} {self.name}: option {idle[0]} does nothing in mode {mode}.")
+        unused = sorted(option for option in self.options if mode not in OPTIONS[option][1])
+        if unused:
+            raise ValueError(f"{self.source} {self.name}: option {unused[0]} does nothing in mode {mode}.")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,8 +124,8 @@ class BenchmarkModel:
 
     def image_size(self) -> tuple[int, int]:
         """Height and width of its images."""
-        if self.side is not None:
-            return self.side, self.side
+        if self.square_size is not None:
+            return self.square_size, self.square_size
         if self.source == "timm":
             return timm.get_pretrained_cfg(self.name).input_size[1:]
         return self._config(None).image_height_width
@@ -154,9 +145,8 @@ class BenchmarkModel:
         """The model with random weights in float32."""
         if self.source == "timm":
             create = {"num_classes": num_classes or 1000, **dict(self.arguments)}
-            if self.side is not None:
-                with suppress(TypeError):  # a network for images of any size
-                    return timm.create_model(self.name, img_size=self.side, **create)
+            if self.square_size is not None and timm.get_pretrained_cfg(self.name).fixed_input_size:
+                create["img_size"] = self.square_size
             return timm.create_model(self.name, **create)
         config = self._config(num_classes)
         if self.source == "original":
@@ -165,8 +155,8 @@ class BenchmarkModel:
 
     def _config(self, num_classes: int | None):
         overrides = {} if num_classes is None else {"num_labels": num_classes}
-        if self.side is not None:
-            overrides["image_size"] = self.side
+        if self.square_size is not None:
+            overrides["image_size"] = self.square_size
         if self.name in VARIANTS:
             config = variant_config(self.name, **overrides)
         else:
@@ -225,73 +215,71 @@ def training_call(
         batches: Of `TokenLabelCollator`; one is taken for each step.
     """
     torch.manual_seed(0)
+    options, is_original = benchmark_model.options, benchmark_model.source == "original"
     model = benchmark_model.build(setting.num_classes).train().to(setting.device)
-    if "channels_last" in benchmark_model.options:
+    if "channels_last" in options:
         model = model.to(memory_format=torch.channels_last)
-    is_original = benchmark_model.source == "original"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=None if is_original else True)
-    if "checkpointing" in benchmark_model.options:
+    if "checkpointing" in options:
         model.gradient_checkpointing_enable()
     losses = {"ours": _our_loss, "timm": _plain_loss, "original": _original_loss}
-    loss_of = losses[benchmark_model.source](model, benchmark_model)
-    forward = torch.compile(model) if "compiled" in benchmark_model.options else model
+    compute_loss = losses[benchmark_model.source](model, benchmark_model)
+    forward = torch.compile(model) if "compiled" in options else model
 
     def call() -> None:
         batch = {name: value.to(setting.device, non_blocking=True) for name, value in next(batches).items()}
         optimizer.zero_grad()
-        loss_of(forward, batch).backward()
+        compute_loss(forward, batch).backward()
         optimizer.step()
 
     return call
 
 
-LossOf = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
+LossFunction = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 
 
-def _objective(grid_size: tuple[int, int], num_classes: int) -> TokenLabelingLoss:
+def _token_labeling_loss(grid_size: tuple[int, int], num_classes: int) -> TokenLabelingLoss:
     """The losses of `TokenLabelTrainer` with its defaults."""
     return TokenLabelingLoss(TokenLabelTrainingArguments("unused", report_to="none"), grid_size, num_classes)
 
 
-def _our_loss(model: LVViTForImageClassification, benchmark_model: BenchmarkModel) -> LossOf:
-    objective = _objective(model.config.grid_size, model.config.num_labels)
+def _our_loss(model: LVViTForImageClassification, benchmark_model: BenchmarkModel) -> LossFunction:
+    token_labeling_loss = _token_labeling_loss(model.config.grid_size, model.config.num_labels)
+    fields = ("labels",) if "plain" in benchmark_model.options else LABEL_FIELDS
 
-    def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def compute_loss(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mix_mask = batch.get("mix_mask")
-        with benchmark_model.autocast(mix_mask.device):
+        with benchmark_model.autocast(batch["pixel_values"].device):
             outputs = forward(pixel_values=batch["pixel_values"], mix_mask=mix_mask)
-        labels = {name: batch[name] for name in LABEL_FIELDS if name in batch}
-        if "plain" in benchmark_model.options:
-            labels = {"labels": labels["labels"]}
-        return objective(outputs, labels, mix_mask)["loss"]
+        return token_labeling_loss(outputs, {name: batch[name] for name in fields if name in batch}, mix_mask)["loss"]
 
-    return loss_of
+    return compute_loss
 
 
-def _plain_loss(model: nn.Module, benchmark_model: BenchmarkModel) -> LossOf:
-    def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def _plain_loss(model: nn.Module, benchmark_model: BenchmarkModel) -> LossFunction:
+    def compute_loss(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with benchmark_model.autocast(batch["labels"].device):
             return nn.functional.cross_entropy(forward(batch["pixel_values"]), batch["labels"], label_smoothing=0.1)
 
-    return loss_of
+    return compute_loss
 
 
-def _original_loss(model: OriginalLVViT, benchmark_model: BenchmarkModel) -> LossOf:
+def _original_loss(model: OriginalLVViT, benchmark_model: BenchmarkModel) -> LossFunction:
     num_classes = model.head.out_features
     targets = None
 
-    def loss_of(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def compute_loss(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         nonlocal targets
         targets = dense_targets(batch, model.grid_size, num_classes) if targets is None else targets
         with benchmark_model.autocast(targets.device):
             return original_loss(forward(batch["pixel_values"]), targets, model.grid_size)
 
-    return loss_of
+    return compute_loss
 
 
 def dense_targets(batch: dict[str, torch.Tensor], grid_size: tuple[int, int], num_classes: int) -> torch.Tensor:
     """Smoothed probabilities of every class for human label, crop and every patch token, `(B, C, 2 + N)` float32."""
-    _, cls_target, token_targets = _objective(grid_size, num_classes).crop_targets(batch)
+    _, cls_target, token_targets = _token_labeling_loss(grid_size, num_classes).crop_targets(batch)
     human = nn.functional.one_hot(batch["labels"], num_classes).float()
     columns = [human.unsqueeze(1), cls_target.to_dense().unsqueeze(1), token_targets.to_dense()]
     return torch.cat(columns, dim=1).mul_(0.9).add_(0.1 / num_classes).transpose(1, 2).contiguous()

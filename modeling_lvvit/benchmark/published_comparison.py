@@ -37,20 +37,20 @@ def compare_published(
     Yields:
         One after the other the fields of each `PublishedRow`, with `parameters`, `counted_gmacs` (multiply-adds in 10^9 of convolutions
         and matrix products), `megabytes` of the weights in float32, and where it was timed `images_per_second`, `ratio` to LV-ViT-S in the
-        same rounds and `peak_megabytes`; a row whose model cannot be had has only a note besides its own fields.
+        same rounds and `peak_megabytes`; a row whose model cannot be had has only a note next to its fields.
     """
     settings = {name: str(value) for name, value in asdict(setting).items()} | {"rounds": rounds}
     settings |= {"options": sorted(options), "torch": torch.__version__, "timm": version("timm")}
     settings |= {"threads": torch.get_num_threads(), "device_name": device_name(setting.device)}
-    known = {_key(row): row for row in _rows_of(record, settings)}
+    results = {_key(row): row for row in _read_rows(record, settings)}
     for row in rows:
         published = asdict(row)
         key = _key(published)
-        measured = known.get(key) or _measured(row, setting, rounds, options)
-        known[key] = {**measured, **published, "note": measured.get("note", published["note"])}
+        measured = results.get(key) or _measured(row, setting, rounds, options)
+        results[key] = {**measured, **published, "note": measured.get("note", published["note"])}
         if record is not None:
-            write_json(record, {"settings": settings, "rows": list(known.values())})
-        yield known[key]
+            write_json(record, {"settings": settings, "rows": list(results.values())})
+        yield results[key]
 
 
 def _key(row: dict[str, object]) -> tuple[object, ...]:
@@ -58,7 +58,7 @@ def _key(row: dict[str, object]) -> tuple[object, ...]:
     return row["network"], row["train_size"], row["test_size"], row["model"], arguments
 
 
-def _rows_of(record: Path | None, settings: dict[str, object]) -> list[dict[str, object]]:
+def _read_rows(record: Path | None, settings: dict[str, object]) -> list[dict[str, object]]:
     """Those of an earlier run with the same settings.
 
     Raises:
@@ -77,12 +77,12 @@ def _rows_of(record: Path | None, settings: dict[str, object]) -> list[dict[str,
 
 
 def _measured(row: PublishedRow, setting: Setting, rounds: int, options: frozenset[str]) -> dict[str, object]:
-    benchmark_model = find_benchmark_model(row, options)
-    if benchmark_model is None:
+    model = find_benchmark_model(row, options)
+    if model is None:
         return {"note": row.note or f"timm {version('timm')} has no {row.model}"}
-    parameters, flops = count_size(benchmark_model, setting.num_classes)
-    found = {"parameters": parameters, "counted_gmacs": flops / 2e9, "megabytes": parameters * MEGABYTES_A_PARAMETER}
-    return found | (_speed(benchmark_model, setting, rounds, options) if rounds else {})
+    parameters, flops = count_size(model, setting.num_classes)
+    counts = {"parameters": parameters, "counted_gmacs": flops / 2e9, "megabytes": parameters * MEGABYTES_A_PARAMETER}
+    return counts | (_speed(model, setting, rounds, options) if rounds else {})
 
 
 def find_benchmark_model(row: PublishedRow, options: frozenset[str] = frozenset()) -> BenchmarkModel | None:
@@ -95,14 +95,10 @@ def find_benchmark_model(row: PublishedRow, options: frozenset[str] = frozenset(
         return None
 
 
-def _speed(
-    benchmark_model: BenchmarkModel, setting: Setting, rounds: int, options: frozenset[str]
-) -> dict[str, object]:
+def _speed(model: BenchmarkModel, setting: Setting, rounds: int, options: frozenset[str]) -> dict[str, object]:
     reference = BenchmarkModel.parse(REFERENCE)
-    entries = {
-        name: model_entry("inference", each, setting)
-        for name, each in (("reference", replace(reference, options=options)), ("model", benchmark_model))
-    }
+    models = {"reference": replace(reference, options=options), "model": model}
+    entries = {name: model_entry("inference", each, setting) for name, each in models.items()}
     times = time_interleaved(entries, setting.device, rounds)
     return relative_speed(times["model"], times["reference"], setting.batch_size)
 

@@ -29,7 +29,7 @@ class PublishedRow:
         network: Its published name.
         million_parameters: As published.
         gmacs: Multiply-adds in 10^9 as published; the papers call them FLOPs.
-        train_size, test_size: Sides of the images in pixels.
+        train_size, test_size: Height and width of the images in pixels.
         top1, real_top1: ImageNet accuracies in per cent as published.
         model: What is measured next to it, see `BenchmarkModel.parse`; `None` if neither timm nor transformers has it.
         arguments: Further ones for the constructor of timm, as pairs.

@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class ClassMap:
     """For each class of the dataset, the annotator's classes that stand for it.
 
     Args:
-        groups: One tuple of annotator class ids for each data-set class.
+        groups: One tuple of annotator class ids for each dataset class.
         num_annotator_classes: Number of scores that the annotator gives.
     """
 
@@ -169,18 +169,13 @@ def _contested(extra: Sequence[str], dataset_names: Sequence[str], wordnet: Mapp
 def _partners(
     annotator_names: Sequence[str], dataset_names: Sequence[str], wordnet: Mapping[str, str]
 ) -> dict[int, int]:
-    """Data-set class to annotator class, for those that names settle."""
+    """Dataset class to annotator class, for those that names settle."""
     partner: dict[int, int] = {}
     # the whole name first ("maillot" is not "maillot, tank suit"), then the first of several, then any synonym
     for part in (slice(None), slice(1)):
-        sides = [defaultdict(list), defaultdict(list)]
-        for side, names, settled in zip(sides, (annotator_names, dataset_names), (set(partner.values()), partner)):
-            for index, name in enumerate(names):
-                if index not in settled:
-                    side[normalized(",".join(wordnet.get(name, name).split(",")[part]))].append(index)
-        for name, indices in sides[1].items():
-            if len(indices) == len(sides[0].get(name, [])) == 1:
-                partner[indices[0]] = sides[0][name][0]
+        ours = _unique_names(dataset_names, part, wordnet, partner.keys())
+        theirs = _unique_names(annotator_names, part, wordnet, set(partner.values()))
+        partner |= {ours[name]: theirs[name] for name in ours.keys() & theirs.keys()}
     holders = defaultdict(set)
     taken = set(partner.values())
     for index, name in enumerate(annotator_names):
@@ -188,32 +183,43 @@ def _partners(
             for synonym in all_names(name, wordnet):
                 holders[synonym].add(index)
     open_classes = [index for index in range(len(dataset_names)) if index not in partner]
-    found = {}
+    candidates = {}
     for index in open_classes:
         names = all_names(dataset_names[index], wordnet)
         synsets = {name for name in names if WORDNET_ID.fullmatch(name)} & holders.keys()
-        found[index] = set().union(*(holders[name] for name in (synsets or names) if name in holders))
-    wanted = Counter(candidate for candidates in found.values() for candidate in candidates)
-    for index, candidates in found.items():
-        if len(candidates) == 1 and wanted[next(iter(candidates))] == 1:
-            partner[index] = candidates.pop()
-    return partner | _namesakes(found, partner)
+        candidates[index] = set().union(*(holders[name] for name in (synsets or names) if name in holders))
+    wanted = Counter(candidate for matches in candidates.values() for candidate in matches)
+    for index, matches in candidates.items():
+        if len(matches) == 1 and wanted[next(iter(matches))] == 1:
+            partner[index] = next(iter(matches))
+    return partner | _namesakes(candidates, partner)
 
 
-def _namesakes(found: dict[int, set[int]], partner: dict[int, int]) -> dict[int, int]:
+def _unique_names(
+    names: Sequence[str], part: slice, wordnet: Mapping[str, str], settled: Collection[int]
+) -> dict[str, int]:
+    """Class ids by a part of their names, of those classes that are not settled and share it with no other."""
+    classes = defaultdict(list)
+    for index, name in enumerate(names):
+        if index not in settled:
+            classes[normalized(",".join(wordnet.get(name, name).split(",")[part]))].append(index)
+    return {name: indices[0] for name, indices in classes.items() if len(indices) == 1}
+
+
+def _namesakes(candidates: dict[int, set[int]], partner: dict[int, int]) -> dict[int, int]:
     """Pairs classes of one name ("crane" is a bird and a machine) in their order, where all others keep theirs."""
     ordered = [partner[index] for index in sorted(partner)]
     if ordered != sorted(ordered):
         return {}
     groups = defaultdict(list)
-    for index, candidates in sorted(found.items()):
-        if index not in partner and candidates:
-            groups[frozenset(candidates)].append(index)
+    for index, matches in sorted(candidates.items()):
+        if index not in partner and matches:
+            groups[frozenset(matches)].append(index)
     return {
         index: candidate
-        for candidates, indices in groups.items()
-        if len(candidates) == len(indices)
-        for index, candidate in zip(indices, sorted(candidates))
+        for matches, indices in groups.items()
+        if len(matches) == len(indices)
+        for index, candidate in zip(indices, sorted(matches))
     }
 
 
@@ -228,8 +234,8 @@ def read_class_map(path: Path, annotator_names: Sequence[str], dataset_names: Se
     """A class map from a file.
 
     Args:
-        path: JSON object, data-set class to annotator class or to a list of them; or CSV rows `data-set class, annotator
-            class` without a header, where a data-set class may come more than once. Classes are names or ids.
+        path: JSON object, dataset class to annotator class or to a list of them; or CSV rows `dataset class, annotator
+            class` without a header, where a dataset class may come more than once. Classes are names or ids.
         annotator_names, dataset_names: Class names in the order of their ids.
 
     Raises:
@@ -248,7 +254,7 @@ def read_class_map(path: Path, annotator_names: Sequence[str], dataset_names: Se
             pairs = [(row[0].strip(), row[1].strip()) for row in csv.reader(text.splitlines()) if row]
     except (ValueError, AttributeError, IndexError, csv.Error) as error:
         raise ValueError(
-            f"Class map {path} must be a JSON object, or CSV rows of two columns, data-set class and annotator class: {error}"
+            f"Class map {path} must be a JSON object, or CSV rows of two columns, dataset class and annotator class: {error}"
         ) from error
     groups: dict[int, list[int]] = {index: [] for index in range(len(dataset_names))}
     for dataset_class, annotator_class in pairs:
@@ -259,7 +265,7 @@ def read_class_map(path: Path, annotator_names: Sequence[str], dataset_names: Se
     return ClassMap(tuple(tuple(dict.fromkeys(group)) for group in groups.values()), len(annotator_names))
 
 
-def _class_id(value: object, names: Sequence[str], where: str) -> int:
+def _class_id(value: object, names: Sequence[str], source: str) -> int:
     matches = [index for index, name in enumerate(names) if normalized(name) == normalized(str(value))]
     if len(matches) == 1:
         return matches[0]
@@ -270,4 +276,4 @@ def _class_id(value: object, names: Sequence[str], where: str) -> int:
         if matches
         else f"no class of {len(names)} has this name or id"
     )
-    raise ValueError(f"{where}: {value!r}: {reason}.")
+    raise ValueError(f"{source}: {value!r}: {reason}.")

@@ -14,13 +14,13 @@ def read_class_names(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".json":
             return [line.strip() for line in text.splitlines() if line.strip()]
-        found = json.loads(text)
-        if isinstance(found, dict):
-            found = [found[str(index)] for index in range(len(found))]
+        names = json.loads(text)
+        if isinstance(names, dict):
+            names = [names[str(index)] for index in range(len(names))]
     except (ValueError, KeyError) as error:
         raise ValueError(
             f"{path} holds no class names: expected ids from 0 to names, got an error at {error}."
         ) from error
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} holds no class names: expected a list of names, or ids to names.")
-    return found
+    return names

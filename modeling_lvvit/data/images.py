@@ -4,6 +4,8 @@ import hashlib
 import io
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import datasets
@@ -13,19 +15,12 @@ import torch
 from PIL import ExifTags, Image
 
 
-# what Pillow raises for files that are no images, damaged or too large to be one
-IMAGE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    Image.DecompressionBombError,
-    # some of its plug-ins let these through where a file ends too early
-    IndexError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    struct.error,
-)
+# what the functions of this file raise for files that are no images, damaged or too large to be one
+IMAGE_ERRORS = (OSError, ValueError)
+# what Pillow raises besides; some of its plug-ins let the last five through where a file ends too early
+PILLOW_ERRORS = (
+    SyntaxError, Image.DecompressionBombError, IndexError, KeyError, TypeError, RuntimeError, struct.error,
+)  # fmt: skip
 TURNED = range(2, 9)  # Exif orientations other than upright
 LYING = range(5, 9)  # those that exchange height and width
 _DECODER = datasets.Image()
@@ -33,6 +28,25 @@ _DECODER = datasets.Image()
 
 class SampleError(ValueError):
     """A row of the data cannot be used; found while training."""
+
+
+@contextmanager
+def pillow_errors() -> Iterator[None]:
+    """Turns what Pillow raises for unusable files into a `ValueError`; for calls of Pillow alone, as it would hide errors of ours."""
+    try:
+        yield
+    except PILLOW_ERRORS as error:
+        raise ValueError(str(error)) from error
+
+
+def decode_stored(value: dict[str, Any]) -> Image.Image:
+    """The upright image of an image column's value, `{"bytes": ..., "path": ...}`, in the mode of its file.
+
+    Raises:
+        IMAGE_ERRORS: If it is no image, is damaged or too large.
+    """
+    with pillow_errors():
+        return _DECODER.decode_example(value)
 
 
 def decode_image(value: dict[str, Any]) -> Image.Image:
@@ -44,7 +58,7 @@ def decode_image(value: dict[str, Any]) -> Image.Image:
     Raises:
         IMAGE_ERRORS: If it is no image, is damaged or too large.
     """
-    return to_rgb(_DECODER.decode_example(value))
+    return to_rgb(decode_stored(value))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -62,7 +76,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def image_note(content: bytes) -> str:
     """What `decode_image` does to an image file beyond reading it, `""` for an upright RGB image."""
-    with Image.open(io.BytesIO(content)) as image:
+    with pillow_errors(), Image.open(io.BytesIO(content)) as image:
         notes = []
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
@@ -87,7 +101,7 @@ def read_image_size(value: dict[str, Any]) -> tuple[int, int] | None:
     if content is None and (path is None or "://" in path):
         return None
     try:
-        with Image.open(io.BytesIO(content) if content is not None else path) as image:
+        with pillow_errors(), Image.open(io.BytesIO(content) if content is not None else path) as image:
             width, height = image.size
             lies_on_side = image.getexif().get(ExifTags.Base.Orientation) in LYING
     except IMAGE_ERRORS:
@@ -144,9 +158,9 @@ def _is_whole(file: BinaryIO) -> bool:
     """Whether an open JPEG or PNG file can be read and has all its parts; other formats are not judged.
 
     Raises:
-        OSError, SyntaxError: If it is no image, or its checksums are wrong.
+        IMAGE_ERRORS: If it is no image, or its checksums are wrong.
     """
-    with Image.open(file) as image:
+    with pillow_errors(), Image.open(file) as image:
         if image.format == "PNG":
             image.verify()
             return True
@@ -157,23 +171,23 @@ def _is_whole(file: BinaryIO) -> bool:
 
 
 def parse_image_size(
-    sides: list[int] | None, name: str, kind: str = "side or height and width"
+    numbers: list[int] | None, name: str, expected: str = "side or height and width"
 ) -> tuple[int, int] | None:
     """Height and width in pixels of an option, `None` where it was not given.
 
     Args:
-        sides: One number for both, or two.
+        numbers: One for both, or two.
         name: What messages call the option.
-        kind: What messages say it is one of.
+        expected: What messages say it is one of.
 
     Raises:
         ValueError: If there are other numbers.
     """
-    if sides is None:
+    if numbers is None:
         return None
-    if len(sides) not in (1, 2) or min(sides) < 1:
-        raise ValueError(f"{name} is one {kind}, got {sides}.")
-    return sides[0], sides[-1]
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise ValueError(f"{name} is one {expected}, got {numbers}.")
+    return numbers[0], numbers[-1]
 
 
 class Normalization:

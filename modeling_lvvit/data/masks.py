@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
+
+from .images import decode_stored
 
 
 IGNORED = 255  # what masks usually have where no class is marked
 UNKNOWN = -1  # id of a mask value that stands for nothing
 MAX_VALUE = 65_535  # of a 16-bit mask
-_DECODER = datasets.Image()
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def read_mask(value: dict[str, Any]) -> np.ndarray:
         IMAGE_ERRORS: If it cannot be decoded.
         ValueError: If it is a color image, or has values below 0 or above 65535.
     """
-    image = _DECODER.decode_example(value)
+    image = decode_stored(value)
     if image.mode in ("1", "L", "P"):
         return np.asarray(image).astype(np.uint8)
     if image.mode.startswith("I"):

@@ -65,26 +65,3 @@ class ShardedEvalSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.rows)
-
-
-class EpochSampler(Sampler[int]):
-    """Rows in an order that depends on seed and epoch alone, so that a resumed epoch goes on in the same order.
-
-    Args:
-        num_rows: Rows of the dataset.
-    """
-
-    def __init__(self, num_rows: int):
-        self.num_rows = num_rows
-        self.seed, self.epoch = 0, 0
-
-    def start_epoch(self, seed: int, epoch: int) -> None:
-        """Sets the order of the coming epoch."""
-        self.seed, self.epoch = seed, epoch
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from torch.randperm(self.num_rows, generator=generator).tolist()

@@ -10,14 +10,11 @@ import numpy as np
 import torch
 from timm.data import RealLabelsImagenet
 
-from ..training.metrics import AccumulatingMetric
+from ..training.metrics import TOP_K, TopKAccuracy
 
 
-TOP_K = 5
 SHIPPED = "imagenet"  # the re-assessed labels that timm has
 IMAGENET_VALIDATION_IMAGES = 50_000
-# what is counted, in this order
-COUNTS = ("images", "hits", "top5_hits", "real_images", "real_hits")
 # Error rates of AlexNet on the corruptions of ImageNet-C, mean of five severities, in [0, 1]: the reference of the mean
 # corruption error. Source: Hendrycks and Dietterich, ICLR 2019, and their repository (github.com/hendrycks/robustness).
 ALEXNET_ERRORS = {
@@ -27,7 +24,7 @@ ALEXNET_ERRORS = {
 }  # fmt: skip
 
 
-class ClassificationScores(AccumulatingMetric):
+class ClassificationScores(TopKAccuracy):
     """Top-1 and top-5 accuracy, and accuracy by re-assessed labels (ReaL, Beyer et al. 2020, arXiv:2006.07159).
 
     Args:
@@ -36,16 +33,13 @@ class ClassificationScores(AccumulatingMetric):
     """
 
     def __init__(self, num_labels: int, **kwargs: Any):
-        super().__init__((len(COUNTS),), **kwargs)
+        super().__init__(has_top5=num_labels > TOP_K, further_counts=2, **kwargs)
         self.num_labels = num_labels
 
     def describe(self) -> tuple[str, str]:
         """What is measured, and what predictions and references are."""
-        return (
-            "Share of images whose true class is the best, or among the five best, predicted classes; share of images whose best "
-            "predicted class is one of those that people see in it.",
-            "predictions: class ids of each image, best first; references: true class id of each image.",
-        )
+        description, inputs = super().describe()
+        return f"{description} Share of images whose best predicted class is one that people see in it.", inputs
 
     def add_batch(
         self, *, predictions: Any, references: Any, real: Sequence[Collection[int] | None] | None = None, **kwargs: Any
@@ -53,37 +47,25 @@ class ClassificationScores(AccumulatingMetric):
         """Counts images.
 
         Args:
-            predictions: Class ids `(B, k)`, best first.
-            references: True class ids `(B,)`.
+            predictions, references: See `TopKAccuracy`.
             real: Of each image the classes that people see in it; an image with none, or with `None`, does not count.
         """
-        ranked, truth = torch.as_tensor(predictions).cpu(), torch.as_tensor(references).cpu()
-        if ranked.ndim != 2 or ranked.shape[:1] != truth.shape:
-            raise ValueError(
-                f"Expected ranked classes (B, k) and classes (B,), got {tuple(ranked.shape)} and {tuple(truth.shape)}."
-            )
+        truth = torch.as_tensor(references)
         if len(truth) and not 0 <= truth.min() <= truth.max() < self.num_labels:
             raise ValueError(
                 f"True classes lie in [0, {self.num_labels}), got {int(truth.min())} to {int(truth.max())}: a split without labels?"
             )
-        hits = ranked == truth[:, None]
-        self.counts[0] += len(truth)
-        self.counts[1] += hits[:, 0].sum()
-        self.counts[2] += hits[:, :TOP_K].any(dim=1).sum()
-        for best, seen in zip(ranked[:, 0].tolist(), real or ()):
+        super().add_batch(predictions=predictions, references=references)
+        for ranked, seen in zip(torch.as_tensor(predictions).tolist(), real or ()):
             if seen:
-                self.counts[3] += 1
-                self.counts[4] += int(best in seen)
+                self.counts[3:] += torch.tensor([1, ranked[0] in seen])
 
     def measures(self, counts: np.ndarray) -> dict[str, float]:
         """`accuracy`, `top5_accuracy` and, where there were such labels, `real_accuracy`, in [0, 1], with the number of images."""
-        found = dict(zip(COUNTS, counts.tolist()))
-        images = found["images"]
-        result = {"accuracy": found["hits"] / images if images else float("nan")}
-        if self.num_labels > TOP_K:
-            result["top5_accuracy"] = found["top5_hits"] / images if images else float("nan")
-        if found["real_images"]:
-            result |= {"real_accuracy": found["real_hits"] / found["real_images"], "real_images": found["real_images"]}
+        images, _, _, real_images, real_hits = counts.tolist()
+        result = super().measures(counts)
+        if real_images:
+            result |= {"real_accuracy": real_hits / real_images, "real_images": real_images}
         return {**result, "images": images}
 
 

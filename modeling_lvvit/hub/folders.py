@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .file_checks import CARD, published_files
-from .hub_trainer import REPLACED
+from .file_checks import CARD, REPLACED, published_files
 from .repository import HubTarget
 
 
@@ -47,7 +46,7 @@ def check_model_folder(folder: Path) -> None:
         shards = set(_read(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map", {}).values())
         missing += sorted(shards - set(names))
     if CONFIG_NAME in names and weights and weights != [ONNX]:
-        missing += sorted(_code_of(_read(folder / CONFIG_NAME)) - set(names))
+        missing += sorted(_code_files(_read(folder / CONFIG_NAME)) - set(names))
     if missing:
         raise ValueError(f"{folder} is no complete model: it lacks {', '.join(missing)}.")
     if not any(name in names for name in PROCESSORS):
@@ -63,7 +62,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _code_of(config: dict[str, Any]) -> set[str]:
+def _code_files(config: dict[str, Any]) -> set[str]:
     """Files of modelling code that a configuration names, without those of other repositories (`owner/name--file.Class`)."""
     references = [
         reference

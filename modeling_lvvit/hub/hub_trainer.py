@@ -16,17 +16,15 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..data.atomic_files import write_text
-from .file_checks import CARD, PICKLES, WEIGHTS
+from .file_checks import CARD, REPLACED
 from .repository import HubError, HubTarget
 
 
 logger = logging.get_logger(__name__)
 GENERATED = "generated_from_trainer"  # tag of the library's drafts
 STAGE = "_published"  # folder in `output_dir` whose content a push in the background uploads
-ARGUMENTS = (
-    "arguments.json"  # not training_...: `datasets` would take it for data of a split, were the folder one of data
-)
-REPLACED = (*WEIGHTS, *PICKLES)  # by a push, where they are of an older one
+# not training_...: `datasets` would take that for data of a split, were the folder one of data
+ARGUMENTS = "arguments.json"
 DRAFT = """# {name}
 
 Training in progress: step {step:,} of {steps:,}. These are the weights {kind}; a card with results replaces this page in the end.

@@ -33,8 +33,7 @@ MEANINGS = {
     413: "a file is too large for the Hub",
     429: "the Hub was asked too often. Wait and try again",
 }
-
-
+# the client raises a RuntimeError where the upload of one file fails, a UnicodeError for a token that fits into no header
 CLIENT_ERRORS = (
     HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError, RuntimeError, UnicodeError,
 )  # fmt: skip
@@ -61,6 +60,10 @@ class HubTarget:
     private: bool | None = None
     revision: str | None = None
     token: str | None = None
+
+    @property
+    def _repository(self) -> dict[str, Any]:
+        return {"repo_id": self.repo_id, "repo_type": self.repo_type, "revision": self.revision}
 
     def open(self) -> "HubTarget":
         """Makes repository and branch where they are missing, and asks whether they can be written.
@@ -100,19 +103,19 @@ class HubTarget:
         names, others = published_files(folder)
         if others:
             logger.warning("Not uploaded, as they belong to no model or label set: %s.", ", ".join(others))
-        contents: dict[str, Path | bytes] = {name: folder / name for name in names}
-        if CARD in contents:
-            contents[CARD] = self.named((folder / CARD).read_text(encoding="utf-8")).encode()
-        operations: list[CommitOperationAdd | CommitOperationDelete]
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in contents.items()]
-        where: dict[str, Any] = {"repo_id": self.repo_id, "repo_type": self.repo_type, "revision": self.revision}
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        for name in names:
+            is_card = name == CARD
+            content = self.named((folder / name).read_text(encoding="utf-8")).encode() if is_card else folder / name
+            operations.append(CommitOperationAdd(name, content))
         with _explained(f"The upload of {folder} to {self.repo_id} failed", self._advice(folder)):
             api = HfApi(token=self.token)
-            unnamed = set(api.list_repo_files(**where)) - set(names)
-            stale = {name for name in unnamed if matches(name, replaced)}
-            operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]
-            commit = api.create_commit(operations=operations, commit_message=message, **where)
-        if pickles := sorted(name for name in unnamed - stale if name.endswith(PICKLE_ENDINGS)):
+            others = set(api.list_repo_files(**self._repository)) - set(names)
+            stale = {name for name in others if matches(name, replaced)}
+            operations += [CommitOperationDelete(name) for name in sorted(stale)]
+            # not `upload_folder`: with hf_xet it makes several commits, so that an upload that breaks off leaves half a model there
+            commit = api.create_commit(operations=operations, commit_message=message, **self._repository)
+        if pickles := sorted(name for name in others - stale if name.endswith(PICKLE_ENDINGS)):
             logger.warning("%s also holds %s, which may be pickles.", self.repo_id, ", ".join(pickles))
         return commit.commit_url
 
@@ -123,9 +126,7 @@ class HubTarget:
             HubError: If the Hub cannot be reached or refuses.
         """
         with _explained(f"The files of {self.repo_id} cannot be listed"):
-            return HfApi(token=self.token).list_repo_files(
-                self.repo_id, repo_type=self.repo_type, revision=self.revision
-            )
+            return HfApi(token=self.token).list_repo_files(**self._repository)
 
     def named(self, card: str) -> str:
         """A card whose example loads from this repository."""
@@ -152,17 +153,15 @@ def _explained(what: str, advice: str = "") -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, RuntimeError):  # of the upload of one file; the cause is what happened
+    if isinstance(error, RuntimeError):
         return f"{error} {_reason(error.__cause__)}" if error.__cause__ is not None else str(error)
-    if isinstance(error, (LocalTokenNotFoundError, UnicodeError)):  # a token goes into a header, in ASCII
+    if isinstance(error, (LocalTokenNotFoundError, UnicodeError)):
         return MEANINGS[401]
     if isinstance(error, KeyboardInterrupt):
         return "it was interrupted"
     if isinstance(error, (OfflineModeIsEnabled, HFValidationError)):
         return str(error).rstrip(".")
-    response: Any = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
-    if response is None:
+    if not isinstance(error, HfHubHTTPError):
         return f"no connection, or it broke off ({type(error).__name__}: {error}). Try again"
-    said = getattr(error, "server_message", None)
-    meaning = MEANINGS.get(response.status_code, "the Hub refused it")
-    return f"{meaning} (status {response.status_code}{f': {said}' if said else ''})"
+    status, answer = error.response.status_code, f": {error.server_message}" if error.server_message else ""
+    return f"{MEANINGS.get(status, 'the Hub refused it')} (status {status}{answer})"

@@ -69,11 +69,9 @@ def write_card(writer: LabelSetWriter, record: dict[str, Any], title: str) -> No
 
 def _size_category(count: int) -> str:
     """The Hub's name for a number of rows, `1K<n<10K` for example."""
-    names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")
-    place = sum(count >= 10 ** (3 + index) for index in range(len(names)))
-    if place == 0:
-        return f"n<{names[0]}"
-    return f"{names[place - 1]}<n<{names[place]}" if place < len(names) else "1B<n<10B"
+    names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B")
+    digits = max(len(str(count)) - 3, 0)  # beyond three
+    return f"{names[digits - 1]}<n<{names[digits]}" if digits else f"n<{names[0]}"
 
 
 def push_label_set(folder: Path, target: HubTarget) -> str:
@@ -125,8 +123,8 @@ def check_finished(folder: Path) -> None:
     if report is None or not (folder / CARD).is_file():
         raise ValueError(f"{folder} is no finished label set: it needs {RECORD} with a report, and {CARD}.")
     try:
-        found = sum(pq.read_metadata(path).num_rows for path in (folder / DATA).glob("*.parquet"))
+        num_rows = sum(pq.read_metadata(path).num_rows for path in (folder / DATA).glob("*.parquet"))
     except pa.ArrowException as error:
         raise ValueError(f"A shard in {folder / DATA} is damaged: {error}") from error
-    if found != report["num_images"]:
-        raise ValueError(f"{folder} lacks shards: it has {found:,} rows, its record says {report['num_images']:,}.")
+    if num_rows != report["num_images"]:
+        raise ValueError(f"{folder} lacks shards: it has {num_rows:,} rows, its record says {report['num_images']:,}.")

@@ -1,6 +1,8 @@
 """Reading checkpoints of the authors' code, without running anything from them: tensors, and the architecture that their shapes tell."""
 
 import argparse
+import math
+import struct
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,6 +14,11 @@ from ..configuration_lvvit import LVViTConfig
 from ..variants import VARIANTS
 
 
+# what torch.load raises for files that are cut short, are something else, or hold more than tensors
+LOAD_ERRORS = (
+    OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error,
+    UnpicklingError,
+)  # fmt: skip
 SEGMENTATION_SIGN = "decode_head.conv_seg.weight"  # a tensor that every segmentation checkpoint has
 # The published segmentation runs had an epsilon of 1e-6 in all layer norms (classifiers: 1e-5), and L divided nothing, as its
 # configuration leaves `skip_lam` out; their weights need these constants.
@@ -38,7 +45,7 @@ def load_original_checkpoint(path: Path, use_ema: bool = True) -> tuple[dict[str
         # training checkpoints carry their command line, a harmless record of attributes
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except LOAD_ERRORS as error:
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors and plain values (damaged, or it holds Python objects, "
@@ -71,10 +78,13 @@ def config_from_state_dict(
     """
     if SEGMENTATION_SIGN not in state_dict:
         num_labels = state_dict["head.weight"].shape[0]
-        labels = ResNet50_Weights.IMAGENET1K_V2.meta["categories"] if num_labels == 1000 else None
-        names = {"id2label": dict(enumerate(labels))} if labels else {"num_labels": num_labels}
-        if labels:
-            names["label2id"] = {label: index for index, label in enumerate(labels)}
+        names: dict[str, Any] = {"num_labels": num_labels}
+        if num_labels == 1000:
+            labels = ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
+            names = {
+                "id2label": dict(enumerate(labels)),
+                "label2id": {name: index for index, name in enumerate(labels)},
+            }
         return LVViTConfig(**_backbone_fields(state_dict, num_attention_heads, residual_divisor), **names)
     backbone = {
         key.removeprefix("backbone."): value for key, value in state_dict.items() if key.startswith("backbone.")
@@ -112,8 +122,8 @@ def _backbone_fields(
             "--residual_divisor (`skip_lam` in the authors' code)."
         )
     num_patches = state_dict["pos_embed"].shape[1] - 1
-    rows = next((r for r in range(1, num_patches + 1) if r * r == num_patches), None)
-    if rows is None:
+    rows = math.isqrt(num_patches)
+    if rows**2 != num_patches:
         raise ValueError(f"`pos_embed` has {num_patches} patch positions, which is no square grid.")
     return {
         "hidden_size": width,

@@ -70,14 +70,12 @@ def convert_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 def _renamed(key: str) -> str:
     for pattern, replacement in SEGMENTATION_PATTERNS:
-        new_key, count = re.subn(pattern, replacement, key)
-        if count:
-            return new_key.replace(".bn.", ".batch_norm.")
+        if re.match(pattern, key):
+            return re.sub(pattern, replacement, key).replace(".bn.", ".batch_norm.")
     key = key.removeprefix("backbone.")
     for pattern, replacement in KEY_PATTERNS:
-        new_key, count = re.subn(pattern, replacement, key)
-        if count:
-            return new_key
+        if re.match(pattern, key):
+            return re.sub(pattern, replacement, key)
     return key
 
 
@@ -124,10 +122,10 @@ def convert_checkpoint(
     model_class, processor = _target(config, is_segmenter)
     with torch.device("meta"):
         model = model_class(config)
+    weights, expected = convert_state_dict(state_dict), model.state_dict()
+    # the third map of the FCN neck is there for the auxiliary head alone
+    weights = {name: weights[name] for name in weights if name in expected or not name.startswith("neck.levels.2.")}
     try:
-        weights, known = convert_state_dict(state_dict), model.state_dict()
-        # the third map of the FCN neck is there for the auxiliary head alone
-        weights = {name: weights[name] for name in weights if name in known or not name.startswith("neck.levels.2.")}
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit an LV-ViT of its size: {error}") from error

@@ -12,8 +12,6 @@ The program can be killed at any time and started again; the result is the same.
 import hashlib
 import multiprocessing
 import os
-import pickle
-import struct
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -25,17 +23,12 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from ..data.class_matching import imagenet_class_names
+from ..data.class_names import read_class_names
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelMaps, LabelSetLayout
 from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_versions
 from ..launching import num_cpu_cores
-
-
-# what torch.load raises for files that are cut short, are something else, or hold more than tensors
-LOAD_ERRORS = (
-    OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error,
-    pickle.UnpicklingError,
-)  # fmt: skip
+from .checkpoint import LOAD_ERRORS
 
 
 @dataclass
@@ -87,15 +80,15 @@ def find_label_files(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    found = [
+    files = [
         Path(parent, name).relative_to(folder).as_posix()
         for parent, _, names in os.walk(folder)
         for name in names
         if name.endswith(".pt")
     ]
-    if not found:
+    if not files:
         raise FileNotFoundError(f"There is no .pt file in {folder} or its folders.")
-    return sorted(found)
+    return sorted(files)
 
 
 def read_label_file(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -198,8 +191,7 @@ def import_labels(args: ImportArguments) -> list[str]:
     files = find_label_files(folder)
     class_names = imagenet_class_names()
     if args.class_names is not None:
-        lines = Path(args.class_names).read_text(encoding="utf-8").splitlines()
-        class_names = [line.strip() for line in lines if line.strip()]
+        class_names = read_class_names(Path(args.class_names))
     k, *map_size = first_shape(folder, files, len(class_names), args.on_error)
     layout = LabelSetLayout(tuple(class_names), k, tuple(map_size), args.score_type)
     settings = {

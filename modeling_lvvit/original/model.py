@@ -143,8 +143,8 @@ def original_loss(
         targets: Probabilities `(batch_size, C, 2 + N)`: of the human label, of the whole crop, of each patch token.
     """
     cls_logits, aux_logits, (top, left, bottom, right) = outputs
-    kept = 1 - (bottom - top) * (right - left) / (grid_size[0] * grid_size[1])
-    cls_target = kept * targets[:, :, 1] + (1 - kept) * targets[:, :, 1].flip(0)
+    unmixed = 1 - (bottom - top) * (right - left) / (grid_size[0] * grid_size[1])
+    cls_target = unmixed * targets[:, :, 1] + (1 - unmixed) * targets[:, :, 1].flip(0)
     aux_target = targets[:, :, 2:].transpose(1, 2).reshape(-1, targets.shape[1])
     aux_logits = aux_logits.reshape(-1, targets.shape[1])
     return _dense_cross_entropy(cls_logits, cls_target) + _dense_cross_entropy(aux_logits, aux_target)

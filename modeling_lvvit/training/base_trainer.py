@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..backbones.patch_head import weights_by_own_names
 from ..data.image_dataset import ImageDataset
-from ..data.sampling import EpochSampler, temporary_seed
+from ..data.sampling import temporary_seed
 from ..hub.hub_trainer import HubTrainer
 from .base_arguments import BaseImageTrainingArguments
 from .batch_norm import set_batch_norm
@@ -44,8 +44,7 @@ class BaseImageTrainer(HubTrainer):
         self.add_callback(self.stop_on_signal)
         set_batch_norm(model, args.batch_norm, args.device, args.world_size)
         if isinstance(self.train_dataset, ImageDataset):
-            self._sampler = EpochSampler(len(self.train_dataset))
-            self.add_callback(EpochCallback(self.train_dataset, self._sampler))
+            self.add_callback(EpochCallback(self.train_dataset))
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`, with FSDP2 on any device."""
@@ -56,22 +55,13 @@ class BaseImageTrainer(HubTrainer):
         """See `schedule.decayed_parameters`."""
         return decayed_parameters(model)
 
-    def _get_train_sampler(self, train_dataset: Any | None = None) -> torch.utils.data.Sampler | None:
-        if isinstance(self.train_dataset, ImageDataset):
-            return self._sampler
-        return super()._get_train_sampler(train_dataset)
-
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`."""
-        loader = super().get_train_dataloader()
-        leave_signals_to_main_process(loader)
-        return loader
+        return leave_signals_to_main_process(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As in `Trainer`."""
-        loader = super().get_eval_dataloader(*args, **kwargs)
-        leave_signals_to_main_process(loader)
-        return loader
+        return leave_signals_to_main_process(super().get_eval_dataloader(*args, **kwargs))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -159,10 +149,10 @@ class BaseImageTrainer(HubTrainer):
         state = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE_NAME
         if self.args.should_save:
             state.unlink(missing_ok=True)  # of an earlier run that is written over
-        own = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with self.throughput.paused(), weights_by_own_names(own):
-            super()._save_checkpoint(model, trial)
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with self.throughput.paused():
+            with weights_by_own_names(unwrapped):
+                super()._save_checkpoint(model, trial)
             self.publish_in_background()
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -4,11 +4,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+
+from ..data.image_dataset import ImageDataset
 
 
 # Processes agree on stopping by a collective operation, which waits for the device: not at every step.
@@ -18,18 +22,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class EpochCallback(TrainerCallback):
-    """Tells dataset and sampler which epoch begins.
+    """Tells a dataset which epoch begins. The order of its rows comes from accelerate's `SeedableRandomSampler`, which is told by its loader."""
 
-    Args:
-        parts: Objects with `start_epoch(seed, epoch)`.
-    """
-
-    def __init__(self, *parts: Any):
-        self.parts = parts
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        for part in self.parts:
-            part.start_epoch(args.data_seed, int(state.epoch or 0))
+        self.dataset.start_epoch(args.data_seed, int(state.epoch or 0))
 
 
 class StopOnSignal(TrainerCallback):
@@ -114,18 +113,15 @@ def end_after_signal(trainer: Trainer) -> NoReturn:
     sys.exit(128 + (signal.SIGINT if trainer.stop_on_signal.received == "SIGINT" else signal.SIGTERM))
 
 
-def leave_signals_to_main_process(loader: DataLoader) -> None:
+def leave_signals_to_main_process(loader: DataLoader) -> DataLoader:
     """Lets the workers of a loader ignore stop signals, which schedulers send to all processes: they end with the main one."""
-    loader = getattr(loader, "base_dataloader", loader)
-    loader.worker_init_fn = _WorkerStart(loader.worker_init_fn)
+    inner = getattr(loader, "base_dataloader", loader)
+    inner.worker_init_fn = partial(_ignore_signals, inner.worker_init_fn)
+    return loader
 
 
-class _WorkerStart:
-    def __init__(self, then: Any):
-        self.then = then
-
-    def __call__(self, worker_id: int) -> None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        if self.then is not None:
-            self.then(worker_id)
+def _ignore_signals(then: Callable[[int], Any] | None, worker_id: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker_id)

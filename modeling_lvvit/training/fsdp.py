@@ -58,20 +58,22 @@ def layer_class_names(model: nn.Module) -> set[str]:
     siblings = Counter(
         (id(parent), type(part)) for parent in model.modules() for part in parent.children() if any(part.children())
     )
-    kinds = {kind for (_, kind), count in siblings.items() if count > 1 and not kind.__module__.startswith("torch.")}
-    outermost = {type(part) for part in _outermost(model, tuple(kinds))}
+    repeated = {
+        part for (_, part), count in siblings.items() if count > 1 and not part.__module__.startswith("torch.")
+    }
+    outermost = {type(part) for part in _outermost(model, tuple(repeated))}
     if not outermost:
         logger.warning("%s has no repeated layers to shard one by one: it is one unit.", type(model).__name__)
-    return {kind.__name__ for kind in outermost}
+    return {part.__name__ for part in outermost}
 
 
-def _outermost(module: nn.Module, kinds: tuple[type, ...]) -> Iterator[nn.Module]:
-    """Modules of some kinds that do not lie within others of them."""
+def _outermost(module: nn.Module, classes: tuple[type, ...]) -> Iterator[nn.Module]:
+    """Modules of some classes that do not lie within others of them."""
     for part in module.children():
-        if isinstance(part, kinds):
+        if isinstance(part, classes):
             yield part
         else:
-            yield from _outermost(part, kinds)
+            yield from _outermost(part, classes)
 
 
 def broadcast_buffers(accelerator: Accelerator, model: nn.Module) -> None:

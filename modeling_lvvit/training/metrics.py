@@ -9,6 +9,9 @@ import torch
 from torch import distributed
 
 
+TOP_K = 5
+
+
 class AccumulatingMetric(evaluate.Metric):
     """A metric that counts what is added and keeps nothing else.
 
@@ -81,45 +84,56 @@ class AccumulatingMetric(evaluate.Metric):
         return self.measures(np.asarray(predictions).sum(axis=0).reshape(self.counts.shape))
 
 
-class TopKAccuracy(evaluate.Metric):
-    """Top-1 and top-5 accuracy from ranked predictions."""
+class TopKAccuracy(AccumulatingMetric):
+    """Top-1 and top-5 accuracy from ranked predictions.
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of images whose true class is the best, or among the five best, predicted classes.",
-            citation="",
-            inputs_description=(
-                "predictions: class ids of each image, best first; references: true class id of each image."
-            ),
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
-            ),
+    Args:
+        has_top5: Whether there are enough classes for a top-5 accuracy.
+        further_counts: Number of counts that a subclass adds to those of images, hits, and hits among the best five.
+        kwargs: See `AccumulatingMetric`.
+    """
+
+    def __init__(self, has_top5: bool = True, further_counts: int = 0, **kwargs: Any):
+        super().__init__((3 + further_counts,), **kwargs)
+        self.has_top5 = has_top5
+
+    def describe(self) -> tuple[str, str]:
+        """What is measured, and what predictions and references are."""
+        return (
+            "Share of images whose true class is the best, or among the five best, predicted classes.",
+            "predictions: class ids of each image, best first; references: true class id of each image.",
         )
 
-    def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
-        """
-        Args:
-            predictions: `(num_images, k)` class ids, best first.
-            references: `(num_images,)` class ids.
+    def add_batch(self, *, predictions: Any, references: Any, **kwargs: Any) -> None:
+        """Counts images.
 
-        Returns:
-            `accuracy` and, with at least five ranks, `top5_accuracy`, in [0, 1].
+        Args:
+            predictions: Class ids `(B, k)`, best first.
+            references: True class ids `(B,)`.
         """
-        hits = np.asarray(predictions) == np.asarray(references)[:, None]
-        results = {"accuracy": float(hits[:, 0].mean())}
-        if hits.shape[1] >= 5:
-            results["top5_accuracy"] = float(hits[:, :5].any(axis=1).mean())
-        return results
+        ranked, truth = torch.as_tensor(predictions).cpu(), torch.as_tensor(references).cpu()
+        if ranked.ndim != 2 or ranked.shape[:1] != truth.shape:
+            raise ValueError(
+                f"Expected ranked classes (B, k) and classes (B,), got {tuple(ranked.shape)} and {tuple(truth.shape)}."
+            )
+        hits = ranked == truth[:, None]
+        self.counts[:3] += torch.stack([torch.tensor(len(truth)), hits[:, 0].sum(), hits[:, :TOP_K].any(dim=1).sum()])
+
+    def measures(self, counts: np.ndarray) -> dict[str, float]:
+        """`accuracy` and, with enough classes, `top5_accuracy`, in [0, 1]."""
+        images, *hits = counts[:3].tolist()
+        names = ("accuracy", "top5_accuracy") if self.has_top5 else ("accuracy",)
+        return {name: count / images if images else float("nan") for name, count in zip(names, hits)}
 
 
 def rank_classes(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
     """Ids of the five best classes (fewer if there are not five), `(B, 5)`, so that no logits are gathered."""
     logits = logits[0] if isinstance(logits, tuple) else logits
-    return logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+    return logits.topk(min(TOP_K, logits.shape[-1]), dim=-1).indices
 
 
 def compute_accuracy(prediction: Any) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of ranked predictions."""
-    return TopKAccuracy(keep_in_memory=True).compute(
-        predictions=prediction.predictions, references=prediction.label_ids
-    )
+    """Top-1 and, with at least five ranks, top-5 accuracy of ranked predictions, which are those of all processes already."""
+    metric = TopKAccuracy(has_top5=prediction.predictions.shape[1] >= TOP_K)
+    metric.add_batch(predictions=prediction.predictions, references=prediction.label_ids)
+    return metric.measures(metric.counts.numpy())

@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from modeling_lvvit.data.sampling import EpochSampler
 from modeling_lvvit.training.batch_norm import FrozenBatchNorm2d, set_batch_norm
 from modeling_lvvit.training.throughput import Throughput
 from support.images import labelled_table
@@ -205,13 +205,15 @@ def test_one_process_needs_no_synchronization(tiny_model):
     assert type(tiny_model.lvvit.embeddings.patch_embeddings.norm1) is torch.nn.BatchNorm2d
 
 
-def test_order_of_rows_hangs_on_seed_and_epoch():
-    sampler = EpochSampler(50)
-    orders = []
+def test_order_of_rows_depends_on_seed_and_epoch(tiny_model, tmp_path):
+    rows, orders = datasets.Dataset(labelled_table(50)), []
     for seed, epoch in ((0, 0), (0, 0), (0, 1), (7, 0)):
-        sampler.start_epoch(seed, epoch)
-        orders.append(list(sampler))
+        loader = trainer_for(tiny_model, rows, tmp_path, data_seed=seed).get_train_dataloader()
+        loader.set_epoch(epoch)
+        orders.append([row for batch in loader.batch_sampler for row in batch])
         assert sorted(orders[-1]) == list(range(50))
+        generator = torch.Generator().manual_seed(seed + epoch)  # as in checkpoints of earlier versions
+        assert orders[-1] == torch.randperm(50, generator=generator).tolist()
     assert orders[0] == orders[1]
     assert orders[0] != orders[2] and orders[0] != orders[3] and orders[2] != orders[3]
 
