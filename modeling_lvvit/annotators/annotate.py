@@ -27,14 +27,14 @@ from transformers.utils import logging
 
 from ..data.class_labels import names_in_data, pair_classes
 from ..data.class_matching import ClassMap
-from ..data.image_keys import ImageKeys
+from ..data.image_keys import hash_keys, read_keys, repeated_keys
 from ..data.images import parse_image_size
 from ..data.sources import dataset_fingerprint, open_splits
 from ..hub.repository import HubError
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelSetLayout
 from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_versions
-from ..launching import is_main_process, num_cpu_cores, set_up_cpu, start_missing_processes
+from ..launching import is_main_process, name_options, num_cpu_cores, set_up_cpu, start_missing_processes
 from .annotator import Annotator, load_annotator
 from .image_batches import ImageBatches, StreamedImageBatches
 from .pipeline import Scorer, ShardBuilder, prepared_ahead
@@ -138,23 +138,24 @@ def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...
         ValueError: If the classes of both do not match, cannot be compared, or are fewer than --top_k.
     """
     names, column = annotator.class_names, args.label_column or "label"
-    known, are_named = names_in_data(rows, args.dataset, column)
-    if known is None and (args.label_column is not None or args.class_map is not None):
+    data_names, are_named = names_in_data(rows, args.dataset, column)
+    if data_names is None and (args.label_column is not None or args.class_map is not None):
         raise ValueError(f"{args.dataset} has no column {column!r} to match classes with; it has {rows.column_names}.")
-    if known is None:
+    if data_names is None:
         logger.warning(
             "%s has no column 'label': the labels get the annotator's %d classes.", args.dataset, len(names)
         )
-        known = names
+        data_names = names
     else:
-        annotator.class_map, known = pair_classes(
-            names, known, are_named, args.class_map, args.ignore_extra_classes, f"Column {column!r} of {args.dataset}"
+        choice = (args.class_map, args.ignore_extra_classes)
+        annotator.class_map, data_names = pair_classes(
+            names, data_names, are_named, *choice, f"Column {column!r} of {args.dataset}"
         )
-    if args.top_k > len(known):
-        raise ValueError(f"--top_k {args.top_k} is more than the {len(known)} classes.")
+    if args.top_k > len(data_names):
+        raise ValueError(f"--top_k {args.top_k} is more than the {len(data_names)} classes.")
     groups = annotator.class_map or ClassMap(tuple((index,) for index in range(len(names))), len(names))
     annotator.provenance["class_map_sha256"] = hashlib.sha256(repr(groups.groups).encode()).hexdigest()
-    return tuple(known)
+    return tuple(data_names)
 
 
 def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | StreamedImageBatches, dict[str, Any]]:
@@ -175,14 +176,13 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | Streamed
             ),
             about,
         )
-    keys = ImageKeys(dataset, args.image_column, args.key_column, args.number_rows)
-    hashes = keys.hashes()
-    if duplicates := keys.duplicates(hashes):
+    keys = read_keys(dataset, args.image_column, args.key_column, args.number_rows)
+    if duplicates := repeated_keys(keys):
         raise ValueError(
             f"Several images have the same key: {', '.join(map(repr, duplicates))}. Name a column that tells them apart "
             "with --key_column, or tell them apart by their row with --number_rows."
         )
-    about |= {"num_rows": len(keys), "keys_sha256": hashlib.sha256(hashes.tobytes()).hexdigest()}
+    about |= {"num_rows": len(keys), "keys_sha256": hashlib.sha256(hash_keys(keys).tobytes()).hexdigest()}
     per_shard = args.rows_per_shard or default_rows_per_shard(len(keys))
     return ImageBatches(dataset, args.image_column, keys, per_shard, args.batch_size), about
 
@@ -286,7 +286,7 @@ def main(arguments: list[str]) -> None:
         annotate(args, accelerator)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         name = "annotate.py" if is_main_process() else "annotate.py (another process)"
-        sys.exit(f"{name}: {error}")
+        sys.exit(f"{name}: {name_options(error, AnnotateArguments)}")
 
 
 if __name__ == "__main__":

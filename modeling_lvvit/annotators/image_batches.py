@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from ..data.image_keys import ImageKeys, keys_of_paths, keys_of_values, row_keys
+from ..data.image_keys import NO_FIRST_PATH, Strings, path_keys, row_keys, value_keys
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ImageBatches:
     """
 
     def __init__(
-        self, dataset: datasets.Dataset, image_column: str, keys: ImageKeys, rows_per_shard: int, batch_size: int
+        self, dataset: datasets.Dataset, image_column: str, keys: Strings, rows_per_shard: int, batch_size: int
     ):
         self.rows = dataset.select_columns(image_column).with_format("arrow")
         self.image_column, self.keys = image_column, keys
@@ -60,7 +60,7 @@ class ImageBatches:
             for start in range(first, end, self.batch_size):
                 stop = min(start + self.batch_size, end)
                 values = [_value(item.as_py()) for item in self.rows[start:stop][self.image_column]]
-                yield ImageBatch(shard, self.keys.block(start, stop), stop == end), values
+                yield ImageBatch(shard, self.keys[start:stop].to_pylist(), stop == end), values
 
 
 class StreamedImageBatches:
@@ -115,27 +115,24 @@ class StreamedImageBatches:
                 start = (shard + 1) * self.rows_per_shard - left
                 left -= len(batch)
                 if wanted:
-                    about = ImageBatch(shard, self._keys(batch, start), not left or following is None)
+                    about = ImageBatch(shard, self._keys(batch, start).to_pylist(), not left or following is None)
                     yield about, [_value(row[self.image_column]) for row in batch]
 
-    def _keys(self, batch: list[dict[str, Any]], start: int) -> list[str]:
+    def _keys(self, batch: list[dict[str, Any]], start: int) -> Strings:
         if self.key_column is not None:
-            return keys_of_values(column_values(batch, self.key_column, self.rows.features), self.key_column, start)
-        paths = [(_value(row[self.image_column]) or {}).get("path") for row in batch]
+            return value_keys(column_values(batch, self.key_column, self.rows.features), self.key_column, start)
+        paths = pa.array([(_value(row[self.image_column]) or {}).get("path") for row in batch], pa.string())
         if self.has_paths:
-            return keys_of_paths(paths, start)
-        if any(paths) and not self.number_rows:
-            raise ValueError(
-                "Row 0 has no path, though other rows have one. Name a column of keys with --key_column, or tell images "
-                "apart by their row with --number_rows."
-            )
+            return path_keys(paths, start)
+        if paths.null_count < len(paths) and not self.number_rows:
+            raise ValueError(NO_FIRST_PATH)
         return row_keys(start, start + len(batch))
 
 
 def column_values(rows: list[dict[str, Any]], column: str, features: datasets.Features | None) -> pa.Array:
     """A column of streamed rows, of the type that it has in stored rows."""
-    kind = features.arrow_schema.field(column).type if features is not None else None
-    return pa.array([row.get(column) for row in rows], kind)
+    column_type = features.arrow_schema.field(column).type if features is not None else None
+    return pa.array([row.get(column) for row in rows], column_type)
 
 
 def _value(item: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -122,7 +122,7 @@ class OnlineAnnotator:
         if min(rows, columns) < 2:
             raise ValueError(
                 f"The annotator {annotator.name} has {rows} x {columns} cells; token labels need at least 2 x 2. Give it larger "
-                "images (annotator_image_size)."
+                "images (`annotator_image_size`)."
             )
         self.annotator, self.dtype, self.device = annotator, dtype, torch.device(device)
         self.draws_classes = draws_classes
@@ -226,17 +226,13 @@ def open_annotator(
     )
     are_named = not all(name.isdigit() for name in class_names)
     choice = (args.annotator_class_map, args.annotator_ignore_extra_classes)
-    try:
-        annotator.class_map, names = pair_classes(
-            annotator.class_names, class_names, are_named, *choice, "The label column"
-        )
-    except ValueError as error:  # with the options of this program, not of annotate.py
-        message = str(error).replace("--class_map", "--annotator_class_map")
-        raise ValueError(message.replace("--ignore_extra", "--annotator_ignore_extra")) from error
+    annotator.class_map, names = pair_classes(
+        annotator.class_names, class_names, are_named, *choice, "The label column"
+    )
     if len(names) != len(class_names):
         raise ValueError(
             f"The annotator {args.annotator} has {len(names)} classes, the data {len(class_names)}. Pair them in a file "
-            "(--annotator_class_map)."
+            "(`class_map`)."
         )
     options = (DTYPES[args.annotator_dtype], args.random_erasing, args.annotator_sampling == "hard")
     return OnlineAnnotator(annotator, image_mean, image_std, device, *options)

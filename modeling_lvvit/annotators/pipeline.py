@@ -209,7 +209,7 @@ class Scorer:
         if self.warned:
             logger.warning(
                 "The annotator gives %.0f %% to classes outside the %d that are kept, its stored scores would give them "
-                "%.0f %%: labels get flat. Store --scores relative, or train with a --label_temperature below 1.",
+                "%.0f %%: labels get flat. Store relative scores (`scores`), or train with a `label_temperature` below 1.",
                 100 * outside.mean(), self.layout.k, 100 * stored.mean(),
             )  # fmt: skip
 
@@ -236,7 +236,7 @@ class ShardBuilder:
         damaged = [f"{key} is {image.note}" for key, image in zip(keys, images) if image.pixels is None]
         if damaged and not self.keep_damaged:
             raise ValueError(
-                f"Image {damaged[0]}. Mend the file, or give such images an empty label with --on_error empty; then start "
+                f"Image {damaged[0]}. Mend the file, or give such images an empty label (`on_error` empty); then start "
                 "again: what was annotated so far is kept. (Without the image the data is another one, and so is its set.)"
             )
         shape = (len(images), self.layout.k, *self.layout.map_size)

@@ -23,7 +23,7 @@ class DataArguments(AnnotatorArguments):
             from two columns of the data itself, where it has them.
         token_labels_revision: Revision on the Hub.
         key_column: Column of the images that holds the keys of the label set; default: see `image_keys`.
-        key_pattern: Regular expression that cuts the key out of both; see `label_join.join_label_set`.
+        key_pattern: Regular expression that cuts the key out of both; see `LabelSet.join`.
         token_label_ids_column, token_label_scores_column: Dense-label columns.
         use_token_labels: Whether to train with dense labels where the data has them.
         require_token_labels: Whether to stop where they are missing, instead of training with plain labels.
@@ -73,6 +73,11 @@ class DataArguments(AnnotatorArguments):
             raise ValueError("Give --token_labels (stored) or --annotator (labels every crop), not both.")
         if self.annotator is not None:
             self.use_token_labels = False  # of the data's own columns
+
+    @property
+    def dense_columns(self) -> tuple[str, str]:
+        """Names of the columns of dense labels in the data itself."""
+        return self.token_label_ids_column, self.token_label_scores_column
 
     def augmentation(self) -> AugmentationConfig:
         """Strengths of the training augmentation."""

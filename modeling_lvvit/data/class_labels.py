@@ -8,10 +8,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .class_matching import ClassMap, match_classes, read_class_map, wordnet_names
+from .class_matching import ClassMap, match_classes, read_class_map, same_classes, wordnet_names
 
 
 MAX_CLASSES = 1_000_000  # ids beyond are no class ids
+MAX_NAMED = 10
 
 
 def check_columns(rows: datasets.Dataset | datasets.IterableDataset, name: str, image: str, label: str) -> None:
@@ -22,11 +23,11 @@ def check_columns(rows: datasets.Dataset | datasets.IterableDataset, name: str, 
         name: What messages call it.
         image, label: Column names.
     """
-    for column, option in ((image, "--image_column"), (label, "--label_column")):
+    for column, parameter in ((image, "image_column"), (label, "label_column")):
         if column not in rows.column_names:
             folders = " (An image folder gets labels only when it has two or more class folders.)"
             raise ValueError(
-                f"{name} has no column {column!r}; it has {rows.column_names}. Name it with {option}."
+                f"{name} has no column {column!r}; it has {rows.column_names}. Name it with `{parameter}`."
                 + (folders if column == "label" else "")
             )
 
@@ -67,7 +68,7 @@ def names_in_data(
 
 def pair_classes(
     annotator_names: Sequence[str],
-    known: Sequence[str],
+    data_names: Sequence[str],
     are_named: bool,
     class_map: str | None,
     ignore_extra: bool,
@@ -77,7 +78,7 @@ def pair_classes(
 
     Args:
         annotator_names: Class names of the annotator, by id.
-        known: Class names of the data, by id.
+        data_names: Class names of the data, by id.
         are_named: Whether these are more than numbers.
         class_map: `None` pairs by name; `"identity"`; or a file, see `read_class_map`.
         ignore_extra: Whether the annotator may have classes that the data lacks.
@@ -90,21 +91,45 @@ def pair_classes(
         ValueError: If the classes do not match or cannot be compared.
     """
     if class_map == "identity":
-        if len(annotator_names) < len(known) or (are_named and len(annotator_names) != len(known)):
+        if len(annotator_names) < len(data_names) or (are_named and len(annotator_names) != len(data_names)):
             raise ValueError(
-                f"The annotator has {len(annotator_names)} classes, the data {len(known)}: not identical."
+                f"The annotator has {len(annotator_names)} classes, the data {len(data_names)}: not identical."
             )
-        return None, list(known if are_named else annotator_names)
+        return None, list(data_names if are_named else annotator_names)
     if class_map is not None:
-        return read_class_map(Path(class_map).expanduser(), annotator_names, known), list(known)
+        return read_class_map(Path(class_map).expanduser(), annotator_names, data_names), list(data_names)
     if not are_named:
         examples = ", ".join(repr(name) for name in annotator_names[:2])
         raise ValueError(
             f"{data} holds numbers that are not named, so no one can tell whether they count the annotator's classes "
-            f"({examples}, ...). Say so with --class_map identity, or which is which with --class_map FILE."
+            f"({examples}, ...). Say so with `class_map` identity, or which is which with `class_map` FILE."
         )
-    wordnet = wordnet_names([*annotator_names, *known])
-    return match_classes(annotator_names, known, wordnet, ignore_extra), list(known)
+    wordnet = wordnet_names([*annotator_names, *data_names])
+    return match_classes(annotator_names, data_names, wordnet, ignore_extra), list(data_names)
+
+
+def check_class_names(label_names: Sequence[str] | None, dataset_names: Sequence[str]) -> None:
+    """Makes sure that ids of a label set and of image data mean the same classes.
+
+    Args:
+        label_names: Class names of the label set, `None` if it does not tell them.
+        dataset_names: Those of the data.
+
+    Raises:
+        ValueError: If their class names differ; the message names where.
+    """
+    if label_names is None or same_classes(label_names, dataset_names):
+        return
+    differing = [
+        f"{index}: {label_name!r} in the label set, {name!r} in the data"
+        for index, (label_name, name) in enumerate(zip(label_names, dataset_names))
+        if label_name != name
+    ]
+    raise ValueError(
+        f"The label set has {len(label_names)} classes, the data has {len(dataset_names)}, and they are not the same ones"
+        + (": " + "; ".join(differing[:MAX_NAMED]) if differing else "")
+        + ". Annotate these images again, or use the dataset that the labels were made for."
+    )
 
 
 def with_class_ids(
@@ -121,25 +146,25 @@ def with_class_ids(
         name: What messages call it.
         column: Label column.
         like: Rows whose classes these must have.
-        class_names: Names of the classes that plain integers count, if they are known from elsewhere.
+        class_names: Names of the classes that plain integers count, if they are told elsewhere.
 
     Raises:
         ValueError: If a label is missing, is no class, or is a class that `like` lacks.
     """
     if not len(rows):
         raise ValueError(f"{name} has no rows in split {rows.split}.")
-    kind = rows.features.arrow_schema.field(column).type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        raise ValueError(f"Column {column!r} of {name} must hold class ids or names, got {kind}.")
+    column_type = rows.features.arrow_schema.field(column).type
+    is_text = pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
+    if not (is_text or pa.types.is_integer(column_type) or pa.types.is_boolean(column_type)):
+        raise ValueError(f"Column {column!r} of {name} must hold class ids or names, got {column_type}.")
     values = rows.select_columns(column).with_format("arrow")[:][column]
     if values.null_count:
         row = pc.index(values.is_null().combine_chunks(), True).as_py()
         raise ValueError(f"Row {row} of {name}, split {rows.split}, has no label in column {column!r}.")
     if like is not None:
-        known = like.features[column].names
-        if is_text and (foreign := sorted(set(pc.unique(values).to_pylist()) - set(known))):
-            raise ValueError(f"Split {rows.split} of {name} has classes that training lacks: {foreign[:10]}.")
+        names = like.features[column].names
+        if is_text and (foreign := sorted(set(pc.unique(values).to_pylist()) - set(names))):
+            raise ValueError(f"Split {rows.split} of {name} has classes that training lacks: {foreign[:MAX_NAMED]}.")
         feature = like.features[column]
         return rows if rows.features[column] == feature else _cast(rows, column, feature)
     if isinstance(rows.features[column], datasets.ClassLabel):

@@ -134,8 +134,8 @@ def match_classes(
     if all(GENERIC_NAME.fullmatch(name) for name in annotator_names):
         raise ValueError(
             f"The annotator's {len(annotator_names)} classes have no names ({annotator_names[0]!r}, ...), the dataset has "
-            f"{len(dataset_names)} classes ({dataset_names[0]!r}, ...). Say which is which with --class_map FILE, or "
-            "--class_map identity if they are numbered alike."
+            f"{len(dataset_names)} classes ({dataset_names[0]!r}, ...). Say which is which with `class_map` FILE, or "
+            "`class_map` identity if they are numbered alike."
         )
     partner = _partners(annotator_names, dataset_names, wordnet)
     missing = [name for index, name in enumerate(dataset_names) if index not in partner]
@@ -146,15 +146,15 @@ def match_classes(
             f"The annotator's {len(annotator_names)} classes are not the dataset's {len(dataset_names)}."
             + _listed("\n  only in the dataset", missing)
             + _listed("\n  only in the annotator", extra)
-            + "\nSay which is which with --class_map FILE"
-            + ("" if missing else ", or drop the annotator's other classes with --ignore_extra_classes")
+            + "\nSay which is which with `class_map` FILE"
+            + ("" if missing else ", or drop the annotator's other classes with `ignore_extra_classes`")
             + "."
         )
     contested = _contested(extra, dataset_names, wordnet)
     if contested:
         raise ValueError(
             f"Several classes of the annotator have the names of classes of the dataset{_listed('', contested)}. Say which "
-            "is meant with --class_map FILE."
+            "is meant with `class_map` FILE."
         )
     return ClassMap(tuple((partner[index],) for index in range(len(dataset_names))), len(annotator_names))
 

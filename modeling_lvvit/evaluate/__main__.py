@@ -23,7 +23,14 @@ from transformers import HfArgumentParser
 from ..data.images import SampleError, parse_image_size
 from ..data.sampling import ShardedEvalSampler
 from ..deployment import prepare_for_cpu
-from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
+from ..launching import (
+    end_together,
+    end_with_launcher,
+    is_main_process,
+    name_options,
+    set_up_cpu,
+    start_missing_processes,
+)
 from ..token_labeling.dataset import TokenLabelDataset
 from .classifier import Classifier, InputOptions, load_classifier
 from .report import markdown_table, save_results
@@ -218,7 +225,7 @@ def main(arguments: list[str]) -> None:
         with state.main_process_first():
             classifiers, test_sets, real, folders = prepare(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"{MODULE}: {error}" if is_main_process() else 1)
+        sys.exit(f"{MODULE}: {name_options(error, EvaluationArguments)}" if is_main_process() else 1)
     try:
         results = evaluate_all(args, state, classifiers, test_sets, real, folders)
     except SampleError as error:

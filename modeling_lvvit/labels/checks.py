@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from ..data.image_keys import hash_keys, repeated_keys
+from ..data.image_keys import repeated_keys
 from .columns import SCORES_COLUMN, LabelMapError, label_map_problems, list_nesting
 from .label_crops import top_classes
 from .label_maps import mass_outside
-from .reader import label_class_names
-from .storage import INDEX_COLUMN, KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN, expand, map_problems
+from .reader import LabelMapReader, label_class_names
+from .storage import INDEX_COLUMN, KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN, map_problems, read_maps
 from .writer import DATA, RECORD
 
 
@@ -74,12 +74,14 @@ class LabelSetReport:
             lines.append(f"maps of {rows} x {columns} cells, {k} of {len(self.class_names):,} classes in each")
         if self.stored_mass is not None:
             lines.append(f"scores from {self.score_range[0]:.2f} to {self.score_range[1]:.2f}")
-            own = "" if self.annotator_mass is None else f" (the annotator's own: {100 * self.annotator_mass:.1f} %)"
-            lines.append(f"probability outside the classes of a cell: {100 * self.stored_mass:.1f} %{own}")
+            reference = (
+                "" if self.annotator_mass is None else f" (the annotator's own: {100 * self.annotator_mass:.1f} %)"
+            )
+            lines.append(f"probability outside the classes of a cell: {100 * self.stored_mass:.1f} %{reference}")
         if self.temperature is not None:
             lines.append(
                 "WARNING: the targets are flat, because the scores are small next to the 0 of the classes that are not "
-                f"named. Train with --label_temperature {self.temperature:.2g}, or annotate again with --scores relative."
+                f"named. Train with `label_temperature` {self.temperature:.2g}, or annotate again with `scores` relative."
             )
         if self.top_classes:
             first = ", ".join(f"{self.class_names[index]} {count}" for index, count in self.top_classes.most_common(5))
@@ -100,10 +102,10 @@ def check_label_set(folder: Path, split: str = "train") -> LabelSetReport:
     paths = sorted((folder / DATA).glob(f"{split}-*.parquet"))
     if not paths:
         raise FileNotFoundError(f"{folder} has no label set of split {split!r}: there is no {DATA}/{split}-*.parquet.")
-    report, sample, masses, hashes = LabelSetReport(), [], [], []
+    report, sample, masses, keys = LabelSetReport(), [], [], []
     outside: list[np.ndarray] = []
     for path, table in _tables(paths, report):
-        hashes.append(hash_keys([key or "" for key in table[KEY_COLUMN].to_pylist()]))
+        keys += table[KEY_COLUMN].fill_null("").chunks
         if OUTSIDE_COLUMN in table.column_names:
             outside.append(table[OUTSIDE_COLUMN].drop_null().to_numpy())
         scores = _check_rows(table, path, report)
@@ -111,12 +113,8 @@ def check_label_set(folder: Path, split: str = "train") -> LabelSetReport:
             masses.append(mass_outside(scores, len(report.class_names)).mean(axis=(1, 2)))
             if sum(map(len, sample)) < SAMPLED_MAPS:
                 sample.append(scores)
-    if hashes:
-        blocks = (
-            [key or "" for key in table[KEY_COLUMN].to_pylist()] for _, table in _tables(paths, LabelSetReport())
-        )
-        for key in repeated_keys(blocks, np.concatenate(hashes)):
-            report.add_problem(f"key {key!r} comes more than once")
+    for key in repeated_keys(pa.chunked_array(keys, pa.string())):
+        report.add_problem(f"key {key!r} comes more than once")
     outside = np.concatenate(outside) if outside else np.zeros(0)
     report.annotator_mass = float(outside.mean(dtype=np.float64)) if len(outside) else None
     if masses:
@@ -124,6 +122,26 @@ def check_label_set(folder: Path, split: str = "train") -> LabelSetReport:
         report.temperature = _proposed_temperature(report, np.concatenate(sample)[:SAMPLED_MAPS])
     _compare_with_record(folder, paths, split, report)
     return report
+
+
+def agreement(label_maps: LabelMapReader, classes: np.ndarray) -> tuple[float, float]:
+    """Share of label maps whose first class is that of their image, and share of maps that name it in any cell.
+
+    Args:
+        label_maps: Maps.
+        classes: Class ids of the images, as many as maps.
+
+    Raises:
+        LabelMapError: If a map cannot be read.
+    """
+    first = named = 0
+    starts = range(0, len(classes), ROWS_PER_BATCH)
+    for start in tqdm(starts, desc="Comparing with labels", unit="batch", disable=len(starts) < 2):
+        expected = classes[start : start + ROWS_PER_BATCH]
+        maps = label_maps.fetch(range(start, start + len(expected)))
+        first += int((top_classes(maps, label_maps.num_classes) == expected).sum())
+        named += sum(label in palette for label, palette in zip(expected, maps.palettes))
+    return first / len(classes), named / len(classes)
 
 
 def _tables(paths: list[Path], report: LabelSetReport) -> Iterator[tuple[Path, pa.Table]]:
@@ -166,7 +184,7 @@ def _check_rows(table: pa.Table, path: Path, report: LabelSetReport) -> np.ndarr
             if not len(table):
                 return None
             keys = table[KEY_COLUMN]
-            maps = expand(table, num_classes)
+            maps = read_maps(table, num_classes)
             problems = label_map_problems(maps.ids, maps.scores, num_classes)
     except LabelMapError as error:
         problems = [(error.row, str(error))]
@@ -177,7 +195,7 @@ def _check_rows(table: pa.Table, path: Path, report: LabelSetReport) -> np.ndarr
     low, high = report.score_range
     report.score_range = (min(low, float(maps.scores.min())), max(high, float(maps.scores.max())))
     if report.class_names:
-        report.top_classes.update(top_classes(maps.ids, maps.scores, num_classes).tolist())
+        report.top_classes.update(top_classes(maps, num_classes).tolist())
     return maps.scores
 
 

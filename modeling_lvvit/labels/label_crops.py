@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .label_maps import build_palette
+from .label_maps import pad_palettes
 from .sparse_targets import SparseTargets
+from .storage import PaletteMaps
 
 
 LabelCrop = Literal["correct", "authors"]
@@ -204,8 +205,8 @@ def crop_label_maps(
     """Targets of the class token and of every patch token for a crop of each image. A pure function; any device.
 
     Args:
-        palette: `(batch_size, U)` int64 from `build_palette`.
-        palette_index: `(batch_size, K, rows, columns)` integers from `build_palette`.
+        palette: `(batch_size, U)` int64, the classes that each map names, padded with 0.
+        palette_index: `(batch_size, K, rows, columns)` integers, positions in the palette.
         scores: `(batch_size, K, rows, columns)`.
         geometry: Where the crops lie.
         grid_size: Token rows and columns of the model.
@@ -243,9 +244,10 @@ def targets_of_scores(
     )
 
 
-def top_classes(ids: np.ndarray, scores: np.ndarray, num_classes: int) -> np.ndarray:
+def top_classes(maps: PaletteMaps, num_classes: int) -> np.ndarray:
     """Most probable class of each whole map, as the class token learns it from an uncropped image, `(n,)`."""
-    palette, index = build_palette(torch.tensor(ids))
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(ids), 4)
-    target, _ = crop_label_maps(palette, index, torch.tensor(scores), CropGeometry(whole), (1, 1), num_classes)
+    palette = pad_palettes([torch.from_numpy(classes) for classes in maps.palettes])
+    index, scores = torch.from_numpy(maps.index), torch.tensor(maps.scores)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(palette), 4)
+    target, _ = crop_label_maps(palette, index, scores, CropGeometry(whole), (1, 1), num_classes)
     return target.top_class().numpy()

@@ -13,8 +13,11 @@ map names at all (a few dozen of 1000); pooling and softmax run over the palette
 probability. Cost and memory therefore do not depend on the number of classes.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 def id_dtype(num_classes: int) -> np.dtype:
@@ -62,7 +65,7 @@ def decode(ids: torch.Tensor, scores: torch.Tensor, num_classes: int) -> torch.T
 def build_palette(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists the distinct classes of each map and rewrites ids as positions in that list.
 
-    Runs in the collator, on the CPU: the size of the result depends on the data.
+    For maps that are stored as ids; a label set stores palettes. On the CPU: the size of the result depends on the data.
 
     Args:
         ids: `(batch_size, K, rows, columns)` non-negative integers.
@@ -82,6 +85,11 @@ def build_palette(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     palette[sample, position[sample, class_id].long()] = class_id
     index_type = torch.int16 if palette.shape[1] <= 2**15 else torch.int32
     return palette, position.gather(1, flat).to(index_type).view(ids.shape)
+
+
+def pad_palettes(palettes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Lists of classes `(U,)` in one tensor `(batch_size, U)` int64, padded with 0 to the longest."""
+    return pad_sequence(palettes, batch_first=True).long()
 
 
 def mass_outside(scores: np.ndarray, num_classes: int, temperature: float = 1.0) -> np.ndarray:

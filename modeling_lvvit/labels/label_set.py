@@ -1,20 +1,33 @@
-"""The join of a label set to the images it was made for."""
+"""A label set: dense labels of images, stored apart from them and found by their keys."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from transformers.utils import logging
 
-from ..data.class_matching import same_classes
-from ..data.image_keys import FILE_NAME, MAX_NAMED, ROW_PREFIX, ROWS_PER_BLOCK, ImageKeys, KeyIndex, compiled_pattern
+from ..data.image_keys import (
+    MAX_NAMED,
+    ROW_PREFIX,
+    Strings,
+    cut_keys,
+    file_names,
+    find_keys,
+    hash_keys,
+    have_equal_keys,
+    read_keys,
+    repeated_keys,
+)
 from ..data.images import content_hash, read_content
 from ..data.sources import looks_local, open_parquet, open_splits
 from ..hub.file_checks import CARD
-from .reader import LabelMapReader
+from .reader import LabelMapReader, label_class_names
 from .storage import HASH_COLUMN, KEY_COLUMN, PALETTE_COLUMN
 from .writer import DATA, RECORD
 
@@ -38,193 +51,203 @@ class JoinedLabels:
     class_names: list[str] | None
 
 
-def read_label_keys(labels: datasets.Dataset) -> ImageKeys:
-    """Keys of a label set.
-
-    Raises:
-        ValueError: If it has no column of keys.
-    """
-    if KEY_COLUMN not in labels.column_names:
-        raise ValueError(f"The label set has no column {KEY_COLUMN!r}; it has {labels.column_names}.")
-    return ImageKeys(labels, key_column=KEY_COLUMN)
-
-
-def empty_labels(labels: datasets.Dataset) -> np.ndarray:
-    """Which rows of a label set have an empty label, bool `(n,)`."""
-    palettes = labels.select_columns(PALETTE_COLUMN).with_format("arrow")
-    found = [np.zeros(0, dtype=bool)]
-    for start in range(0, len(palettes), ROWS_PER_BLOCK):
-        for chunk in palettes[start : start + ROWS_PER_BLOCK][PALETTE_COLUMN].chunks:
-            found.append(np.asarray(chunk.value_lengths().fill_null(-1)) == 0)
-    return np.concatenate(found)
-
-
-def join_label_set(
-    labels: datasets.Dataset,
-    dataset: datasets.Dataset,
-    image_column: str = "image",
-    key_column: str | None = None,
-    key_pattern: str | None = None,
-) -> JoinedLabels:
-    """Finds the label map of every image, without copying images or maps.
-
-    Where both have the same keys in the same order, image i has map i; else an index of keys is made. Images whose label
-    is empty (they could not be read when the set was made) are left out with a warning. Some files are compared with the
-    hashes of those that were annotated.
+class LabelSet:
+    """Label maps of the images of one split, each with the key of its image.
 
     Args:
-        labels: Label set (see `label_sets`).
-        dataset: Images, all rows of the split in their stored order.
-        image_column: Name of the image column.
-        key_column: Column of `dataset` that holds the keys; default: see `image_keys`.
-        key_pattern: Regular expression; its first group, or else what it matches, is the key on both sides.
+        rows: Rows of the stored form (see `storage`).
 
     Raises:
-        ValueError: If images have no label map, or keys are not unique; the message names them.
+        ValueError: If a column is missing.
     """
-    source = LabelMapReader(labels)
-    label_keys = read_label_keys(labels)
-    number_rows = bool(len(label_keys)) and label_keys[0].startswith(ROW_PREFIX)
-    keys = ImageKeys(dataset, image_column, None if number_rows else key_column, number_rows)
-    if number_rows and len(keys) != len(label_keys):
-        raise ValueError(
-            f"The label set knows its {len(label_keys)} images by their number only, but there are {len(keys)} images."
-        )
-    if key_pattern is not None:
-        keys, label_keys = (side.cut(compiled_pattern(key_pattern)) for side in (keys, label_keys))
-    row_of = _rows_of(keys, label_keys)
-    _compare_files(labels, dataset, image_column, row_of, strict=number_rows)
-    return _without_empty(source, labels, keys, row_of)
+
+    def __init__(self, rows: datasets.Dataset):
+        if KEY_COLUMN not in rows.column_names:
+            raise ValueError(f"The label set has no column {KEY_COLUMN!r}; it has {rows.column_names}.")
+        self.rows = rows
+        self.class_names = label_class_names(rows)
+
+    @classmethod
+    def open(cls, name: str, split: str, revision: str | None = None) -> "LabelSet":
+        """The part of a label set that belongs to a split.
+
+        Args:
+            name: Folder or Hub name.
+            split: The split of the images.
+            revision: On the Hub.
+
+        Raises:
+            FileNotFoundError, ValueError: If it does not exist, is unfinished, or has no such split.
+        """
+        folder = Path(name).expanduser()
+        if looks_local(name) and not folder.exists():
+            raise FileNotFoundError(f"There is no label set at {folder.resolve()}.")
+        if (folder / RECORD).is_file() and not (folder / CARD).is_file():
+            raise ValueError(f"The label set in {folder} is not finished. Start the program that writes it again.")
+        shards = sorted(str(path) for path in (folder / DATA).glob(f"{split}-*.parquet"))
+        if shards:
+            # named one by one: files that a card names by a pattern share a cache entry with those of any other folder of
+            # the same name (datasets 5.2), and labels that were made again would not be noticed
+            return cls(open_parquet(shards, split))
+        splits = open_splits(name, revision=revision, split=split)
+        if split not in splits:
+            raise ValueError(f"The label set {name} has no split {split!r}; it has {list(splits)}.")
+        return cls(splits[split])
+
+    @cached_property
+    def keys(self) -> Strings:
+        """Keys of the images, in the order of the rows."""
+        return read_keys(self.rows, key_column=KEY_COLUMN)
+
+    @property
+    def knows_numbers_only(self) -> bool:
+        """Whether the keys are numbers of images."""
+        return bool(len(self.keys)) and self.keys[0].as_py().startswith(ROW_PREFIX)
+
+    @property
+    def is_empty(self) -> np.ndarray:
+        """Which rows have an empty label, bool `(n,)`."""
+        palettes = self.rows.select_columns(PALETTE_COLUMN).with_format("arrow")[:][PALETTE_COLUMN]
+        return pc.fill_null(pc.equal(pc.list_value_length(palettes), 0), False).to_numpy()
+
+    def join(
+        self,
+        dataset: datasets.Dataset,
+        image_column: str = "image",
+        key_column: str | None = None,
+        key_pattern: str | None = None,
+    ) -> JoinedLabels:
+        """Finds the label map of every image, without copying images or maps.
+
+        Where both have the same keys in the same order, image i has map i. Images whose label is empty (they could not be
+        read when the set was made) are left out with a warning. Some files are compared with the hashes of those that were
+        annotated.
+
+        Args:
+            dataset: Images, all rows of the split in their stored order.
+            image_column: Name of the image column.
+            key_column: Column of `dataset` that holds the keys; default: see `image_keys`.
+            key_pattern: Regular expression; its first group, or else what it matches, is the key on both sides.
+
+        Raises:
+            ValueError: If images have no label map, or keys are not unique; the message names them.
+        """
+        label_maps, has_numbers, label_keys = LabelMapReader(self.rows), self.knows_numbers_only, self.keys
+        keys = read_keys(dataset, image_column, None if has_numbers else key_column, has_numbers)
+        if has_numbers and len(keys) != len(label_keys):
+            raise ValueError(
+                f"The label set knows its {len(label_keys)} images by their number only, but there are {len(keys)} images."
+            )
+        if key_pattern is not None:
+            keys, label_keys = (cut_keys(side, key_pattern) for side in (keys, label_keys))
+        row_of = _find_rows(keys, label_keys)
+        self._compare_files(dataset, image_column, row_of, is_strict=has_numbers)
+        is_empty = self.is_empty if row_of is None else self.is_empty[row_of]
+        if not is_empty.any():
+            label_maps = label_maps if row_of is None else label_maps.select(row_of)
+            return JoinedLabels(label_maps, None, self.class_names)
+        _check_some_labels(is_empty)
+        names = [repr(keys[row].as_py()) for row in np.flatnonzero(is_empty)[:MAX_NAMED].tolist()]
+        logger.warning("%d images have an empty label and are left out: %s", is_empty.sum(), ", ".join(names))
+        images = np.flatnonzero(~is_empty)
+        return JoinedLabels(label_maps.select(images if row_of is None else row_of[images]), images, self.class_names)
+
+    def _compare_files(
+        self, dataset: datasets.Dataset, image_column: str, row_of: np.ndarray | None, is_strict: bool
+    ) -> None:
+        """Compares some files with the hashes of those that were annotated."""
+        if HASH_COLUMN not in self.rows.column_names or not len(dataset):
+            return
+        images = np.unique(np.linspace(0, len(dataset) - 1, HASHED_ROWS).astype(np.int64))
+        rows = images if row_of is None else row_of[images]
+        hashes = self.rows.select_columns(HASH_COLUMN).with_format("arrow")[rows.tolist()][HASH_COLUMN].to_pylist()
+        values = dataset.select_columns(image_column).with_format("arrow")[images.tolist()][image_column]
+        others = []
+        for image, value, expected in zip(images.tolist(), values, hashes):
+            value = value.as_py() if isinstance(value, pa.StructScalar) else {"bytes": None, "path": value.as_py()}
+            is_remote = value is not None and value["bytes"] is None and "://" in (value["path"] or "")
+            if expected is None or value is None or is_remote:
+                continue
+            try:
+                if content_hash(read_content(value)) != expected:
+                    others.append(image)
+            except (OSError, ValueError):  # the check of all rows names it
+                continue
+        if others and is_strict:
+            raise ValueError(
+                f"The label set knows images by their number only, and {len(others)} of {len(images)} images looked at are "
+                f"not those that were annotated, first row {others[0]}. Was the data reordered or changed?"
+            )
+        if others:
+            logger.warning(
+                "%d of %d image files looked at are not byte for byte those that were annotated (first row %d). That is fine "
+                "for resized copies, and wrong if other images have the same names.",
+                len(others),
+                len(images),
+                others[0],
+            )
 
 
-def _rows_of(keys: ImageKeys, label_keys: ImageKeys) -> np.ndarray | None:
+class LabelLookup:
+    """Finds the label maps of images that come one after another.
+
+    Args:
+        labels: Label set.
+        key_pattern: As in `LabelSet.join`.
+
+    Raises:
+        ValueError: If keys come more than once, or are row numbers, which a stream does not know.
+    """
+
+    def __init__(self, labels: LabelSet, key_pattern: str | None = None):
+        if labels.knows_numbers_only:
+            raise ValueError(
+                "The label set knows images by their row number, which a stream does not tell. Annotate with keys from a column "
+                "(`key_column`), or train without `streaming`."
+            )
+        self.label_maps, self.key_pattern = LabelMapReader(labels.rows), key_pattern
+        keys = self._cut(labels.keys)
+        _check_distinct(keys, "label set")
+        self.rows, self.is_empty = pd.Index(hash_keys(keys)), labels.is_empty
+        _check_some_labels(self.is_empty)
+
+    def find(self, keys: Sequence[str]) -> np.ndarray:
+        """Rows of the maps of images, `(n,)` int64; -1 for a key that is not there."""
+        return self.rows.get_indexer(hash_keys(self._cut(pa.array(keys, pa.string()))))
+
+    def _cut(self, keys: Strings) -> Strings:
+        return keys if self.key_pattern is None else cut_keys(keys, self.key_pattern)
+
+
+def _find_rows(keys: Strings, label_keys: Strings) -> np.ndarray | None:
     """For each image the row of its label, `None` where the orders agree."""
-    hashes, label_hashes = keys.hashes(), label_keys.hashes()
-    index = KeyIndex(label_keys, label_hashes)
-    if duplicates := keys.duplicates(hashes):
-        raise ValueError(f"Keys come more than once in the image data: {', '.join(map(repr, duplicates))}.")
-    if np.array_equal(hashes, label_hashes):
+    _check_distinct(label_keys, "label set")
+    if have_equal_keys(keys, label_keys):
         return None
-    rows = index(hashes)
-    if (rows == -1).all():
-        rows = _rows_of_file_names(keys, label_keys, rows)
+    _check_distinct(keys, "image data")
+    rows = find_keys(keys, label_keys)
+    if (rows == -1).all():  # perhaps there are other folders around the same files
+        names, label_names = file_names(keys), file_names(label_keys)
+        if not repeated_keys(names) and not repeated_keys(label_names):
+            rows = find_keys(names, label_names)
     missing = np.flatnonzero(rows == -1)
     if len(missing):
-        names = ", ".join(repr(keys[int(row)]) for row in missing[:MAX_NAMED])
-        example = f" like {label_keys[0]!r}" if len(label_keys) else ""
+        names = ", ".join(repr(keys[row].as_py()) for row in missing[:MAX_NAMED].tolist())
+        example = f" like {label_keys[0].as_py()!r}" if len(label_keys) else ""
         raise ValueError(
             f"{len(missing):,} of {len(keys):,} images have no label map: {names}"
             + (", ..." if len(missing) > MAX_NAMED else "")
-            + f". The label set has {len(label_keys):,} keys{example}. Other keys can be taken from a column (--key_column) "
-            "or cut out of both by a regular expression (--key_pattern)."
+            + f". The label set has {len(label_keys):,} keys{example}. Other keys can be taken from a column (`key_column`) "
+            "or cut out of both by a regular expression (`key_pattern`)."
         )
     return rows
 
 
-def _rows_of_file_names(keys: ImageKeys, label_keys: ImageKeys, otherwise: np.ndarray) -> np.ndarray:
-    """Rows found by file names alone, for other folders around the same files; `otherwise` if names are not unique."""
-    names, label_names = keys.cut(FILE_NAME), label_keys.cut(FILE_NAME)
-    hashes, label_hashes = names.hashes(), label_names.hashes()
-    if len(np.unique(hashes)) < len(hashes) or len(np.unique(label_hashes)) < len(label_hashes):
-        return otherwise
-    return KeyIndex(label_names, label_hashes)(hashes)
+def _check_distinct(keys: Strings, name: str) -> None:
+    if duplicates := repeated_keys(keys):
+        raise ValueError(f"Keys come more than once in the {name}: {', '.join(map(repr, duplicates))}.")
 
 
-def _compare_files(
-    labels: datasets.Dataset, dataset: datasets.Dataset, image_column: str, row_of: np.ndarray | None, strict: bool
-) -> None:
-    """Compares some files with the hashes of those that were annotated."""
-    if HASH_COLUMN not in labels.column_names or not len(dataset):
-        return
-    images = np.unique(np.linspace(0, len(dataset) - 1, HASHED_ROWS).astype(np.int64))
-    rows = images if row_of is None else row_of[images]
-    hashes = labels.select_columns(HASH_COLUMN).with_format("arrow")[rows.tolist()][HASH_COLUMN].to_pylist()
-    values = dataset.select_columns(image_column).with_format("arrow")[images.tolist()][image_column]
-    other = []
-    for image, value, expected in zip(images.tolist(), values, hashes):
-        value = value.as_py() if isinstance(value, pa.StructScalar) else {"bytes": None, "path": value.as_py()}
-        is_remote = value is not None and value["bytes"] is None and "://" in (value["path"] or "")
-        if expected is None or value is None or is_remote:
-            continue
-        try:
-            if content_hash(read_content(value)) != expected:
-                other.append(image)
-        except (OSError, ValueError):  # the check of all rows names it
-            continue
-    if other and strict:
-        raise ValueError(
-            f"The label set knows images by their number only, and {len(other)} of {len(images)} images looked at are not "
-            f"those that were annotated, first row {other[0]}. Was the data reordered or changed?"
-        )
-    if other:
-        logger.warning(
-            "%d of %d image files looked at are not byte for byte those that were annotated (first row %d). That is fine for "
-            "resized copies, and wrong if other images have the same names.",
-            len(other),
-            len(images),
-            other[0],
-        )
-
-
-def _without_empty(
-    source: LabelMapReader, labels: datasets.Dataset, keys: ImageKeys, row_of: np.ndarray | None
-) -> JoinedLabels:
-    """Leaves out images whose label is empty."""
-    empty = empty_labels(labels)
-    empty = empty if row_of is None else empty[row_of]
-    if not empty.any():
-        return JoinedLabels(source if row_of is None else source.select(row_of), None, source.class_names)
-    if empty.all():
+def _check_some_labels(is_empty: np.ndarray) -> None:
+    if is_empty.all():
         raise ValueError("All images have an empty label; there is nothing to train on.")
-    names = [repr(keys[int(row)]) for row in np.flatnonzero(empty)[:MAX_NAMED]]
-    logger.warning("%d images have an empty label and are left out: %s", empty.sum(), ", ".join(names))
-    images = np.flatnonzero(~empty)
-    rows = images if row_of is None else row_of[images]
-    return JoinedLabels(source.select(rows), images, source.class_names)
-
-
-def check_class_names(label_names: Sequence[str] | None, dataset_names: Sequence[str]) -> None:
-    """Makes sure that ids of a label set and of image data mean the same classes.
-
-    Raises:
-        ValueError: If their class names differ; the message names where.
-    """
-    if label_names is None or same_classes(label_names, dataset_names):
-        return
-    differing = [
-        f"{index}: {label_name!r} in the label set, {name!r} in the data"
-        for index, (label_name, name) in enumerate(zip(label_names, dataset_names))
-        if label_name != name
-    ]
-    raise ValueError(
-        f"The label set has {len(label_names)} classes, the data has {len(dataset_names)}, and they are not the same ones"
-        + (": " + "; ".join(differing[:MAX_NAMED]) if differing else "")
-        + ". Annotate these images again, or use the dataset that the labels were made for."
-    )
-
-
-def open_label_set(name: str, split: str, revision: str | None = None) -> datasets.Dataset:
-    """The rows of a label set that belong to a split.
-
-    Args:
-        name: Folder or Hub name.
-        split: The split of the images.
-        revision: On the Hub.
-
-    Raises:
-        FileNotFoundError, ValueError: If it does not exist, is unfinished, or has no such split.
-    """
-    folder = Path(name).expanduser()
-    if looks_local(name) and not folder.exists():
-        raise FileNotFoundError(f"There is no label set at {folder.resolve()}.")
-    if (folder / RECORD).is_file() and not (folder / CARD).is_file():
-        raise ValueError(f"The label set in {folder} is not finished. Start the program that writes it again.")
-    shards = sorted(str(path) for path in (folder / DATA).glob(f"{split}-*.parquet"))
-    if shards:
-        # named one by one: files that a card names by a pattern share a cache entry with those of any other folder of the
-        # same name (datasets 5.2), and labels that were made again would not be noticed
-        return open_parquet(shards, split)
-    splits = open_splits(name, revision=revision, split=split)
-    if split not in splits:
-        raise ValueError(f"The label set {name} has no split {split!r}; it has {list(splits)}.")
-    return splits[split]

@@ -9,16 +9,17 @@ import numpy as np
 import pyarrow as pa
 
 from .columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError, check_column_types, label_map_problems, to_numpy
+from .label_maps import id_dtype
 from .storage import (
     BOX_COLUMN,
     INDEX_COLUMN,
     PALETTE_COLUMN,
-    LabelMaps,
+    PaletteMaps,
     decoded_scores,
-    expand,
     map_problems,
-    palette_to_ids,
+    position_problems,
     read_map_boxes,
+    read_maps,
 )
 
 
@@ -26,7 +27,7 @@ class LabelMapReader:
     """Label maps of the rows of an image dataset, read from Arrow a batch at a time.
 
     Args:
-        dataset: Rows with label maps: columns of ids and scores, or those of a label set (see `label_sets`).
+        dataset: Rows with label maps: columns of ids and scores, or those of a label set (see `storage`).
         num_classes: Number of classes that ids count; `None` for that of the palette.
         row_of: For each image, the row of its map, int64; `None` when image i has map i.
         ids_column, scores_column: Names of the columns of ids and scores. A label set has fixed names.
@@ -79,19 +80,20 @@ class LabelMapReader:
         source.__dict__.update(attributes)
         return source
 
-    def fetch(self, images: Sequence[int]) -> LabelMaps:
+    def fetch(self, images: Sequence[int]) -> PaletteMaps:
         """Label maps of several images.
 
         Raises:
             LabelMapError: If one cannot be read; its `row` counts within `images`.
         """
         if not self.is_compact:
-            return self._maps(self._table(images))
+            table = self._table(images)
+            return PaletteMaps.from_ids(*self._ids_and_scores(table), read_map_boxes(table))
         if self._mapped is None:
-            self._mapped = MmapLabelReader(self.rows)
+            self._mapped = MmapLabelReader(self.rows, id_dtype(self.num_classes))
         rows = np.asarray(images) if self.row_of is None else self.row_of[np.asarray(images)]
-        maps = self._mapped.fetch(rows, self.num_classes)
-        return self._maps(self._table(images)) if maps is None else maps  # which names what is wrong
+        maps = self._mapped.fetch(rows)
+        return read_maps(self._table(images), self.num_classes) if maps is None else maps  # which names what is wrong
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy in another process maps the file itself; views sent there would be the whole label set."""
@@ -103,24 +105,25 @@ class LabelMapReader:
         """What is wrong with the maps of several images: offsets within `images` and descriptions; and their common
         `[K, rows, columns]`, `None` where they cannot be read."""
         table = self._table(images)
-        if self.is_compact and (found := map_problems(table, num_classes)):
-            return found, None
+        if self.is_compact and (problems := map_problems(table, num_classes)):
+            return problems, None
         try:
-            maps = self._maps(table)
+            if self.is_compact:
+                maps = read_maps(table, self.num_classes)
+                ids, scores = maps.ids, maps.scores
+            else:
+                ids, scores = self._ids_and_scores(table)
         except LabelMapError as error:
             return [(error.row, str(error))], None
-        return label_map_problems(maps.ids, maps.scores, num_classes), maps.ids.shape[1:]
+        return label_map_problems(ids, scores, num_classes), ids.shape[1:]
 
     def _table(self, images: Sequence[int]) -> pa.Table:
         if self.row_of is not None:
             images = self.row_of[np.asarray(images)].tolist()
         return self.rows[images]
 
-    def _maps(self, table: pa.Table) -> LabelMaps:
-        if self.is_compact:
-            return expand(table, self.num_classes)
-        ids, scores = to_numpy(table[self.ids_column]), to_numpy(table[self.scores_column])
-        return LabelMaps(ids, scores, read_map_boxes(table))
+    def _ids_and_scores(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+        return to_numpy(table[self.ids_column]), to_numpy(table[self.scores_column])
 
 
 class MmapLabelReader:
@@ -131,9 +134,11 @@ class MmapLabelReader:
 
     Args:
         dataset: Label set in Arrow format.
+        id_type: Type of the class ids that are returned.
     """
 
-    def __init__(self, dataset: datasets.Dataset):
+    def __init__(self, dataset: datasets.Dataset, id_type: np.dtype):
+        self.id_type = id_type
         self.is_usable = dataset._indices is None
         self.starts, self.parts = [0], []
         self.has_boxes = False
@@ -167,32 +172,27 @@ class MmapLabelReader:
         self.parts.append((index, scores, palettes.offsets.to_numpy(), palettes.values.to_numpy(), boxes))
         self.starts.append(self.starts[-1] + len(batch))
 
-    def fetch(self, rows: np.ndarray, num_classes: int) -> LabelMaps | None:
+    def fetch(self, rows: np.ndarray) -> PaletteMaps | None:
         """Label maps of rows, `None` if something about the columns or these rows needs a closer look."""
         if not self.is_usable or not len(rows) or rows.min() < 0 or rows.max() >= self.starts[-1]:
             return None
         part_of = np.searchsorted(self.starts, rows, side="right") - 1
         offsets = rows - self.starts[part_of]
         first_index, first_scores = self.parts[0][:2]
-        index = np.empty((len(rows), *first_index.shape[1:]), first_index.dtype)
+        index = np.empty((len(rows), *first_index.shape[1:]), np.int32)
         scores = np.empty((len(rows), *first_scores.shape[1:]), first_scores.dtype)
         boxes = np.tile(np.float32([0, 0, 1, 1]), (len(rows), 1)) if self.has_boxes else None
-        palettes, lengths = [], []
+        palettes = []
         for row, (part, offset) in enumerate(zip(part_of.tolist(), offsets.tolist())):
             part_index, part_scores, borders, classes, part_boxes = self.parts[part]
             index[row], scores[row] = part_index[offset], part_scores[offset]
-            start, end = borders[offset], borders[offset + 1]
-            palettes.append(classes[start:end])
-            lengths.append(end - start)
+            palettes.append(classes[borders[offset] : borders[offset + 1]].astype(self.id_type))
             if part_boxes is not None:
                 boxes[row] = part_boxes[offset]
-        if 0 in lengths:
+        lengths = np.array([len(palette) for palette in palettes])
+        if not lengths.all() or position_problems(index, lengths):
             return None
-        return LabelMaps(
-            palette_to_ids(index, np.concatenate(palettes), np.asarray(lengths), num_classes),
-            decoded_scores(scores),
-            boxes,
-        )
+        return PaletteMaps(palettes, index, decoded_scores(scores), boxes)
 
 
 def label_class_names(labels: datasets.Dataset) -> list[str] | None:

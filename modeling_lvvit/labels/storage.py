@@ -26,10 +26,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from ..data.atomic_files import write_atomically
 from .columns import SCORES_COLUMN, LabelMapError, nested_feature, to_arrow, to_numpy
-from .label_maps import id_dtype
+from .label_maps import build_palette, id_dtype
 
 
 KEY_COLUMN, HASH_COLUMN, BOX_COLUMN = "image_key", "image_hash", "map_box"
@@ -47,7 +48,7 @@ ScoreType = Literal["float16", "int8"]
 
 @dataclass
 class LabelMaps:
-    """Label maps of several images.
+    """Label maps of several images, before they are stored.
 
     Args:
         ids: `(n, K, rows, columns)` integers.
@@ -62,6 +63,36 @@ class LabelMaps:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass
+class PaletteMaps:
+    """Label maps of several images as they are read: a class is a position in the palette of its map.
+
+    Args:
+        palettes: Of each map the classes that it names, `(U,)` integers, ascending.
+        index: Positions, `(n, K, rows, columns)` integers.
+        scores: The same shape, float16.
+        boxes: As in `LabelMaps`.
+    """
+
+    palettes: list[np.ndarray]
+    index: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray | None = None
+
+    @classmethod
+    def from_ids(cls, ids: np.ndarray, scores: np.ndarray, boxes: np.ndarray | None = None) -> "PaletteMaps":
+        """The same maps as `LabelMaps` of these arrays, in their order of classes."""
+        padded, index = build_palette(torch.tensor(ids))
+        lengths = (index.flatten(1).amax(dim=1) + 1).tolist()
+        palettes = [palette[:length] for palette, length in zip(padded.numpy().astype(ids.dtype), lengths)]
+        return cls(palettes, index.numpy(), scores, boxes)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Class ids, `(n, K, rows, columns)`."""
+        return np.stack([palette[index] for palette, index in zip(self.palettes, self.index)])
 
 
 @dataclass(frozen=True)
@@ -119,7 +150,7 @@ class LabelSetLayout:
             if np.abs(scores + SCORE_STEP / 2).max(initial=0) > -SCORE_STEP * np.iinfo(np.int8).min:
                 warnings.warn(
                     f"Scores from {scores.min():.1f} to {scores.max():.1f} are cut to what int8 holds, -32 to 31.75. Store "
-                    "float16, or --scores relative.",
+                    "float16, or relative scores (`scores`).",
                     stacklevel=2,
                 )
             scores = np.clip(np.rint(scores.astype(np.float32) / SCORE_STEP), -128, 127).astype(np.int8)
@@ -167,31 +198,33 @@ def compact(
     return palettes, index, scores
 
 
-def expand(table: pa.Table, num_classes: int) -> LabelMaps:
+def read_maps(table: pa.Table, num_classes: int) -> PaletteMaps:
     """Label maps from rows of the stored form; the inverse of `LabelSetLayout.table`.
 
+    Args:
+        table: Rows.
+        num_classes: Decides the type of the class ids.
+
     Raises:
-        LabelMapError: If a row has no map, or an empty one; names the first.
+        LabelMapError: If a row has no map, an empty one, or one with positions outside its palette; names the first.
     """
-    index = to_numpy(table[INDEX_COLUMN])
+    index = to_numpy(table[INDEX_COLUMN]).astype(np.int32)
     lengths, classes = read_palettes(table)
     if (lengths == 0).any():
         raise LabelMapError(int(np.flatnonzero(lengths == 0)[0]), "it has an empty label (see `image_note`)")
-    scores = decoded_scores(to_numpy(table[SCORES_COLUMN]))
-    return LabelMaps(palette_to_ids(index, classes, lengths, num_classes), scores, read_map_boxes(table))
+    if problems := position_problems(index, lengths):
+        raise LabelMapError(*problems[0])
+    palettes = np.split(classes.astype(id_dtype(num_classes)), np.cumsum(lengths))[:-1]
+    return PaletteMaps(palettes, index, decoded_scores(to_numpy(table[SCORES_COLUMN])), read_map_boxes(table))
 
 
-def palette_to_ids(index: np.ndarray, classes: np.ndarray, lengths: np.ndarray, num_classes: int) -> np.ndarray:
-    """Class ids `(n, K, rows, columns)` from positions in palettes.
-
-    Args:
-        index: Positions, of the shape of the result.
-        classes: All palettes one after another.
-        lengths: Length of each, `(n,)`.
-        num_classes: Decides the type of the ids.
-    """
-    first = (np.cumsum(lengths) - lengths).reshape(-1, 1, 1, 1)
-    return classes.astype(id_dtype(num_classes)).take(first + index)
+def position_problems(index: np.ndarray, lengths: np.ndarray) -> list[tuple[int, str]]:
+    """Row offsets and descriptions of positions outside their palette; empty palettes are passed over."""
+    highest = index.max(axis=(1, 2, 3), initial=0)
+    return [
+        (row, f"position {highest[row]} is outside its palette of {lengths[row]} classes")
+        for row in np.flatnonzero((highest >= lengths) & (lengths > 0)).tolist()
+    ]
 
 
 def decoded_scores(scores: np.ndarray) -> np.ndarray:
@@ -225,16 +258,13 @@ def read_map_boxes(table: pa.Table) -> np.ndarray | None:
 
 
 def map_problems(table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
-    """Row offsets and descriptions of what is wrong with the stored form itself, before maps are expanded."""
+    """Row offsets and descriptions of what is wrong with the stored form itself, before maps are read."""
     try:
         index = to_numpy(table[INDEX_COLUMN])
         lengths, classes = read_palettes(table)
     except LabelMapError as error:
         return [(error.row, str(error))]
-    problems = []
-    highest = index.reshape(len(index), -1).max(axis=1, initial=0)
-    for row in np.flatnonzero((highest >= lengths) & (lengths > 0)).tolist():
-        problems.append((row, f"position {highest[row]} is outside its palette of {lengths[row]} classes"))
+    problems = position_problems(index, lengths)
     owner = np.repeat(np.arange(len(lengths)), lengths)
     for position in np.flatnonzero((classes < 0) | (classes >= num_classes))[:10].tolist():
         problems.append((int(owner[position]), f"class id {classes[position]} is outside [0, {num_classes})"))

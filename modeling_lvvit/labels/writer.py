@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from ..data.atomic_files import write_atomically, write_json
-from ..data.image_keys import MAX_NAMED, hash_keys, repeated_keys
+from ..data.image_keys import MAX_NAMED, repeated_keys
 from .storage import KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN, LabelSetLayout, write_shard
 
 
@@ -184,32 +184,30 @@ class LabelSetWriter:
 
     def _report(self, num_shards: int) -> dict[str, Any]:
         counts, examples = Counter(), defaultdict(list)
-        hashes, num_empty, outside, size = [], 0, [], 0
+        all_keys, num_empty, outside, size = [], 0, [], 0
         for shard in range(num_shards):
             path = self.path(shard)
             table = pq.read_table(path, columns=[KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN])
             size += path.stat().st_size
-            keys = table[KEY_COLUMN].to_pylist()
-            hashes.append(hash_keys(keys))
+            all_keys += table[KEY_COLUMN].chunks
             num_empty += int((np.asarray(table[PALETTE_COLUMN].combine_chunks().value_lengths()) == 0).sum())
             outside.append(table[OUTSIDE_COLUMN].drop_null().to_numpy())
-            for key, notes in zip(keys, table[NOTE_COLUMN].to_pylist()):
+            for key, notes in zip(table[KEY_COLUMN].to_pylist(), table[NOTE_COLUMN].to_pylist()):
                 for note in filter(None, (notes or "").split("; ")):
                     counts[note] += 1
                     if len(examples[note]) < MAX_NAMED:
                         examples[note].append(key)
-        hashes = np.concatenate(hashes)
-        blocks = (pq.read_table(self.path(shard), columns=[KEY_COLUMN])[KEY_COLUMN] for shard in range(num_shards))
-        if duplicates := repeated_keys((block.to_pylist() for block in blocks), hashes):
+        all_keys = pa.chunked_array(all_keys, pa.string())
+        if duplicates := repeated_keys(all_keys):
             raise ValueError(
                 f"Several images have the same key: {', '.join(map(repr, duplicates))}. Take keys from a column "
-                "(--key_column) or number the rows (--number_rows), in another folder."
+                "(`key_column`) or number the rows (`number_rows`), in another folder."
             )
         outside = np.concatenate(outside)
         return {
-            "num_images": len(hashes),
+            "num_images": len(all_keys),
             "num_empty_labels": num_empty,
-            "bytes_per_image": round(size / max(1, len(hashes)), 1),
+            "bytes_per_image": round(size / max(1, len(all_keys)), 1),
             "mean_outside_mass": round(float(outside.mean(dtype=np.float64)), 5) if len(outside) else None,
             "notes": {note: {"count": counts[note], "first": examples[note]} for note in sorted(counts)},
         }

@@ -27,7 +27,7 @@ from ..data.class_names import read_class_names
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelMaps, LabelSetLayout
 from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_versions
-from ..launching import num_cpu_cores
+from ..launching import name_options, num_cpu_cores
 from .checkpoint import LOAD_ERRORS
 
 
@@ -226,7 +226,7 @@ def main(arguments: list[str]) -> None:
         (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         print("\n".join(import_labels(args)))
     except (ValueError, OSError) as error:
-        sys.exit(f"import_original_labels.py: {error}")
+        sys.exit(f"import_original_labels.py: {name_options(error, ImportArguments)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stacks samples, lists the classes of their label maps, and draws how the images of a batch are mixed."""
+"""Stacks samples and draws how the images of a batch are mixed."""
 
 import random
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..data.sampling import fold_in, temporary_seed
-from ..labels.label_maps import build_palette
+from ..labels.label_maps import pad_palettes
 
 
 MIX_METHODS = ("token", "cutmix", "mixup")
@@ -55,11 +55,10 @@ class TokenLabelCollator:
         `pixel_values` `[B, 3, H, W]`; `labels` int64 `[B]`; for training samples `crop_box` `[B, 4]`, with RandAugment also
         `label_affine` `[B, 2, 3]` and `image_box` `[B, 4]`; when mixed by tokens `mix_mask` bool `[B, rows, columns]`, the
         same box for every sample; when mixed by pixels `mix_share` float32 `[B, rows, columns]`, how much of each token
-        shows the other image; with dense labels `token_label_palette` int64 `[B, U]`, `token_label_index` int16 and
-        `token_label_scores` float16 `[B, K, S, S]` (see `label_maps.build_palette`).
+        shows the other image; with dense labels `token_label_palette` int64 `[B, U]`, the classes that each map names, padded
+        with 0; `token_label_index` `[B, K, S, S]`, positions in the palette; and `token_label_scores` float16 `[B, K, S, S]`.
 
-    Example: two samples whose one-cell maps name the classes 7 and 3 give palette `[[7], [3]]` and index
-    `[[[[0]]], [[[0]]]]`.
+    Example: two samples with palettes `[7]` and `[3, 8]` give palette `[[7, 0], [3, 8]]`.
     """
 
     grid_size: tuple[int, int]
@@ -74,13 +73,11 @@ class TokenLabelCollator:
             batch["labels"] = torch.as_tensor([sample["labels"] for sample in samples])
         if "crop_box" not in samples[0]:
             return batch
-        for name in ("crop_box", "label_affine", "image_box"):
+        for name in ("crop_box", "label_affine", "image_box", "token_label_index", "token_label_scores"):
             if name in samples[0]:
                 batch[name] = torch.stack([sample[name] for sample in samples])
-        if "token_label_ids" in samples[0]:
-            ids = torch.stack([sample["token_label_ids"] for sample in samples])
-            batch["token_label_palette"], batch["token_label_index"] = build_palette(ids)
-            batch["token_label_scores"] = torch.stack([sample["token_label_scores"] for sample in samples])
+        if "token_label_palette" in samples[0]:
+            batch["token_label_palette"] = pad_palettes([sample["token_label_palette"] for sample in samples])
         seed = samples[0].get("seed")
         with temporary_seed(None if seed is None else fold_in(seed, len(samples))):
             if self.mix_probability and torch.rand(()).item() < self.mix_probability:
@@ -105,6 +102,7 @@ class TokenLabelCollator:
         return {"pixel_values": mixed, "mix_share": share.expand(len(mixed), -1, -1)}
 
     def _mix_by_mixup(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        kept = torch.distributions.Beta(self.mixup_alpha, self.mixup_alpha).sample().item()
-        share = torch.full((len(pixel_values), *self.grid_size), 1.0 - kept)
-        return {"pixel_values": torch.lerp(pixel_values.flip(0), pixel_values, kept), "mix_share": share}
+        own_share = torch.distributions.Beta(self.mixup_alpha, self.mixup_alpha).sample().item()
+        partner_share = torch.full((len(pixel_values), *self.grid_size), 1.0 - own_share)
+        mixed = torch.lerp(pixel_values.flip(0), pixel_values, own_share)
+        return {"pixel_values": mixed, "mix_share": partner_share}

@@ -7,13 +7,23 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from PIL import Image
 
 from ..data.image_dataset import ImageDataset, check_has_columns, with_image_column
 from ..data.images import SampleError
 from ..labels.columns import LabelMapError
 from ..labels.reader import LabelMapReader, covered_region
-from ..labels.storage import LabelMaps
+from ..labels.storage import PaletteMaps
+
+
+def transformed(transform: Callable, image: Image.Image, maps: PaletteMaps | None, offset: int) -> dict[str, Any]:
+    """What a transform makes of an image and, where there are maps, of number `offset` of them."""
+    if maps is None:
+        return transform(image)
+    region = covered_region(None if maps.boxes is None else maps.boxes[offset], *image.size)
+    sample = transform(image, maps.index[offset], maps.scores[offset], region)
+    return {**sample, "token_label_palette": torch.from_numpy(maps.palettes[offset])}
 
 
 class TokenLabelDataset(ImageDataset):
@@ -21,11 +31,11 @@ class TokenLabelDataset(ImageDataset):
 
     Args:
         dataset: Rows with an image column and an integer or `ClassLabel` column.
-        transform: Called with an image, and where there are maps with its map's ids, scores and region; returns a dict
-            of tensors (`TrainTransform`, `ImageProcessorTransform`).
+        transform: Called with an image, and where there are maps with the palette positions, scores and region of its map;
+            returns a dict of tensors (`TrainTransform`, `ImageProcessorTransform`).
         image_column, label_column: Column names.
         ids_column, scores_column: Dense-label columns of the dataset itself, or `None` for both.
-        label_maps: Instead of them, a label set joined to the rows (`label_join.join_label_set`).
+        label_maps: Instead of them, a label set joined to the rows (`LabelSet.join`).
         name: What messages call the dataset.
 
     Raises:
@@ -66,19 +76,16 @@ class TokenLabelDataset(ImageDataset):
         """Whether samples carry dense labels."""
         return self.label_maps is not None
 
-    def fetch(self, table: pa.Table, indices: list[int]) -> tuple[list[int], LabelMaps | None]:
+    def fetch(self, table: pa.Table, indices: list[int]) -> tuple[list[int], PaletteMaps | None]:
         """Class ids and, where there are any, label maps."""
         return table[self.label_column].to_pylist(), self._fetch_maps(indices) if self.has_label_maps else None
 
     def sample(
-        self, image: Image.Image, fetched: tuple[list[int], LabelMaps | None], offset: int, index: int
+        self, image: Image.Image, fetched: tuple[list[int], PaletteMaps | None], offset: int, index: int
     ) -> dict[str, Any]:
-        """What the transform makes of a row, and its class id as `labels`."""
+        """What the transform makes of a row, the palette of its map, and its class id as `labels`."""
         labels, maps = fetched
-        if maps is None:
-            return {**self.transform(image), "labels": labels[offset]}
-        region = covered_region(None if maps.boxes is None else maps.boxes[offset], *image.size)
-        return {**self.transform(image, maps.ids[offset], maps.scores[offset], region), "labels": labels[offset]}
+        return {**transformed(self.transform, image, maps, offset), "labels": labels[offset]}
 
     def labels(self, count: int) -> list[int]:
         """Class ids of the first `count` rows."""
@@ -108,12 +115,12 @@ class TokenLabelDataset(ImageDataset):
 
         def find_problems(table: pa.Table, start: int) -> list[tuple[int, str]]:
             nonlocal map_shape
-            found = self._label_problems(table, num_classes)
+            problems = self._label_problems(table, num_classes)
             if self.has_label_maps:
                 images = range(start, start + len(table))
                 map_problems, map_shape = self._map_problems(images, num_classes, map_shape)
-                found += map_problems
-            return found
+                problems += map_problems
+            return problems
 
         self.check_all_rows(find_problems)
 
@@ -133,7 +140,7 @@ class TokenLabelDataset(ImageDataset):
             return [(0, text)], expected_shape
         return problems, expected_shape or shape
 
-    def _fetch_maps(self, indices: list[int]) -> LabelMaps:
+    def _fetch_maps(self, indices: list[int]) -> PaletteMaps:
         try:
             return self.label_maps.fetch(indices)
         except LabelMapError as error:

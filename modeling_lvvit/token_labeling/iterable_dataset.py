@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets.distributed import split_dataset_by_node
@@ -14,12 +16,13 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from ..annotators.image_batches import column_values
-from ..data.image_keys import ROW_PREFIX, KeyIndex, compiled_pattern, cut_key, hash_keys, key_of_path, keys_of_values
+from ..data.image_keys import path_keys, value_keys
 from ..data.images import IMAGE_ERRORS, SampleError, decode_image
 from ..data.sampling import fold_in, temporary_seed
 from ..labels.columns import LabelMapError
-from ..labels.label_set import empty_labels, read_label_keys
-from ..labels.reader import LabelMapReader, covered_region
+from ..labels.label_set import LabelLookup, LabelSet
+from ..labels.reader import LabelMapReader
+from .dataset import transformed
 
 
 ROWS_AT_ONCE = 32  # whose label maps are fetched together
@@ -34,12 +37,12 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
 
     Args:
         dataset: Rows with an image column and a `ClassLabel` column.
-        transform: Called with an image, and where there are maps with its map's ids, scores and region; returns a dict
-            of tensors (`TrainTransform`).
+        transform: Called with an image, and where there are maps with the palette positions, scores and region of its map;
+            returns a dict of tensors (`TrainTransform`).
         image_column, label_column: Column names.
         labels: Label set; `None` for plain labels.
         key_column: Column of keys; default: paths.
-        key_pattern: Regular expression that cuts the key out of both sides; see `label_join.join_label_set`.
+        key_pattern: Regular expression that cuts the key out of both sides; see `LabelSet.join`.
         shuffle_buffer: Rows among which the next one is drawn; 0 keeps the stored order.
         seed: Seed of that order.
         process_index, num_processes: This process and their number.
@@ -54,7 +57,7 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         transform: Callable,
         image_column: str,
         label_column: str,
-        labels: datasets.Dataset | None = None,
+        labels: LabelSet | None = None,
         key_column: str | None = None,
         shuffle_buffer: int = 0,
         seed: int = 0,
@@ -70,20 +73,8 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         self.rows = split_dataset_by_node(rows, process_index, num_processes)
         self.transform = transform
         self.image_column, self.label_column, self.key_column = image_column, label_column, key_column
-        self.label_maps = None
-        if labels is not None:
-            self.label_maps = LabelMapReader(labels)
-            self.key_pattern = compiled_pattern(key_pattern) if key_pattern is not None else None
-            keys = read_label_keys(labels)
-            if len(keys) and keys[0].startswith(ROW_PREFIX):
-                raise ValueError(
-                    "The label set knows images by their row number, which a stream does not tell. Annotate with keys from a "
-                    "column (--key_column), or train without --streaming."
-                )
-            keys = keys if self.key_pattern is None else keys.cut(self.key_pattern)
-            self.key_index, self.is_empty = KeyIndex(keys), empty_labels(labels)
-            if self.is_empty.all():
-                raise ValueError("All images have an empty label; there is nothing to train on.")
+        self.lookup = None if labels is None else LabelLookup(labels, key_pattern)
+        self.label_maps: LabelMapReader | None = None if labels is None else self.lookup.label_maps
 
     @property
     def has_label_maps(self) -> bool:
@@ -131,12 +122,9 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
             except LabelMapError as error:
                 raise SampleError(f"The label map of {self._key(rows[error.row])!r}: {error}.") from error
         for offset, row in enumerate(rows):
-            image, label_map = self._image(row), ()
-            if maps is not None:
-                box = None if maps.boxes is None else maps.boxes[offset]
-                label_map = (maps.ids[offset], maps.scores[offset], covered_region(box, *image.size))
+            image = self._image(row)
             with temporary_seed(seed := fold_in(*place, offset)):
-                sample = self.transform(image, *label_map)
+                sample = transformed(self.transform, image, maps, offset)
             yield {**sample, "labels": self._label(row), "seed": seed}
 
     def _label(self, row: dict[str, Any]) -> int:
@@ -149,24 +137,23 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
     def _with_labels(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], np.ndarray]:
         """The rows whose label is not empty, and the places of their maps."""
         keys = [self._key(row) for row in rows]
-        if self.key_pattern is not None:
-            keys = [cut_key(key, self.key_pattern) for key in keys]
-        places = self.key_index(hash_keys(keys))
+        places = self.lookup.find(keys)
         if (places == -1).any():
             raise SampleError(f"Image {keys[int(np.argmin(places))]!r} has no label map in the label set.")
-        has_label = ~self.is_empty[places]
-        return [row for row, is_kept in zip(rows, has_label) if is_kept], places[has_label]
+        has_label = ~self.lookup.is_empty[places]
+        return list(compress(rows, has_label)), places[has_label]
 
     def _key(self, row: dict[str, Any]) -> str:
         if self.key_column is not None:
-            return keys_of_values(column_values([row], self.key_column, self.rows.features), self.key_column)[0]
+            values = column_values([row], self.key_column, self.rows.features)
+            return value_keys(values, self.key_column)[0].as_py()
         path = (row[self.image_column] or {}).get("path")
         if path is None:
             raise SampleError(
-                "An image of the stream has no path to take its key from. Name a column of keys with --key_column, the one "
-                "that the images were annotated with."
+                "An image of the stream has no path to take its key from. Name the column of keys (`key_column`) with which "
+                "the images were annotated."
             )
-        return key_of_path(path)
+        return path_keys(pa.array([path]))[0].as_py()
 
     def _image(self, row: dict[str, Any]):
         value = row[self.image_column]

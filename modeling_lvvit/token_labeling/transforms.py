@@ -131,19 +131,19 @@ class TrainTransform:
     def __call__(
         self,
         image: Image.Image,
-        token_label_ids: np.ndarray | None = None,
+        token_label_index: np.ndarray | None = None,
         token_label_scores: np.ndarray | None = None,
         map_box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
     ) -> dict[str, torch.Tensor]:
         """
         Args:
             image: RGB image of any size.
-            token_label_ids: `[K, rows, columns]` integers, or `None`.
+            token_label_index: `[K, rows, columns]` integers, classes as positions in the palette of the map, or `None`.
             token_label_scores: `[K, rows, columns]` float16, or `None`.
             map_box: Region of the image that the map covers, (left, top, right, bottom) as fractions of the image.
 
         Returns:
-            `pixel_values` float32 `[3, height, width]`; where given, the flipped `token_label_ids` and
+            `pixel_values` float32 `[3, height, width]`; where given, the flipped `token_label_index` and
             `token_label_scores`; and where the crop lies: `crop_box` float32 `[4]`, (left, top, right, bottom). Without
             RandAugment these are fractions of the region that the flipped map covers (below 0 or above 1 where the crop
             leaves it). With it they are fractions of the moved image, and `label_affine` float32 `[2, 3]` and `image_box`
@@ -153,10 +153,10 @@ class TrainTransform:
         if torch.rand(()).item() < self.augmentation.horizontal_flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             map_box = (1 - map_box[2], map_box[1], 1 - map_box[0], map_box[3])
-            if token_label_ids is not None:
-                token_label_ids, token_label_scores = token_label_ids[..., ::-1], token_label_scores[..., ::-1]
-        if token_label_ids is not None:
-            sample["token_label_ids"] = torch.from_numpy(token_label_ids.copy())
+            if token_label_index is not None:
+                token_label_index, token_label_scores = token_label_index[..., ::-1], token_label_scores[..., ::-1]
+        if token_label_index is not None:
+            sample["token_label_index"] = torch.from_numpy(token_label_index.copy())
             sample["token_label_scores"] = torch.from_numpy(token_label_scores.copy())
         box = self._draw_crop(image)
         moved, colors = self.rand_augment.draw(image.size) if self.rand_augment is not None else (None, [])

@@ -12,20 +12,18 @@ from pathlib import Path
 
 import numpy as np
 from huggingface_hub import snapshot_download
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from ..data.class_labels import check_columns, with_class_ids
+from ..annotators.annotate import AnnotateArguments
+from ..data.class_labels import check_class_names, check_columns, with_class_ids
 from ..data.sources import open_splits
-from ..labels.checks import LabelSetReport, check_label_set
-from ..labels.label_crops import top_classes
-from ..labels.label_set import check_class_names, join_label_set, open_label_set
-from ..labels.reader import LabelMapReader, covered_region, label_class_names
+from ..labels.checks import LabelSetReport, agreement, check_label_set
+from ..labels.label_set import LabelSet
+from ..labels.reader import LabelMapReader, covered_region
+from ..launching import name_options
+from ..token_labeling.arguments import TokenLabelTrainingArguments
 from ..token_labeling.dataset import TokenLabelDataset
 from . import save_contact_sheet
-
-
-ROWS_PER_BATCH = 512
 
 
 @dataclass
@@ -63,7 +61,7 @@ def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
     Raises:
         ValueError: If keys or classes do not match.
     """
-    labels = open_label_set(args.label_set, args.split)
+    labels = LabelSet.open(args.label_set, args.split)
     splits = open_splits(args.dataset, args.dataset_config_name, split=args.split)
     if args.split not in splits:
         raise ValueError(f"{args.dataset} has no split {args.split!r}; it has {list(splits)}.")
@@ -71,28 +69,15 @@ def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
     if args.max_samples is not None:
         images = images.select(range(min(args.max_samples, len(images))))
     check_columns(images, args.dataset, args.image_column, args.label_column)
-    images = with_class_ids(images, args.dataset, args.label_column, class_names=label_class_names(labels))
-    check_class_names(label_class_names(labels), images.features[args.label_column].names)
-    joined = join_label_set(labels, images, args.image_column, args.key_column, args.key_pattern)
+    images = with_class_ids(images, args.dataset, args.label_column, class_names=labels.class_names)
+    check_class_names(labels.class_names, images.features[args.label_column].names)
+    joined = labels.join(images, args.image_column, args.key_column, args.key_pattern)
     if joined.images is not None:
         images = images.select(joined.images)
     samples = TokenLabelDataset(
         images, lambda image, *label_map: {}, args.image_column, args.label_column, label_maps=joined.label_maps
     )
     return samples, joined.label_maps
-
-
-def agreement(samples: TokenLabelDataset, label_maps: LabelMapReader, num_classes: int) -> tuple[float, float]:
-    """Share of maps whose first class is the human label, and share of maps that name it in any cell."""
-    human = np.asarray(samples.labels(len(samples)))
-    first = named = 0
-    for start in tqdm(range(0, len(samples), ROWS_PER_BATCH), desc="Comparing with labels", unit="batch"):
-        rows = range(start, min(start + ROWS_PER_BATCH, len(samples)))
-        maps = label_maps.fetch(rows)
-        wanted = human[rows.start : rows.stop]
-        first += int((top_classes(maps.ids, maps.scores, num_classes) == wanted).sum())
-        named += int((maps.ids == wanted.reshape(-1, 1, 1, 1)).any(axis=(1, 2, 3)).sum())
-    return first / len(samples), named / len(samples)
 
 
 def draw(args: CheckArguments, samples: TokenLabelDataset, label_maps: LabelMapReader, names: list[str]) -> None:
@@ -106,7 +91,7 @@ def draw(args: CheckArguments, samples: TokenLabelDataset, label_maps: LabelMapR
         width, height = image.size
         box = [round(value) for value in np.multiply(region, [width, height, width, height])]
         images.append((image, image.crop(box).convert("RGB") if box != [0, 0, width, height] else image))
-    pairs = [(maps.ids[offset], maps.scores[offset]) for offset in range(len(rows))]
+    pairs = list(zip(maps.ids, maps.scores))
     save_contact_sheet(Path(args.contact_sheet), images, pairs, [names[human[row]] for row in rows], names)
 
 
@@ -121,7 +106,7 @@ def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
     except ValueError as error:
         report.add_problem(str(error))
         return report, [*lines, f"PROBLEM: {error}"]
-    first, named = agreement(samples, label_maps, len(report.class_names))
+    first, named = agreement(label_maps, np.asarray(samples.labels(len(samples))))
     lines.append(f"all {len(samples):,} images that can be trained on have a label map")
     if first < 0.5:
         lines.append("WARNING: most maps have another first class than their image. Do ids mean the same classes?")
@@ -140,8 +125,9 @@ def main(arguments: list[str]) -> None:
         (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         report, lines = check(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"check_token_labels.py: {error}")
-    print("\n".join(lines))
+        sys.exit(f"check_token_labels.py: {name_options(error, CheckArguments)}")
+    # it also proposes options of the programs that train and annotate
+    print(name_options("\n".join(lines), CheckArguments, TokenLabelTrainingArguments, AnnotateArguments))
     sys.exit(1 if report.problems else 0)
 
 

@@ -19,7 +19,7 @@ from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassifi
 
 from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.annotators import annotate
-from modeling_lvvit.labels.label_set import join_label_set
+from modeling_lvvit.labels.label_set import LabelSet
 from modeling_lvvit.token_labeling import (
     TokenLabelDataset,
     TokenLabelTrainer,
@@ -310,7 +310,7 @@ def test_many_classes_from_annotation_to_a_training_step(tmp_path):
     images = save_images(tmp_path / "images" / "train.parquet", random_images(8), names)
     annotate.main(options(images, annotator, tmp_path / "set", "--top_k", "5"))
     rows = datasets.load_dataset(str(tmp_path / "images"), split="train")
-    joined = join_label_set(datasets.load_dataset(str(tmp_path / "set"), split="train"), rows)
+    joined = LabelSet(datasets.load_dataset(str(tmp_path / "set"), split="train")).join(rows)
     assert joined.class_names == names
     transform = TrainTransform((32, 48), [0.5] * 3, [0.5] * 3)
     samples = TokenLabelDataset(rows, transform, label_maps=joined.label_maps)

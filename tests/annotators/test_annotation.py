@@ -24,10 +24,10 @@ from modeling_lvvit.annotators.pipeline import (
     prepare_image,
     prepared_ahead,
 )
-from modeling_lvvit.data.image_keys import ImageKeys
+from modeling_lvvit.data.image_keys import read_keys
 from modeling_lvvit.data.images import content_hash, decode_image, find_image_problem
 from modeling_lvvit.labels.label_maps import decode, mass_outside
-from modeling_lvvit.labels.storage import LabelSetLayout, expand
+from modeling_lvvit.labels.storage import LabelSetLayout, read_maps
 
 
 # ---- encoding
@@ -429,7 +429,7 @@ def test_shard_is_complete_with_its_last_batch():
     builder = ShardBuilder(scorer(), LAYOUT, keep_damaged=False)
     assert builder.add(["x", "y"], ready(3, 5), is_last=False) is None
     table = builder.add(["z"], ready(4), is_last=True)
-    maps = expand(table, 11)
+    maps = read_maps(table, 11)
     assert table["image_key"].to_pylist() == ["x", "y", "z"]
     best = np.take_along_axis(maps.ids, maps.scores.argmax(axis=1, keepdims=True), axis=1)[:, 0]  # (3, 2, 3)
     assert best[:, 1, 2].tolist() == [3, 5, 4]
@@ -442,7 +442,7 @@ def test_shard_is_complete_with_its_last_batch():
 def test_damaged_image_stops_the_shard_by_name():
     builder = ShardBuilder(scorer(), LAYOUT, keep_damaged=False)
     images = [*ready(3), prepared(b"no image")]
-    with pytest.raises(ValueError, match="Image b/2.jpg is unreadable: cannot identify.*--on_error empty"):
+    with pytest.raises(ValueError, match="Image b/2.jpg is unreadable: cannot identify.*`on_error` empty"):
         builder.add(["b/1.jpg", "b/2.jpg"], images, is_last=True)
 
 
@@ -453,7 +453,7 @@ def test_damaged_image_gets_an_empty_label_on_demand():
     assert [len(palette) > 0 for palette in table["token_label_palette"].to_pylist()] == [False, False, True]
     assert [mass is None for mass in table["outside_mass"].to_pylist()] == [True, True, False]
     assert table["image_note"].to_pylist()[0] == "unreadable: cannot identify image file"
-    maps = expand(table.slice(2), 11)
+    maps = read_maps(table.slice(2), 11)
     assert 6 in maps.ids[0, :, 1, 2]
 
 
@@ -493,7 +493,7 @@ def rows_of(paths: list[str | None], missing: tuple[int, ...] = ()) -> datasets.
 
 
 def stored_rows(rows, rows_per_shard=5, batch_size=2, key_column=None, number_rows=False) -> ImageBatches:
-    keys = ImageKeys(rows, "image", key_column, number_rows)
+    keys = read_keys(rows, "image", key_column, number_rows)
     return ImageBatches(rows, "image", keys, rows_per_shard, batch_size)
 
 

@@ -76,7 +76,7 @@ def test_wordnet_names_knows_ids_of_imagenet_only():
 
 @pytest.mark.parametrize("names", [["LABEL_0", "LABEL_1"], ["0", "1"], ["class 0", "class-1"], ["Label3", "7"]])
 def test_numbered_names_are_refused(names):
-    with pytest.raises(ValueError, match="have no names.*--class_map identity"):
+    with pytest.raises(ValueError, match="have no names.*`class_map` identity"):
         match_classes(names, ["cat", "dog"])
 
 
@@ -85,7 +85,7 @@ def test_missing_and_extra_classes_are_named():
         match_classes(["cat", "wolf", "fox"], ["owl", "cat"], ignore_extra_classes=True)
     assert "only in the dataset: 'owl'\n" in str(error.value)
     assert "only in the annotator: 'wolf', 'fox'\n" in str(error.value)
-    assert "--ignore_extra_classes" not in str(error.value)  # it would not help
+    assert "ignore_extra_classes" not in str(error.value)  # it would not help
 
 
 def test_long_lists_of_classes_are_cut_and_counted():
@@ -95,7 +95,7 @@ def test_long_lists_of_classes_are_cut_and_counted():
 
 
 def test_extra_classes_of_the_annotator_are_dropped_on_demand():
-    with pytest.raises(ValueError, match="only in the annotator: 'wolf'\n.*--ignore_extra_classes"):
+    with pytest.raises(ValueError, match="only in the annotator: 'wolf'\n.*`ignore_extra_classes`"):
         match_classes(ANNOTATOR, DATASET)
     class_map = match_classes(ANNOTATOR, DATASET, ignore_extra_classes=True)
     assert pairs_of(class_map) == [3, 1, 0]

@@ -90,7 +90,7 @@ def geometric_transform(is_moved: bool, **augmentation) -> TrainTransform:
 
 def targets_of(sample: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense targets of class token `[C]` and patch tokens `[N, C]`."""
-    palette, index = build_palette(sample["token_label_ids"][None])
+    palette, index = build_palette(sample["token_label_index"][None])
     places = [sample[name][None] for name in ("crop_box", "label_affine", "image_box") if name in sample]
     scores = sample["token_label_scores"][None]
     cls, tokens = crop_label_maps(palette, index, scores, CropGeometry(*places), GRID, NUM_CLASSES)
@@ -195,7 +195,9 @@ def mixed_batch(count: int, method: str) -> tuple[dict, list[dict]]:
         sample = {"pixel_values": torch.full((3, *IMAGE), float(b)), "crop_box": torch.tensor([0.1, 0, 1, 0.9])}
         sample |= {"label_affine": affine, "image_box": torch.tensor([-0.2, -0.1, 1.3, 1.2])}
         ids, scores = (torch.from_numpy(part) for part in random_map(seed=b))
-        samples.append(sample | {"token_label_ids": ids, "token_label_scores": scores})
+        (palette,), (index,) = build_palette(ids[None])
+        dense = {"token_label_palette": palette, "token_label_index": index, "token_label_scores": scores}
+        samples.append(sample | dense)
     torch.manual_seed(count)
     return TokenLabelCollator(GRID, mix_methods=(method,))(samples), samples
 

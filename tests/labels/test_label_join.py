@@ -13,11 +13,12 @@ from torchvision.ops import roi_align
 
 from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.cli.open_data import OpenedData, open_datasets
-from modeling_lvvit.data.image_keys import ImageKeys, key_of_path
+from modeling_lvvit.data.class_labels import check_class_names
+from modeling_lvvit.data.image_keys import path_keys, read_keys, row_keys
 from modeling_lvvit.data.images import content_hash
 from modeling_lvvit.labels.label_crops import CropGeometry, crop_label_maps
 from modeling_lvvit.labels.label_maps import build_palette, decode
-from modeling_lvvit.labels.label_set import JoinedLabels, check_class_names, join_label_set, open_label_set
+from modeling_lvvit.labels.label_set import JoinedLabels, LabelSet
 from modeling_lvvit.labels.sparse_targets import SparseTargets
 from modeling_lvvit.labels.storage import LabelMaps, LabelSetLayout
 from modeling_lvvit.token_labeling import AugmentationConfig, TokenLabelDataset, TrainTransform
@@ -100,7 +101,7 @@ def assert_joined(joined: JoinedLabels, images: datasets.Dataset) -> None:
 
 def test_labels_in_the_order_of_the_images_need_no_index():
     images = image_rows([0, 1, 2, 3, 4])
-    joined = join_label_set(label_rows([0, 1, 2, 3, 4]), images)
+    joined = LabelSet(label_rows([0, 1, 2, 3, 4])).join(images)
     assert joined.label_maps.row_of is None
     assert joined.images is None
     assert joined.class_names == list(CLASSES)
@@ -110,7 +111,7 @@ def test_labels_in_the_order_of_the_images_need_no_index():
 @pytest.mark.parametrize("numbers", [[4, 0, 3], [3, 4, 1, 0, 2, 5, 6]])
 def test_shuffled_labels_and_parts_find_their_images(numbers, caplog):
     order, images = [5, 2, 6, 4, 0, 1, 3], image_rows(numbers)
-    joined = join_label_set(label_rows(order), images)
+    joined = LabelSet(label_rows(order)).join(images)
     assert joined.label_maps.row_of.tolist() == [order.index(number) for number in numbers]
     assert not caplog.records  # the files are those that were annotated
     assert_joined(joined, images)
@@ -118,7 +119,7 @@ def test_shuffled_labels_and_parts_find_their_images(numbers, caplog):
 
 def test_images_that_were_reordered_find_their_labels():
     images = image_rows([0, 1, 2, 3, 4]).select([3, 1, 4])
-    assert_joined(join_label_set(label_rows([0, 1, 2, 3, 4]), images), images)
+    assert_joined(LabelSet(label_rows([0, 1, 2, 3, 4])).join(images), images)
 
 
 @pytest.mark.parametrize("folder", ["/elsewhere", "zip://train", "C:\\data"])
@@ -132,13 +133,13 @@ def test_labels_survive_a_move_of_the_images(folder):
         ]
         table = table.set_column(0, table.schema.field("image"), pa.array(values, table.schema.field("image").type))
         images = datasets.Dataset(table)
-    assert_joined(join_label_set(label_rows([0, 1, 2]), images), images)
+    assert_joined(LabelSet(label_rows([0, 1, 2])).join(images), images)
 
 
 def test_other_folders_around_the_same_file_names_are_joined():
     keys = [f"all/{number}.png" for number in (2, 0, 1)]
     images = image_rows([0, 1, 2])
-    assert_joined(join_label_set(label_rows([2, 0, 1], keys=keys), images), images)
+    assert_joined(LabelSet(label_rows([2, 0, 1], keys=keys)).join(images), images)
 
 
 def test_file_names_that_repeat_are_no_keys():
@@ -146,62 +147,61 @@ def test_file_names_that_repeat_are_no_keys():
     images = image_rows([0, 1], name=["cat/a.png", "dog/a.png"])
     labels = label_rows([0, 1], keys=["katze/a.png", "hund/a.png"])
     with pytest.raises(ValueError, match="2 of 2 images have no label map: 'cat/a.png', 'dog/a.png'"):
-        join_label_set(labels, images, key_column="name")
+        LabelSet(labels).join(images, key_column="name")
 
 
 def test_missing_keys_are_named():
     with pytest.raises(
         ValueError, match="2 of 4 images have no label map: 'eel/2.png', 'cat/3.png'.*2 keys like 'dog/1"
     ):
-        join_label_set(label_rows([1, 0]), image_rows([0, 1, 2, 3]))
+        LabelSet(label_rows([1, 0])).join(image_rows([0, 1, 2, 3]))
 
 
 def test_duplicate_keys_are_named_on_both_sides():
     keys = ["cat/0.png", "dog/1.png", "dog/1.png"]
     with pytest.raises(ValueError, match="more than once in the label set: 'dog/1.png'"):
-        join_label_set(label_rows([0, 1, 2], keys=keys), image_rows([0, 1]))
+        LabelSet(label_rows([0, 1, 2], keys=keys)).join(image_rows([0, 1]))
     with pytest.raises(ValueError, match="more than once in the image data: 'cat/0.png'"):
-        join_label_set(label_rows([0, 1]), image_rows([0, 1, 0]))
+        LabelSet(label_rows([0, 1])).join(image_rows([0, 1, 0]))
     with pytest.raises(ValueError, match="more than once in the label set"):  # even where the orders agree
-        join_label_set(label_rows([0, 1, 0]), image_rows([0, 1, 0]))
+        LabelSet(label_rows([0, 1, 0])).join(image_rows([0, 1, 0]))
 
 
 @pytest.mark.parametrize("names", [["a", "b", "c"], [30, 10, 20]])
 def test_key_column_is_used(names):
     images = image_rows([2, 0, 1], None, name=names)
     keys = [str(names[position]) for position in (1, 2, 0)]
-    assert_joined(join_label_set(label_rows([0, 1, 2], keys=keys), images, key_column="name"), images)
+    assert_joined(LabelSet(label_rows([0, 1, 2], keys=keys)).join(images, key_column="name"), images)
 
 
 def test_key_column_without_values_is_refused():
     images = image_rows([0, 1, 2], name=["a", None, "c"])
     with pytest.raises(ValueError, match="Row 1 has no value in column 'name'"):
-        ImageKeys(images, "image", "name").hashes()
+        read_keys(images, "image", "name")
     with pytest.raises(ValueError, match=r"no column 'id' to take keys from; the data has \['image'"):
-        ImageKeys(images, "image", "id")
+        read_keys(images, "image", "id")
 
 
-def test_keys_are_read_in_blocks(monkeypatch):
-    for module in ("data.image_keys", "labels.label_set"):
-        monkeypatch.setattr(f"modeling_lvvit.{module}.ROWS_PER_BLOCK", 3)
-    images = image_rows([0, 1, 2, 3, 4, 5, 6])
-    blocks = [[key_of(number) for number in part] for part in ([0, 1, 2], [3, 4, 5], [6])]
-    assert list(ImageKeys(images, "image").blocks()) == blocks
+def test_keys_of_several_chunks_are_one_column():
+    images = datasets.concatenate_datasets([image_rows(part) for part in ([0, 1, 2], [3, 4, 5], [6])])
+    assert read_keys(images, "image").num_chunks == 3
+    assert read_keys(images, "image").to_pylist() == [key_of(number) for number in range(7)]
+    assert read_keys(images.select([5, 0, 3]), "image").to_pylist() == [key_of(number) for number in (5, 0, 3)]
     order = [6, 1, 0, 4, 2, 5, 3]
-    joined = join_label_set(label_rows(order, is_empty=[number == 3 for number in order]), images)
+    joined = LabelSet(label_rows(order, is_empty=[number == 3 for number in order])).join(images)
     assert joined.images.tolist() == [0, 1, 2, 4, 5, 6]
     assert_joined(joined, images)
     with pytest.raises(ValueError, match="Row 4 has no value in column 'name'"):
-        ImageKeys(image_rows([0, 1, 2, 3, 4], name=[*"abcd", None]), "image", "name").hashes()
+        read_keys(image_rows([0, 1, 2, 3, 4], name=[*"abcd", None]), "image", "name")
     with pytest.raises(ValueError, match=r"in the image data: 'cat/0.png', 'dog/1.png'\."):
-        join_label_set(label_rows([0, 1, 2]), image_rows([0, 1, 2, 1, 0]))
+        LabelSet(label_rows([0, 1, 2])).join(image_rows([0, 1, 2, 1, 0]))
 
 
 @pytest.mark.parametrize("pattern", [r"\d+", r"(\d+)", r"(\d+)\.png$", r"^[a-z]+/(\d+)"])
 def test_key_pattern_cuts_the_key_out_of_both_sides(pattern):
     images = image_rows([2, 0, 1], "/photos")
     keys = [f"annotated/{number}.png" for number in (0, 1, 2)]
-    assert_joined(join_label_set(label_rows([0, 1, 2], keys=keys), images, key_pattern=pattern), images)
+    assert_joined(LabelSet(label_rows([0, 1, 2], keys=keys)).join(images, key_pattern=pattern), images)
 
 
 GROUPED = [
@@ -214,57 +214,57 @@ GROUPED = [
 def test_first_group_of_a_key_pattern_is_the_key(pattern):
     images = image_rows([2, 0, 1])
     keys = [f"all/{number}.png" for number in (0, 1, 2)]
-    assert_joined(join_label_set(label_rows([0, 1, 2], keys=keys), images, key_pattern=pattern), images)
+    assert_joined(LabelSet(label_rows([0, 1, 2], keys=keys)).join(images, key_pattern=pattern), images)
 
 
 def test_bad_key_patterns_are_named():
     labels, images = label_rows([0, 1]), image_rows([0, 1])
-    with pytest.raises(ValueError, match=r"--key_pattern '\(' is no regular expression"):
-        join_label_set(labels, images, key_pattern="(")
-    with pytest.raises(ValueError, match=r"--key_pattern 'dog.*' does not match the key 'cat/0.png'"):
-        join_label_set(labels, images, key_pattern="dog.*")
+    with pytest.raises(ValueError, match=r"`key_pattern` '\(' is no regular expression"):
+        LabelSet(labels).join(images, key_pattern="(")
+    with pytest.raises(ValueError, match=r"`key_pattern` 'dog.*' does not match the key 'cat/0.png'"):
+        LabelSet(labels).join(images, key_pattern="dog.*")
     with pytest.raises(ValueError, match="does not match the key 'cat/0.png'"):  # its group takes no part
-        join_label_set(labels, images, key_pattern=r"dog/(\d)|cat/\d")
+        LabelSet(labels).join(images, key_pattern=r"dog/(\d)|cat/\d")
 
 
 def test_row_numbers_are_keys_of_images_without_paths():
     images = image_rows([3, 1, 4, 2], None)
     keys = [f"row:{row}" for row in range(4)]
-    assert ImageKeys(images, "image").block(0, 9) == keys
-    assert ImageKeys(images, "image").block(2, 9) == keys[2:]
-    joined = join_label_set(label_rows([3, 1, 4, 2], keys=keys), images)
+    assert read_keys(images, "image").to_pylist() == keys
+    assert row_keys(2, 4).to_pylist() == keys[2:]
+    joined = LabelSet(label_rows([3, 1, 4, 2], keys=keys)).join(images)
     assert joined.label_maps.row_of is None
     assert_joined(joined, images)
     with_paths = image_rows([3, 1, 4, 2])  # --number_rows
-    assert_joined(join_label_set(label_rows([3, 1, 4, 2], keys=keys), with_paths), with_paths)
+    assert_joined(LabelSet(label_rows([3, 1, 4, 2], keys=keys)).join(with_paths), with_paths)
 
 
 def test_row_numbers_need_equal_counts():
     labels = label_rows([0, 1, 2], keys=["row:0", "row:1", "row:2"])
     with pytest.raises(ValueError, match="knows its 3 images by their number only, but there are 2"):
-        join_label_set(labels, image_rows([0, 1], None))
+        LabelSet(labels).join(image_rows([0, 1], None))
 
 
 def test_row_numbers_of_changed_images_are_refused():
     labels = label_rows([0, 1, 2, 3], keys=[f"row:{row}" for row in range(4)])
     with pytest.raises(ValueError, match="2 of 4 images looked at are not those that were annotated, first row 1"):
-        join_label_set(labels, image_rows([0, 2, 1, 3], None))
+        LabelSet(labels).join(image_rows([0, 2, 1, 3], None))
 
 
 def test_changed_images_with_paths_are_a_warning(caplog):
     hashes = [content_hash(image_bytes(0)), 17, None]
-    joined = join_label_set(label_rows([0, 1, 2], hashes=hashes), image_rows([0, 1, 2]))
+    joined = LabelSet(label_rows([0, 1, 2], hashes=hashes)).join(image_rows([0, 1, 2]))
     assert len(joined.label_maps) == 3
     assert "1 of 3 image files looked at are not byte for byte those that were annotated (first row 1)" in caplog.text
     caplog.clear()
-    join_label_set(label_rows([0, 1, 2]), image_rows([0, 1, 2]))
+    LabelSet(label_rows([0, 1, 2])).join(image_rows([0, 1, 2]))
     assert not caplog.records
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [3, 4, 1, 0, 2]])
 def test_images_with_empty_labels_are_left_out(order, caplog):
     images = image_rows([0, 1, 2, 3, 4])
-    joined = join_label_set(label_rows(order, is_empty=[number in (1, 3) for number in order]), images)
+    joined = LabelSet(label_rows(order, is_empty=[number in (1, 3) for number in order])).join(images)
     assert joined.images.tolist() == [0, 2, 4]
     assert "2 images have an empty label and are left out: 'dog/1.png', 'cat/3.png'" in caplog.text
     assert_joined(joined, images)
@@ -283,21 +283,21 @@ PATHS = {
 
 @pytest.mark.parametrize("path", PATHS)
 def test_keys_are_the_last_two_parts_of_a_path(path):
-    assert key_of_path(path) == PATHS[path]
+    assert path_keys(pa.array([path])).to_pylist() == [PATHS[path]]
     rows = datasets.Dataset.from_dict({"image": [path]})
     for column in (rows, rows.cast_column("image", datasets.Image())):
-        assert ImageKeys(column, "image")[0] == PATHS[path]
+        assert read_keys(column, "image").to_pylist() == [PATHS[path]]
 
 
 def test_image_without_path_among_others_is_named():
     images = datasets.concatenate_datasets([image_rows([0, 1]), image_rows([2], None)])
     with pytest.raises(ValueError, match="Row 2 has no path, though the first row has one"):
-        join_label_set(label_rows([0, 1, 2]), images)
+        LabelSet(label_rows([0, 1, 2])).join(images)
 
 
 def test_label_set_without_keys_is_refused():
     with pytest.raises(ValueError, match="no column 'image_key'; it has"):
-        join_label_set(label_rows([0, 1]).remove_columns("image_key"), image_rows([0, 1]))
+        LabelSet(label_rows([0, 1]).remove_columns("image_key")).join(image_rows([0, 1]))
 
 
 def test_class_names_may_be_equal_synonyms_or_wordnet_ids():
@@ -407,15 +407,15 @@ def test_unfinished_label_set_is_refused(tmp_path):
     folder = label_folder(tmp_path / "labels", [0, 1, 2])
     (folder / "README.md").unlink()
     with pytest.raises(ValueError, match="labels is not finished. Start the program that writes it again"):
-        open_label_set(str(folder), "train")
+        LabelSet.open(str(folder), "train")
 
 
 def test_missing_label_set_and_split_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no label set at .*labels"):
-        open_label_set(str(tmp_path / "labels"), "train")
+        LabelSet.open(str(tmp_path / "labels"), "train")
     folder = label_folder(tmp_path / "labels", [0, 1, 2])
     with pytest.raises(ValueError, match=r"has no split 'trainval'; it has \['train'\]"):
-        open_label_set(str(folder), "trainval")
+        LabelSet.open(str(folder), "trainval")
 
 
 @pytest.mark.parametrize("split", ["train", "trainval"])
@@ -423,8 +423,8 @@ def test_label_set_that_was_made_again_is_read_anew(split, tmp_path):
     layout = LabelSetLayout(CLASSES, K, (ROWS, COLUMNS))
     for parent, numbers in (("a", [0, 1, 2]), ("b", [3, 4, 5])):
         folder = write_label_set(tmp_path / parent / "labels", labels_table(numbers), layout, split=split)
-        labels = open_label_set(str(folder), split)
-        assert labels["image_key"][:] == [key_of(number) for number in numbers]
+        labels = LabelSet.open(str(folder), split)
+        assert labels.rows["image_key"][:] == [key_of(number) for number in numbers]
 
 
 def test_label_set_of_empty_labels_only_is_refused(tmp_path):
@@ -461,7 +461,7 @@ def train_crop(monkeypatch, pixels, mirrored: bool, map_box=MAP_BOX, size=IMAGE_
 
 
 def token_classes(sample: dict[str, torch.Tensor], grid_size: tuple[int, int]) -> torch.Tensor:
-    palette, index = build_palette(sample["token_label_ids"][None])
+    palette, index = build_palette(sample["token_label_index"][None])
     scores, box = sample["token_label_scores"][None], sample["crop_box"][None]
     _, tokens = crop_label_maps(palette, index, scores, CropGeometry(box), grid_size, 24)
     return tokens.top_class().view(grid_size)
@@ -502,7 +502,7 @@ def test_center_square_of_a_wide_image_is_where_the_map_lies(monkeypatch):
     images = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None}], "label": [1]})
     images = images.cast_column("image", datasets.Image())
     labels = datasets.Dataset(table_of(maps, layout, keys=["row:0"]))
-    joined = join_label_set(labels, images)
+    joined = LabelSet(labels).join(images)
     plain = AugmentationConfig(horizontal_flip=0.0, rand_augment="none", random_erasing=0.0)
     transform = TrainTransform((16, 16), [0.5] * 3, [0.5] * 3, plain)
     monkeypatch.setattr(

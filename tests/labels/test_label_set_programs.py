@@ -22,7 +22,7 @@ from modeling_lvvit.data.class_matching import imagenet_class_names
 from modeling_lvvit.labels.checks import check_label_set
 from modeling_lvvit.labels.checks import top_classes as top_classes_of
 from modeling_lvvit.labels.reader import LabelMapReader, covered_region
-from modeling_lvvit.labels.storage import LabelMaps, LabelSetLayout, write_shard
+from modeling_lvvit.labels.storage import LabelMaps, LabelSetLayout, PaletteMaps, write_shard
 from modeling_lvvit.original import label_import
 from modeling_lvvit.visualization import check_labels
 from support.images import encode_image
@@ -447,9 +447,9 @@ def test_first_class_of_a_map_is_that_of_its_mean():
     """Class 2 wins one cell of four by far, class 1 three of four; the mean scores are 5 and 3."""
     ids = np.array([[1, 1, 1, 2], [2, 2, 2, 1]]).reshape(1, 2, 1, 4)
     scores = np.array([[4, 4, 4, 20], [0, 0, 0, 0]], dtype=np.float16).reshape(1, 2, 1, 4)
-    assert top_classes_of(ids, scores, 4).tolist() == [2]
+    assert top_classes_of(PaletteMaps.from_ids(ids, scores), 4).tolist() == [2]
     scores[0, 0, 0, 3] = 8
-    assert top_classes_of(ids, scores, 4).tolist() == [1]
+    assert top_classes_of(PaletteMaps.from_ids(ids, scores), 4).tolist() == [1]
 
 
 FOREIGN = {

@@ -23,7 +23,7 @@ from modeling_lvvit.labels.storage import (
     PALETTE_COLUMN,
     LabelMaps,
     compact,
-    expand,
+    read_maps,
     write_atomically,
     write_shard,
 )
@@ -64,7 +64,7 @@ def test_float16_round_trip_is_lossless(num_classes, id_type):
     maps.ids[0, 0, 0, 0] = num_classes - 1
     maps.ids[0, 1:, 0, 0] = [0, 1]
     maps.scores[1, :, 2, 3] = [65504, -65504, 6e-8]  # the ends of float16 and its smallest step
-    stored = expand(table_of(maps, layout_of(maps, num_classes)), num_classes)
+    stored = read_maps(table_of(maps, layout_of(maps, num_classes)), num_classes)
     assert_same_cells(stored, maps)
     assert stored.ids.dtype == id_type
     assert stored.scores.dtype == np.float16
@@ -81,7 +81,7 @@ def test_classes_of_a_cell_are_stored_in_ascending_order():
 def test_int8_scores_are_off_by_at_most_an_eighth_and_clipped():
     maps = random_maps(1, shape=(3, 40, 55))
     maps.scores[:] = np.linspace(-41, 41, maps.scores.size, dtype=np.float16).reshape(maps.scores.shape)
-    stored = expand(table_of(maps, layout_of(maps, score_type="int8")), NUM_CLASSES)
+    stored = read_maps(table_of(maps, layout_of(maps, score_type="int8")), NUM_CLASSES)
     ids, scores = by_class(maps.ids, maps.scores.astype(np.float64))
     our_ids, our_scores = by_class(stored.ids, stored.scores)
     assert np.array_equal(our_ids, ids)
@@ -96,7 +96,7 @@ def test_map_that_names_more_than_256_classes_is_kept():
     maps = LabelMaps(ids, np.arange(600, dtype=np.float16).reshape(ids.shape))
     table = table_of(maps, layout_of(maps, 1000))
     assert table[PALETTE_COLUMN][0].as_py() == list(range(600))
-    assert_same_cells(expand(table, 1000), maps)
+    assert_same_cells(read_maps(table, 1000), maps)
 
 
 def test_map_that_names_more_classes_than_positions_is_refused():
@@ -115,10 +115,10 @@ def test_empty_labels_are_stored_without_classes_and_named():
     assert table[PALETTE_COLUMN].to_pylist()[2] == []
     assert np.array_equal(table[SCORES_COLUMN].to_pylist()[2], np.zeros(MAP_SHAPE))
     with pytest.raises(LabelMapError, match="empty label") as caught:
-        expand(table, NUM_CLASSES)
+        read_maps(table, NUM_CLASSES)
     assert caught.value.row == 2
     others = table.filter(pa.array([True, True, False, True]))
-    assert_same_cells(expand(others, NUM_CLASSES), LabelMaps(maps.ids[[0, 1, 3]], maps.scores[[0, 1, 3]]))
+    assert_same_cells(read_maps(others, NUM_CLASSES), LabelMaps(maps.ids[[0, 1, 3]], maps.scores[[0, 1, 3]]))
 
 
 def test_boxes_that_are_nan_are_stored_as_null():
@@ -126,12 +126,12 @@ def test_boxes_that_are_nan_are_stored_as_null():
     maps.boxes = np.float32([[0.25, 0, 0.75, 1], [NAN] * 4, [-0.5, 0, 1.5, 1]])
     table = table_of(maps)
     assert table[BOX_COLUMN].to_pylist() == [[0.25, 0, 0.75, 1], None, [-0.5, 0, 1.5, 1]]
-    assert np.array_equal(expand(table, NUM_CLASSES).boxes, maps.boxes, equal_nan=True)
-    assert np.array_equal(expand(table.slice(1), NUM_CLASSES).boxes, maps.boxes[1:], equal_nan=True)
+    assert np.array_equal(read_maps(table, NUM_CLASSES).boxes, maps.boxes, equal_nan=True)
+    assert np.array_equal(read_maps(table.slice(1), NUM_CLASSES).boxes, maps.boxes[1:], equal_nan=True)
 
 
 def test_maps_without_boxes_cover_their_images():
-    assert expand(table_of(random_maps(2)), NUM_CLASSES).boxes.tolist() == [[0, 0, 1, 1]] * 2
+    assert read_maps(table_of(random_maps(2)), NUM_CLASSES).boxes.tolist() == [[0, 0, 1, 1]] * 2
 
 
 def test_slices_and_chunks_expand_alike():
@@ -140,7 +140,7 @@ def test_slices_and_chunks_expand_alike():
     table = table_of(maps)
     pieces = pa.concat_tables([table.slice(4), table.slice(1, 2)])  # two chunks: rows 4, 5, 1, 2
     rows = [4, 5, 1, 2]
-    stored = expand(pieces, NUM_CLASSES)
+    stored = read_maps(pieces, NUM_CLASSES)
     assert_same_cells(stored, LabelMaps(maps.ids[rows], maps.scores[rows]))
     assert np.array_equal(stored.boxes, maps.boxes[rows], equal_nan=True)
 
@@ -167,7 +167,7 @@ def test_smooth_maps_take_little_room(tmp_path):
         keys = [f"n{row % 10:08d}/{row}.JPEG" for row in range(512)]
         write_shard(path, table_of(maps, layout_of(maps, 1000, score_type), keys=keys, hashes=list(range(512))))
         assert path.stat().st_size <= share * 8192 * 512
-    assert_same_cells(expand(pq.read_table(tmp_path / "float16.parquet"), 1000), maps)
+    assert_same_cells(read_maps(pq.read_table(tmp_path / "float16.parquet"), 1000), maps)
 
 
 def test_load_dataset_gives_back_equal_maps(tmp_path):

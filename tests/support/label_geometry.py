@@ -195,7 +195,7 @@ def measure(field: np.ndarray, operations: Operations, flip: bool, augmentation:
     pixels = (sample["crop_box"].numpy() * [*size, *size]).round()
     grid = (TOKENS, TOKENS)
     reference = softmax_tokens(area_mean(moved_field(field, operations), pixels, grid))
-    palette, index = build_palette(sample["token_label_ids"][None])
+    palette, index = build_palette(sample["token_label_index"][None])
     _, ours = crop_label_maps(palette, index, sample["token_label_scores"][None], geometry, grid, NUM_CLASSES)
     crop = CropGeometry(geometry.crop_box)
     by_authors = moved_map(scores, operations, size, like_authors=True)
