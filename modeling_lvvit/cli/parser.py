@@ -17,6 +17,8 @@ from .data_arguments import DataArguments
 from .model_arguments import ModelArguments, read_config_overrides, with_nearest
 
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+EMBEDDED_RECIPE = "digit_scenes"  # of every program; used without a recipe and without data, it makes its own data
 RENAMED = {"crop_fraction": "crop_pct"}  # keys of older recipes
 
 
@@ -29,15 +31,13 @@ class Program:
         usage: How it is started.
         arguments: Dataclasses of its options; the first one describes the model. Those that exclude each other are in `alternatives`
             of a dataclass.
-        recipes: Folder of the recipes that come with it.
-        embedded_recipe: The one that is used without a recipe and without data; it makes its own data.
+        recipes: Folder of the recipes that come with it, the embedded one among them.
     """
 
     name: str
     usage: str
     arguments: tuple[type, ...]
     recipes: Path
-    embedded_recipe: str
 
     def parser(self, **settings: Any) -> HfArgumentParser:
         """A new parser of its options; `settings` are those of `argparse.ArgumentParser`."""
@@ -50,15 +50,10 @@ class Program:
         hints = {name: hint for part in self.arguments for name, hint in get_type_hints(part).items()}
         return {entry.name: hints[entry.name] for part in self.arguments for entry in fields(part) if entry.init}
 
-    @property
-    def alternatives(self) -> list[tuple[str, ...]]:
-        """Groups of options of which one replaces the others."""
-        return [part.alternatives for part in self.arguments if hasattr(part, "alternatives")]
-
     def given_options(
         self, words: list[str], parser: HfArgumentParser | None = None
     ) -> tuple[dict[str, Any], list[str]]:
-        """Options that stand among the words of a command line, converted, without any defaults; and the words that are left."""
+        """The options on a command line, converted, without any defaults; and the words that are no options."""
         unset = object()  # argparse fills in its defaults only where a namespace lacks a name
         namespace = argparse.Namespace(**dict.fromkeys(self.types, unset))
         parsed, rest = (parser or self.parser()).parse_known_args(words, namespace)
@@ -68,7 +63,8 @@ class Program:
         """Options of two recipes. The later ones hold, and one of several alternatives replaces the others. Fields of
         `config_overrides` are merged one by one, unless they belong to different architectures."""
         chosen = {name for name, value in later.items() if value is not None}
-        replaced = {name for group in self.alternatives if chosen & set(group) for name in group}
+        groups = [set(part.alternatives) for part in self.arguments if hasattr(part, "alternatives")]
+        replaced = {name for group in groups if chosen & group for name in group}
         merged = {name: value for name, value in options.items() if name not in replaced} | later
         overrides = (options.get("config_overrides"), later.get("config_overrides"))
         if merged.get("architecture") != options.get("architecture"):
@@ -78,15 +74,7 @@ class Program:
         return merged
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-EMBEDDED_RECIPE = "digit_scenes"
-TRAIN_TL = Program(
-    "train_tl.py",
-    "train_tl.py",
-    (ModelArguments, DataArguments, TokenLabelTrainingArguments),
-    RECIPES,
-    EMBEDDED_RECIPE,
-)
+TRAIN_TL = Program("train_tl.py", "train_tl.py", (ModelArguments, DataArguments, TokenLabelTrainingArguments), RECIPES)
 
 
 def recipe_names(program: Program = TRAIN_TL) -> list[str]:
@@ -163,13 +151,12 @@ def _convert(name: str, value: Any, program: Program, parser: HfArgumentParser) 
 
 
 def parse(arguments: list[str], program: Program = TRAIN_TL) -> tuple[Any, ...]:
-    """Parses `[RECIPE ...] [--option value ...]`; later recipes override earlier ones, options override recipes; fields of
-    `config_overrides` are merged.
+    """Parses `[RECIPE ...] [--option value ...]`; later recipes override earlier ones, and options override recipes: see `Program.merge`.
 
-    Without a recipe and without `--dataset_name`, the embedded recipe is the base; when a model is chosen, without its model.
+    Without a recipe and without `--dataset_name`, the embedded recipe is the base; if options choose a model, without its own.
 
     Args:
-        arguments: What stands behind the name of the program.
+        arguments: Those of the program.
         program: The program.
 
     Returns:
@@ -190,7 +177,7 @@ def parse(arguments: list[str], program: Program = TRAIN_TL) -> tuple[Any, ...]:
     for recipe in recipes:
         options = program.merge(options, read_recipe(find_recipe(recipe, program), program))
     if not recipes and "dataset_name" not in given:
-        options = read_recipe(find_recipe(program.embedded_recipe, program), program)
+        options = read_recipe(find_recipe(EMBEDDED_RECIPE, program), program)
         model = program.arguments[0]
         if given.keys() & set(model.alternatives):
             shape = {entry.name for entry in fields(model)}

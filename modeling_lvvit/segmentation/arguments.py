@@ -212,3 +212,19 @@ class SegmentationTrainingArguments(BaseImageTrainingArguments):
         metric = (self.metric_for_best_model or SCORES[0]).removeprefix("eval_")
         if metric not in SCORES:
             raise ValueError(f"`metric_for_best_model` must be one of {', '.join(SCORES)}, got {metric}.")
+
+
+def check_options(
+    model_args: SegmentationModelArguments,
+    data_args: SegmentationDataArguments,
+    training_args: SegmentationTrainingArguments,
+) -> None:
+    """Raises a `ValueError` if options do not fit each other."""
+    if data_args.class_weights == [BALANCED] and not data_args.check_data:
+        raise ValueError(f"`class_weights` {BALANCED} counts pixels in the check of the data: leave `check_data` on.")
+    if model_args.evaluate_only and training_args.push_to_hub:
+        raise ValueError("`evaluate_only` makes nothing to publish: leave out `push_to_hub`.")
+    if model_args.evaluate_only and training_args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "`evaluate_only` trains nothing: leave out `resume_from_checkpoint` and name the checkpoint as `model_name_or_path`."
+        )
