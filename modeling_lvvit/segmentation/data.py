@@ -77,7 +77,7 @@ def open_segmentation_data(
         if eval_name is None:
             wanted = args.eval_split or " or ".join(EVALUATION_SPLITS)
             raise ValueError(
-                f"{args.dataset_name} has no split {wanted}; it has {list(splits)}. Name it as `eval_split`."
+                f"{args.dataset_name} has no split {wanted}; it has {list(splits)}. Name it with `eval_split`."
             )
     else:
         train, eval_name = (
@@ -115,7 +115,7 @@ def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) ->
     """
     if args.image_column not in rows.column_names:
         raise ValueError(
-            f"{args.dataset_name} has no column {args.image_column!r}; it has {rows.column_names}. Name it as `image_column`."
+            f"{args.dataset_name} has no column {args.image_column!r}; it has {rows.column_names}. Name it with `image_column`."
         )
     names = [args.mask_column] if args.mask_column is not None else MASK_COLUMNS
     for name in names:
@@ -129,11 +129,11 @@ def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) ->
     wanted = (
         f"no column {args.mask_column!r} of images"
         if args.mask_column
-        else "no column of masks with one of the usual names"
+        else "no column of masks that is known by its name"
     )
     about = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
     raise ValueError(
-        f"{args.dataset_name} has {wanted}; it has {about}. Name it as `mask_column`. In the metadata.csv of an image folder "
+        f"{args.dataset_name} has {wanted}; it has {about}. Name it with `mask_column`. In the metadata.csv of an image folder "
         "the column is called mask_file_name; a folder of images and one of masks become such data by "
         "dataset_scripts/image_mask_folder.py."
     )

@@ -62,4 +62,4 @@ def check_options(words: tuple[str, ...]) -> None:
     """Raises a `ValueError` if an option of `train_tl.py` is one that the study sets for each run."""
     given, _ = TRAIN_TL.given_options(list(words))
     if reserved := sorted(STUDY_OPTIONS & given.keys()):
-        raise ValueError(f"`{reserved[0]}` is set by the study for each run: leave it out.")
+        raise ValueError(f"--{reserved[0]} is set by the study for each run: leave it out.")

@@ -297,7 +297,7 @@ def test_binary_masks_of_0_and_255_get_an_explanation(tmp_path):
     ("options", "message"),
     [
         ({"mask_column": "masks"}, "no column 'masks' of images; it has image .Image., annotation .Image."),
-        ({"image_column": "photo"}, "Name it with --image_column"),
+        ({"image_column": "photo"}, "Name it with `image_column`"),
         ({"test_split": "testing"}, "no split 'testing'"),
         ({"class_names": ["one"]}, "two or more different names"),
         ({"class_names": ["nowhere.txt"]}, "no file of class names nowhere.txt"),
