@@ -17,6 +17,7 @@ from modeling_lvvit.cli.model_card import find_provenance, write_model_card
 from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_datasets
 from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, TRAIN_TL
 from modeling_lvvit.cli.training_program import TrainingRun, run_program, set_up, with_embedded_data
+from modeling_lvvit.deployment import prepare_for_cpu
 from modeling_lvvit.hub.folders import CARD_TEMPLATES
 from modeling_lvvit.token_labeling import TokenLabelStream, TokenLabelTrainer, TokenLabelTrainingArguments
 from modeling_lvvit.visualization.predictions import draw_predictions
@@ -88,6 +89,7 @@ def prepare(
         opened_args = with_embedded_data(data_args)
         opened = open_datasets(opened_args, training_args.seed)
         model, processor = build_model(model_args, opened.train.features[data_args.label_column].names)
+        prepare_for_cpu(model, training_args.device, training_args.bf16)
         samples = build_samples(opened_args, training_args, model_image_size(model), processor, opened)
         annotator = None
         if data_args.annotator is not None:

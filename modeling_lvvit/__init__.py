@@ -15,8 +15,13 @@ from transformers import (
 )
 
 from .configuration_lvvit import LVViTConfig
-from .modeling_lvvit import LVViTBackbone, LVViTForImageClassification, LVViTModel, LVViTPreTrainedModel
-from .modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from .modeling_lvvit import (
+    LVViTBackbone,
+    LVViTForImageClassification,
+    LVViTForSemanticSegmentation,
+    LVViTModel,
+    LVViTPreTrainedModel,
+)
 
 
 def _register(auto_class, model_class):

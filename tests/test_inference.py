@@ -8,8 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForImageClassification
 
 from modeling_lvvit import LVViTBackbone, LVViTForImageClassification, LVViTModel
-from modeling_lvvit.deployment import Int8Linear, prepare_for_inference
-from modeling_lvvit.modeling_lvvit import LVViTLinear
+from modeling_lvvit.deployment import ConvolutionLinear, Int8Linear, prepare_for_cpu, prepare_for_inference
 from support.models import tiny_config
 
 
@@ -176,13 +175,31 @@ def test_int8_layer_by_hand():
     )
 
 
+@pytest.mark.parametrize(("bf16", "implementation"), [(False, "sdpa"), (True, "eager")])
+def test_model_prepared_for_the_cpu_gives_the_same_outputs(trained, bf16, implementation):
+    prepared = prepare_for_cpu(copy.deepcopy(trained), torch.device("cpu"), bf16)
+    assert all(
+        type(module) is ConvolutionLinear for module in prepared.modules() if isinstance(module, torch.nn.Linear)
+    )
+    assert prepared.state_dict().keys() == trained.state_dict().keys()
+    assert prepared.config._attn_implementation == implementation
+    many = images(90)  # above `MIN_ROWS_FOR_CONVOLUTION`
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(many).logits, trained(many).logits, rtol=1e-4, atol=1e-6)
+
+
+def test_model_for_another_device_is_not_prepared(trained):
+    prepare_for_cpu(trained, torch.device("cuda"), bf16=True)
+    assert type(trained.classifier) is torch.nn.Linear and trained.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_many_tokens_give_the_same_products_and_gradients(bias, monkeypatch):
     torch.manual_seed(0)
-    layer, tokens, weight = LVViTLinear(24, 40, bias), torch.randn(3, 7, 48)[..., ::2], torch.randn(3, 7, 40)
+    layer, tokens, weight = ConvolutionLinear(24, 40, bias), torch.randn(3, 7, 48)[..., ::2], torch.randn(3, 7, 40)
     results = []
     for least in (22, 21):  # product, convolution
-        monkeypatch.setattr("modeling_lvvit.modeling_lvvit.MIN_ROWS_FOR_CONVOLUTION", least)
+        monkeypatch.setattr("modeling_lvvit.deployment.MIN_ROWS_FOR_CONVOLUTION", least)
         inputs = tokens.clone().requires_grad_()
         layer.zero_grad()
         output = layer(inputs)

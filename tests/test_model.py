@@ -101,6 +101,12 @@ BAD_CONFIGS = {
     "heads": ({"num_attention_heads": 5}, r"multiple of `num_attention_heads` \(5\)"),
     "rate": ({"drop_path_rate": 1.0}, "drop_path_rate"),
     "no layers": ({"num_hidden_layers": 0}, "`num_hidden_layers` must be positive"),
+    "text": ({"hidden_size": "32"}, "`hidden_size` must be an integer, got '32'"),
+    "switch": ({"conv_stem": 1}, "`conv_stem` must be a boolean"),
+    "one side": ({"image_size": [32]}, r"`image_size` must be an integer or \(height, width\)"),
+    "stages": ({"out_features": ["stage2", "stem"]}, "in this order"),
+    "stage": ({"out_indices": [3]}, "`out_indices` must be valid indices"),
+    "both": ({"out_features": ["stem"], "out_indices": [1]}, "must be the same stages"),
 }
 
 
@@ -184,6 +190,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model):
         model.train()(random_images(4), mix_mask=box_mask(4)).patch_logits.square().sum().backward()
         gradients.append([parameter.grad for parameter in model.lvvit.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_configs_are_equal_if_all_values_are():
+    assert tiny_config() == tiny_config() and tiny_config() != tiny_config(hidden_size=64)
+
+
+def test_config_that_became_wrong_is_not_saved(tmp_path):
+    config = tiny_config()
+    config.patch_size = 7
+    with pytest.raises(ValueError, match="must be even"):
+        config.save_pretrained(tmp_path)
 
 
 def test_config_round_trip_keeps_auto_map(tmp_path):

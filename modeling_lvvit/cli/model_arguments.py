@@ -1,6 +1,7 @@
 """Options that say which model a training program trains."""
 
 import difflib
+import inspect
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -139,7 +140,9 @@ def read_config_overrides(overrides: Any) -> dict[str, Any] | None:
 
 def check_config_fields(config_class: type, overrides: dict[str, Any]) -> None:
     """Raises a `ValueError` with the nearest names if overrides name no fields of a configuration class."""
-    names = {entry.name for entry in fields(config_class) if not entry.name.startswith("_")}
+    # some classes are dataclasses, others have an `__init__`
+    names = {entry.name for entry in fields(config_class)} | set(inspect.signature(config_class.__init__).parameters)
+    names = {name for name in names - {"self", "args", "kwargs"} if not name.startswith("_")}
     names |= set(config_class.attribute_map)
     unknown = [with_nearest(key, names) for key in overrides if key not in names]
     if unknown:

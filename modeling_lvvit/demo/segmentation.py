@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from ..backbones.loading import LOADING_ERRORS, first_line, transformers_class_names
 from ..data.images import Normalization
-from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..modeling_lvvit import LVViTForSemanticSegmentation
 from ..segmentation.build_model import is_segmenter
 from ..segmentation.inference import InferenceSettings, predict_classes
 from .explanation import Annotated, annotated

@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 
 from ..data.images import SampleError, parse_image_size
 from ..data.sampling import ShardedEvalSampler
+from ..deployment import prepare_for_cpu
 from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
 from ..token_labeling.dataset import TokenLabelDataset
 from .classifier import Classifier, InputOptions, load_classifier
@@ -251,7 +252,7 @@ def evaluate_all(
 
     columns = (args.image_column, args.label_column)
     for classifier in classifiers:
-        classifier.model.to(state.device)
+        prepare_for_cpu(classifier.model.to(state.device))
         record = {"model": classifier.name, **classifier.facts, "results": {}}
         results.append(record)
         for test_set in test_sets:

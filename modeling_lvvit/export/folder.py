@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from ..backbones.loading import LOADING_ERRORS, first_line
 from ..data.atomic_files import atomic_directory, check_new_directory
 from ..data.sources import looks_local
-from ..modeling_lvvit import LVViTPreTrainedModel
-from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..modeling_lvvit import LVViTForSemanticSegmentation, LVViTPreTrainedModel
 from .onnx_file import export_onnx, require
 from .torch_program import DTYPES, MIN_PATCHES, OUTPUTS, export_program
 from .verification import Agreement, compare, onnx_runner, program_runner

@@ -6,8 +6,7 @@ import warnings
 import torch
 from torch import nn
 
-from ..modeling_lvvit import LVViTForImageClassification, LVViTPreTrainedModel
-from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation, LVViTPreTrainedModel
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}

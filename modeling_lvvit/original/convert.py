@@ -24,8 +24,12 @@ from ..data.atomic_files import atomic_directory, check_new_directory
 from ..hub.file_checks import CARD
 from ..hub.folders import add_target_options, publish_model_folder
 from ..hub.repository import HubTarget
-from ..modeling_lvvit import LVViTForImageClassification, LVViTPreTrainedModel
-from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation, default_stages
+from ..modeling_lvvit import (
+    LVViTForImageClassification,
+    LVViTForSemanticSegmentation,
+    LVViTPreTrainedModel,
+    default_stages,
+)
 from ..variants import ADE20K_CLASSES, VARIANTS, evaluation_image_processor, find_variant, published_row
 from .checkpoint import SEGMENTATION_SIGN, config_from_state_dict, load_original_checkpoint
 from .family_cards import TEMPLATE, Conversion, converted_card, family_card, is_released

@@ -13,7 +13,7 @@ from ..backbones.loading import LOADING_ERRORS
 from ..cli.build_model import read_config
 from ..cli.model_arguments import check_config_fields
 from ..configuration_lvvit import LVViTConfig
-from ..modeling_lvvit_segmentation import LVViTForSemanticSegmentation
+from ..modeling_lvvit import LVViTForSemanticSegmentation
 from ..variants import variant_config
 from .arguments import BALANCED, SegmentationDataArguments, SegmentationModelArguments
 from .dataset import ClassCounts

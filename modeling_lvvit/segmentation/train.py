@@ -15,6 +15,7 @@ from typing import Any
 from ..cli.model_card import find_provenance
 from ..cli.parser import EMBEDDED_RECIPE, Program
 from ..cli.training_program import TrainingRun, run_program, set_up, with_embedded_data
+from ..deployment import prepare_for_cpu
 from ..hub.folders import CARD_TEMPLATES
 from .arguments import (
     SegmentationDataArguments,
@@ -128,6 +129,7 @@ def prepare(
         model_names = list(config.id2label.values()) if is_segmenter(config) else None
         opened = open_segmentation_data(args, training_args.seed, model_names, model_args.evaluate_only)
         model = build_segmenter(model_args, config, opened.class_names, opened.encoding.label_ignore_index)
+        prepare_for_cpu(model, training_args.device, training_args.bf16)
     processor = build_processor(processor, args, opened.encoding.reduce_labels)
     samples = build_samples(args, opened, model.config.image_height_width, processor)
     single, multi_scale = args.inference(model.config.image_height_width)

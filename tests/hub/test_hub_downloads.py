@@ -21,6 +21,7 @@ import transformers
 from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoImageProcessor
+from transformers_versions import NAMES, run_client, save_models, upload
 
 from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation
 from modeling_lvvit.hub.repository import HubTarget
@@ -192,23 +193,39 @@ def test_the_oldest_allowed_transformers_loads_it_too(published, image, tmp_path
     assert check_loaded(published, image, tmp_path, PYTHONPATH=str(folder)) == oldest
 
 
-def package_folder(requirement: str) -> Path:
-    """A folder with one package, downloaded once into the user's cache; without a network the test is skipped."""
+def test_model_files_run_with_transformers_4_57(hub, tmp_path):
+    """As `transformers_versions.py` does it, with the torch of this environment."""
+    packages = package_folder("transformers==4.57.1", "huggingface-hub==0.36.2", "tokenizers==0.22.2")
+    torch.save(save_models(tmp_path), tmp_path / "expected.pt")
+    upload(tmp_path, hub)
+    environment = {**hub.environment(tmp_path / "hf"), "PYTHONPATH": str(packages)}
+    versions, differences = run_client(sys.executable, tmp_path, tmp_path / "out", [*NAMES.values()], environment)
+    assert versions == ["4.57.1", torch.__version__]
+    assert differences.pop("processor_pixels") < 0.05  # this version resizes with Pillow
+    assert max(differences.values()) < 1e-5, differences
+
+
+def package_folder(*requirements: str) -> Path:
+    """A folder with packages, downloaded once into the user's cache; without a network the test is skipped.
+
+    Args:
+        requirements: `NAME==VERSION` of each; the first one names the folder.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvvit-tests"
-    folder = cache / requirement.replace("==", "-")
+    folder = cache / requirements[0].replace("==", "-")
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries", "1", "--no-deps", "--only-binary", ":all:"]
     # filled next to its final place and then renamed, so that an interrupted run leaves no half copy
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        command = [*pip, "--target", f"{temporary}/package", requirement]
+        command = [*pip, "--target", f"{temporary}/package", *requirements]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT)
             Path(temporary, "package").rename(folder)
         except subprocess.SubprocessError as error:
             pytest.skip(
-                f"{requirement} could not be downloaded ({str(getattr(error, 'stderr', error)).strip()[-200:]})"
+                f"{' '.join(requirements)} could not be downloaded ({str(getattr(error, 'stderr', error)).strip()[-200:]})"
             )
     return folder
 

@@ -27,7 +27,7 @@ from support.original_layout import original_state_dict
 from support.trainers import trainer_for
 
 
-CODE = {"configuration_lvvit.py", "modeling_lvvit.py", "modeling_lvvit_segmentation.py"}
+CODE = {"configuration_lvvit.py", "modeling_lvvit.py"}
 MODEL = {"config.json", "model.safetensors", "README.md", *CODE}
 PUSH = {"push_to_hub": True, "hub_model_id": "user/run", "hub_token": "hf_test"}
 

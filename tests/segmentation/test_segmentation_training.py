@@ -522,7 +522,7 @@ def test_run_is_published_with_its_card(hub, data, tmp_path, monkeypatch):
     assert hub.is_private("user/segmenter")
     assert {
         "model.safetensors",
-        "modeling_lvvit_segmentation.py",
+        "modeling_lvvit.py",
         "preprocessor_config.json",
         "class_scores.json",
     } <= set(files)
