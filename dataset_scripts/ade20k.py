@@ -17,7 +17,7 @@ import datasets
 from modeling_lvvit.segmentation.dataset_writer import (
     Pair,
     check_pairs,
-    images_in,
+    list_images,
     pair_files,
     write_segmentation_set,
 )
@@ -67,7 +67,7 @@ def build(release: Path, output_dir: Path) -> dict[str, int]:
     scenes = scene_categories(release / "sceneCategories.txt")
     splits: dict[str, list[Pair]] = {}
     for split, folder in SPLITS.items():
-        pairs = pair_files(images_in(release / "images" / folder), images_in(release / "annotations" / folder))
+        pairs = pair_files(list_images(release / "images" / folder), list_images(release / "annotations" / folder))
         splits[split] = [
             dataclasses.replace(pair, extra={"scene_category": scenes.get(key)}) for key, pair in pairs.items()
         ]

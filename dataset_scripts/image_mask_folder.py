@@ -3,7 +3,7 @@
     python dataset_scripts/image_mask_folder.py IMAGES MASKS --output_dir my_data --class_names names.txt
     python dataset_scripts/image_mask_folder.py IMAGES MASKS --output_dir my_data --colors colors.json
 
-A mask has the name of its image, whatever its ending. Where both folders have the same sub-folders and all are called after splits
+A mask has the name of its image, whatever its ending. Where both folders have the same sub-folders and all are named after splits
 (train, training, val, validation, test, ...), these become splits; else everything is `train`, of which the training program holds out
 a share. Masks hold class ids; or colors, of which `--colors` names the classes: a JSON file `{"road": [128, 64, 128], ...}`.
 """
@@ -18,19 +18,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from modeling_lvvit.cli.parser import name_options
 from modeling_lvvit.data.class_names import read_class_names
 from modeling_lvvit.data.images import pillow_errors
 from modeling_lvvit.data.masks import IGNORED
 from modeling_lvvit.segmentation.dataset_writer import (
     Pair,
     check_pairs,
-    images_in,
+    list_images,
     pair_files,
     write_segmentation_set,
 )
 
 
-SPLIT_OF_FOLDER = {
+FOLDER_SPLITS = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
@@ -40,11 +41,11 @@ MAX_LISTED = 5
 def split_pairs(pairs: dict[str, Pair]) -> dict[str, list[Pair]]:
     """Split -> images: by the first folder of their paths, if these are all called after splits."""
     folders = {key.split("/")[0].lower() if "/" in key else "" for key in pairs}
-    if not folders <= SPLIT_OF_FOLDER.keys():
+    if not folders <= FOLDER_SPLITS.keys():
         return {"train": list(pairs.values())}
     splits = defaultdict(list)
     for key, pair in pairs.items():
-        splits[SPLIT_OF_FOLDER[key.split("/")[0].lower()]].append(pair)
+        splits[FOLDER_SPLITS[key.split("/")[0].lower()]].append(pair)
     return dict(splits)
 
 
@@ -68,7 +69,7 @@ def read_colors(path: Path) -> dict[str, tuple[int, int, int]]:
     return colors
 
 
-def ids_of_colors(colors: dict[str, tuple[int, int, int]], ignores_others: bool) -> Callable[[Path], bytes]:
+def colors_to_ids(colors: dict[str, tuple[int, int, int]], ignores_others: bool) -> Callable[[Path], bytes]:
     """From a file in colors to a PNG of class ids; other colors are errors, or become 255.
 
     Args:
@@ -108,15 +109,15 @@ def build(args: argparse.Namespace) -> dict[str, int]:
         if not args.class_names.is_file():
             raise FileNotFoundError(f"There is no file of class names {args.class_names}.")
         names = read_class_names(args.class_names)
-    pairs = pair_files(images_in(args.images), images_in(args.masks), args.mask_suffix)
+    pairs = pair_files(list_images(args.images), list_images(args.masks), args.mask_suffix)
     check_pairs(list(pairs.values()), allows_colors=colors is not None)
     splits = split_pairs(pairs)
-    contents = {} if colors is None else {"mask_content": ids_of_colors(colors, args.ignore_other_colors)}
+    contents = {} if colors is None else {"mask_content": colors_to_ids(colors, args.ignore_other_colors)}
     notes = (
         f"Masks hold class ids; {IGNORED} does not count." if colors is not None else "Masks are stored as they were."
     )
     write_segmentation_set(args.output_dir, splits, names, notes, **contents)
-    return {split: len(of_split) for split, of_split in splits.items()}
+    return {split: len(pairs) for split, pairs in splits.items()}
 
 
 def main() -> None:
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("masks", type=Path, help="folder of masks")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to create")
     parser.add_argument(
-        "--mask_suffix", default="", help="what names of masks have behind those of their images, e.g. _mask"
+        "--mask_suffix", default="", help="what names of masks have after those of their images, e.g. _mask"
     )
     parser.add_argument("--class_names", type=Path, help="JSON or text file with the names of the classes")
     parser.add_argument("--colors", type=Path, help="JSON file with the color of each class")
@@ -134,7 +135,7 @@ def main() -> None:
     try:
         counts = build(args)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"image_mask_folder.py: {error}\n")
+        parser.exit(1, f"image_mask_folder.py: {name_options(str(error), vars(args))}\n")
     print(f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} images -> {args.output_dir}")
 
 

@@ -58,7 +58,7 @@ def random_classifier(args: ModelArguments, names: dict[str, Any]) -> tuple[PreT
         model, image_size = make(args, names)
     except BUILDING_ERRORS as error:
         raise ValueError(
-            f"--architecture {args.architecture} cannot be built: {error or type(error).__name__}"
+            f"`architecture` {args.architecture} cannot be built: {error or type(error).__name__}"
         ) from error
     processor = evaluation_image_processor(image_size, args.crop_pct or DEFAULT_CROP_PCT)
     return add_patch_head(model, image_size), processor
@@ -70,40 +70,40 @@ def _random_timm(args: ModelArguments, names: dict[str, Any]) -> tuple[PreTraine
         near = timm.list_models(f"*{name.partition('_')[0]}*")[:5] or timm.list_models()[:5]
         raise ValueError(f"timm has no model {name!r}; near it: {', '.join(near)}.")
     overrides = args.config_overrides or {}
-    own_size = tuple(timm.get_pretrained_cfg(name).input_size[1:])
-    image_size = args.image_height_width or own_size
+    default_size = tuple(timm.get_pretrained_cfg(name).input_size[1:])
+    image_size = args.image_height_width or default_size
 
     def build(**more: Any) -> PreTrainedModel:
         config = TimmWrapperConfig(architecture=name, model_args={**overrides, **more} or None, **names)
         return TimmWrapperForImageClassification(config)
 
-    if image_size != own_size:
+    if image_size != default_size:
         with suppress(TypeError):  # a network without a fixed input size
             return build(img_size=list(image_size)), image_size
     return build(), image_size
 
 
 def _random_transformers(args: ModelArguments, names: dict[str, Any]) -> tuple[PreTrainedModel, tuple[int, int]]:
-    known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    model_types = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     if args.architecture == LVViTConfig.model_type:
-        raise ValueError("LV-ViT is chosen with --variant.")
-    if args.architecture not in known:
-        near = difflib.get_close_matches(args.architecture, known, n=3)
+        raise ValueError("LV-ViT is chosen with `variant`.")
+    if args.architecture not in model_types:
+        near = difflib.get_close_matches(args.architecture, model_types, n=3)
         raise ValueError(
             f"transformers has no image classifier of type {args.architecture!r}"
-            + (f" (did you mean {', '.join(near)}?)" if near else f"; it has {', '.join(sorted(known))}")
+            + (f" (did you mean {', '.join(near)}?)" if near else f"; it has {', '.join(sorted(model_types))}")
             + ". Models of timm are written timm/NAME."
         )
-    own = AutoConfig.for_model(args.architecture)
+    default = AutoConfig.for_model(args.architecture)
     overrides = dict(args.config_overrides or {})
-    check_config_fields(type(own), overrides)
-    part = vision_config(own)
+    check_config_fields(type(default), overrides)
+    part = vision_config(default)
     image_size = args.image_height_width or _side_lengths(getattr(part, "image_size", None)) or DEFAULT_IMAGE_SIZE
     if hasattr(part, "image_size"):
         is_number = image_size[0] == image_size[1] and not isinstance(part.image_size, (list, tuple))
         size = {"image_size": image_size[0] if is_number else list(image_size)}
         nested = {"vision_config": {**overrides.get("vision_config", {}), **size}}
-        overrides |= size if part is own else nested
+        overrides |= size if part is default else nested
     # some models are loaded by the class that `architectures` names
     config = AutoConfig.for_model(args.architecture, architectures=[], **overrides, **names)
     return AutoModelForImageClassification.from_config(config), image_size
@@ -120,13 +120,13 @@ def finish_pretrained(
         source: Revision, and whether remote code may run.
         has_patch_head: Whether the checkpoint has weights of one.
     """
-    path, own_size = args.model_name_or_path, own_image_size(model)
+    path, default_size = args.model_name_or_path, own_image_size(model)
     processor = AutoImageProcessor.from_pretrained(path, **source)
-    processor = fitted_processor(processor, args.image_height_width, args.crop_pct, own_size)
+    processor = fitted_processor(processor, args.image_height_width, args.crop_pct, default_size)
     image_size = processor_image_size(processor)
-    if own_size not in (None, image_size):
+    if default_size not in (None, image_size):
         logger.warning(
-            "%s was made for images of %d x %d pixels, and is made to take %d x %d.", path, *own_size, *image_size
+            "%s was made for images of %d x %d pixels, and is made to take %d x %d.", path, *default_size, *image_size
         )
     model = add_patch_head(resize_classifier(model, image_size), image_size)
     if not load_patch_head(model, path, source["revision"]) and has_patch_head:

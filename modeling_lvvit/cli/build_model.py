@@ -88,7 +88,7 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
     if config.num_labels != len(class_names) and not args.ignore_mismatched_sizes:
         raise ValueError(
             f"{path} has {config.num_labels} classes, the data has {len(class_names)}. "
-            "--ignore_mismatched_sizes makes new heads for the classes of the data."
+            "`ignore_mismatched_sizes` makes new heads for the classes of the data."
         )
     options = {**source, **names, **(args.config_overrides or {}), "dtype": torch.float32}
     if config.model_type == TimmWrapperConfig.model_type:

@@ -1,5 +1,6 @@
 """The model card that a training run writes about itself."""
 
+import itertools
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from transformers import Trainer
-from transformers.modelcard import make_markdown_table
+from transformers.modelcard import extract_hyperparameters_from_trainer, make_markdown_table
 
 from ..data.sources import looks_local
 from ..hub.file_checks import CARD
@@ -21,12 +22,11 @@ from .build_model import model_image_size
 from .model_arguments import ModelSourceArguments
 
 
-OWN_LICENSE = "apache-2.0"
+DEFAULT_LICENSE = "apache-2.0"
 REPORTED_OPTIONS = (
-    "learning_rate", "num_train_epochs", "images_per_step", "weight_decay", "label_smoothing_factor", "seed",
-    "lr_schedule", "cls_weight", "dense_weight", "cls_target", "patch_target", "mix_methods", "mix_probability", "ema_decay",
-    "base_ema_decay", "batch_norm", "max_grad_norm", "bf16", "fp16",
+    "cls_weight", "dense_weight", "cls_target", "patch_target", "mix_methods", "mix_probability", "ema_decay", "base_ema_decay"
 )  # fmt: skip
+SHARED_OPTIONS = ("images_per_step", "weight_decay", "lr_schedule", "batch_norm", "max_grad_norm", "bf16", "fp16")
 MAX_TABLE_ROWS = 30
 NOT_SCORES = ("runtime", "per_second")  # endings of logged figures
 
@@ -40,8 +40,8 @@ class Provenance:
         datasets: Hub names of images and label sets; local ones are not named.
         start: The model that it started from: Hub name, or the last part of a path; `None` if its weights were random.
         base_model: The same if it is on the Hub, else `None`.
-        license: Of the weights in the fields of a card: `license`, as a name of the Hub, and `license_name` and `license_link` where
-            that is `other`; empty if it is not known.
+        license: Fields of a card: `license`, as a name of the Hub, and `license_name` and `license_link` if that is `other`; empty if
+            the license of the weights is unknown.
     """
 
     data: str
@@ -62,7 +62,7 @@ def find_provenance(args: ModelSourceArguments, data: str | None, label_set: str
     """
     start = args.model_name_or_path
     hub_names = [name for name in (data, label_set) if name not in (None, embedded) and not _is_local(name)]
-    license_fields = find_license(start, args.model_revision) if start is not None else {"license": OWN_LICENSE}
+    license_fields = find_license(start, args.model_revision) if start is not None else {"license": DEFAULT_LICENSE}
     return Provenance(
         _in_words(data or embedded),
         tuple(hub_names),
@@ -125,12 +125,20 @@ def run_name(trainer: HubTrainer) -> str:
     return name.rpartition("/")[2]
 
 
-def training_facts(trainer: Trainer, options: Sequence[str]) -> dict[str, Any]:
-    """What the cards of all programs say of the training: options, table, machine, time and versions."""
+def training_facts(trainer: Trainer, options: Sequence[str] = ()) -> dict[str, Any]:
+    """What the cards of all programs say of the training: options, table, machine, time and versions.
+
+    Args:
+        trainer: After training.
+        options: Those of the program, which the library does not report.
+    """
     args, history, best = trainer.args, trainer.state.log_history, trainer.state.best_model_checkpoint
+    hyperparameters = extract_hyperparameters_from_trainer(trainer)
+    if args.lr_schedule == "published":  # it does not follow this option
+        del hyperparameters["lr_scheduler_type"]
     seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
     return {
-        "hyperparameters": {option: getattr(args, option) for option in options},
+        "hyperparameters": hyperparameters | {option: getattr(args, option) for option in (*SHARED_OPTIONS, *options)},
         "training_table": training_table(history),
         "hardware": describe_hardware(trainer),
         "duration": None if seconds is None else duration_in_words(seconds),
@@ -147,29 +155,24 @@ def training_table(history: Sequence[dict[str, float]]) -> str:
     Args:
         history: `log_history` of a `TrainerState`.
     """
-    rows: list[dict[str, Any]] = []
+    evaluations: dict[int, dict[str, Any]] = {}  # step -> row
     losses: list[dict[str, Any]] = []
-    for entry in history:
-        if "train_runtime" in entry:
-            break
-        where = {"Epoch": entry.get("epoch"), "Step": entry.get("step")}
+    for entry in itertools.takewhile(lambda entry: "train_runtime" not in entry, history):
+        place = {"Epoch": entry.get("epoch"), "Step": entry.get("step")}
         if "loss" in entry:
-            losses.append({**where, "Training loss": entry["loss"]})
+            losses.append(place | {"Training loss": entry["loss"]})
         scores = {
             key.replace("_", " ").replace("eval", "evaluation").capitalize(): value
             for key, value in entry.items()
             if key.startswith("eval_") and not key.endswith(NOT_SCORES)
         }
-        if not scores:
-            continue
-        if rows and rows[-1]["Step"] == where["Step"]:  # several entries of one evaluation
-            rows[-1] |= scores
-        else:
-            rows.append({**where, "Training loss": losses[-1]["Training loss"] if losses else "", **scores})
-    rows = rows or losses
+        if scores:  # an evaluation may have several entries
+            loss = losses[-1]["Training loss"] if losses else ""
+            evaluations.setdefault(place["Step"], place | {"Training loss": loss}).update(scores)
+    rows = list(evaluations.values()) or losses
     step = -(-len(rows) // MAX_TABLE_ROWS) or 1
     shown = rows[::-step][::-1]  # with the last one
-    columns = list(dict.fromkeys(column for row in shown for column in row))
+    columns = dict.fromkeys(column for row in shown for column in row)
     return make_markdown_table([{column: row.get(column, "") for column in columns} for row in shown])
 
 
@@ -206,17 +209,17 @@ def model_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
     facts = {"num_classes": config.num_labels, "num_parameters": f"{trainer.model.num_parameters():,}"}
     if hasattr(trainer.model, "feature_hook"):
         hook = trainer.model.feature_hook
-        kind = getattr(config, "architecture", config.model_type)
+        architecture = getattr(config, "architecture", config.model_type)
         shape = f"{hook.grid_size[0]} x {hook.grid_size[1]} cells"
         facts["must_interpolate"] = bool(hook.forward_options)
     else:
-        kind, shape = "LV-ViT", f"patches of {config.patch_size} x {config.patch_size}"
+        architecture, shape = "LV-ViT", f"patches of {config.patch_size} x {config.patch_size}"
         shape += f"; {config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
         facts["patch_logits_weight"] = config.patch_logits_weight
     height, width = model_image_size(trainer.model)
     return facts | {
-        "kind": kind,
-        "is_lvvit": kind == "LV-ViT",
+        "kind": architecture,
+        "is_lvvit": architecture == "LV-ViT",
         "image_height": height,
         "image_width": width,
         "shape": shape,
@@ -229,7 +232,7 @@ def write_model_card(
     provenance: Provenance,
     eval_name: str,
     metrics: dict[str, float],
-    image: str | None,
+    figure: str | None,
 ) -> None:
     """Fills the template from the finished run and saves it as README.md in the output folder.
 
@@ -239,7 +242,7 @@ def write_model_card(
         provenance: Where data and model come from.
         eval_name: What the evaluation rows are called.
         metrics: Result of `trainer.evaluate()`.
-        image: File name of the image of predictions in the output folder, `None` if there is none.
+        figure: File name of the figure of predictions in the output folder, `None` if there is none.
     """
     args = trainer.args
     name = run_name(trainer)
@@ -261,7 +264,7 @@ def write_model_card(
         annotator=trainer.annotator.annotator.provenance["annotator"] if trainer.annotator is not None else None,
         has_average=trainer.ema is not None,
         saves_patch_head=getattr(trainer.model, "saves_patch_head", True),
-        image=image,
+        image=figure,
         eval_split=eval_name,
         metrics={key: f"{100 * value:.2f} %" for key, value in accuracies.items()},
         num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed",

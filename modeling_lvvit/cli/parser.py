@@ -2,28 +2,24 @@
 
 import argparse
 import itertools
-from dataclasses import dataclass
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from ..token_labeling import TokenLabelTrainingArguments
 from .data_arguments import DataArguments
-from .model_arguments import ModelArguments, with_nearest
+from .model_arguments import ModelArguments, read_config_overrides, with_nearest
 
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+EMBEDDED_RECIPE = "digit_scenes"  # of every program; used without a recipe and without data, it makes its own data
 RENAMED = {"crop_fraction": "crop_pct"}  # keys of older recipes
-# pairs of options of which one replaces the other
-ALTERNATIVES = (
-    ("variant", "model_name_or_path"),
-    ("variant", "architecture"),
-    ("architecture", "model_name_or_path"),
-    ("ema_decay", "base_ema_decay"),
-)
-# options of the embedded recipe that describe its model, which another choice of model replaces
-MODEL_SHAPE_OPTIONS = ("config_overrides", "image_size", "crop_pct")
 
 
 @dataclass(frozen=True)
@@ -33,32 +29,52 @@ class Program:
     Args:
         name: What its messages start with.
         usage: How it is started.
-        arguments: Dataclasses of its options; the first one has `config_overrides`.
-        recipes: Folder of the recipes that come with it.
-        embedded_recipe: The one that is used without a recipe and without data; it makes its own data.
+        arguments: Dataclasses of its options; the first one describes the model. Those that exclude each other are in `alternatives`
+            of a dataclass.
+        recipes: Folder of the recipes that come with it, the embedded one among them.
     """
 
     name: str
     usage: str
     arguments: tuple[type, ...]
     recipes: Path
-    embedded_recipe: str
 
-    def parser(self) -> HfArgumentParser:
-        """A new parser of its options."""
+    def parser(self, **settings: Any) -> HfArgumentParser:
+        """A new parser of its options; `settings` are those of `argparse.ArgumentParser`."""
         usage = f"{self.usage} [RECIPE ...] [--option value ...]"
-        return HfArgumentParser(self.arguments, prog=self.name, usage=usage, allow_abbrev=False)
+        return HfArgumentParser(self.arguments, prog=self.name, usage=usage, allow_abbrev=False, **settings)
+
+    @cached_property
+    def types(self) -> dict[str, Any]:
+        """Option -> type."""
+        hints = {name: hint for part in self.arguments for name, hint in get_type_hints(part).items()}
+        return {entry.name: hints[entry.name] for part in self.arguments for entry in fields(part) if entry.init}
+
+    def given_options(
+        self, words: list[str], parser: HfArgumentParser | None = None
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The options on a command line, converted, without any defaults; and the words that are no options."""
+        unset = object()  # argparse fills in its defaults only where a namespace lacks a name
+        namespace = argparse.Namespace(**dict.fromkeys(self.types, unset))
+        parsed, rest = (parser or self.parser()).parse_known_args(words, namespace)
+        return {name: value for name, value in vars(parsed).items() if value is not unset}, rest
+
+    def merge(self, options: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+        """Options of two recipes. The later ones hold, and one of several alternatives replaces the others. Fields of
+        `config_overrides` are merged one by one, unless they belong to different architectures."""
+        chosen = {name for name, value in later.items() if value is not None}
+        groups = [set(part.alternatives) for part in self.arguments if hasattr(part, "alternatives")]
+        replaced = {name for group in groups if chosen & group for name in group}
+        merged = {name: value for name, value in options.items() if name not in replaced} | later
+        overrides = (options.get("config_overrides"), later.get("config_overrides"))
+        if merged.get("architecture") != options.get("architecture"):
+            merged["config_overrides"] = overrides[1]
+        elif all(isinstance(values, dict) for values in overrides):
+            merged["config_overrides"] = overrides[0] | overrides[1]
+        return merged
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-EMBEDDED_RECIPE = "digit_scenes"
-TRAIN_TL = Program(
-    "train_tl.py",
-    "train_tl.py",
-    (ModelArguments, DataArguments, TokenLabelTrainingArguments),
-    RECIPES,
-    EMBEDDED_RECIPE,
-)
+TRAIN_TL = Program("train_tl.py", "train_tl.py", (ModelArguments, DataArguments, TokenLabelTrainingArguments), RECIPES)
 
 
 def recipe_names(program: Program = TRAIN_TL) -> list[str]:
@@ -73,17 +89,15 @@ def find_recipe(name: str, program: Program = TRAIN_TL) -> Path:
     Raises:
         FileNotFoundError: If there is neither; the message lists the shipped names.
     """
-    shipped = program.recipes / f"{name}.yaml"
-    if Path(name).is_file():
-        return Path(name)
-    if shipped.is_file():
-        return shipped
+    for path in (Path(name), program.recipes / f"{name}.yaml"):
+        if path.is_file():
+            return path
     names = ", ".join(recipe_names(program))
     raise FileNotFoundError(f"There is no recipe file {name}, and the package ships only: {names}.")
 
 
 def read_recipe(path: Path, program: Program = TRAIN_TL, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Options of a recipe file, checked and converted as if they stood on the command line.
+    """Options of a recipe file, checked and converted as on the command line.
 
     The key `base` names another recipe, or several, whose options hold where this one has none; of several the later ones first.
 
@@ -103,80 +117,46 @@ def read_recipe(path: Path, program: Program = TRAIN_TL, above: tuple[Path, ...]
     bases = recipe.pop("base", None) or []
     options: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        options = _merged(options, read_recipe(find_recipe(str(base), program), program, (*above, path)))
-    actions = {action.dest: action for action in program.parser()._actions}
-    if unknown := [with_nearest(str(key), set(actions)) for key in recipe if key not in actions]:
+        options = program.merge(options, read_recipe(find_recipe(str(base), program), program, (*above, path)))
+    if unknown := [with_nearest(str(key), set(program.types)) for key in recipe if key not in program.types]:
         raise ValueError(f"Recipe {path} has unknown options: {'; '.join(unknown)}.")
+    parser = program.parser(exit_on_error=False)
     try:
-        own = {key: _converted(actions[key], value) for key, value in recipe.items()}
+        return program.merge(options, {key: _convert(key, recipe[key], program, parser) for key in recipe})
     except ValueError as error:
         raise ValueError(f"Recipe {path}: {error}") from error
-    return _merged(options, own)
 
 
-def _merged(options: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Options of two recipes; the later ones hold, and configuration fields are merged one by one, unless they are of another
-    architecture."""
-    options = _of_architecture(options, later)
-    both = (options.get("config_overrides"), later.get("config_overrides"))
-    merged = {**_without_replaced(options, later), **later}
-    if all(isinstance(fields, dict) for fields in both):
-        merged["config_overrides"] = {**both[0], **both[1]}
-    return merged
-
-
-def _of_architecture(options: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Options without configuration fields, if later ones choose another architecture."""
-    own = options.get("architecture")
-    if later.get("architecture", own) == own and not (own and later.get("model_name_or_path")):
-        return options
-    return {name: value for name, value in options.items() if name != "config_overrides"}
-
-
-def _converted(action: argparse.Action, value: Any) -> Any:
-    """A YAML value as the option's own conversion would give it."""
-    takes_mapping = action.dest == "config_overrides" or action.dest.endswith(("_kwargs", "_config", "optim_args"))
-    if (isinstance(value, dict) and takes_mapping) or (value is None and action.default is None):
+def _convert(name: str, value: Any, program: Program, parser: HfArgumentParser) -> Any:
+    """A YAML value as the command line would give it; each item of a list as a word of its own."""
+    hint = program.types[name]
+    choices = [get_origin(part) or part for part in get_args(hint)]  # of a union
+    if (value is None and type(None) in choices) or (
+        isinstance(value, (dict, list)) and {str, type(value)} <= set(choices)  # what a word says in YAML
+    ):
         return value
-    if isinstance(value, list) and action.dest == "report_to":
-        return value
-    if value is False and "no" in (action.choices or ()):  # what YAML makes of an unquoted no
-        return "no"
-    takes_list = action.nargs in ("+", "*")
-    values = value if isinstance(value, list) and takes_list else [value]
-    try:
-        if any(isinstance(item, (dict, list)) or item is None for item in values):
+
+    def read(item: Any) -> Any:
+        if item is None or isinstance(item, (dict, list)):
             raise ValueError("not a plain value")
-        converted = [action.type(str(item)) if action.type else str(item) for item in values]
-        if action.choices is not None and any(item not in action.choices for item in converted):
-            raise ValueError(f"not one of {list(action.choices)}")
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"option {action.dest} cannot be {value!r} ({error}).") from error
-    return converted if takes_list else converted[0]
+        word = "no" if item is False else str(item)  # YAML reads an unquoted no as False
+        return program.given_options([f"--{name}={word}"], parser)[0][name]
 
-
-def _without_replaced(options: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Options without those whose alternative stands in `later`."""
-    replaced = {other for pair in ALTERNATIVES for name, other in (pair, pair[::-1]) if later.get(name) is not None}
-    return {name: value for name, value in options.items() if name not in replaced}
-
-
-def given_options(arguments: list[str], program: Program = TRAIN_TL) -> dict[str, Any]:
-    """Options that stand on the command line."""
-    parser, unset = program.parser(), object()  # one of its own: several actions with other defaults share a name
-    parser.set_defaults(**{action.dest: unset for action in parser._actions if action.dest != "help"})
-    given, _ = parser.parse_known_args(arguments)
-    return {name: value for name, value in vars(given).items() if value is not unset}
+    try:
+        if isinstance(value, list) and list in (get_origin(hint), *choices):
+            return [converted for item in value for converted in read(item)]
+        return read(value)
+    except (ValueError, argparse.ArgumentError) as error:
+        raise ValueError(f"option {name} cannot be {value!r} ({getattr(error, 'message', error)}).") from error
 
 
 def parse(arguments: list[str], program: Program = TRAIN_TL) -> tuple[Any, ...]:
-    """Parses `[RECIPE ...] [--option value ...]`; later recipes override earlier ones, options override recipes; fields of
-    `config_overrides` are merged.
+    """Parses `[RECIPE ...] [--option value ...]`; later recipes override earlier ones, and options override recipes: see `Program.merge`.
 
-    Without a recipe and without `--dataset_name`, the embedded recipe is the base.
+    Without a recipe and without `--dataset_name`, the embedded recipe is the base; if options choose a model, without its own.
 
     Args:
-        arguments: What stands behind the name of the program.
+        arguments: Those of the program.
         program: The program.
 
     Returns:
@@ -186,27 +166,25 @@ def parse(arguments: list[str], program: Program = TRAIN_TL) -> tuple[Any, ...]:
         ValueError: If an option or recipe key is unknown or has a bad value.
         FileNotFoundError: If the recipe does not exist.
     """
-    parser = program.parser()
     recipes = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
-    arguments = arguments[len(recipes) :]
-    given = given_options(arguments, program)
+    given, rest = program.given_options(arguments[len(recipes) :])
+    if rest:
+        unknown = [with_nearest(word.lstrip("-"), set(program.types)) for word in rest if word.startswith("-")] or rest
+        raise ValueError(f"Unknown options: {'; '.join(unknown)}.")
+    if "config_overrides" in given:
+        given["config_overrides"] = read_config_overrides(given["config_overrides"])
     options: dict[str, Any] = {}
     for recipe in recipes:
-        options = _merged(options, read_recipe(find_recipe(recipe, program), program))
+        options = program.merge(options, read_recipe(find_recipe(recipe, program), program))
     if not recipes and "dataset_name" not in given:
-        options = read_recipe(find_recipe(program.embedded_recipe, program), program)
-        if given.keys() & {"variant", "architecture", "model_name_or_path"}:
-            options = {key: value for key, value in options.items() if key not in MODEL_SHAPE_OPTIONS}
-    options = _of_architecture(options, given)
-    parser.set_defaults(**_without_replaced(options, given))
-    *parsed, rest = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
-    if rest:
-        known = {action.dest for action in parser._actions}
-        unknown = [with_nearest(option.lstrip("-"), known) for option in rest if option.startswith("-")] or rest
-        raise ValueError(f"Unknown options: {'; '.join(unknown)}.")
-    overrides = (options.get("config_overrides"), parsed[0].config_overrides)
-    if "config_overrides" in given and all(isinstance(fields, dict) for fields in overrides):
-        parsed[0].config_overrides = {**overrides[0], **overrides[1]}
-    return tuple(parsed)
+        options = read_recipe(find_recipe(EMBEDDED_RECIPE, program), program)
+        model = program.arguments[0]
+        if given.keys() & set(model.alternatives):
+            shape = {entry.name for entry in fields(model)}
+            options = {name: value for name, value in options.items() if name not in shape}
+    return program.parser().parse_dict(program.merge(options, given))
+
+
+def name_options(message: str, names: Collection[str]) -> str:
+    """A message of the library for the command line: of the names in backticks, those of options become `--name`."""
+    return re.sub(r"`(\w+)`", lambda match: f"--{match[1]}" if match[1] in names else match[0], message)

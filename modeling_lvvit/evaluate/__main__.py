@@ -45,50 +45,57 @@ RANKS = 5
 
 @dataclass
 class EvaluationArguments:
-    """Options of the program.
+    """Options of the program, described in their `help`."""
 
-    Args:
-        model: Classifiers: Hub names or folders of transformers, `timm/NAME`, folders that timm saved.
-        dataset: Test sets: Hub names, image folders, folders of Parquet files, or such files.
-        split: Split of all of them; default: found by name.
-        dataset_config_name, dataset_revision: Configuration and revision on the Hub.
-        image_column, label_column: Column names.
-        class_map: Which class of a model is which of the data: `identity`, or a file; default: by name, synonym or WordNet id.
-        real_labels: Re-assessed labels of the first test set: `imagenet`, those of its validation set, or a JSON file or its URL.
-        corruptions: Folder of ImageNet-C.
-        image_size: Side of the input in pixels, or height and width; default: that of each model.
-        crop_pct: Share of the resized image that the center crop keeps; default: that of each model.
-        batch_size: Images that a device takes at a time.
-        num_workers: Processes that load images.
-        bf16: Whether to compute in bfloat16.
-        max_samples: First rows of each test set only.
-        output: JSON file for all results and settings; the table is always printed.
-        model_revision, trust_remote_code: See `from_pretrained`.
-        random_weights: Builds architectures without weights, to try things out.
-    """
-
-    model: list[str] = field(metadata={"help": "Classifiers."})
-    dataset: list[str] = field(default_factory=list, metadata={"help": "Test sets."})
-    split: str | None = field(default=None, metadata={"help": "Split; default: found by name."})
+    model: list[str] = field(
+        metadata={"help": "Classifiers: Hub names or folders of transformers, timm/NAME, folders that timm saved."}
+    )
+    dataset: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Test sets: Hub names, image folders, folders of Parquet files, or such files."},
+    )
+    split: str | None = field(default=None, metadata={"help": "Split of all of them; default: found by name."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
     image_column: str = field(default="image", metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of class ids or names."})
-    class_map: str | None = field(default=None, metadata={"help": "identity, or a file."})
-    real_labels: str | None = field(default=None, metadata={"help": "imagenet, or a JSON file or URL."})
+    class_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which class of a model is which of the data: identity, or a file; default: by name, synonym or WordNet id."
+        },
+    )
+    real_labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "Re-assessed labels of the first test set: imagenet, those of its validation set, or a JSON file or its URL."
+        },
+    )
     corruptions: str | None = field(default=None, metadata={"help": "Folder of ImageNet-C."})
-    image_size: list[int] | None = field(default=None, metadata={"help": "Input side in pixels, or height and width."})
+    image_size: list[int] | None = field(
+        default=None,
+        metadata={"help": "Side of the input in pixels, or height and width; default: that of each model."},
+    )
     crop_pct: float | None = field(
-        default=None, metadata={"help": "Share kept by the center crop.", "aliases": ["--crop_fraction"]}
+        default=None,
+        metadata={
+            "help": "Share of the resized image that the center crop keeps; default: that of each model.",
+            "aliases": ["--crop_fraction"],
+        },
     )
     batch_size: int = field(default=64, metadata={"help": "Images that a device takes at a time."})
     num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
     max_samples: int | None = field(default=None, metadata={"help": "First rows of each test set only."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "JSON file for all results and settings; the table is always printed."},
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the models on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
-    random_weights: bool = field(default=False, metadata={"help": "Architectures without weights."})
+    random_weights: bool = field(
+        default=False, metadata={"help": "Build architectures without weights, to try things out."}
+    )
 
     def __post_init__(self):
         if not self.dataset and self.corruptions is None:

@@ -21,86 +21,100 @@ SCORES = ("mean_iou", "pixel_accuracy", "mean_accuracy")  # what an evaluation g
 @dataclass
 class SegmentationModelArguments(ModelSourceArguments):
     """Which model to train, besides the fields of `ModelSourceArguments`: a new LV-ViT, a classifier, which becomes the backbone, or a
-    segmentation model to go on with. `image_size` is the size of the training crops and of the windows of evaluation.
+    segmentation model to go on with. `image_size` is the size of the training crops and of the windows of evaluation."""
 
-    Args:
-        segmentation_head: `"upernet"` or `"fcn"`; default: that of the model, for a new one UperNet.
-        evaluate_only: Whether to evaluate the model without training it.
-    """
-
-    segmentation_head: Literal["upernet", "fcn"] | None = field(default=None, metadata={"help": "upernet or fcn."})
-    evaluate_only: bool = field(default=False, metadata={"help": "Evaluate without training."})
+    segmentation_head: Literal["upernet", "fcn"] | None = field(
+        default=None, metadata={"help": "upernet or fcn; default: that of the model, for a new one upernet."}
+    )
+    evaluate_only: bool = field(default=False, metadata={"help": "Evaluate the model without training it."})
 
     def __post_init__(self):
         if self.segmentation_head not in (None, "upernet", "fcn"):
             raise ValueError(f"`segmentation_head` must be upernet or fcn, got {self.segmentation_head!r}.")
         super().__post_init__()
         if self.evaluate_only and self.model_name_or_path is None:
-            raise ValueError("--evaluate_only needs a trained model: --model_name_or_path.")
+            raise ValueError("`evaluate_only` needs a trained model: `model_name_or_path`.")
 
 
 @dataclass
 class SegmentationDataArguments:
-    """What to train and evaluate on, and how masks stand for classes.
+    """What to train and evaluate on, and how masks stand for classes. Its options are described in their `help`."""
 
-    Args:
-        dataset_name: Hub name, a folder (an image folder with metadata, or Parquet files), or one Parquet file. Without it the
-            embedded digit scenes are used.
-        dataset_config_name, dataset_revision: Configuration and revision on the Hub.
-        train_split, eval_split: Split names; without `eval_split` the first of validation, val, valid, dev, test, else a share of
-            the training data.
-        test_split: A split that is evaluated once, at the end.
-        eval_fraction: Share of the training data that is held out where there is no evaluation split, in (0, 1).
-        image_column, mask_column: Column names; default of the latter: annotation, mask, ..., whichever is there.
-        class_names: Names of the classes in the order of their ids, or one JSON or text file with them; default: `id2label.json`
-            next to the data, then numbers.
-        ignore_index: Mask value of pixels that do not count.
-        reduce_labels: Whether 0 in masks is no class and 1 is the first one (ADE20K).
-        mask_values: Mask value of each class; default: the class ids.
-        max_train_samples, max_eval_samples: Keep the first rows only; for trying things out.
-        check_data: Whether to look at every row before training.
-        class_weights: Weight of each class in the loss, or `"median_frequency"`, from the training masks.
-        scale_min, scale_max, max_class_share, horizontal_flip, photometric: See `SegmentationAugmentation`.
-        short_side, long_side: Size in pixels in which images are evaluated, and to which training scales refer; default: their
-            own size. See `evaluation_size`.
-        window: Windows of evaluation in pixels, one side or height and width; default: the size of the training crops. Windows that
-            are as large as the images see them whole.
-        stride: Distance of windows in pixels, one number or that of rows and columns; default: two thirds of the window.
-        multi_scale: Whether the evaluation at the end also averages over sizes of the image and, unless `horizontal_flip` is 0,
-            mirror images.
-        scales: Those sizes.
-    """
-
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub name, folder or Parquet file."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name, a folder (an image folder with metadata, or Parquet files) or one Parquet file; default: the embedded digit "
+            "scenes."
+        },
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
     train_split: str = field(default="train", metadata={"help": "Training split."})
-    eval_split: str | None = field(default=None, metadata={"help": "Evaluation split; default: found by name."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation split; default: the first of validation, val, valid, dev, test, else a share of the training data."
+        },
+    )
     test_split: str | None = field(default=None, metadata={"help": "Split that is evaluated once, at the end."})
-    eval_fraction: float = field(default=0.1, metadata={"help": "Share of training rows where no such split is."})
+    eval_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the training data held out without an evaluation split, in (0, 1)."}
+    )
     image_column: str = field(default="image", metadata={"help": "Column of images."})
-    mask_column: str | None = field(default=None, metadata={"help": "Column of masks; default: found by name."})
-    class_names: list[str] | None = field(default=None, metadata={"help": "Names, or one JSON or text file."})
+    mask_column: str | None = field(
+        default=None, metadata={"help": "Column of masks; default: annotation, mask, ..., whichever is there."}
+    )
+    class_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the classes in the order of their ids, or one JSON or text file with them; default: id2label.json next to the "
+            "data, then numbers."
+        },
+    )
     ignore_index: int = field(default=IGNORED, metadata={"help": "Mask value of pixels that do not count."})
-    reduce_labels: bool = field(default=False, metadata={"help": "0 in masks is no class, 1 is the first."})
-    mask_values: list[int] | None = field(default=None, metadata={"help": "Mask value of each class."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only."})
+    reduce_labels: bool = field(default=False, metadata={"help": "0 in masks is no class, 1 the first one (ADE20K)."})
+    mask_values: list[int] | None = field(
+        default=None, metadata={"help": "Mask value of each class; default: the class ids."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only, to try out."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only, to try out."})
     check_data: bool = field(default=True, metadata={"help": "Look at every row before training."})
     class_weights: list[str] | None = field(
-        default=None, metadata={"help": "Weight of each class in the loss, or median_frequency."}
+        default=None,
+        metadata={"help": "Weight of each class in the loss, or median_frequency, from the training masks."},
     )
     scale_min: float = field(default=0.5, metadata={"help": "Smallest factor of the size of training images."})
     scale_max: float = field(default=2.0, metadata={"help": "Largest factor of the size of training images."})
     max_class_share: float = field(default=0.75, metadata={"help": "Crops filled more by a class are drawn again."})
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a mirror image."})
     photometric: float = field(default=0.5, metadata={"help": "Probability of each color change."})
-    short_side: int | None = field(default=None, metadata={"help": "Shorter side of images; default: their own."})
-    long_side: int | None = field(default=None, metadata={"help": "Largest longer side of images."})
-    window: list[int] | None = field(default=None, metadata={"help": "Windows of evaluation in pixels."})
-    stride: list[int] | None = field(default=None, metadata={"help": "Distance of windows in pixels."})
-    multi_scale: bool = field(default=False, metadata={"help": "Also evaluate at several scales, mirrored."})
-    scales: list[float] = field(default_factory=lambda: list(SCALES), metadata={"help": "Scales of that evaluation."})
+    short_side: int | None = field(
+        default=None,
+        metadata={
+            "help": "Shorter side in pixels of images in evaluation, to which training scales refer too; default: their own size."
+        },
+    )
+    long_side: int | None = field(default=None, metadata={"help": "Largest longer side in pixels, with short_side."})
+    window: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Windows of evaluation in pixels, a side or height and width; default: the size of the training crops. Windows as large "
+            "as the images see them whole."
+        },
+    )
+    stride: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Distance of windows in pixels, a number or that of rows and columns; default: two thirds of a window."
+        },
+    )
+    multi_scale: bool = field(
+        default=False,
+        metadata={
+            "help": "In the evaluation at the end also average over sizes of the image and, unless horizontal_flip is 0, mirror images."
+        },
+    )
+    scales: list[float] = field(default_factory=lambda: list(SCALES), metadata={"help": "Those sizes, as factors."})
 
     def __post_init__(self):
         if not 0 < self.eval_fraction < 1:
@@ -161,26 +175,23 @@ class SegmentationDataArguments:
 
 @dataclass
 class SegmentationTrainingArguments(BaseImageTrainingArguments):
-    """`BaseImageTrainingArguments` with the defaults of the published segmentation recipe.
-
-    Args:
-        base_learning_rate (`float`, defaults to 6e-5): Learning rate for 16 images per optimizer step.
-        lr_schedule (`str`, defaults to `"published"`): `"published"`, linear warm-up and polynomial decay to 0
-            (`trainer.polynomial_factor`); `"library"`, that of `lr_scheduler_type`.
-        metric_for_best_model (`str`, *optional*): `mean_iou` (default with `load_best_model_at_end`), `pixel_accuracy` or
-            `mean_accuracy`.
-        warmup_steps (`float`, defaults to 0.01): Optimizer steps of warm-up, or below 1 their share of the run (published: 1500 of
-            160,000).
-        lr_power (`float`, defaults to 1.0): Power of the decay.
-    """
+    """`BaseImageTrainingArguments` with the defaults of the published segmentation recipe."""
 
     reference_images_per_step: ClassVar[int] = REFERENCE_IMAGES_PER_STEP
 
     base_learning_rate: float = field(default=6e-5, metadata={"help": "Learning rate for 16 images a step."})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay of matrices and convolutions."})
-    warmup_steps: float = field(default=0.01, metadata={"help": "Steps of warm-up, or below 1 their share."})
+    warmup_steps: float = field(
+        default=0.01,
+        metadata={
+            "help": "Optimizer steps of warm-up, or below 1 their share of the run (published: 1500 of 160,000)."
+        },
+    )
     lr_schedule: Literal["library", "published"] = field(
-        default="published", metadata={"help": "'published' is warm-up and polynomial decay."}
+        default="published",
+        metadata={
+            "help": "published: linear warm-up and polynomial decay to 0 (schedule.polynomial_factor); library: lr_scheduler_type."
+        },
     )
     lr_power: float = field(default=1.0, metadata={"help": "Power of the polynomial decay."})
     per_device_eval_batch_size: int = field(default=4, metadata={"help": "Images that a device takes at a time."})
@@ -201,3 +212,19 @@ class SegmentationTrainingArguments(BaseImageTrainingArguments):
         metric = (self.metric_for_best_model or SCORES[0]).removeprefix("eval_")
         if metric not in SCORES:
             raise ValueError(f"`metric_for_best_model` must be one of {', '.join(SCORES)}, got {metric}.")
+
+
+def check_options(
+    model_args: SegmentationModelArguments,
+    data_args: SegmentationDataArguments,
+    training_args: SegmentationTrainingArguments,
+) -> None:
+    """Raises a `ValueError` if options do not fit each other."""
+    if data_args.class_weights == [BALANCED] and not data_args.check_data:
+        raise ValueError(f"`class_weights` {BALANCED} counts pixels in the check of the data: leave `check_data` on.")
+    if model_args.evaluate_only and training_args.push_to_hub:
+        raise ValueError("`evaluate_only` makes nothing to publish: leave out `push_to_hub`.")
+    if model_args.evaluate_only and training_args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "`evaluate_only` trains nothing: leave out `resume_from_checkpoint` and name the checkpoint as `model_name_or_path`."
+        )

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import AutoImageProcessor, SegformerImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
@@ -14,7 +15,8 @@ from ..cli.model_arguments import check_config_fields
 from ..configuration_lvvit import LVViTConfig
 from ..modeling_lvvit import LVViTForSemanticSegmentation
 from ..variants import variant_config
-from .arguments import SegmentationDataArguments, SegmentationModelArguments
+from .arguments import BALANCED, SegmentationDataArguments, SegmentationModelArguments
+from .dataset import ClassCounts
 
 
 logger = logging.get_logger(__name__)
@@ -88,9 +90,9 @@ def _overrides(args: SegmentationModelArguments, config: LVViTConfig | None) -> 
     if config is None:
         return overrides
     check_config_fields(LVViTConfig, overrides)
-    kept = [name for name in BACKBONE_FIELDS if name in overrides and overrides[name] != getattr(config, name)]
-    if kept:
-        about = ", ".join(f"{name} {getattr(config, name)} (not {overrides[name]})" for name in kept)
+    ignored = [name for name in BACKBONE_FIELDS if name in overrides and overrides[name] != getattr(config, name)]
+    if ignored:
+        about = ", ".join(f"{name} {getattr(config, name)} (not {overrides[name]})" for name in ignored)
         logger.warning("%s keeps its %s.", args.model_name_or_path, about)
     return {name: value for name, value in overrides.items() if name not in BACKBONE_FIELDS}
 
@@ -143,23 +145,23 @@ def pretrained_processor(args: SegmentationModelArguments) -> Any | None:
         return None
 
 
-def as_trained(data_args: SegmentationDataArguments, own: Any) -> SegmentationDataArguments:
+def as_trained(data_args: SegmentationDataArguments, processor: Any) -> SegmentationDataArguments:
     """Options for evaluating a segmentation model as it was trained: the size of images, unless another is given.
 
     Args:
         data_args: The options.
-        own: Image processor of the model.
+        processor: Image processor of the model.
 
     Raises:
         ValueError: If masks would be read in another way.
     """
-    reduced = bool(getattr(own, "do_reduce_labels", False))
+    reduced = bool(getattr(processor, "do_reduce_labels", False))
     if reduced != data_args.reduce_labels:
         word = str(reduced).lower()
         raise ValueError(
-            f"The model was trained with --reduce_labels {word}, so that its class ids mean other mask values. Add that option."
+            f"The model was trained with `reduce_labels` {word}, so that its class ids mean other mask values. Add that option."
         )
-    size = own.size if own.do_resize else None
+    size = processor.size if processor.do_resize else None
     if data_args.short_side is not None or not size or "shortest_edge" not in size:
         return data_args
     return dataclasses.replace(
@@ -168,17 +170,21 @@ def as_trained(data_args: SegmentationDataArguments, own: Any) -> SegmentationDa
 
 
 def build_processor(
-    own: Any | None, data_args: SegmentationDataArguments, reduces_labels: bool
+    pretrained: Any | None, data_args: SegmentationDataArguments, reduces_labels: bool
 ) -> SegformerImageProcessor:
     """The image processor that is saved with the model: images in the size in which they are evaluated, normalized as the backbone
     knows them, whole and never squashed.
 
     Args:
-        own: Result of `pretrained_processor`.
+        pretrained: Result of `pretrained_processor`.
         data_args: With the size of images.
         reduces_labels: Whether 0 in masks is no class.
     """
-    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if own is None else (own.image_mean, own.image_std)
+    mean, std = (
+        (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        if pretrained is None
+        else (pretrained.image_mean, pretrained.image_std)
+    )
     size = {}
     if data_args.short_side is not None:
         size = {"size": {"shortest_edge": data_args.short_side}}
@@ -194,7 +200,7 @@ def _check_classes(args: SegmentationModelArguments, config: LVViTConfig, class_
     if config.num_labels != len(class_names) and not args.ignore_mismatched_sizes:
         raise ValueError(
             f"{args.model_name_or_path} has {config.num_labels} classes, the data has {len(class_names)}. "
-            "--ignore_mismatched_sizes makes new classifiers for the classes of the data."
+            "`ignore_mismatched_sizes` makes new classifiers for the classes of the data."
         )
     old = [config.id2label.get(index) for index in range(config.num_labels)]
     if config.num_labels == len(class_names) and old != class_names:
@@ -203,3 +209,19 @@ def _check_classes(args: SegmentationModelArguments, config: LVViTConfig, class_
             "%s calls class %d %r, the data %r: are they the same classes?",
             args.model_name_or_path, differing, old[differing], class_names[differing],
         )  # fmt: skip
+
+
+def set_class_weights(
+    model: LVViTForSemanticSegmentation, args: SegmentationDataArguments, counts: ClassCounts | None
+) -> None:
+    """Gives the loss the weights that were asked for, the same in all processes.
+
+    Args:
+        model: Changed in place.
+        args: What was asked for.
+        counts: Pixels of the classes in the main process, elsewhere `None`.
+    """
+    weights = args.given_class_weights()
+    if args.class_weights == [BALANCED]:
+        weights = broadcast_object_list([counts and counts.median_frequency_weights()])[0]
+    model.config.semantic_loss_class_weights = weights

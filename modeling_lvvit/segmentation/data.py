@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from huggingface_hub import hf_hub_download
@@ -13,7 +14,8 @@ from ..data.masks import MaskEncoding
 from ..data.sources import looks_local, open_splits
 from ..data.splits import EVALUATION_SPLITS, find_eval_split, hold_out, split_to_evaluate
 from .arguments import SegmentationDataArguments
-from .dataset import values_in_masks
+from .dataset import ClassCounts, SegmentationDataset, values_in_masks
+from .transforms import SegmentationEvalTransform, SegmentationTrainTransform
 
 
 logger = logging.get_logger(__name__)
@@ -32,14 +34,14 @@ NAMES_FILE = "id2label.json"
 
 @dataclass
 class OpenedSegmentationData:
-    """What `open_segmentation_data` found.
+    """The data of a run, see `open_segmentation_data`.
 
     Args:
         train, evaluation: Rows with images and masks; `train` is `None` if only an evaluation was asked for.
         eval_name: What the evaluation rows are called.
         mask_column: Their column of masks.
         class_names: Names of the classes by id.
-        coding: How mask values stand for them.
+        encoding: How mask values stand for them.
         test: Rows that are evaluated at the end, `None` without such.
     """
 
@@ -48,19 +50,19 @@ class OpenedSegmentationData:
     eval_name: str
     mask_column: str
     class_names: list[str]
-    coding: MaskEncoding
+    encoding: MaskEncoding
     test: datasets.Dataset | None = None
 
 
 def open_segmentation_data(
-    args: SegmentationDataArguments, seed: int, known_names: list[str] | None = None, evaluate_only: bool = False
+    args: SegmentationDataArguments, seed: int, model_names: list[str] | None = None, evaluate_only: bool = False
 ) -> OpenedSegmentationData:
     """Opens the splits and finds out about their masks.
 
     Args:
         args: What to open.
         seed: Seed of the split where the data has no evaluation part.
-        known_names: Class names of a model, for data that has none.
+        model_names: Class names of a model, for data that has none.
         evaluate_only: Whether no training rows are needed.
 
     Raises:
@@ -75,7 +77,7 @@ def open_segmentation_data(
         if eval_name is None:
             wanted = args.eval_split or " or ".join(EVALUATION_SPLITS)
             raise ValueError(
-                f"{args.dataset_name} has no split {wanted}; it has {list(splits)}. Name it with --eval_split."
+                f"{args.dataset_name} has no split {wanted}; it has {list(splits)}. Name it with `eval_split`."
             )
     else:
         train, eval_name = (
@@ -85,8 +87,10 @@ def open_segmentation_data(
     if eval_name is not None:
         evaluation = splits[eval_name]
     else:
-        kept, held_out, eval_name = hold_out(len(train), args.eval_fraction, seed, args.dataset_name, args.train_split)
-        train, evaluation = train.select(kept), train.select(held_out)
+        training, held_out, eval_name = hold_out(
+            len(train), args.eval_fraction, seed, args.dataset_name, args.train_split
+        )
+        train, evaluation = train.select(training), train.select(held_out)
     rows = {"training": None if train is None else _first(train, args.max_train_samples)}
     rows |= {"evaluation": _first(evaluation, args.max_eval_samples)}
     rows |= {"test": None if args.test_split is None else _first(splits[args.test_split], args.max_eval_samples)}
@@ -94,9 +98,12 @@ def open_segmentation_data(
         if part is not None and not len(part):
             raise ValueError(f"There are no {name} rows in {args.dataset_name}.")
     mask_column = find_mask_column(evaluation, args)
-    class_names, coding = _classes(args, rows["training"] or rows["evaluation"], mask_column, known_names)
+    class_names, encoding = _find_classes(args, rows["training"] or rows["evaluation"], mask_column, model_names)
+    weights = args.given_class_weights()
+    if weights is not None and len(weights) != len(class_names):
+        raise ValueError(f"`class_weights` has {len(weights)} numbers; the data has {len(class_names)} classes.")
     return OpenedSegmentationData(
-        rows["training"], rows["evaluation"], eval_name, mask_column, class_names, coding, rows["test"]
+        rows["training"], rows["evaluation"], eval_name, mask_column, class_names, encoding, rows["test"]
     )
 
 
@@ -108,7 +115,7 @@ def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) ->
     """
     if args.image_column not in rows.column_names:
         raise ValueError(
-            f"{args.dataset_name} has no column {args.image_column!r}; it has {rows.column_names}. Name it with --image_column."
+            f"{args.dataset_name} has no column {args.image_column!r}; it has {rows.column_names}. Name it with `image_column`."
         )
     names = [args.mask_column] if args.mask_column is not None else MASK_COLUMNS
     for name in names:
@@ -126,36 +133,36 @@ def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) ->
     )
     about = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
     raise ValueError(
-        f"{args.dataset_name} has {wanted}; it has {about}. Name it with --mask_column. In the metadata.csv of an image folder "
+        f"{args.dataset_name} has {wanted}; it has {about}. Name it with `mask_column`. In the metadata.csv of an image folder "
         "the column is called mask_file_name; a folder of images and one of masks become such data by "
         "dataset_scripts/image_mask_folder.py."
     )
 
 
-def _classes(
-    args: SegmentationDataArguments, rows: datasets.Dataset, mask_column: str, known_names: list[str] | None
+def _find_classes(
+    args: SegmentationDataArguments, rows: datasets.Dataset, mask_column: str, model_names: list[str] | None
 ) -> tuple[list[str], MaskEncoding]:
     """Names of the classes, and how mask values stand for them."""
-    names = _given_names(args) or _names_beside_data(args)
+    names = _given_names(args) or _names_next_to_data(args)
     if names is not None and (len(names) < 2 or len(set(names)) != len(names)):
         raise ValueError(f"Class names must be two or more different names, got {names}.")
-    if names is None and known_names is not None:
-        names = known_names
+    if names is None and model_names is not None:
+        names = model_names
     values = tuple(args.mask_values) if args.mask_values else None
     if names is None:
         if values is None:
-            found = values_in_masks(rows, mask_column)
-            found = found[found != args.ignore_index]
-            count = int(found.max(initial=-1)) + 1 - args.reduce_labels
+            present = values_in_masks(rows, mask_column)
+            present = present[present != args.ignore_index]
+            count = int(present.max(initial=-1)) + 1 - args.reduce_labels
             if count < 2:
                 raise ValueError(
-                    f"The masks of {args.dataset_name} have the values {found.tolist()} besides {args.ignore_index}, which is ignored "
-                    "(--ignore_index): that is a single class. --mask_values names the value of each class, for example 0 255."
+                    f"The masks of {args.dataset_name} have the values {present.tolist()} besides {args.ignore_index}, which is ignored "
+                    "(`ignore_index`): that is a single class. `mask_values` names the value of each class, for example 0 255."
                 )
         else:
             count = len(values)
         names = [str(index) for index in range(count)]
-        logger.warning("The classes have no names: they are numbered 0 to %d. --class_names names them.", count - 1)
+        logger.warning("The classes have no names: they are numbered 0 to %d. `class_names` names them.", count - 1)
     return names, MaskEncoding(len(names), args.ignore_index, args.reduce_labels, values)
 
 
@@ -170,7 +177,7 @@ def _given_names(args: SegmentationDataArguments) -> list[str] | None:
     return names
 
 
-def _names_beside_data(args: SegmentationDataArguments) -> list[str] | None:
+def _names_next_to_data(args: SegmentationDataArguments) -> list[str] | None:
     """The names in `id2label.json` of a local folder or a repository of the Hub, `None` if it has none."""
     path = Path(args.dataset_name).expanduser()
     if path.exists() or looks_local(args.dataset_name):
@@ -185,3 +192,37 @@ def _names_beside_data(args: SegmentationDataArguments) -> list[str] | None:
 
 def _first(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
     return rows if count is None else rows.select(range(min(max(count, 0), len(rows))))
+
+
+def build_samples(
+    args: SegmentationDataArguments, opened: OpenedSegmentationData, crop_size: tuple[int, int], processor: Any
+) -> dict[str, SegmentationDataset | None]:
+    """Training samples, jointly augmented, and whole images of the other splits.
+
+    Args:
+        args: Augmentation and sizes.
+        opened: The rows.
+        crop_size: Height and width of training samples in pixels.
+        processor: Image processor with the normalization.
+    """
+    statistics, encoding = (processor.image_mean, processor.image_std), opened.encoding
+    train_transform = SegmentationTrainTransform(
+        crop_size, *statistics, encoding.label_ignore_index, args.augmentation(), args.short_side, args.long_side
+    )
+    columns = {"image_column": args.image_column, "mask_column": opened.mask_column}
+    samples = {}
+    for name, rows in (("training", opened.train), ("evaluation", opened.evaluation), ("test", opened.test)):
+        transform = train_transform if name == "training" else SegmentationEvalTransform(*statistics)
+        samples[name] = rows and SegmentationDataset(rows, transform, encoding, **columns, name=name)
+    return samples
+
+
+def check_samples(samples: dict[str, SegmentationDataset | None], class_names: list[str]) -> ClassCounts | None:
+    """Looks at all rows; returns the pixels of the training classes, and warns of classes that cannot be learned."""
+    counts = {name: part.check_rows() for name, part in samples.items() if part is not None}
+    training = counts.get("training")
+    if training is not None and not training.pixels.all():
+        absent = [name for name, pixels in zip(class_names, training.pixels) if not pixels]
+        listed = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
+        logger.warning("No training mask has %s: the model cannot learn them.", listed)
+    return training

@@ -37,11 +37,11 @@ class ClassCounts:
     def __post_init__(self):
         self.pixels_where_present, self.num_masks = np.zeros_like(self.pixels), np.zeros_like(self.pixels)
 
-    def add(self, of_mask: np.ndarray, ignored: int) -> None:
+    def add(self, mask_pixels: np.ndarray, ignored: int) -> None:
         """Counts the pixels of each class in one mask, `(C,)`."""
-        self.pixels += of_mask
-        self.pixels_where_present += np.where(of_mask > 0, of_mask.sum(), 0)
-        self.num_masks += of_mask > 0
+        self.pixels += mask_pixels
+        self.pixels_where_present += np.where(mask_pixels > 0, mask_pixels.sum(), 0)
+        self.num_masks += mask_pixels > 0
         self.ignored += ignored
 
     def median_frequency_weights(self) -> list[float]:
@@ -61,7 +61,7 @@ class SegmentationDataset(ImageDataset):
     Args:
         dataset: Rows with two image columns.
         transform: Called with an image and the class ids of its pixels `(height, width)`; returns a dict of tensors.
-        coding: How mask values stand for classes.
+        encoding: How mask values stand for classes.
         image_column, mask_column: Column names.
         name: What messages call the dataset.
 
@@ -73,7 +73,7 @@ class SegmentationDataset(ImageDataset):
         self,
         dataset: datasets.Dataset,
         transform: Callable,
-        coding: MaskEncoding,
+        encoding: MaskEncoding,
         image_column: str = "image",
         mask_column: str = "mask",
         name: str = "training",
@@ -81,8 +81,8 @@ class SegmentationDataset(ImageDataset):
         for column in (image_column, mask_column):
             dataset = with_image_column(dataset, column)
         super().__init__(dataset, [image_column, mask_column], name)
-        self.transform, self.coding, self.mask_column = transform, coding, mask_column
-        self._table = coding.table()
+        self.transform, self.encoding, self.mask_column = transform, encoding, mask_column
+        self._table = encoding.table()
 
     def fetch(self, table: pa.Table, indices: list[int]) -> pa.ChunkedArray:
         """The masks, undecoded."""
@@ -105,7 +105,7 @@ class SegmentationDataset(ImageDataset):
         Raises:
             ValueError: With the first problems found, each with its row, or if no pixel has a class.
         """
-        counts = ClassCounts(np.zeros(self.coding.num_labels, dtype=np.int64))
+        counts = ClassCounts(np.zeros(self.encoding.num_labels, dtype=np.int64))
 
         def find_problems(table: pa.Table, start: int) -> list[tuple[int, str]]:
             problems = []
@@ -115,7 +115,7 @@ class SegmentationDataset(ImageDataset):
                 if problem:
                     problems.append((offset, problem))
                     continue
-                is_counted = ids != self.coding.label_ignore_index
+                is_counted = ids != self.encoding.label_ignore_index
                 counted = ids[is_counted]
                 counts.add(np.bincount(counted, minlength=len(counts.pixels)), ids.size - len(counted))
             return problems
@@ -123,8 +123,8 @@ class SegmentationDataset(ImageDataset):
         self.check_all_rows(find_problems)
         if not counts.pixels.any():
             raise ValueError(
-                f"No pixel of the {self.name} masks has a class: all are ignored. Masks may hold {self.coding.describe()}; "
-                "--mask_values names others."
+                f"No pixel of the {self.name} masks has a class: all are ignored. Masks may hold {self.encoding.describe()}; "
+                "`mask_values` names others."
             )
         return counts
 
@@ -151,7 +151,7 @@ class SegmentationDataset(ImageDataset):
         if (ids == UNKNOWN).any():
             unknown = np.unique(values[ids == UNKNOWN]).tolist()
             listed = ", ".join(map(str, unknown[:MAX_LISTED_VALUES])) + (", ..." * (len(unknown) > MAX_LISTED_VALUES))
-            return None, f"{name} has the values {listed}; expected {self.coding.describe()}"
+            return None, f"{name} has the values {listed}; expected {self.encoding.describe()}"
         return ids, None
 
 

@@ -33,7 +33,7 @@ class Pair:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def images_in(folder: Path) -> dict[str, Path]:
+def list_images(folder: Path) -> dict[str, Path]:
     """Image files of a folder and those below it: path without ending, relative to the folder -> file.
 
     Raises:
@@ -42,23 +42,23 @@ def images_in(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() not in IMAGE_SUFFIXES or not file.is_file():
             continue
         key = file.relative_to(folder).with_suffix("").as_posix()
-        if key in found:
-            raise ValueError(f"{found[key]} and {file} differ only in their ending; keep one of them.")
-        found[key] = file
-    return found
+        if key in files:
+            raise ValueError(f"{files[key]} and {file} differ only in their ending; keep one of them.")
+        files[key] = file
+    return files
 
 
 def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path], mask_suffix: str = "") -> dict[str, Pair]:
     """Images with the masks of the same name.
 
     Args:
-        images, masks: Results of `images_in`.
-        mask_suffix: What names of masks have behind those of their images.
+        images, masks: Results of `list_images`.
+        mask_suffix: What the names of masks have after those of their images.
 
     Raises:
         ValueError: If there are none, or an image has no mask or the other way round.
@@ -71,8 +71,8 @@ def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path], mask_suffi
     if alone:
         listed = "; ".join(alone[:MAX_REPORTED_PROBLEMS]) + ("; ..." * (len(alone) > MAX_REPORTED_PROBLEMS))
         raise ValueError(
-            f"{len(alone)} of {len(images)} images and {len(masks)} masks have no partner of the same name (what masks have behind it "
-            f"is --mask_suffix, now {mask_suffix!r}): {listed}"
+            f"{len(alone)} of {len(images)} images and {len(masks)} masks have no partner of the same name (what masks have after it "
+            f"is `mask_suffix`, now {mask_suffix!r}): {listed}"
         )
     return {key: Pair(file, by_image[key]) for key, file in images.items()}
 
@@ -150,11 +150,11 @@ def _write_split(
     num_shards = -(-len(pairs) // ROWS_PER_SHARD)
     progress = tqdm(total=len(pairs), desc=f"Writing {split}", unit="image")
     for shard in range(num_shards):
-        of_shard = pairs[shard * ROWS_PER_SHARD : (shard + 1) * ROWS_PER_SHARD]
+        shard_pairs = pairs[shard * ROWS_PER_SHARD : (shard + 1) * ROWS_PER_SHARD]
         path = folder / f"{split}-{shard:05d}-of-{num_shards:05d}.parquet"
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for start in range(0, len(of_shard), ROWS_PER_GROUP):
-                rows = [_row(pair, mask_content) for pair in of_shard[start : start + ROWS_PER_GROUP]]
+            for start in range(0, len(shard_pairs), ROWS_PER_GROUP):
+                rows = [_row(pair, mask_content) for pair in shard_pairs[start : start + ROWS_PER_GROUP]]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 progress.update(len(rows))
     progress.close()
@@ -170,7 +170,7 @@ def _row(pair: Pair, mask_content: Callable[[Path], bytes]) -> dict[str, Any]:
 
 
 def _color_problem(path: Path) -> str | None:
-    """Why a mask does not hold class ids, `None` if its kind of image can. Only color images are decoded, as they may be grey."""
+    """Why a mask does not hold class ids, `None` if its image mode can. Only color images are decoded, as they may be grey."""
     with Image.open(path) as image:
         if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
             return None

@@ -40,7 +40,7 @@ def resized(maps: torch.Tensor, size: tuple[int, int], antialias: bool = False) 
     """Maps `(B, C, h, w)` at another height and width, bilinear.
 
     Args:
-        maps: Of any kind.
+        maps: Logits, images, ...
         size: Height and width.
         antialias: Whether to average what a smaller map cannot show, as image processors do with images.
     """
@@ -68,8 +68,8 @@ def predict_classes(
         int64 `(B, *size)`.
     """
     settings = settings or InferenceSettings()
-    own_size = pixel_values.shape[-2:]
-    base_size = evaluation_size(own_size, settings.short_side, settings.long_side)
+    image_size = pixel_values.shape[-2:]
+    base_size = evaluation_size(image_size, settings.short_side, settings.long_side)
     windows = (settings.window, settings.stride)
     if settings.scales == (1.0,) and not settings.flip:
         maps = sliding_window_logits(forward, resized(pixel_values, base_size, antialias=True), *windows)
@@ -77,7 +77,7 @@ def predict_classes(
         maps = multi_scale_probabilities(
             forward, pixel_values, settings.scales, settings.flip, *windows, base_size=base_size
         )
-    return best_classes(maps, size or own_size)
+    return best_classes(maps, size or image_size)
 
 
 def best_classes(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

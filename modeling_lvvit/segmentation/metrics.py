@@ -65,8 +65,8 @@ def scores_of(confusion: np.ndarray) -> dict[str, Any]:
 
 
 def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
+    measured = values[~np.isnan(values)]
+    return float(measured.mean()) if len(measured) else float("nan")
 
 
 class SegmentationScores(AccumulatingMetric):

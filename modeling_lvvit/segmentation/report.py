@@ -1,4 +1,4 @@
-"""What a segmentation run writes about itself: the table of classes, the image of predictions and the model card."""
+"""What a segmentation run writes about itself: the table of classes, the figure of predictions and the model card."""
 
 import math
 from collections.abc import Mapping
@@ -16,12 +16,8 @@ from .arguments import SCORES
 from .trainer import SegmentationTrainer
 
 
-IMAGE, CLASS_SCORES = "predictions.png", "class_scores.json"
+FIGURE, CLASS_SCORES = "predictions.png", "class_scores.json"
 NUM_IMAGES = 6
-REPORTED_OPTIONS = (
-    "learning_rate", "max_steps", "num_train_epochs", "images_per_step", "weight_decay", "lr_schedule", "warmup_steps", "seed",
-    "batch_norm", "max_grad_norm", "bf16", "fp16",
-)  # fmt: skip
 
 
 def class_table(class_names: list[str], scores: Mapping[str, Mapping[str, list[float]]]) -> str:
@@ -50,16 +46,18 @@ def save_class_scores(
     """Writes `class_scores.json`: what was evaluated -> class -> `iou` and `accuracy` in [0, 1], null where there are none."""
     record = {
         title: {
-            class_name: {name: None if math.isnan(values[index]) else values[index] for name, values in found.items()}
+            class_name: {
+                name: None if math.isnan(values[index]) else values[index] for name, values in by_score.items()
+            }
             for index, class_name in enumerate(class_names)
         }
-        for title, found in scores.items()
+        for title, by_score in scores.items()
     }
     write_json(output_dir / CLASS_SCORES, record)
 
 
 def draw_predictions(trainer: SegmentationTrainer, class_names: list[str]) -> str:
-    """Writes the image of some evaluation rows, evenly spread, and returns its name."""
+    """Writes a figure of some evaluation rows, evenly spread, and returns its name."""
     samples, model = trainer.eval_dataset, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     model.eval()
     count = min(NUM_IMAGES, len(samples))
@@ -73,14 +71,14 @@ def draw_predictions(trainer: SegmentationTrainer, class_names: list[str]) -> st
         masks.append(samples.mask(row)[::step, ::step].copy())
         predictions.append(predicted[::step, ::step].copy())
     save_segmentation_figure(
-        Path(trainer.args.output_dir) / IMAGE,
+        Path(trainer.args.output_dir) / FIGURE,
         images,
         masks,
         predictions,
         class_names,
-        samples.coding.label_ignore_index,
+        samples.encoding.label_ignore_index,
     )
-    return IMAGE
+    return FIGURE
 
 
 def headline(metrics: Mapping[str, float], prefix: str) -> str:
@@ -95,7 +93,7 @@ def write_segmentation_card(
     provenance: Provenance,
     evaluations: Mapping[str, tuple[str, dict[str, float]]],
     table: str,
-    image: str | None,
+    figure: str | None,
 ) -> None:
     """Fills the template from the finished run and saves it as README.md in the output folder.
 
@@ -105,14 +103,14 @@ def write_segmentation_card(
         provenance: Where data and model come from.
         evaluations: Prefix of the metrics -> split in words, and the metrics.
         table: Scores of the classes.
-        image: File name of the image of predictions, `None` if there is none.
+        figure: File name of the figure of predictions, `None` if there is none.
     """
     args, model = trainer.args, trainer.model
     name = run_name(trainer)
     results = [
         EvalResult(
             "image-segmentation", provenance.data, provenance.data, "mean_iou" if score == "mean_iou" else "accuracy",
-            round(metrics[f"{prefix}_{score}"], 4), metric_name=f"{_mode(prefix)} {score}".strip(), dataset_split=split,
+            round(metrics[f"{prefix}_{score}"], 4), metric_name=f"{_inference_name(prefix)} {score}".strip(), dataset_split=split,
         )
         for prefix, (split, metrics) in evaluations.items()
         for score in SCORES
@@ -124,24 +122,24 @@ def write_segmentation_card(
         model_name=name,
         provenance=provenance,
         evaluations=[
-            (split, _mode(prefix) or "single scale", headline(metrics, prefix))
+            (split, _inference_name(prefix) or "single scale", headline(metrics, prefix))
             for prefix, (split, metrics) in evaluations.items()
         ],
         class_table=table,
-        image=image,
+        image=figure,
         num_train=len(trainer.train_dataset),
-        inference=_inference_facts(trainer),
-        **training_facts(trainer, REPORTED_OPTIONS),
-        **_model_facts(model),
+        inference=_describe_inference(trainer),
+        **training_facts(trainer),
+        **_describe_model(model),
     )
     card.save(Path(args.output_dir) / CARD)
 
 
-def _mode(prefix: str) -> str:
+def _inference_name(prefix: str) -> str:
     return "multi-scale" if prefix.endswith("multi_scale") else ""
 
 
-def _model_facts(model: PreTrainedModel) -> dict[str, Any]:
+def _describe_model(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config
     return {
         "head": {"upernet": "UperNet", "fcn": "FCN"}[config.segmentation_head],
@@ -153,7 +151,7 @@ def _model_facts(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _inference_facts(trainer: SegmentationTrainer) -> str:
+def _describe_inference(trainer: SegmentationTrainer) -> str:
     settings = trainer.inference
     window, stride = (" x ".join(map(str, pair)) for pair in (settings.window, settings.stride))
     size = (

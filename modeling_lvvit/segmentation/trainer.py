@@ -1,6 +1,7 @@
 """A `Trainer` of segmentation models that evaluates whole images."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def check_batches(model: nn.Module, args: SegmentationTrainingArguments, num_row
     if args.dataloader_drop_last and num_rows < batch_size * args.world_size:
         raise ValueError(
             f"There are {num_rows} training images, fewer than a batch over all devices ({batch_size * args.world_size}). Choose a "
-            "smaller --per_device_train_batch_size."
+            "smaller `per_device_train_batch_size`."
         )
     needs_two = getattr(model.config, "segmentation_head", None) == "upernet" and 1 in model.config.pool_scales
     if not needs_two or args.batch_norm == "frozen" or (args.batch_norm == "synchronized" and not is_alone):
@@ -45,12 +46,12 @@ def check_batches(model: nn.Module, args: SegmentationTrainingArguments, num_row
     if batch_size == 1:
         raise ValueError(
             "UperNet cannot be trained on one image at a time: its batch norms need at least two. Use a larger "
-            "--per_device_train_batch_size, --batch_norm synchronized on several devices, or --segmentation_head fcn."
+            "`per_device_train_batch_size`, `batch_norm` synchronized on several devices, or `segmentation_head` fcn."
         )
     if is_alone and not args.dataloader_drop_last and num_rows % batch_size == 1:
         raise ValueError(
             f"The last batch of {num_rows} images in batches of {batch_size} has a single one, of which the batch norms of UperNet "
-            "cannot take statistics. Use --dataloader_drop_last true or another --per_device_train_batch_size."
+            "cannot take statistics. Use `dataloader_drop_last` true or another `per_device_train_batch_size`."
         )
 
 
@@ -96,6 +97,15 @@ class SegmentationTrainer(BaseImageTrainer):
         self.inference = inference or InferenceSettings()
         self.class_scores: dict[str, list[float]] = {}
 
+    @contextmanager
+    def temporary_inference(self, settings: InferenceSettings) -> Iterator[None]:
+        """Segments images in another way within a `with` block."""
+        before, self.inference = self.inference, settings
+        try:
+            yield
+        finally:
+            self.inference = before
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As in `Trainer`, or with `lr_schedule="published"` the authors' schedule (`polynomial_factor`)."""
         args = self.args
@@ -134,22 +144,22 @@ class SegmentationTrainer(BaseImageTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Segments the images of a loader and counts their pixels; see `Trainer.evaluation_loop`."""
-        own = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        was_training = own.training
-        own.to(self.args.device).eval()
-        coding = dataloader.dataset.coding
-        scores = SegmentationScores(coding.num_labels, coding.label_ignore_index)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        was_training = model.training
+        model.to(self.args.device).eval()
+        encoding = dataloader.dataset.encoding
+        scores = SegmentationScores(encoding.num_labels, encoding.label_ignore_index)
         self.callback_handler.eval_dataloader = dataloader
         try:
             for batch in dataloader:
-                for predicted, labels in self._predictions(own, batch):
+                for predicted, labels in self._predictions(model, batch):
                     scores.add_batch(predictions=predicted, references=labels)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         finally:
-            own.train(was_training)
-        found = scores.compute()
-        self.class_scores = {name: found[f"class_{name}"] for name in ("iou", "accuracy")}
-        metrics = {f"{metric_key_prefix}_{name}": found[name] for name in SCORES}
+            model.train(was_training)
+        results = scores.compute()
+        self.class_scores = {name: results[f"class_{name}"] for name in ("iou", "accuracy")}
+        metrics = {f"{metric_key_prefix}_{name}": results[name] for name in SCORES}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
 
     def _predictions(

@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 
-from ..cli.parser import given_options
+from ..cli.model_arguments import ModelArguments
+from ..cli.parser import TRAIN_TL, name_options
 from ..launching import num_cpu_cores
 from .arms import ARMS, Arm, check_options, parse_arm
 from .report import ArmResults, save_report
@@ -64,18 +65,18 @@ def plan(args: argparse.Namespace, shared: tuple[str, ...]) -> tuple[list[Arm], 
     if not PROGRAM.is_file():
         raise ValueError(f"The study starts {PROGRAM.name}, which is not at {PROGRAM}: run it from a checkout.")
     if args.jobs is not None and args.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {args.jobs}.")
+        raise ValueError(f"`jobs` must be at least 1, got {args.jobs}.")
     check_options(shared)
     arms = [parse_arm(text) for text in args.arms]
-    for name, values in (("--arms", [arm.name for arm in arms]), ("--seeds", args.seeds)):
+    for name, values in (("`arms`", [arm.name for arm in arms]), ("`seeds`", args.seeds)):
         if len(set(values)) < len(values):
             raise ValueError(f"{name} names something twice: {' '.join(map(str, values))}.")
     has_recipe = bool(shared) and not shared[0].startswith("-")
-    given = given_options(list(shared)).keys()
+    given, _ = TRAIN_TL.given_options(list(shared))
     if not has_recipe and "dataset_name" not in given:
-        if chosen := sorted(given & {"variant", "architecture", "model_name_or_path"}):
+        if chosen := sorted(given.keys() & set(ModelArguments.alternatives)):
             raise ValueError(
-                f"The embedded study has a model of its own: give --dataset_name or a recipe with --{chosen[0]}."
+                f"The embedded study has a model of its own: give `dataset_name` or a recipe with `{chosen[0]}`."
             )
         shared = (EMBEDDED_RECIPE, *shared)
     runs = [Run(arm, seed, args.output_dir / arm.name / f"seed_{seed}", shared) for seed in args.seeds for arm in arms]
@@ -108,7 +109,7 @@ def main(arguments: list[str]) -> None:
     except Timeout:
         sys.exit(f"{MODULE}: another study writes to {args.output_dir}.")
     except (ValueError, OSError, RunError, StrictDataclassError) as error:
-        sys.exit(f"{MODULE}: {error}")
+        sys.exit(f"{MODULE}: {name_options(str(error), {*vars(args), *TRAIN_TL.types})}")
     except KeyboardInterrupt:
         sys.exit(f"{MODULE}: stopped; the same command goes on from here.")
     print(f"saved to {args.output_dir}")

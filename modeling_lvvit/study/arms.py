@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import dataclass
 
-from ..cli.parser import given_options
+from ..cli.parser import TRAIN_TL
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ ARMS = {
         Arm("authors_crop", "token labels, authors' crop", ("--label_crop", "authors", *REQUIRED)),
     )
 }
-OWN_OPTIONS = {"output_dir", "seed", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub"}
+STUDY_OPTIONS = {"output_dir", "seed", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub"}
 
 
 def parse_arm(text: str) -> Arm:
@@ -60,5 +60,6 @@ def parse_arm(text: str) -> Arm:
 
 def check_options(words: tuple[str, ...]) -> None:
     """Raises a `ValueError` if an option of `train_tl.py` is one that the study sets for each run."""
-    if own := sorted(OWN_OPTIONS & given_options(list(words)).keys()):
-        raise ValueError(f"--{own[0]} is set by the study for each run: leave it out.")
+    given, _ = TRAIN_TL.given_options(list(words))
+    if reserved := sorted(STUDY_OPTIONS & given.keys()):
+        raise ValueError(f"--{reserved[0]} is set by the study for each run: leave it out.")

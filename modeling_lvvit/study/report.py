@@ -1,4 +1,4 @@
-"""What a study found: the table, the record and the image of the curves."""
+"""The report of a study: the table, the record and the figure of the curves."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from .confidence_intervals import Estimate, estimate, paired_difference
 from .runs import Run
 
 
-TABLE, RECORD, IMAGE = "study.md", "study.json", "curves.png"
+TABLE, RECORD, FIGURE = "study.md", "study.json", "curves.png"
 TITLES = {"eval_accuracy": "top-1", "eval_top5_accuracy": "top-5"}
 
 
@@ -39,7 +39,7 @@ PER_CENT, PLAIN = Scale(100, 1, " (%)"), Scale(1, 4)
 
 
 def metric_scale(metric: str) -> Scale:
-    """Accuracies are shares; of other metrics that is not known."""
+    """Accuracies are shares; other metrics may not be."""
     return PER_CENT if metric.endswith("accuracy") else PLAIN
 
 
@@ -70,8 +70,8 @@ class ArmResults:
         state = run.state()
         entries = [entry for entry in state["log_history"] if metric in entry]
         if not entries:
-            known = sorted({key for entry in state["log_history"] for key in entry if key.startswith("eval_")})
-            raise ValueError(f"{run.folder} has no metric {metric}; it has {', '.join(known)}.")
+            names = sorted({key for entry in state["log_history"] for key in entry if key.startswith("eval_")})
+            raise ValueError(f"{run.folder} has no metric {metric}; it has {', '.join(names)}.")
         by_step = {entry["step"]: entry for entry in entries}  # the end may have been evaluated twice
         self.finals[run.seed] = entries[-1][metric]
         self.curves[run.seed] = (
@@ -88,7 +88,7 @@ class ArmResults:
 
 def has_equal_budgets(results: Sequence[ArmResults]) -> bool:
     """Whether all runs made the same number of steps."""
-    return len({steps for found in results for steps in found.steps.values()}) == 1
+    return len({steps for row in results for steps in row.steps.values()}) == 1
 
 
 def study_table(results: Sequence[ArmResults], metric: str) -> str:
@@ -101,51 +101,51 @@ def study_table(results: Sequence[ArmResults], metric: str) -> str:
         f"| arm | seeds | {title} | lowest to highest | {word} of {first.arm.title} | steps | minutes a run |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for found in results:
-        values = found.values()
-        gain = "" if found is first else _text(paired_difference(first.values(), values), scale, signed=True)
-        steps = sorted(set(found.steps.values()))
+    for row in results:
+        values = row.values()
+        gain = "" if row is first else _text(paired_difference(first.values(), values), scale, signed=True)
+        steps = sorted(set(row.steps.values()))
         lines.append(
-            f"| {found.arm.title} | {len(values)} | {_text(estimate(values), scale)} | {scale.text(min(values))} to {scale.text(max(values))} "
-            f"| {gain} | {', '.join(map(str, steps))} | {np.mean(list(found.seconds.values())) / 60:.1f} |"
+            f"| {row.arm.title} | {len(values)} | {_text(estimate(values), scale)} | {scale.text(min(values))} to {scale.text(max(values))} "
+            f"| {gain} | {', '.join(map(str, steps))} | {np.mean(list(row.seconds.values())) / 60:.1f} |"
         )
     if not has_equal_budgets(results):
         lines += ["", "**The budgets differ**: see the steps."]
     return "\n".join(lines)
 
 
-def _text(found: Estimate, scale: Scale, signed: bool = False) -> str:
-    mean = scale.text(found.mean, "+" if signed else "")
-    return mean if math.isnan(found.half_width) else f"{mean} ± {scale.text(found.half_width)}"
+def _text(value: Estimate, scale: Scale, signed: bool = False) -> str:
+    mean = scale.text(value.mean, "+" if signed else "")
+    return mean if math.isnan(value.half_width) else f"{mean} ± {scale.text(value.half_width)}"
 
 
 def save_report(folder: Path, results: Sequence[ArmResults], metric: str, options: Sequence[str]) -> str:
-    """Writes table, record and image, and returns the table."""
+    """Writes table, record and figure, and returns the table."""
     table = study_table(results, metric)
     write_text(folder / TABLE, table + "\n")
     first = results[0]
     arms = [
         {
-            "name": found.arm.name,
-            "options": found.arm.options,
-            "values": {seed: value if math.isfinite(value) else None for seed, value in found.finals.items()},
-            "steps": found.steps,
-            "seconds": found.seconds,
-            "estimate": _plain(estimate(found.values())),
-            "gain_of_first": _plain(paired_difference(first.values(), found.values())),
+            "name": row.arm.name,
+            "options": row.arm.options,
+            "values": {seed: value if math.isfinite(value) else None for seed, value in row.finals.items()},
+            "steps": row.steps,
+            "seconds": row.seconds,
+            "estimate": _plain(estimate(row.values())),
+            "gain_of_first": _plain(paired_difference(first.values(), row.values())),
         }
-        for found in results
+        for row in results
     ]
     write_json(
         folder / RECORD, {"metric": metric, "options": list(options), "arms": arms, "versions": library_versions()}
     )
     scale = metric_scale(metric)
-    save_curves(folder / IMAGE, results, TITLES.get(metric, metric) + scale.unit, scale.factor)
+    save_curves(folder / FIGURE, results, TITLES.get(metric, metric) + scale.unit, scale.factor)
     return table
 
 
-def _plain(found: Estimate) -> Mapping[str, Any]:
-    return {name: value if math.isfinite(value) else None for name, value in asdict(found).items()}
+def _plain(value: Estimate) -> Mapping[str, Any]:
+    return {name: number if math.isfinite(number) else None for name, number in asdict(value).items()}
 
 
 def save_curves(path: Path, results: Sequence[ArmResults], title: str, factor: float) -> None:
@@ -159,16 +159,16 @@ def save_curves(path: Path, results: Sequence[ArmResults], title: str, factor: f
     """
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     curves, ends = figure.subplots(1, 2, width_ratios=(2, 1))
-    for position, found in enumerate(results):
+    for position, row in enumerate(results):
         color = matplotlib.colormaps["tab10"](position % 10)
-        for epochs, values in found.curves.values():
+        for epochs, values in row.curves.values():
             curves.plot(epochs, factor * np.array(values), color=color, alpha=0.3, linewidth=0.8)
-        if len({tuple(epochs) for epochs, _ in found.curves.values()}) == 1:
-            epochs = next(iter(found.curves.values()))[0]
-            mean = factor * np.mean([values for _, values in found.curves.values()], axis=0)
-            curves.plot(epochs, mean, color=color, linewidth=2, marker="o", markersize=3, label=found.arm.title)
-        values = factor * np.array(found.values())
-        middle = estimate(found.values())
+        if len({tuple(epochs) for epochs, _ in row.curves.values()}) == 1:
+            epochs = next(iter(row.curves.values()))[0]
+            mean = factor * np.mean([values for _, values in row.curves.values()], axis=0)
+            curves.plot(epochs, mean, color=color, linewidth=2, marker="o", markersize=3, label=row.arm.title)
+        values = factor * np.array(row.values())
+        middle = estimate(row.values())
         ends.scatter(np.full(len(values), position), values, color=color, alpha=0.5, s=16)
         half = 0.0 if math.isnan(middle.half_width) else factor * middle.half_width
         ends.errorbar([position + 0.2], [factor * middle.mean], yerr=[[half], [half]], color=color, fmt="D", capsize=4)
@@ -176,7 +176,7 @@ def save_curves(path: Path, results: Sequence[ArmResults], title: str, factor: f
     curves.set_ylabel(title)
     curves.grid(alpha=0.3)
     curves.legend(fontsize=8)
-    ends.set_xticks(range(len(results)), [found.arm.title.replace(", ", ",\n") for found in results], fontsize=8)
+    ends.set_xticks(range(len(results)), [row.arm.title.replace(", ", ",\n") for row in results], fontsize=8)
     ends.set_xlim(-0.5, len(results) - 0.5)
     ends.set_title("at the end: runs, mean, 95 % interval", fontsize=9)
     ends.grid(axis="y", alpha=0.3)

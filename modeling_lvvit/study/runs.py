@@ -1,4 +1,4 @@
-"""The runs of a study: each an own process of `train_tl.py`, begun, continued or found finished."""
+"""The runs of a study: each is a process of `train_tl.py` that is started, continued, or finished already."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def arguments(self) -> list[str]:
-        """What stands behind `train_tl.py`, without what says where the run goes on."""
+        """The arguments of `train_tl.py`, without those that say where the run goes on."""
         return [*self.options, *self.arm.options, "--seed", str(self.seed), "--output_dir", str(self.folder)]
 
     @cached_property
@@ -60,26 +60,26 @@ class Run:
             ValueError: If an option is unknown or does not fit a study.
         """
         parsed = parse(self.arguments)
-        found = {field.name: str(getattr(part, field.name)) for part in parsed for field in dataclasses.fields(part)}
-        if found["push_to_hub"] == "True" or found["resume_from_checkpoint"] != "None":
+        options = {field.name: str(getattr(part, field.name)) for part in parsed for field in dataclasses.fields(part)}
+        if options["push_to_hub"] == "True" or options["resume_from_checkpoint"] != "None":
             raise ValueError("A recipe sets push_to_hub or resume_from_checkpoint, which a study sets for each run.")
-        if found["label_crop"] == "authors" and found["annotator"] != "None":
+        if options["label_crop"] == "authors" and options["annotator"] != "None":
             raise ValueError(
                 f"Arm {self.arm.name}: an annotator labels the crops themselves, so that label_crop changes nothing. Leave the arm out."
             )
-        return {name: value for name, value in found.items() if name not in PLACES}
+        return {name: value for name, value in options.items() if name not in PLACES}
 
     def read_record(self) -> dict[str, object]:
-        """What is known of the run: `settings`, `is_finished` and `seconds` of its processes; empty where it has not begun.
+        """The record of the run: `settings`, `is_finished` and `seconds` of its processes; empty where it has not begun.
 
         Raises:
-            ValueError: If another run, with other options, stands in its folder.
+            ValueError: If another run, with other options, is in its folder.
         """
         file = self.folder / RECORD
         if not file.is_file():
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise ValueError(
-                    f"{self.folder} holds something that is no run of a study. Choose another --output_dir."
+                    f"{self.folder} holds something that is no run of a study. Choose another `output_dir`."
                 )
             return {}
         try:
@@ -93,7 +93,7 @@ class Run:
         if differing:
             about = "; ".join(f"{name} {before.get(name)}, now {now[name]}" for name in differing[:MAX_NAMED])
             raise ValueError(
-                f"{self.folder} holds a run with other options ({about}). Choose another --output_dir, or delete that folder."
+                f"{self.folder} holds a run with other options ({about}). Choose another `output_dir`, or delete that folder."
             )
         return record
 
@@ -112,7 +112,7 @@ class Runner:
     Args:
         jobs: Processes at a time.
         threads: Of PyTorch in each of them; default: their own choice.
-        launcher: What stands before `train_tl.py` on the command line.
+        launcher: Command that starts `train_tl.py`.
     """
 
     def __init__(self, jobs: int, threads: int | None = None, launcher: Sequence[str] = (sys.executable,)):

@@ -11,86 +11,94 @@ from .collator import MIX_METHODS
 
 @dataclass
 class TokenLabelTrainingArguments(BaseImageTrainingArguments):
-    """`BaseImageTrainingArguments` with the defaults of the published recipe and the options of token labeling.
-
-    Args:
-        base_learning_rate (`float`, defaults to 1.6e-3): Learning rate for 1024 images per optimizer step.
-        lr_schedule (`str`, defaults to `"library"`): `"library"`, that of `lr_scheduler_type` and `warmup_steps`;
-            `"published"`, the authors' (see `schedule.published_factor`), with the options that follow.
-        warmup_epochs, cooldown_epochs (`float`, defaults to 5 and 10): Epochs of linear warm-up, and at the minimum at the end;
-            both are part of `num_train_epochs`.
-        base_warmup_learning_rate, base_min_learning_rate (`float`, defaults to 1e-6 and 1e-5): Learning rate at the start of
-            warm-up and at the end, for 1024 images a step; scaled like the peak.
-        cls_weight (`float`, defaults to 1.0): Weight of the class-token loss.
-        dense_weight (`float`, defaults to 1.0): Weight of the patch-token loss (beta; the paper states 0.5, the
-            published commands use 1.0). 0 trains with plain labels.
-        cls_target (`str`, defaults to `"dense"`): Target of the class token: `"dense"`, the label map pooled over the
-            crop; `"label"`, the human label; `"blend"`, their mean where both agree on the class, else 0.9 dense and
-            0.1 human (the authors' `ground_truth` option).
-        patch_target (`str`, defaults to `"dense"`): What the patch tokens learn: `"dense"`, the label map, each token its place;
-            `"image"`, the human label by the mean of their scores, so that labels of places emerge by themselves. A model
-            trained so is an annotator for others (Zhao et al. 2023, arXiv:2401.03844). Needs no dense labels.
-        label_crop (`str`, defaults to `"correct"`): `"authors"` reproduces the exchange of rows and columns in the
-            authors' crops, for comparison runs.
-        label_temperature (`float`, defaults to 1.0): Divides the scores of label maps before softmax.
-        uncovered_tokens (`str`, defaults to `"nearest"`): What a patch token learns whose place the label map does not
-            cover (maps of the center square of an image): `"nearest"`, the labels of the nearest cell; `"ignore"`,
-            nothing. Then each micro-batch takes the mean over its own counted tokens.
-        mix_probability (`float`, defaults to 1.0): Probability that the images of a batch are mixed.
-        mix_methods (`list[str]`, defaults to `["token"]`): How: `"token"` (MixToken), `"cutmix"`, `"mixup"`; one of several is
-            drawn for each batch.
-        mix_alpha (`float`, defaults to 1.0): Parameter of the Beta distribution of the share of a box (MixToken, CutMix).
-        mixup_alpha (`float`, defaults to 0.8): The same for Mixup.
-        ema_decay (`float`, *optional*): Decay of the exponential moving average of the weights, which is then
-            evaluated and saved. Off by default.
-        base_ema_decay (`float`, *optional*): Instead, the decay for 1024 images a step (published recipe: 0.99992), adjusted to
-            the batch size and, in a short run, to its number of steps (see `schedule.scaled_ema_decay`).
-        evaluate_raw_weights (`bool`, defaults to `True`): Whether evaluation during training also reports the accuracy of the
-            weights themselves, next to that of their average.
-    """
+    """`BaseImageTrainingArguments` with the defaults of the published recipe and the options of token labeling, which are described in
+    their `help`. The paper states a `dense_weight` (beta) of 0.5, the published commands use 1.0."""
 
     reference_images_per_step: ClassVar[int] = REFERENCE_IMAGES_PER_STEP
+    alternatives: ClassVar[tuple[str, ...]] = ("ema_decay", "base_ema_decay")  # at most one of them is given
 
     base_learning_rate: float = field(default=1.6e-3, metadata={"help": "Learning rate for 1024 images a step."})
     lr_schedule: Literal["library", "published"] = field(
-        default="library", metadata={"help": "'published' is the authors' warm-up and cosine by epochs."}
+        default="library",
+        metadata={
+            "help": "library: that of lr_scheduler_type and warmup_steps; published: the authors' warm-up and cosine by epochs, with the "
+            "options that follow (schedule.published_factor)."
+        },
     )
-    warmup_epochs: float = field(default=5, metadata={"help": "Epochs of warm-up of the published schedule."})
-    cooldown_epochs: float = field(default=10, metadata={"help": "Last epochs at the minimum, published schedule."})
-    base_warmup_learning_rate: float = field(default=1e-6, metadata={"help": "Start of warm-up, 1024 images a step."})
-    base_min_learning_rate: float = field(default=1e-5, metadata={"help": "Minimum for 1024 images a step."})
+    warmup_epochs: float = field(
+        default=5, metadata={"help": "Epochs of linear warm-up, part of num_train_epochs; published schedule."}
+    )
+    cooldown_epochs: float = field(
+        default=10, metadata={"help": "Last epochs, at the minimum, part of num_train_epochs; published schedule."}
+    )
+    base_warmup_learning_rate: float = field(
+        default=1e-6, metadata={"help": "Start of warm-up for 1024 images a step, scaled like the peak."}
+    )
+    base_min_learning_rate: float = field(
+        default=1e-5, metadata={"help": "Minimum for 1024 images a step, scaled like the peak."}
+    )
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices and convolutions."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Smoothing of human and dense targets."})
     cls_weight: float = field(default=1.0, metadata={"help": "Weight of the class-token loss."})
-    dense_weight: float = field(default=1.0, metadata={"help": "Weight of the patch-token loss (beta)."})
+    dense_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the patch-token loss (beta); 0 trains with plain labels."}
+    )
     cls_target: Literal["dense", "label", "blend"] = field(
-        default="dense", metadata={"help": "Target of the class token: pooled map, human label, or both."}
+        default="dense",
+        metadata={
+            "help": "Target of the class token: dense, the label map pooled over the crop; label, the human label; blend, their mean "
+            "where both agree on the class, else 0.9 dense and 0.1 human (the authors' ground_truth option)."
+        },
     )
     patch_target: Literal["dense", "image"] = field(
-        default="dense", metadata={"help": "Target of patch tokens: label map, or image label by their mean."}
+        default="dense",
+        metadata={
+            "help": "Target of the patch tokens: dense, the label map, each token its place; image, the human label by the mean of their "
+            "scores, so that labels of places emerge and the model can annotate for others (arXiv:2401.03844), without dense labels."
+        },
     )
     label_crop: LabelCrop = field(
-        default="correct", metadata={"help": "'authors' reproduces their exchange of rows and columns."}
+        default="correct",
+        metadata={
+            "help": "authors reproduces the exchange of rows and columns in the authors' crops, for comparisons."
+        },
     )
-    label_temperature: float = field(default=1.0, metadata={"help": "Divides map scores before softmax."})
+    label_temperature: float = field(default=1.0, metadata={"help": "Divides scores of label maps before softmax."})
     uncovered_tokens: Literal["nearest", "ignore"] = field(
-        default="nearest", metadata={"help": "Tokens outside the label map: labels of the nearest cell, or no loss."}
+        default="nearest",
+        metadata={
+            "help": "What a patch token learns whose place the label map does not cover (maps of the center square of an image): nearest, "
+            "the labels of the nearest cell; ignore, nothing: each micro-batch takes the mean over its own counted tokens."
+        },
     )
-    mix_probability: float = field(default=1.0, metadata={"help": "Probability that a batch is mixed."})
+    mix_probability: float = field(default=1.0, metadata={"help": "Probability that the images of a batch are mixed."})
     mix_methods: list[str] = field(
         default_factory=lambda: ["token"],
-        metadata={"help": "token (MixToken), cutmix, mixup; one is drawn for a batch."},
+        metadata={"help": "token (MixToken), cutmix, mixup; of several, one is drawn for each batch."},
     )
-    mix_alpha: float = field(default=1.0, metadata={"help": "Beta parameter of the share of a mixed box."})
+    mix_alpha: float = field(
+        default=1.0, metadata={"help": "Beta parameter of the share of a mixed box (MixToken, CutMix)."}
+    )
     mixup_alpha: float = field(default=0.8, metadata={"help": "Beta parameter of Mixup."})
-    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the weight average; off by default."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of the moving average of the weights, which is then evaluated and saved; default: off."
+        },
+    )
     base_ema_decay: float | None = field(
         default=None,
-        metadata={"help": "The same for 1024 images a step, adjusted to batch size and length of the run."},
+        metadata={
+            "help": "Instead, the decay for 1024 images a step (published: 0.99992), adjusted to the batch size and, in a short run, to "
+            "its number of steps (schedule.scaled_ema_decay)."
+        },
     )
     evaluate_raw_weights: bool = field(
-        default=True, metadata={"help": "Evaluate the weights themselves next to their average."}
+        default=True,
+        metadata={
+            "help": "Also report the accuracy of the weights themselves, next to that of their average, in training."
+        },
     )
 
     @property

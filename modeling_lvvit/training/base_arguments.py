@@ -13,20 +13,18 @@ from .batch_norm import BatchNormMode
 
 @dataclass
 class BaseImageTrainingArguments(TrainingArguments):
-    """`TrainingArguments` whose learning rate follows the batch size, with defaults for images.
-
-    Args:
-        learning_rate (`float`, *optional*): Peak learning rate. When it is not given, it is
-            `base_learning_rate * images per optimizer step / reference_images_per_step`.
-        base_learning_rate (`float`): Learning rate for `reference_images_per_step` images per optimizer step.
-        batch_norm (`str`, defaults to `"local"`): Statistics of batch norms: `"local"`, of the images of a device, as the authors;
-            `"synchronized"`, of all devices; `"frozen"`, those of the checkpoint.
-    """
+    """`TrainingArguments` whose learning rate follows the batch size, with defaults for images. Its options are described in their `help`."""
 
     reference_images_per_step: ClassVar[int] = 1
 
-    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate; default: scaled."})
-    base_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the reference batch size."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate; default: base_learning_rate times the images of an optimizer step, divided by those of the "
+            "reference batch."
+        },
+    )
+    base_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate for a reference batch."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 switches it off (recipe)."})
     report_to: None | str | list[str] = field(  # noqa: RUF036  the library's own spelling, which its parser knows
         default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, ..., or none."}
@@ -43,7 +41,11 @@ class BaseImageTrainingArguments(TrainingArguments):
         default="end", metadata={"help": "What --push_to_hub publishes: end, or every_save."}
     )
     batch_norm: BatchNormMode = field(
-        default="local", metadata={"help": "Batch-norm statistics: of one device, synchronized, or frozen."}
+        default="local",
+        metadata={
+            "help": "Statistics of batch norms: local, of the images of a device, as the authors; synchronized, of all devices; frozen, "
+            "those of the checkpoint."
+        },
     )
 
     def __post_init__(self):

@@ -52,7 +52,7 @@ def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: st
     """Makes sure that no other run is written over, and finds the checkpoint that `last` stands for.
 
     Args:
-        training_args: Of the run; a found checkpoint is written into them.
+        training_args: Of the run; the checkpoint that `last` stands for is written into them.
         start_from: Folder or Hub name of the model to start from, `None` for random weights.
         overwrite: Whether `output_dir` may hold another run.
 
@@ -62,10 +62,10 @@ def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: st
     """
     output_dir = Path(training_args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file.")
+        raise ValueError(f"`output_dir` {output_dir} is a file.")
     existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output_dir {output_dir} cannot be written: {existing} is read-only or no folder.")
+        raise ValueError(f"`output_dir` {output_dir} cannot be written: {existing} is read-only or no folder.")
     if start_from is not None and overwrite:
         _check_start(start_from, output_dir)
     needs_average = training_args.has_ema
@@ -86,8 +86,8 @@ def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: st
     holds_files = output_dir.is_dir() and any(output_dir.iterdir())
     if holds_files and not continues and not overwrite:
         raise ValueError(
-            f"{output_dir} holds another run. Choose another --output_dir, continue it with --resume_from_checkpoint "
-            "last, or write over it with --overwrite_output_dir."
+            f"{output_dir} holds another run. Choose another `output_dir`, continue it with `resume_from_checkpoint` "
+            "last, or write over it with `overwrite_output_dir`."
         )
 
 
@@ -106,8 +106,8 @@ def _check_start(start: str, output_dir: Path) -> None:
     inside = Path(start).expanduser().resolve()
     if output_dir.resolve() in inside.parents and inside.is_dir():
         raise ValueError(
-            f"--model_name_or_path {start} lies in --output_dir {output_dir}, whose checkpoints --overwrite_output_dir deletes. "
-            "Choose another --output_dir."
+            f"`model_name_or_path` {start} lies in `output_dir` {output_dir}, whose checkpoints `overwrite_output_dir` deletes. "
+            "Choose another `output_dir`."
         )
 
 
@@ -119,5 +119,5 @@ def _check_fsdp(checkpoint: Path) -> None:
         written, needed = ("with" if value else "without" for value in (was_sharded, is_sharded))
         raise ValueError(
             f"{checkpoint} was written {written} FSDP and cannot be continued {needed} it. Use the same accelerate "
-            "configuration, or start a new run from its weights with --model_name_or_path."
+            "configuration, or start a new run from its weights with `model_name_or_path`."
         )

@@ -11,32 +11,24 @@ from ..token_labeling import TokenLabelDataset, TokenLabelTrainer
 from . import save_prediction_figure
 
 
-IMAGE = "predictions.png"
+FIGURE, NUM_IMAGES = "predictions.png", 10
 
 
-NUM_IMAGES = 10
-
-
-def dense_columns(rows: datasets.Dataset, args: DataArguments) -> dict[str, str]:
-    """The names of the dense-label columns to read, none without dense labels."""
-    if not has_dense_columns(rows, args):
-        return {}
-    return {"ids_column": args.token_label_ids_column, "scores_column": args.token_label_scores_column}
-
-
-def read_dense_labels(rows: datasets.Dataset, args: DataArguments, count: int):
-    """Label maps of the first rows for the image; `None` where evaluation data has none or not for all."""
+def read_dense_labels(rows: datasets.Dataset, args: DataArguments, count: int) -> list[tuple] | None:
+    """Ids and scores of the label maps of the first rows; `None` where evaluation data has none, or not for all of them."""
+    columns = {"ids_column": args.token_label_ids_column, "scores_column": args.token_label_scores_column}
     try:
-        columns = dense_columns(rows, args)
+        if not has_dense_columns(rows, args):
+            return None
         samples = TokenLabelDataset(rows, lambda image: {}, args.image_column, args.label_column, **columns)
-        return [samples.label_map(index) for index in range(count)] if samples.has_label_maps else None
-    except ValueError:  # the image goes without them; training and evaluation never needed them
+        return [samples.label_map(index) for index in range(count)]
+    except ValueError:  # the figure goes without them; training and evaluation never needed them
         return None
 
 
 @torch.no_grad()
 def draw_predictions(trainer: TokenLabelTrainer, data_args: DataArguments, eval_rows: datasets.Dataset) -> str:
-    """Writes the image of the first evaluation rows, as the model sees them, and returns its name.
+    """Writes the figure of the first evaluation rows, as the model sees them, and returns its name.
 
     All processes must call it, because a sharded model needs all of them; the main process writes.
     """
@@ -45,12 +37,12 @@ def draw_predictions(trainer: TokenLabelTrainer, data_args: DataArguments, eval_
     pixel_values = torch.stack([sample["pixel_values"] for sample in samples.__getitems__(list(range(count)))])
     output = model(pixel_values.to(model.device))
     if not trainer.is_world_process_zero():
-        return IMAGE
+        return FIGURE
     processor = trainer.processing_class
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
     arrays = (255 * (pixel_values * std + mean)).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     save_prediction_figure(
-        Path(trainer.args.output_dir) / IMAGE,
+        Path(trainer.args.output_dir) / FIGURE,
         [Image.fromarray(array) for array in arrays],
         samples.labels(count),
         output.logits.cpu(),
@@ -59,4 +51,4 @@ def draw_predictions(trainer: TokenLabelTrainer, data_args: DataArguments, eval_
         [config.id2label[index] for index in range(config.num_labels)],
         read_dense_labels(eval_rows, data_args, count),
     )
-    return IMAGE
+    return FIGURE

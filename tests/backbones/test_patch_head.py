@@ -409,7 +409,7 @@ def test_no_graph_breaks():
         ("timm/resnet1", None, "timm has no model 'resnet1'; near it: "),
         ("vit", {"hiden_size": 3}, "hiden_size .did you mean hidden_size"),
         ("timm/resnet18", {"hidden": 3}, "cannot be built"),
-        ("lvvit", None, "chosen with --variant"),
+        ("lvvit", None, "chosen with `variant`"),
     ],
 )
 def test_wrong_architectures_are_named(architecture, overrides, message):

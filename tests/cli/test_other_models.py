@@ -109,7 +109,7 @@ def test_checkpoint_keeps_weights_patch_head_and_normalization(checkpoint):
 
 
 def test_other_classes_are_refused_or_make_new_heads(checkpoint):
-    with pytest.raises(ValueError, match=f"has {NUM_CLASSES} classes, the data has 2.*--ignore_mismatched_sizes"):
+    with pytest.raises(ValueError, match=f"has {NUM_CLASSES} classes, the data has 2.*`ignore_mismatched_sizes`"):
         build(["cat", "dog"], model_name_or_path=checkpoint)
     model, _ = build(["cat", "dog"], model_name_or_path=checkpoint, ignore_mismatched_sizes=True)
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_configurations_without_class_names(checkpoint, tmp_path):
 
 
 def test_only_one_source_of_the_model():
-    with pytest.raises(ValueError, match="Give one of --variant"):
+    with pytest.raises(ValueError, match="Give one of `variant`"):
         ModelArguments(variant="lvvit_s_224", architecture="resnet")
 
 

@@ -29,7 +29,7 @@ from support.segmentation_rows import (
 
 
 @pytest.mark.parametrize(
-    ("coding", "expected"),
+    ("encoding", "expected"),
     [
         (MaskEncoding(3), {0: 0, 2: 2, 3: -1, 255: 255}),
         (MaskEncoding(3, reduce_labels=True), {0: 255, 1: 0, 3: 2, 4: -1, 255: 255}),
@@ -38,8 +38,8 @@ from support.segmentation_rows import (
         (MaskEncoding(300, ignore_index=400), {255: 255, 400: -100}),
     ],
 )
-def test_mask_values_stand_for_classes(coding, expected):
-    table = coding.table()
+def test_mask_values_stand_for_classes(encoding, expected):
+    table = encoding.table()
     assert {value: int(table[value]) for value in expected} == expected
 
 
@@ -277,27 +277,27 @@ def test_given_class_names_hold_over_those_beside_the_data(stored):
 
 def test_classes_without_names_are_counted(stored):
     found = opened(stored)
-    assert found.class_names == ["0", "1", "2", "3"] and found.coding == MaskEncoding(4)
+    assert found.class_names == ["0", "1", "2", "3"] and found.encoding == MaskEncoding(4)
     assert opened(stored, reduce_labels=True).class_names == ["0", "1", "2"]
-    assert opened(stored, mask_values=[3, 2, 1, 0]).coding.values == (3, 2, 1, 0)
+    assert opened(stored, mask_values=[3, 2, 1, 0]).encoding.values == (3, 2, 1, 0)
 
 
 def test_binary_masks_of_0_and_255_get_an_explanation(tmp_path):
     mask = np.zeros((8, 8), np.uint8)
     mask[:4] = 255
     rows_of([COLORS[mask % 4]] * 3, [mask_bytes(mask)] * 3).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"have the values \[0\] besides 255.*--mask_values.*0 255"):
+    with pytest.raises(ValueError, match=r"have the values \[0\] besides 255.*`mask_values`.*0 255"):
         opened(tmp_path / "train.parquet")
     found = opened(tmp_path / "train.parquet", mask_values=[0, 255], eval_fraction=0.3)
     assert found.class_names == ["0", "1"] and (len(found.train), len(found.evaluation)) == (2, 1)
-    assert samples_of(found.train, coding=found.coding).check_rows().pixels.tolist() == [64, 64]
+    assert samples_of(found.train, encoding=found.encoding).check_rows().pixels.tolist() == [64, 64]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"mask_column": "masks"}, "no column 'masks' of images; it has image .Image., annotation .Image."),
-        ({"image_column": "photo"}, "Name it with --image_column"),
+        ({"image_column": "photo"}, "Name it with `image_column`"),
         ({"test_split": "testing"}, "no split 'testing'"),
         ({"class_names": ["one"]}, "two or more different names"),
         ({"class_names": ["nowhere.txt"]}, "no file of class names nowhere.txt"),
@@ -318,7 +318,7 @@ def test_trained_models_are_evaluated_on_the_split_there_is(stored, tmp_path_fac
     assert split_of(stored) == "test" and split_of(stored, eval_split="train") == "train"
     masked_rows(2).to_parquet(tmp_path_factory.mktemp("one") / "street.parquet")
     assert split_of(tmp_path_factory.getbasetemp() / "one0" / "street.parquet") == "train"
-    with pytest.raises(ValueError, match="no split dev; it has .*--eval_split"):
+    with pytest.raises(ValueError, match="no split dev; it has .*`eval_split`"):
         split_of(stored, eval_split="dev")
 
 
@@ -353,7 +353,7 @@ def test_columns_of_paths_are_masks_when_they_are_named(stored, tmp_path):
         rows = datasets.Dataset.from_dict({"image": [paths[0]] * 2, "path": [paths[1]] * 2}, features=features)
         rows.to_parquet(tmp_path / "train.parquet")
         found = opened(tmp_path / "train.parquet", mask_column="path")
-        samples = SegmentationDataset(found.train, lambda image, ids: {"ids": ids}, found.coding, "image", "path")
+        samples = SegmentationDataset(found.train, lambda image, ids: {"ids": ids}, found.encoding, "image", "path")
         samples.check_rows()
         assert samples[0]["ids"].tolist() == mask.tolist()
 

@@ -406,14 +406,14 @@ def test_median_frequency_weights_enter_the_loss(data, tmp_path):
     [
         ({"dataset_name": "./nowhere"}, "There is no dataset at"),
         ({"model_name_or_path": "./nowhere", "config_overrides": None}, "There is no model folder"),
-        ({"class_weights": "1 2 3"}, "`class_weights` has 3 numbers; the data has 4 classes"),
-        ({"class_weights": "many"}, "`class_weights` must be median_frequency or a number for each class"),
+        ({"class_weights": "1 2 3"}, "--class_weights has 3 numbers; the data has 4 classes"),
+        ({"class_weights": "many"}, "--class_weights must be median_frequency or a number for each class"),
         ({"class_weights": "median_frequency", "check_data": "false"}, "leave --check_data on"),
         ({"class_names": "a b"}, "has the values"),
         ({"stride": "40 60"}, "larger than the windows"),
         ({"per_device_train_batch_size": 16}, "fewer than a batch"),
         ({"segmentation_head": "fcn", "config_overrides": '{"decoder_chanels": 8}'}, "did you mean decoder_channels"),
-        ({"long_side": 100}, "needs a `short_side`"),
+        ({"long_side": 100}, "needs a --short_side"),
         (
             {"model_name_or_path": "x", "evaluate_only": "true", "resume_from_checkpoint": "last"},
             "leave out --resume_from",

@@ -64,10 +64,10 @@ def rows_of(arrays: list[np.ndarray], masks: list[bytes | None]) -> datasets.Dat
     return datasets.Dataset(pa.Table.from_arrays(columns, schema=features.arrow_schema))
 
 
-def samples_of(rows: datasets.Dataset, transform=None, coding: MaskEncoding | None = None) -> SegmentationDataset:
+def samples_of(rows: datasets.Dataset, transform=None, encoding: MaskEncoding | None = None) -> SegmentationDataset:
     """Whole images, or what a transform makes of them."""
     transform = transform or SegmentationEvalTransform(*HALF)
-    return SegmentationDataset(rows, transform, coding or MaskEncoding(len(NAMES)), mask_column="annotation")
+    return SegmentationDataset(rows, transform, encoding or MaskEncoding(len(NAMES)), mask_column="annotation")
 
 
 def crops_of(rows: datasets.Dataset, augmentation: SegmentationAugmentation | None = None, **settings):

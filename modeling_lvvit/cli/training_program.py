@@ -1,0 +1,128 @@
+"""What the training programs share: the way from a command line to a trained, evaluated, described and published model."""
+
+import dataclasses
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import set_seed
+
+from ..data.images import SampleError
+from ..hub.hub_trainer import push_finished_run
+from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
+from ..training.base_arguments import BaseImageTrainingArguments
+from ..training.base_trainer import BaseImageTrainer
+from ..training.callbacks import end_after_signal
+from ..training.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
+from ..training.fsdp import is_fsdp_requested
+from . import digit_scenes
+from .model_arguments import ModelSourceArguments
+from .parser import EMBEDDED_RECIPE, Program, name_options, parse
+
+
+class TrainingRun(ABC):
+    """A run that is ready to start; each program fills in what it says, evaluates and writes. All processes call the methods.
+
+    Attributes:
+        trainer: With model and data. Without a `train_dataset` the model is evaluated only.
+    """
+
+    trainer: BaseImageTrainer
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What will be trained, in a line or two."""
+
+    def finish_model(self) -> None:  # noqa: B027  most programs have nothing to do
+        """Changes the trained model before it is saved."""
+
+    @abstractmethod
+    def evaluate(self) -> None:
+        """Evaluates the model and saves the metrics."""
+
+    @abstractmethod
+    def report(self) -> None:
+        """Writes figure and model card, and prints the results."""
+
+
+def run_program(program: Program, start: list[str], prepare: Callable[..., TrainingRun], arguments: list[str]) -> None:
+    """Runs a training program from its command line to its end.
+
+    Args:
+        program: Its name, options and recipes.
+        start: How it is started again in further processes: its path, or `--module` and its name.
+        prepare: From the objects with its options to the run; whatever can go wrong before training goes wrong here.
+        arguments: Its command line.
+    """
+    if start_missing_processes(start, arguments):
+        return
+    end_with_launcher()
+    try:
+        model_args, data_args, training_args = parse(arguments, program)
+        run = prepare(model_args, data_args, training_args)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.exit(describe_error(program, error) if is_main_process() else 1)
+    trainer, is_main = run.trainer, run.trainer.is_world_process_zero()
+    is_trained = trainer.train_dataset is not None
+    if is_main and is_trained:
+        discard_overwritten_checkpoints(training_args, model_args.overwrite_output_dir)
+    description = run.describe()
+    if is_main:
+        print(description, flush=True)
+    try:
+        if is_trained:
+            train(run)
+        run.evaluate()
+    except SampleError as error:
+        sys.exit(describe_error(program, error))  # only the process that has the row knows of it
+    if is_trained:
+        trainer.save_state()
+    run.report()
+    if is_main:
+        print(f"saved to {training_args.output_dir}")
+    if not is_fsdp_requested():  # else all processes take part in saving what is published
+        end_together()  # the others need not wait for an upload
+    if is_trained:
+        push_finished_run(trainer, program.name)
+
+
+def describe_error(program: Program, error: Exception) -> str:
+    """The message that a program ends with; parameters of the library become its options."""
+    return f"{program.name}: {name_options(str(error), program.types)}"
+
+
+def train(run: TrainingRun) -> None:
+    """Trains and saves the model; ends the program if a signal stops it."""
+    trainer = run.trainer
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if trainer.stop_on_signal.received:
+        end_after_signal(trainer)
+    run.finish_model()
+    trainer.save_model(_internal_call=True)  # it is published at the end, with evaluation and card
+    trainer.save_metrics("train", result.metrics)
+
+
+def set_up(model_args: ModelSourceArguments, training_args: BaseImageTrainingArguments, card_template: Path) -> None:
+    """Output folder, CPU and seed of a run, before anything is opened.
+
+    Raises:
+        FileNotFoundError: If there is no template of its model card.
+        ValueError: See `prepare_output_dir`.
+    """
+    if not card_template.is_file():
+        raise FileNotFoundError(
+            f"There is no {card_template}: install the project from its folder (pip install -e .)."
+        )
+    prepare_output_dir(training_args, model_args.model_name_or_path, model_args.overwrite_output_dir)
+    set_up_cpu(training_args.device)
+    set_seed(training_args.seed)
+
+
+def with_embedded_data(data_args: Any) -> Any:
+    """Options of the data; where they name none, those of the embedded dataset, which is built on first use."""
+    if data_args.dataset_name not in (None, EMBEDDED_RECIPE):
+        return data_args
+    return dataclasses.replace(data_args, dataset_name=str(digit_scenes.build_or_reuse()))
