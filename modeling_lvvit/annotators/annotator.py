@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor
 from transformers.utils import logging
 
 from ..backbones.dense_classifier import DenseClassifier
+from ..backbones.image_processors import checked_settings, choose_image_size
 from ..backbones.loading import (
     TIMM_PREFIX,
     create_timm_model,
@@ -25,8 +26,8 @@ from ..backbones.loading import (
     transformers_class_names,
 )
 from ..backbones.patch_head import PATCH_HEAD, add_patch_head, load_patch_head
-from ..backbones.preprocessing import Fit, Preprocessing, probe_processor
-from ..backbones.resize import must_interpolate, own_image_size, resize_classifier
+from ..backbones.preprocessing import Fit, Preprocessing
+from ..backbones.resize import must_interpolate, native_image_size, resize_classifier
 from ..data.class_matching import ClassMap
 from ..data.sources import looks_local
 
@@ -160,14 +161,16 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
     model, unexpected = create_transformers_model(name, source, random_weights)
     config = model.config
     processor = AutoImageProcessor.from_pretrained(name, **source)
-    preprocessing = probe_processor(processor, image_size or own_image_size(model))
-    if image_size is not None:
-        preprocessing = replace(preprocessing, image_size=image_size)
-    if not must_interpolate(model, preprocessing.image_size):
-        model = resize_classifier(model, preprocessing.image_size)
+    settings = checked_settings(processor)
+    image_size = choose_image_size(processor, image_size, settings.image_size, native_image_size(model))
+    preprocessing = Preprocessing.with_statistics(
+        image_size, settings.image_mean, settings.image_std, settings.resample
+    )
+    if not must_interpolate(model, image_size):
+        model = resize_classifier(model, image_size)
     class_names = transformers_class_names(model)
     if any(PATCH_HEAD in key for key in unexpected):
-        model = add_patch_head(model, preprocessing.image_size)
+        model = add_patch_head(model, image_size)
         if not load_patch_head(model, name, source["revision"]):
             raise ValueError(
                 "its patch head has another shape than its features need, or is not stored as safetensors."
@@ -182,14 +185,9 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
 def _load_timm(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):
     model = create_timm_model(name, image_size, source, random_weights)
     settings = resolve_model_data_config(model)
-    std, mean = settings["std"], settings["mean"]
+    image_size = image_size or tuple(settings["input_size"][-2:])
     resample = Image.Resampling[settings["interpolation"].upper()]
-    preprocessing = Preprocessing(
-        image_size or tuple(settings["input_size"][-2:]),
-        tuple(1.0 / (255.0 * value) for value in std),
-        tuple(-m / s for m, s in zip(mean, std)),
-        resample,
-    )
+    preprocessing = Preprocessing.with_statistics(image_size, settings["mean"], settings["std"], resample)
     return model, timm_class_names(model), preprocessing, None
 
 

@@ -1,7 +1,7 @@
 """Where an image classifier has the features that its head reads, and taking them out of a forward pass."""
 
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .feature_layout import FeatureLayout, FeatureMap
-from .feature_search import LAYOUT_ERRORS, FeatureSearch, output_logits, probe_images
+from .feature_layout import FeatureMap
+from .feature_search import FeatureSearch, output_logits, probe_images
+from .loading import FORWARD_ERRORS, library_errors
 
 
 logger = logging.get_logger(__name__)
@@ -19,48 +20,46 @@ ALL_BUT_ZERO = 1e-2
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
 
-@dataclass(kw_only=True)
-class FeatureHook(FeatureLayout):
+@dataclass
+class FeatureHook:
     """Where the features of the patch head come from.
 
     Args:
-        module_name: Layer whose output they are.
-        call: Which of its calls within a forward pass, from 0.
+        feature_map: Where they are.
         image_size: Height and width of the images in pixels.
         forward_options: Keyword arguments of every forward pass.
     """
 
-    module_name: str
-    call: int
+    feature_map: FeatureMap
     image_size: tuple[int, int]
     forward_options: dict[str, Any]
     calls: int = 0
     is_open: bool = False
-    kept: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
     def open(self) -> None:
-        """Begins a forward pass; outside of one nothing is kept."""
+        """Begins a forward pass; outside of one nothing is stored."""
         self.calls, self.is_open = 0, True
 
     def close(self) -> None:
         """Ends it."""
-        self.is_open, self.kept = False, None
+        self.is_open, self.features = False, None
 
-    def keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def store(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Forward hook of the layer."""
         if not self.is_open:
             return
-        if self.calls == self.call:
-            self.kept = self.select_tensor(output)
+        if self.calls == self.feature_map.call:
+            self.features = self.feature_map.select_tensor(output)
         self.calls += 1
 
     def take(self) -> torch.Tensor:
         """The features of the forward pass, `(B, rows * columns, channels)`."""
-        cells = self.flatten_cells(self.kept)
-        if cells.shape[1] != self.grid_size[0] * self.grid_size[1]:
+        cells = self.feature_map.flatten_cells(self.features)
+        if cells.shape[1] != self.feature_map.num_cells:
             raise ValueError(
-                f"The patch head was made for images of {self.image_size[0]} x {self.image_size[1]} pixels, on which the model "
-                f"has {self.grid_size[0]} x {self.grid_size[1]} cells; these give {cells.shape[1]} cells."
+                f"The patch head was made for images of {_product(self.image_size)} pixels, on which the model has "
+                f"{_product(self.feature_map.grid_size)} cells; these give {cells.shape[1]} cells."
             )
         return cells
 
@@ -71,35 +70,27 @@ def find_features(
     """Where the features are, how wide, and whether they were normalized."""
     name = getattr(model.config, "architecture", None) or type(model).__name__
     try:
-        search, found = _search(model, image_size, options)
-    except LAYOUT_ERRORS as error:
-        reason = _too_few_cells(model, image_size, options) or str(error).splitlines()[0]
+        search, feature_map = _search(model, image_size, options)
+    except ValueError as error:
+        reason = _too_few_cells(model, image_size, options) or error
         raise ValueError(
-            f"{name} cannot learn from token labels on images of {image_size[0]} x {image_size[1]} pixels: {reason}"
+            f"{name} cannot learn from token labels on images of {_product(image_size)} pixels: {reason}"
         ) from error
-    if min(found.grid_size) < 2:
+    if min(feature_map.grid_size) < 2:
         raise ValueError(
-            f"{name} has {found.grid_size[0]} x {found.grid_size[1]} cells on images of {image_size[0]} x {image_size[1]} pixels; "
+            f"{name} has {_product(feature_map.grid_size)} cells on images of {_product(image_size)} pixels; "
             "token labels need at least 2 x 2. Take larger images."
         )
-    names = {module: name for name, module in search.model.named_modules()}
-    layout = {entry.name: getattr(found, entry.name) for entry in fields(FeatureLayout)}
-    hook = FeatureHook(
-        module_name=names[found.module],
-        call=found.call,
-        image_size=image_size,
-        forward_options=dict(options),
-        **layout,
-    )
     with torch.no_grad():
-        features = search.features(probe_images(image_size).to(next(model.parameters()).device), found)
-    return hook, features.shape[-1], isinstance(found.module, NORMS)
+        features = search.features(search.images, feature_map)
+    is_normed = isinstance(search.model.get_submodule(feature_map.module_name), NORMS)
+    return FeatureHook(feature_map, image_size, dict(options)), features.shape[-1], is_normed
 
 
 def _search(
     model: PreTrainedModel, image_size: tuple[int, int], options: dict[str, Any]
 ) -> tuple[FeatureSearch, FeatureMap]:
-    """The search in a copy of a model, and what it found."""
+    """The search in a copy of a model, and its result."""
     search = FeatureSearch(_awake_copy(model, image_size, options), image_size, options)
     return search, search.find(is_run_on_cells=False)
 
@@ -120,7 +111,8 @@ def _awake_copy(model: PreTrainedModel, image_size: tuple[int, int], options: di
         for norm in norms:
             norm.momentum = 1.0
             norm.train()
-        copied(probe_images(image_size).to(next(copied.parameters()).device), **options)
+        with library_errors(FORWARD_ERRORS):
+            copied(probe_images(image_size).to(copied.device), **options)
     return copied.eval()
 
 
@@ -131,14 +123,11 @@ def _too_few_cells(model: PreTrainedModel, image_size: tuple[int, int], options:
         larger = (factor * image_size[0], factor * image_size[1])
         try:
             grid = _search(model, larger, options)[1].grid_size
-        except LAYOUT_ERRORS:
+        except ValueError:
             continue
         if min(grid) // factor > 1:  # then it has another reason
             return None
-        return (
-            f"on images of {larger[0]} x {larger[1]} it has {grid[0]} x {grid[1]} cells, on these fewer than the 2 x 2 that token "
-            "labels need."
-        )
+        return f"on images of {_product(larger)} it has {_product(grid)} cells, on these fewer than the 2 x 2 that token labels need."
     return None
 
 
@@ -147,14 +136,18 @@ def unused_parameters(model: PreTrainedModel, hook: FeatureHook) -> list[str]:
     copied = copy.deepcopy(model).float().eval()
     hook = copy.copy(hook)
     hook.open()
-    copied.get_submodule(hook.module_name).register_forward_hook(hook.keep)
+    copied.get_submodule(hook.feature_map.module_name).register_forward_hook(hook.store)
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    images = probe_images(hook.image_size).to(next(copied.parameters()).device)
+    images = probe_images(hook.image_size).to(copied.device)
     logits = output_logits(copied(images, **hook.forward_options))
     (logits.float().sum() + hook.take().float().sum()).backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    idle = [name for name, parameter in copied.named_parameters() if parameter.grad is None and name in trained]
-    if idle:
-        logger.info("No part in the logits, and not trained: %s.", ", ".join(idle))
-    return idle
+    unused = [name for name, parameter in copied.named_parameters() if parameter.grad is None and name in trained]
+    if unused:
+        logger.info("Parameters without influence on the logits, which are not trained: %s.", ", ".join(unused))
+    return unused
+
+
+def _product(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -1,31 +1,41 @@
-"""How a feature map can lie in the output of a layer."""
+"""Feature maps in the outputs of layers."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 
 MAX_PREFIX_TOKENS = 16  # class, distillation and register tokens in front of the patch tokens
 
 
 @dataclass(kw_only=True)
-class FeatureLayout:
-    """How a feature map lies in the output of a layer.
+class FeatureMap:
+    """A layer output that is a feature map of more than one cell.
 
     Args:
+        module_name: Layer.
+        call: Which of its calls within one forward pass, from 0.
         layout: `"channels_first"` `(B, C, rows, columns)`, `"channels_last"` `(B, rows, columns, C)`, or `"tokens"`
             `(B, prefix + rows * columns, C)`.
         grid_size: Rows and columns.
         prefix: Tokens before the patch tokens.
         is_part: Whether the output is a tuple, of which the map is the first part.
+        class_token: Whether the head reads the prefix only; a patch token can then take the place of the class token.
     """
 
+    module_name: str
+    call: int
     layout: Literal["channels_first", "channels_last", "tokens"]
     grid_size: tuple[int, int]
     prefix: int = 0
     is_part: bool = False
+    class_token: bool = False
+
+    @property
+    def num_cells(self) -> int:
+        """Rows times columns."""
+        return self.grid_size[0] * self.grid_size[1]
 
     def select_tensor(self, output: Any) -> torch.Tensor:
         """The features in their own layout."""
@@ -36,21 +46,6 @@ class FeatureLayout:
         if self.layout == "channels_first":
             return features.flatten(2).mT
         return features.flatten(1, 2) if self.layout == "channels_last" else features[:, self.prefix :]
-
-
-@dataclass(kw_only=True)
-class FeatureMap(FeatureLayout):
-    """A layer output that is a feature map.
-
-    Args:
-        module: Layer.
-        call: Which of its calls within one forward pass, from 0.
-        class_token: Whether the head reads the prefix only; a patch token can then take the place of the class token.
-    """
-
-    module: nn.Module
-    call: int
-    class_token: bool = False
 
     def single_cells(self, features: torch.Tensor) -> torch.Tensor:
         """Every cell as a sample of its own, batch size times cells, row-major, in the layout of the features."""
@@ -74,26 +69,27 @@ class FeatureMap(FeatureLayout):
         return torch.cat([features[:, : self.prefix], new], dim=1) if self.layout == "tokens" else new
 
 
-def candidate_layouts(
-    module: nn.Module,
+def candidate_maps(
+    module_name: str,
     call: int,
-    shape: torch.Size,
     is_part: bool,
+    shape: torch.Size,
     grids: list[tuple[int, int]],
     image_size: tuple[int, int],
 ) -> list[FeatureMap]:
-    """Ways in which an output of this shape can be a feature map of more than one cell.
+    """Ways in which a layer output can be a feature map.
 
     Args:
-        module, call, shape, is_part: A layer output.
+        module_name, call, is_part: See `FeatureMap`.
+        shape: Of the output.
         grids: Rows and columns of all convolutions of the network; that of the patches tells how tokens are laid out.
         image_size: Height and width in pixels.
     """
-    where = {"module": module, "call": call, "is_part": is_part}
+    place = {"module_name": module_name, "call": call, "is_part": is_part}
     if len(shape) == 4:
-        first = FeatureMap(layout="channels_first", grid_size=tuple(shape[2:]), **where)
-        last = FeatureMap(layout="channels_last", grid_size=tuple(shape[1:3]), **where)
-        return [found for found in (first, last) if found.grid_size[0] * found.grid_size[1] > 1]
+        first = FeatureMap(layout="channels_first", grid_size=tuple(shape[2:]), **place)
+        last = FeatureMap(layout="channels_last", grid_size=tuple(shape[1:3]), **place)
+        return [candidate for candidate in (first, last) if candidate.num_cells > 1]
     fitting = [
         grid for grid in grids if grid[0] * grid[1] > 1 and 0 <= shape[1] - grid[0] * grid[1] <= MAX_PREFIX_TOKENS
     ]
@@ -101,7 +97,7 @@ def candidate_layouts(
     if grid_size is None:
         return []
     prefix = shape[1] - grid_size[0] * grid_size[1]
-    return [FeatureMap(layout="tokens", grid_size=grid_size, prefix=prefix, **where)]
+    return [FeatureMap(layout="tokens", grid_size=grid_size, prefix=prefix, **place)]
 
 
 def token_grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int] | None:

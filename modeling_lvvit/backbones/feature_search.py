@@ -1,23 +1,25 @@
 """Where an image classifier has its feature map: the last layer output that holds all that its head reads, cell by cell.
 
-No table of model families is needed. The classifier is run on two images, every layer output is noted, and from the last one
-backwards each is tried: it must hold everything that the logits depend on, and it must be a map of the image.
+No table of model families is needed. Models of timm say it (`forward_features`). Others are run on two images, every layer output is
+noted, and from the last one backwards each is tried: it must hold everything that the logits depend on, and it must be a map of the
+image.
 """
 
+from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from .feature_layout import FeatureMap, candidate_layouts
+from .feature_layout import FeatureMap, candidate_maps
+from .loading import FORWARD_ERRORS, library_errors
 
 
-MAX_CANDIDATES = (
-    24  # layer outputs looked at, from the last one backwards: a reading further back would skip real layers
-)
+Change = Callable[[torch.Tensor], torch.Tensor]
+MAX_CANDIDATES = 24  # layer outputs looked at, from the last one backwards: one further back would skip real layers
 NUM_TRIALS = 4  # images of which a quarter is replaced
-# what models raise for images, or heads for features, in a layout that they were not made for
-LAYOUT_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
 def output_logits(output: Any) -> torch.Tensor:
@@ -32,6 +34,13 @@ def output_logits(output: Any) -> torch.Tensor:
     return logits
 
 
+def probe_images(image_size: tuple[int, int]) -> torch.Tensor:
+    """Two images that even an untrained network tells apart, noise and a slope of brightness, `(2, 3, H, W)`."""
+    noise = torch.randn(3, *image_size, generator=torch.Generator().manual_seed(0))
+    slope = torch.linspace(-2, 2, image_size[1]).expand(3, *image_size)
+    return torch.stack([noise, slope])
+
+
 class FeatureSearch:
     """Finds the feature map of a classifier, and runs the classifier with other features.
 
@@ -43,6 +52,7 @@ class FeatureSearch:
 
     def __init__(self, model: nn.Module, image_size: tuple[int, int], forward_options: dict[str, Any]):
         self.model, self.image_size, self.forward_options = model, tuple(image_size), forward_options
+        self.images = probe_images(self.image_size).to(next(model.parameters()).device)
 
     @torch.no_grad()
     def find(self, is_run_on_cells: bool = True) -> FeatureMap:
@@ -59,25 +69,23 @@ class FeatureSearch:
         Raises:
             ValueError: If there is none.
         """
-        example = self._example()
-        outputs, logits = self._record(example)
+        outputs, grids, logits = self._record()
         spread = (logits[0] - logits[1]).abs().max().item()
         if not spread > 1e-4 * logits.abs().max().item():
             raise ValueError("It gives every image the same scores: it is not trained, or its head is empty.")
-        grids = [tuple(shape[2:]) for module, _, shape, _ in outputs if isinstance(module, nn.Conv2d)]
-        held = []
-        for output in outputs[: -MAX_CANDIDATES - 1 : -1]:
-            for reading in candidate_layouts(*output, grids, self.image_size):
-                if not self._holds_everything(reading, example, logits):
+        complete = []
+        for *place, features in outputs:
+            for feature_map in candidate_maps(*place, features.shape, grids, self.image_size):
+                if not self._holds_everything(feature_map, logits):
                     continue
-                is_certain = self._works_on_cells(reading, example, logits)
-                if is_certain and (not reading.is_part or self._lies_over_image(reading)):
-                    return reading
-                held.append(reading)
-        for reading in held if not is_run_on_cells else []:
+                is_certain = self._works_on_cells(feature_map, logits)
+                if is_certain and (not feature_map.is_part or self._lies_over_image(feature_map)):
+                    return feature_map
+                complete.append(feature_map)
+        for feature_map in complete if not is_run_on_cells else []:
             # where the head was not run, the grid must be one that the network has elsewhere
-            if reading.grid_size in grids and self._lies_over_image(reading):
-                return reading
+            if feature_map.grid_size in grids and self._lies_over_image(feature_map):
+                return feature_map
         wanted = (
             "from which its head reads by pooling or a class token, so its cells cannot be labelled"
             if is_run_on_cells
@@ -87,77 +95,97 @@ class FeatureSearch:
             f"{type(self.model).__name__} has no feature map {wanted}. Choose a convolutional network or a vision transformer."
         )
 
-    def run(self, pixel_values: torch.Tensor, found: FeatureMap, change) -> torch.Tensor:
-        """Logits when the features are replaced by `change(features)`; `None` leaves them."""
+    def run(self, pixel_values: torch.Tensor, feature_map: FeatureMap, change: Change) -> torch.Tensor:
+        """Logits when the features are replaced by `change(features)`."""
         calls = 0
 
         def replace(module: nn.Module, inputs: Any, output: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls != found.call + 1:
+            if calls != feature_map.call + 1:
                 return None
-            changed = change(found.select_tensor(output))
-            return changed if changed is None or not found.is_part else (changed, *output[1:])
+            changed = change(feature_map.select_tensor(output))
+            return (changed, *output[1:]) if feature_map.is_part else changed
 
-        handle = found.module.register_forward_hook(replace)
+        handle = self.model.get_submodule(feature_map.module_name).register_forward_hook(replace)
         try:
             return output_logits(self.model(pixel_values, **self.forward_options))
         finally:
             handle.remove()
 
-    def features(self, pixel_values: torch.Tensor, found: FeatureMap) -> torch.Tensor:
+    def features(self, pixel_values: torch.Tensor, feature_map: FeatureMap) -> torch.Tensor:
         """Features of images, `(B, rows * columns, channels)`."""
-        kept = []
-        self.run(pixel_values, found, lambda features: kept.append(found.flatten_cells(features)))
-        return kept[0]
+        cells = []
 
-    def _example(self) -> torch.Tensor:
-        return probe_images(self.image_size).to(next(self.model.parameters()).device)
+        def read(features: torch.Tensor) -> torch.Tensor:
+            cells.append(feature_map.flatten_cells(features))
+            return features
 
-    def _record(self, example: torch.Tensor) -> tuple[list[tuple[nn.Module, int, torch.Size, bool]], torch.Tensor]:
-        """Layer outputs that could be feature maps, with call, shape and whether they are part of a tuple, in the order in which
-        they were computed; and the logits."""
-        outputs: list[tuple[nn.Module, int, torch.Size, bool]] = []
-        calls: dict[nn.Module, int] = {}
+        self.run(pixel_values, feature_map, read)
+        return cells[0]
 
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            call = calls[module] = calls.get(module, -1) + 1
+    def _record(self) -> tuple[list[tuple[str, int, bool, torch.Tensor]], list[tuple[int, int]], torch.Tensor]:
+        """The last layer outputs that could be feature maps, from the last one backwards (module name, call, whether it is part of a
+        tuple, features); rows and columns of all convolutions; and the logits."""
+        outputs: deque[tuple[str, int, bool, torch.Tensor]] = deque(maxlen=MAX_CANDIDATES)
+        grids, calls = [], Counter()
+
+        def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            call, calls[name] = calls[name], calls[name] + 1
             is_part = isinstance(output, tuple) and len(output) > 0
             tensor = output[0] if is_part else output
-            if isinstance(tensor, torch.Tensor) and tensor.ndim in (3, 4) and len(tensor) == len(example):
-                outputs.append((module, call, tensor.shape, is_part))
+            if isinstance(tensor, torch.Tensor) and tensor.ndim in (3, 4) and len(tensor) == len(self.images):
+                outputs.append((name, call, is_part, tensor))
+                grids.extend([tuple(tensor.shape[2:])] if isinstance(module, nn.Conv2d) else [])
 
-        handles = [module.register_forward_hook(note) for module in self.model.modules()]
+        handles = [module.register_forward_hook(partial(note, name)) for name, module in self.model.named_modules()]
         try:
-            return outputs, output_logits(self.model(example, **self.forward_options)).float()
+            with library_errors(FORWARD_ERRORS):
+                features, logits = self._forward()
         finally:
             for handle in handles:
                 handle.remove()
+        outputs.reverse()
+        # those that timm calls the features come first
+        return sorted(outputs, key=lambda output: output[-1] is not features), grids, logits.float()
 
-    def _holds_everything(self, found: FeatureMap, example: torch.Tensor, logits: torch.Tensor) -> bool:
+    def _forward(self) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What the model itself calls its features, where it is one of timm, and logits."""
+        network = getattr(self.model, "timm_model", self.model)
+        if not hasattr(network, "forward_head"):
+            return None, output_logits(self.model(self.images, **self.forward_options))
+        features = network.forward_features(self.images)
+        return features, network.forward_head(features)
+
+    def _run(self, feature_map: FeatureMap, change: Change) -> torch.Tensor | None:
+        """Logits of changed features; `None` if the head does not take them."""
+        try:
+            return self.run(self.images, feature_map, change)
+        except FORWARD_ERRORS:
+            return None
+
+    def _holds_everything(self, feature_map: FeatureMap, logits: torch.Tensor) -> bool:
         """Whether nothing passes this layer by: with the features of two images exchanged the logits are exchanged."""
-        try:
-            return _agree(self.run(example, found, lambda features: features.flip(0)), logits.flip(0), logits)
-        except LAYOUT_ERRORS:
-            return False
+        return _agree(self._run(feature_map, lambda features: features.flip(0)), logits.flip(0), logits)
 
-    def _works_on_cells(self, found: FeatureMap, example: torch.Tensor, logits: torch.Tensor) -> bool:
-        """Whether the head works on single cells of this reading; notes whether it reads the class token only."""
-        number = found.grid_size[0] * found.grid_size[1]
-        try:
-            blank = self.run(example, found, lambda features: found.cells_replaced(features, uniform=False))
-            found.class_token = found.prefix > 0 and _agree(blank, logits, logits)
-            if found.class_token:
-                return len(self.run(example, found, found.single_cells)) == len(example) * number
-            whole = self.run(example, found, lambda features: found.cells_replaced(features, uniform=True))
-            cells = self.run(example, found, lambda features: found.single_cells(found.cells_replaced(features, True)))
-            return _agree(cells, whole.repeat_interleave(number, dim=0), logits)
-        except LAYOUT_ERRORS:
+    def _works_on_cells(self, feature_map: FeatureMap, logits: torch.Tensor) -> bool:
+        """Whether the head works on single cells; notes whether it reads the class token only."""
+        blank = self._run(feature_map, lambda features: feature_map.cells_replaced(features, uniform=False))
+        feature_map.class_token = feature_map.prefix > 0 and _agree(blank, logits, logits)
+        if feature_map.class_token:
+            cells = self._run(feature_map, feature_map.single_cells)
+            return cells is not None and len(cells) == len(self.images) * feature_map.num_cells
+        whole = self._run(feature_map, lambda features: feature_map.cells_replaced(features, uniform=True))
+        if whole is None:
             return False
+        cells = self._run(
+            feature_map, lambda features: feature_map.single_cells(feature_map.cells_replaced(features, True))
+        )
+        return _agree(cells, whole.repeat_interleave(feature_map.num_cells, dim=0), logits)
 
-    def _lies_over_image(self, found: FeatureMap) -> bool:
+    def _lies_over_image(self, feature_map: FeatureMap) -> bool:
         """Whether cells are where their pixels are, in rows and columns."""
-        rows, columns = found.grid_size
+        rows, columns = feature_map.grid_size
         if min(rows, columns) < 2:
             return False
         height, width = self.image_size
@@ -168,7 +196,7 @@ class FeatureSearch:
         generator = torch.Generator().manual_seed(0)
         image, other = torch.randn(2, NUM_TRIALS, 3, height, width, generator=generator)
         images = torch.cat([image, torch.where(masks, other, image).flatten(0, 1)])  # (5 * trials, 3, H, W)
-        cells = self.features(images.to(self._example()), found).float().unflatten(0, (-1, NUM_TRIALS))
+        cells = self.features(images.to(self.images), feature_map).float().unflatten(0, (-1, NUM_TRIALS))
         change = (cells[1:] - cells[0]).norm(dim=-1).mean(dim=1).unflatten(1, (rows, columns))  # (4, rows, columns)
         change = torch.stack(
             [change[:, _half(rows, b), _half(columns, r)].mean(dim=(1, 2)) for b, r in quarters], dim=1
@@ -181,14 +209,7 @@ def _half(length: int, is_second: bool) -> slice:
     return slice(length - length // 2, length) if is_second else slice(0, length // 2)
 
 
-def _agree(left: torch.Tensor, right: torch.Tensor, logits: torch.Tensor) -> bool:
+def _agree(left: torch.Tensor | None, right: torch.Tensor, logits: torch.Tensor) -> bool:
     """Whether logits are alike, measured by how far those of two images lie apart."""
     tolerance = 1e-2 * (logits[0] - logits[1]).abs().max().item()
-    return left.shape == right.shape and (left - right).abs().max().item() <= tolerance
-
-
-def probe_images(image_size: tuple[int, int]) -> torch.Tensor:
-    """Two images that even an untrained network tells apart, noise and a slope of brightness, `(2, 3, H, W)`."""
-    noise = torch.randn(3, *image_size, generator=torch.Generator().manual_seed(0))
-    slope = torch.linspace(-2, 2, image_size[1]).expand(3, *image_size)
-    return torch.stack([noise, slope])
+    return left is not None and left.shape == right.shape and (left - right).abs().max().item() <= tolerance

@@ -1,25 +1,99 @@
-"""Image processors for images of another size than they were made for."""
+"""What image processors do to images, read from their settings, and processors for images of another size."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import DeiTImageProcessor
+from transformers import DeiTImageProcessor, LevitImageProcessor, LevitImageProcessorPil, TimmWrapperImageProcessor
 
 from ..variants import DEFAULT_CROP_PCT, evaluation_image_processor
-from .preprocessing import probe_processor, processor_image_size, processor_view
 
 
-SAME_VIEW = 0.05  # shares of width and height that are closer are equal: images are squashed
+LEVIT_CROP_PCT = 224 / 256  # `LevitImageProcessor.resize`, at every size
+CONVNEXT_SQUASHED_SIZE = 384  # `ConvNextImageProcessor.resize` crops nothing from this size on
+PROBE_COLOR = (200, 100, 50)
+
+
+@dataclass(frozen=True)
+class ProcessorSettings:
+    """What an image processor does to images.
+
+    Args:
+        image_size: Height and width in pixels to which it brings all images; `None` if it gives several sizes.
+        crop_pct: Share of the resized image that its center crop keeps, in (0, 1].
+        squashes: Whether it resizes without keeping the aspect ratio.
+        image_mean, image_std: Normalization of images in [0, 1], by channel.
+        resample: Filter of Pillow.
+    """
+
+    image_size: tuple[int, int] | None
+    crop_pct: float
+    squashes: bool
+    image_mean: list[float]
+    image_std: list[float]
+    resample: int
+
+    @property
+    def view(self) -> tuple[float, float]:
+        """Shares of width and height of an image of 8:5 that it shows: (0.625, 1) is the center square."""
+        if self.squashes:
+            return self.crop_pct, self.crop_pct
+        height, width = (self.crop_pct * side / max(self.image_size) for side in self.image_size)
+        return min(1.0, 0.625 * width), height
+
+
+def read_settings(processor: Any) -> ProcessorSettings:
+    """The settings of an image processor of transformers."""
+    if isinstance(processor, TimmWrapperImageProcessor):
+        config = processor.data_config
+        geometry = (tuple(config["input_size"][-2:]), config["crop_pct"], config["crop_mode"] == "squash")
+        filters = {entry.name.lower(): entry for entry in Image.Resampling}
+        resample = filters.get(config["interpolation"], Image.Resampling.BICUBIC)
+        return ProcessorSettings(*geometry, list(config["mean"]), list(config["std"]), resample)
+    resample = getattr(processor, "resample", None)
+    resample = Image.Resampling.BICUBIC if resample is None else Image.Resampling(int(resample))
+    return ProcessorSettings(*_geometry(processor), *_normalization(processor), resample)
+
+
+def checked_settings(processor: Any) -> ProcessorSettings:
+    """The settings of an image processor that treats colors as they say.
+
+    Raises:
+        ValueError: If it exchanges channels, or normalizes in another way than it says.
+    """
+    settings, name = read_settings(processor), type(processor).__name__
+    pixels = processor(images=Image.new("RGB", (256, 256), PROBE_COLOR), return_tensors="pt")["pixel_values"][0]
+    center = pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2].numpy()
+    colors = (np.divide([PROBE_COLOR, PROBE_COLOR[::-1]], 255) - settings.image_mean) / settings.image_std
+    is_stated, is_swapped = (np.allclose(center, color, rtol=1e-3, atol=1e-3) for color in colors)
+    if is_swapped:
+        raise ValueError(f"{name} exchanges red and blue; it is not supported.")
+    if not is_stated:
+        raise ValueError(f"{name} normalizes in another way than its settings say; it is not supported.")
+    return settings
+
+
+def choose_image_size(processor: Any, *sizes: tuple[int, int] | None) -> tuple[int, int]:
+    """The first of several sizes that is known.
+
+    Raises:
+        ValueError: If none is.
+    """
+    size = next(filter(None, sizes), None)
+    if size is None:
+        name = type(processor).__name__
+        raise ValueError(f"{name} gives images of several sizes. Give the height and width in pixels (`image_size`).")
+    return size
 
 
 def fitted_processor(
     processor: Any,
     image_size: tuple[int, int] | None,
     crop_pct: float | None,
-    own_size: tuple[int, int] | None,
+    model_size: tuple[int, int] | None,
 ) -> Any:
     """An image processor as it is, if nothing else was asked for and it says how it normalizes; or one of the asked-for size and crop,
     with its normalization, filter and view of the image.
@@ -28,47 +102,66 @@ def fitted_processor(
         processor: Image processor of transformers.
         image_size: Asked-for height and width in pixels; default: its own.
         crop_pct: Share of the resized image that a center crop shall keep; default: its view of the image.
-        own_size: Size for which its model was made, for processors that give several sizes.
+        model_size: Size for which its model was made, for processors that give several sizes.
     """
-    own = probe_processor(processor, image_size or own_size)
-    image_size = image_size or own.image_size
-    std = [1 / (255 * scale) for scale in own.scale]
-    mean = [-offset * deviation for offset, deviation in zip(own.offset, std)]
-    if crop_pct is not None:
-        return evaluation_image_processor(image_size, crop_pct, mean, std, own.resample)
-    if processor_image_size(processor) is None:
-        return evaluation_image_processor(image_size, DEFAULT_CROP_PCT, mean, std, own.resample)
-    if image_size == own.image_size and _states_normalization(processor, mean, std):
+    settings = checked_settings(processor)
+    normalization = {key: getattr(settings, key) for key in ("image_mean", "image_std", "resample")}
+    new_size = choose_image_size(processor, image_size, settings.image_size, model_size)
+    if crop_pct is None and new_size == settings.image_size and _states_normalization(processor, settings):
         return processor
-    across, down = processor_view(processor)
-    if abs(across - down) > SAME_VIEW:
-        seen = max(across, down)
-        stated = getattr(processor, "data_config", {}).get("crop_pct")  # of timm
-        if stated is None:
-            stated = processor_crop_pct(processor)
-            # what was measured is not exact, but some processors (LeViT's) resize to more than they say
-            stated = stated if stated is not None and abs(stated - seen) < SAME_VIEW else seen
-        return evaluation_image_processor(image_size, stated, mean, std, own.resample)
-    # it squashes images, and perhaps leaves a border away
-    squashed, crop = (
-        {"height": round(height), "width": round(width)}
-        for height, width in ((side / down for side in image_size), image_size)
-    )
-    return DeiTImageProcessor(
-        size=squashed,
-        crop_size=crop,
-        do_center_crop=squashed != crop,
-        resample=own.resample,
-        image_mean=mean,
-        image_std=std,
-    )
+    if crop_pct is None and settings.image_size is None:
+        crop_pct = DEFAULT_CROP_PCT
+    if crop_pct is not None or not settings.squashes:
+        return evaluation_image_processor(new_size, crop_pct or settings.crop_pct, **normalization)
+    resized = tuple(int(side / settings.crop_pct) for side in new_size)
+    size, crop_size = (dict(zip(("height", "width"), sides)) for sides in (resized, new_size))
+    return DeiTImageProcessor(size=size, crop_size=crop_size, do_center_crop=size != crop_size, **normalization)
 
 
-def _states_normalization(processor: Any, mean: list[float], std: list[float]) -> bool:
+def _geometry(processor: Any) -> tuple[tuple[int, int] | None, float, bool]:
+    """Size of the images that a processor of transformers gives, share that its crop keeps, and whether it squashes."""
+    size = (getattr(processor, "size", None) or {}) if getattr(processor, "do_resize", True) else {}
+    shortest, resized = size.get("shortest_edge"), (size.get("height"), size.get("width"))
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    crop_pct = getattr(processor, "crop_pct", None)
+    if crop is None and crop_pct is not None and shortest:  # ConvNext
+        squashes = shortest >= CONVNEXT_SQUASHED_SIZE
+        return (shortest, shortest), 1.0 if squashes else crop_pct, squashes
+    if crop is None:
+        return (resized if all(resized) else None), 1.0, True
+    crop = (crop["height"], crop["width"])
+    if shortest and isinstance(processor, (LevitImageProcessor, LevitImageProcessorPil)):
+        shortest = int(shortest / LEVIT_CROP_PCT)
+    if shortest and crop_pct is not None:  # PoolFormer
+        shortest = int(shortest / crop_pct)
+    side = shortest or min(filter(None, resized), default=max(crop))
+    return crop, _share(max(crop), side), shortest is None and all(resized)
+
+
+def _share(part: int, whole: int) -> float:
+    """The roundest share that gives this part, which at another size gives that of the published runs: 224 of 248 is 0.9."""
+    rounded = (round(part / whole, digits) for digits in (1, 2, 3))
+    return min(1.0, next((share for share in rounded if share and int(part / share) == whole), part / whole))
+
+
+def _normalization(processor: Any) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation by which a processor of transformers normalizes images in [0, 1]."""
+    scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", False) else 255
+    mean, std = np.zeros(3), np.ones(3)
+    if getattr(processor, "do_normalize", False):
+        mean, std = (np.broadcast_to(getattr(processor, name), 3) for name in ("image_mean", "image_std"))
+    if getattr(processor, "rescale_offset", False):  # EfficientNet: to [-1, 1]
+        mean = mean + 1
+    mean, std = mean / scale, std / scale
+    if getattr(processor, "include_top", False):  # EfficientNet divides a second time
+        std = std * processor.image_std
+    return mean.tolist(), std.tolist()
+
+
+def _states_normalization(processor: Any, settings: ProcessorSettings) -> bool:
     """Whether an image processor says how it normalizes, which training repeats."""
-    stated = [getattr(processor, name, None) for name in ("image_mean", "image_std")]
-    is_complete = all(isinstance(values, (list, tuple)) and len(values) == len(mean) for values in stated)
-    return is_complete and np.allclose(stated, [mean, std], atol=1e-3)
+    stated = (np.ravel(getattr(processor, name, None)).tolist() for name in ("image_mean", "image_std"))
+    return [*stated] == [settings.image_mean, settings.image_std]
 
 
 class ImageProcessorTransform:
@@ -84,21 +177,3 @@ class ImageProcessorTransform:
     def __call__(self, image: Image.Image, *label_map: Any) -> dict[str, torch.Tensor]:
         """Image to `pixel_values` float32 `[3, height, width]`; a label map has no use in evaluation."""
         return {"pixel_values": self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]}
-
-
-def processor_crop_pct(processor: Any) -> float | None:
-    """Share of the resized image's shorter side that the center crop of an image processor keeps, in (0, 1]; `None` if it crops
-    nothing."""
-    size, crop = getattr(processor, "size", None) or {}, getattr(processor, "crop_size", None)
-    if not getattr(processor, "do_center_crop", False) or not crop:
-        return None
-    shortest, side = (
-        size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0)),
-        max(crop["height"], crop["width"]),
-    )
-    if not shortest:
-        return None
-    # the roundest share that gives this size, which at another size gives that of the published runs: 224 of 248 is 0.9
-    rounded = (round(side / shortest, digits) for digits in (1, 2, 3))
-    exact = next((share for share in rounded if share and int(side / share) == shortest), side / shortest)
-    return min(1.0, exact)

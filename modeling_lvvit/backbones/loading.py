@@ -3,7 +3,8 @@
 import hashlib
 import json
 import pickle
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,25 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 
 
 TIMM_PREFIX = "timm/"
+# what the libraries raise where a model is loaded (no such files, damaged ones, those of another model) ...
+LOADING_ERRORS = (
+    OSError, RuntimeError, AssertionError, TypeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError
+)  # fmt: skip
+# ... built from settings that do not fit each other, or need packages that are not there ...
+BUILDING_ERRORS = (
+    ValueError, TypeError, AssertionError, RuntimeError, ZeroDivisionError, IndexError, KeyError, ImportError, StrictDataclassError
+)  # fmt: skip
+# ... and run on images of a size, or features of a shape, that it does not take
+FORWARD_ERRORS = (RuntimeError, ValueError, IndexError, AssertionError)
+
+
+@contextmanager
+def library_errors(errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turns what a library raises within into a `ValueError` of one line. Only the call of the library belongs there."""
+    try:
+        yield
+    except errors as error:
+        raise ValueError(first_line(error)) from error
 
 
 def first_line(error: Exception) -> str:
@@ -110,8 +130,3 @@ def is_timm_folder(path: Path) -> bool:
     except ValueError as error:
         raise ValueError(f"{config} is not valid JSON: {error}") from error
     return "architecture" in content and "model_type" not in content
-
-
-LOADING_ERRORS = (
-    OSError, RuntimeError, AssertionError, TypeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError
-)  # fmt: skip

@@ -95,7 +95,7 @@ class PatchHeadMixin:
     @property
     def patch_grid_size(self) -> tuple[int, int]:
         """Rows and columns of `patch_logits`."""
-        return self.feature_hook.grid_size
+        return self.feature_hook.feature_map.grid_size
 
     def save_pretrained(
         self,
@@ -190,7 +190,7 @@ def add_patch_head(model: nn.Module, image_size: tuple[int, int]) -> PreTrainedM
     head = nn.Sequential(nn.Identity() if is_normed else nn.LayerNorm(width), head).to(parameter)
     _owner(model).patch_head = head
     model.feature_hook = hook
-    model.get_submodule(hook.module_name).register_forward_hook(hook.keep)
+    model.get_submodule(hook.feature_map.module_name).register_forward_hook(hook.store)
     model.__class__ = _class_with_patch_head(type(model))
     return model
 

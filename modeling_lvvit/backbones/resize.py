@@ -6,18 +6,21 @@ import math
 from typing import Any
 
 import torch
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
+from transformers.utils import logging
 
 from .feature_layout import MAX_PREFIX_TOKENS
-from .feature_search import LAYOUT_ERRORS, output_logits, probe_images
+from .feature_search import output_logits, probe_images
+from .loading import BUILDING_ERRORS, FORWARD_ERRORS, first_line, library_errors
 
 
+logger = logging.get_logger(__name__)
 RELATIVE_TABLE = "relative_position_bias_table"  # a row for each offset of two cells
-CLASS_TOKEN_ROWS = 3  # and in BEiT these, for the class token
 
 
-def own_image_size(model: nn.Module) -> tuple[int, int] | None:
+def native_image_size(model: nn.Module) -> tuple[int, int] | None:
     """Height and width in pixels for which a model was made; `None` if it does not say or takes any size."""
     if isinstance(model, PreTrainedModel) and not isinstance(model, TimmWrapperForImageClassification):
         size = getattr(vision_config(model.config), "image_size", None)
@@ -31,7 +34,7 @@ def own_image_size(model: nn.Module) -> tuple[int, int] | None:
 def must_interpolate(model: nn.Module, image_size: tuple[int, int]) -> bool:
     """Whether position tables are to be resized in every forward pass: at their own size that is no use, and wrong for tables that
     are not square, which transformers takes for square ones."""
-    return _can_interpolate(model) and own_image_size(model) != tuple(image_size)
+    return _can_interpolate(model) and native_image_size(model) != tuple(image_size)
 
 
 def resize_classifier(model: PreTrainedModel, image_size: tuple[int, int]) -> PreTrainedModel:
@@ -50,14 +53,16 @@ def resize_classifier(model: PreTrainedModel, image_size: tuple[int, int]) -> Pr
     """
     if hasattr(model, "feature_hook"):
         raise ValueError("Resize the model before it gets its patch head, which is made for one size.")
-    image_size, old_size = tuple(image_size), own_image_size(model)
+    image_size, old_size = tuple(image_size), native_image_size(model)
     if old_size in (None, image_size):
         return model
     try:
-        resized = _rebuilt(model, old_size, image_size)
-        if not _is_right(model, resized, old_size, image_size):
-            return model
-    except LAYOUT_ERRORS:
+        resized = _rebuild(model, old_size, image_size)
+        _check_resized(model, resized, old_size, image_size)
+    except ValueError as error:
+        logger.warning(
+            "%s stays a model for images of %d x %d pixels: %s", type(model).__name__, *old_size, first_line(error)
+        )
         return model
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in resized.named_parameters():
@@ -67,8 +72,12 @@ def resize_classifier(model: PreTrainedModel, image_size: tuple[int, int]) -> Pr
     return resized.to(next(model.parameters())).train(model.training)
 
 
-def _rebuilt(model: PreTrainedModel, old_size: tuple[int, int], image_size: tuple[int, int]) -> PreTrainedModel:
-    """A model of the new size in float32, on the device of the old one."""
+def _rebuild(model: PreTrainedModel, old_size: tuple[int, int], image_size: tuple[int, int]) -> PreTrainedModel:
+    """A model of the new size in float32, on the device of the old one.
+
+    Raises:
+        ValueError: If it cannot be built, or has other weights than position tables that depend on the size.
+    """
     config = copy.deepcopy(model.config)
     height, width = image_size
     if isinstance(model, TimmWrapperForImageClassification):
@@ -77,37 +86,27 @@ def _rebuilt(model: PreTrainedModel, old_size: tuple[int, int], image_size: tupl
         part = vision_config(config)
         is_number = height == width and not isinstance(part.image_size, (list, tuple))
         part.image_size = height if is_number else [height, width]
-    with torch.random.fork_rng(devices=[]):
-        copied = type(model)(config)
+    with torch.random.fork_rng(devices=[]), library_errors(BUILDING_ERRORS):
+        rebuilt = type(model)(config)
     state = model.state_dict()
-    for name, value in copied.state_dict().items():
+    for name, value in rebuilt.state_dict().items():
         if name not in state or state[name].shape == value.shape:
             continue
         if not value.is_floating_point():  # an index of cells
             state[name] = value
         elif name.endswith(RELATIVE_TABLE):
-            state[name] = _resize_offsets(state[name], len(value), old_size, image_size)
-        elif "pos" in name:
+            state[name] = _resize_relative_table(name, model, rebuilt)
+        elif "pos" in name and value.ndim < 4:
+            prefix, old_grid, grid = _grids(state[name].shape[-2], value.shape[-2], old_size, image_size)
+            table = state[name].view(1, *state[name].shape[-2:])
             # the two libraries differ in how they make a table smaller
-            is_timm = isinstance(model, TimmWrapperForImageClassification)
-            state[name] = _resize_positions(state[name], value.shape, old_size, image_size, is_timm)
-    copied.load_state_dict(state)
-    return copied.float().to(next(model.parameters()).device)
-
-
-def _resize_positions(
-    table: torch.Tensor, shape: torch.Size, old_size: tuple[int, int], image_size: tuple[int, int], antialias: bool
-) -> torch.Tensor:
-    """A position table `(..., prefix + rows * columns, channels)` for another grid, bicubic as in ViT; prefix tokens stay.
-
-    Raises:
-        ValueError: If it is no such table.
-    """
-    prefix, old_grid, grid = _grids(table.shape[-2], shape[-2], old_size, image_size)
-    rows = table.reshape(table.shape[-2:])
-    cells = rows[prefix:].unflatten(0, old_grid).permute(2, 0, 1).unsqueeze(0)  # (1, C, rows, columns)
-    cells = nn.functional.interpolate(cells.float(), size=grid, mode="bicubic", antialias=antialias)
-    return torch.cat([rows[:prefix], cells[0].flatten(1).mT.to(rows)]).view(shape)
+            antialias = isinstance(model, TimmWrapperForImageClassification)
+            table = resample_abs_pos_embed(table, grid, old_grid, prefix, antialias=antialias)
+            state[name] = table.view(value.shape)
+        else:
+            raise ValueError(f"Its weight {name} depends on the size.")
+    rebuilt.load_state_dict(state)
+    return rebuilt.float().to(model.device)
 
 
 def _grids(
@@ -118,60 +117,49 @@ def _grids(
     Raises:
         ValueError: If there are none.
     """
-    found = []
+    fitting = []
     for patch_size in range(1, min(*old_size, *image_size) + 1):
         old_grid, grid = (tuple(side // patch_size for side in size) for size in (old_size, image_size))
         prefix = old_length - math.prod(old_grid)
         if 0 <= prefix <= MAX_PREFIX_TOKENS and length - math.prod(grid) == prefix:
-            found.append((prefix, old_grid, grid))
-    if not found:
+            fitting.append((prefix, old_grid, grid))
+    if not fitting:
         raise ValueError(f"Tables of {old_length} and {length} rows are no position tables of such images.")
-    return min(found)
+    return min(fitting)
 
 
-def _resize_offsets(
-    table: torch.Tensor, length: int, old_size: tuple[int, int], image_size: tuple[int, int]
-) -> torch.Tensor:
-    """A table of relative positions for another grid: of all cells, `((2 rows - 1) * (2 columns - 1) + 3, heads)`, bilinear as in
-    BEiT; or of the cells of a square window, `((2 side - 1)^2, heads)`, bicubic as in Swin.
-
-    Raises:
-        ValueError: If it is no such table.
-    """
-    old, new = _offset_grid(len(table), old_size), _offset_grid(length, image_size)
-    extra = len(table) - math.prod(old)
+def _resize_relative_table(name: str, model: PreTrainedModel, rebuilt: PreTrainedModel) -> torch.Tensor:
+    """A table of relative positions, `((2 rows - 1) * (2 columns - 1) + class token, heads)`, for the windows of another model: as
+    timm does it, or bilinear as BEiT in transformers does in each forward pass."""
+    layer, table, shape = name.rpartition(".")[0], model.state_dict()[name], rebuilt.state_dict()[name].shape
+    old_window, window = (part.get_submodule(layer).window_size for part in (model, rebuilt))
+    if isinstance(model, TimmWrapperForImageClassification):
+        return resize_rel_pos_bias_table(table, window, shape, old_window)
+    old, new = ([2 * side - 1 for side in sides] for sides in (old_window, window))
     offsets = table[: math.prod(old)].unflatten(0, old).permute(2, 0, 1).unsqueeze(0)  # (1, heads, 2 rows - 1, ...)
-    offsets = nn.functional.interpolate(offsets.float(), size=new, mode="bilinear" if extra else "bicubic")
+    offsets = nn.functional.interpolate(offsets.float(), size=new, mode="bilinear")
     return torch.cat([offsets[0].flatten(1).mT.to(table), table[math.prod(old) :]])
 
 
-def _offset_grid(length: int, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Numbers of vertical and horizontal offsets between the cells of an image."""
-    for patch_size in range(1, min(image_size) + 1):
-        rows, columns = (2 * (side // patch_size) - 1 for side in image_size)
-        if rows * columns + CLASS_TOKEN_ROWS == length:
-            return rows, columns
-    for side in range(1, length, 2):
-        if side * side == length:
-            return side, side
-    raise ValueError(f"A table of {length} rows does not hold the offsets of cells of {image_size} pixels.")
-
-
 @torch.no_grad()
-def _is_right(
+def _check_resized(
     model: PreTrainedModel, resized: PreTrainedModel, old_size: tuple[int, int], image_size: tuple[int, int]
-) -> bool:
-    """Whether a resized model runs, and gives the logits of the old one where that resizes its tables itself; in float32."""
-    images = probe_images(image_size).to(next(model.parameters()).device)
-    found = output_logits(resized.eval()(images))
-    is_square = old_size[0] == old_size[1]  # transformers takes other tables for square ones
+) -> None:
+    """Raises a `ValueError` if a resized model does not run, or gives other logits than the old one, in float32, where that resizes its
+    tables itself."""
+    images = probe_images(image_size).to(model.device)
+    with library_errors(FORWARD_ERRORS):
+        logits = output_logits(resized.eval()(images))
+    if old_size[0] != old_size[1]:  # transformers takes such tables for square ones
+        return
     options = {"interpolate_pos_encoding": True} if _can_interpolate(model) else {}
     try:
-        expected = output_logits(copy.deepcopy(model).float().eval()(images, **options)) if is_square else found
-    except LAYOUT_ERRORS:  # it takes no other size
-        return True
+        expected = output_logits(copy.deepcopy(model).float().eval()(images, **options))
+    except FORWARD_ERRORS:  # it takes no other size
+        return
     spread = (expected[0] - expected[1]).abs().max().item()
-    return torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * spread)
+    if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * spread):
+        raise ValueError("Its forward pass resizes its tables in another way.")
 
 
 def _can_interpolate(model: nn.Module) -> bool:

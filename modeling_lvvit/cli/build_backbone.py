@@ -17,11 +17,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging
 
-from ..backbones.image_processors import fitted_processor
+from ..backbones.image_processors import fitted_processor, read_settings
 from ..backbones.loading import TIMM_PREFIX
 from ..backbones.patch_head import load_patch_head
-from ..backbones.preprocessing import processor_image_size
-from ..backbones.resize import own_image_size, resize_classifier, vision_config
+from ..backbones.resize import native_image_size, resize_classifier, vision_config
 from ..configuration_lvvit import LVViTConfig
 from ..token_labeling import add_patch_head
 from ..variants import DEFAULT_CROP_PCT, evaluation_image_processor
@@ -120,10 +119,10 @@ def finish_pretrained(
         source: Revision, and whether remote code may run.
         has_patch_head: Whether the checkpoint has weights of one.
     """
-    path, default_size = args.model_name_or_path, own_image_size(model)
+    path, default_size = args.model_name_or_path, native_image_size(model)
     processor = AutoImageProcessor.from_pretrained(path, **source)
     processor = fitted_processor(processor, args.image_height_width, args.crop_pct, default_size)
-    image_size = processor_image_size(processor)
+    image_size = read_settings(processor).image_size
     if default_size not in (None, image_size):
         logger.warning(
             "%s was made for images of %d x %d pixels, and is made to take %d x %d.", path, *default_size, *image_size

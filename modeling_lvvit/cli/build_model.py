@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..backbones.image_processors import processor_crop_pct
+from ..backbones.image_processors import fitted_processor
 from ..backbones.patch_head import PATCH_HEAD
 from ..configuration_lvvit import LVViTConfig
 from ..data.sources import looks_local
@@ -118,15 +118,10 @@ def _fit_resolution(
     """Makes an LV-ViT take images of the asked-for size; returns their image processor and adds to `changes`."""
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **source)
     size = args.image_height_width or tuple(config.image_height_width)
-    is_resized = size != tuple(config.image_height_width)
-    if is_resized:
+    if size != tuple(config.image_height_width):
         model.resize_position_embeddings(size)
         changes.append(f"position table resized from {config.grid_size} to {model.config.grid_size} tokens")
-    if is_resized or args.crop_pct is not None:
-        processor = evaluation_image_processor(
-            size, args.crop_pct or processor_crop_pct(processor) or DEFAULT_CROP_PCT
-        )
-    return processor
+    return fitted_processor(processor, args.image_height_width, args.crop_pct, size)
 
 
 def _changes(config: LVViTConfig, loading: dict[str, Any], class_names: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from ..backbones.image_processors import ImageProcessorTransform, fitted_processor
+from ..backbones.image_processors import ImageProcessorTransform, choose_image_size, fitted_processor, read_settings
 from ..backbones.loading import (
     LOADING_ERRORS,
     TIMM_PREFIX,
@@ -23,8 +23,7 @@ from ..backbones.loading import (
     timm_class_names,
     transformers_class_names,
 )
-from ..backbones.preprocessing import processor_image_size, processor_view
-from ..backbones.resize import must_interpolate, own_image_size, resize_classifier
+from ..backbones.resize import must_interpolate, native_image_size, resize_classifier
 from ..configuration_lvvit import LVViTConfig
 from ..data.sources import looks_local
 
@@ -62,7 +61,7 @@ class Classifier:
         class_names: By id.
         facts: What a record says of it: library, parameters, resolution, crop, ...
         forward_options: Arguments of every forward pass.
-        view: Shares of width and height of an image of 8:5 that it sees (`preprocessing.processor_view`); `None` if that is not known.
+        view: Shares of width and height of an image of 8:5 that it sees (`ProcessorSettings.view`); `None` if that is not known.
     """
 
     name: str
@@ -142,19 +141,16 @@ def _load_transformers(name: str, options: InputOptions, source: dict[str, Any],
     model, _ = create_transformers_model(name, source, random_weights)
     processor = AutoImageProcessor.from_pretrained(name, **source)
     if options.are_given:
-        processor = fitted_processor(processor, options.image_size, options.crop_pct, own_image_size(model))
-    size = processor_image_size(processor)
-    if size is None:
-        raise ValueError(
-            "its image processor gives images of several sizes; say which height and width they shall have (--image_size)."
-        )
+        processor = fitted_processor(processor, options.image_size, options.crop_pct, native_image_size(model))
+    settings = read_settings(processor)
+    size = choose_image_size(processor, settings.image_size)
     model, forward_options = _fitted(model, size)
-    settings = {
+    stated = {
         key: getattr(processor, key, None) for key in ("size", "crop_size", "do_center_crop", "resample", "crop_pct")
     }
     facts = {
         "input_size": list(size),
-        "preprocessing": {key: _plain(value) for key, value in settings.items() if value is not None},
+        "preprocessing": {key: _plain(value) for key, value in stated.items() if value is not None},
     }
     facts["preprocessing"] |= getattr(processor, "data_config", {})  # of timm
     return Classifier(
@@ -164,14 +160,14 @@ def _load_transformers(name: str, options: InputOptions, source: dict[str, Any],
         transformers_class_names(model),
         facts,
         forward_options,
-        processor_view(processor),
+        settings.view,
     )
 
 
 def _fitted(model: PreTrainedModel, size: tuple[int, int]) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model that takes images of a size, and the arguments that its forward passes need for it."""
     if model.config.model_type == LVViTConfig.model_type:
-        if size != own_image_size(model):
+        if size != native_image_size(model):
             model.resize_position_embeddings(size)
         return model, {}
     if must_interpolate(model, size):

@@ -7,7 +7,7 @@ from transformers.utils import logging
 
 from ..annotators.online import OnlineAnnotator
 from ..backbones.patch_head import add_patch_head, has_patch_head
-from ..backbones.resize import own_image_size
+from ..backbones.resize import native_image_size
 from .arguments import TokenLabelTrainingArguments
 from .dataset import TokenLabelDataset
 from .iterable_dataset import TokenLabelStream
@@ -28,7 +28,7 @@ def with_patch_head(model: nn.Module, train_dataset: Any | None) -> nn.Module:
     """
     if has_patch_head(model):
         return model
-    size = getattr(getattr(train_dataset, "transform", None), "image_size", None) or own_image_size(model)
+    size = getattr(getattr(train_dataset, "transform", None), "image_size", None) or native_image_size(model)
     if size is None:
         raise ValueError(
             f"{type(model).__name__} does not say what images it takes. Add the patch head before: "

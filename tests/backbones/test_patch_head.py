@@ -197,7 +197,7 @@ class Flattening(PreTrainedModel):
 def test_cells_out_of_place_are_not_taken_for_a_map(transposes):
     """Labels would go to the wrong tokens; the map in front of the shuffling is found instead."""
     model = Flattening(PreTrainedConfig(num_labels=NUM_CLASSES), Shuffled(transposes))
-    assert add_patch_head(model, SIZE).feature_hook.module_name == "stem"
+    assert add_patch_head(model, SIZE).feature_hook.feature_map.module_name == "stem"
 
 
 def test_exchanging_pixels_is_mixtoken_for_a_plain_patch_embedding():
@@ -272,7 +272,7 @@ def test_models_are_copied_and_pickled_with_their_patch_head(tmp_path):
     model = add_patch_head(transformers_model("resnet"), SIZE).eval()
     pixel_values = torch.randn(2, 3, *SIZE)
     model.resnet(pixel_values)  # outside of a forward pass nothing is kept
-    assert model.feature_hook.kept is None
+    assert model.feature_hook.features is None
     torch.save(model, tmp_path / "model.pt")
     with torch.no_grad():
         expected = model(pixel_values).patch_logits

@@ -27,8 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 import train_tl
 from modeling_lvvit.annotators.annotator import load_annotator
+from modeling_lvvit.backbones.image_processors import read_settings
 from modeling_lvvit.backbones.patch_head import get_patch_head
-from modeling_lvvit.backbones.preprocessing import processor_view
 from modeling_lvvit.cli.build_model import build_model, model_image_size
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.parser import parse
@@ -182,7 +182,7 @@ def test_squashed_and_cropped_images_stay_so_at_another_size(tmp_path):
     own = DeiTImageProcessor(image_mean=MEAN, image_std=STD)
     _, processor = build(model_name_or_path=saved_with(own, tmp_path, 224), image_size=[112, 56])
     assert (processor.size["height"], processor.size["width"]) == (128, 64) and processor.do_center_crop
-    assert processor_view(processor) == pytest.approx((0.875, 0.875), abs=0.01)
+    assert read_settings(processor).view == pytest.approx((0.875, 0.875), abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_squashed_and_cropped_images_stay_so_at_another_size(tmp_path):
 )
 def test_rebuilt_processors_show_the_same_part_of_a_image(own, view, tmp_path):
     """Shares of the width and height of an image of 8:5."""
-    assert processor_view(own) == pytest.approx(view, abs=0.01)
+    assert read_settings(own).view == pytest.approx(view, abs=0.01)
     _, processor = build(model_name_or_path=saved_with(own, tmp_path), image_size=[112])
-    assert processor_view(processor) == pytest.approx(view, abs=0.02)
+    assert read_settings(processor).view == pytest.approx(view, abs=0.02)
     pixels = [part(Image.new("RGB", (640, 400), (200, 100, 50)), return_tensors="pt") for part in (own, processor)]
     middle = [part["pixel_values"][0, :, 56, 56] for part in pixels]
     torch.testing.assert_close(*middle, atol=0.02, rtol=0)

@@ -16,7 +16,7 @@ from sklearn.metrics import top_k_accuracy_score
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from modeling_lvvit import LVViTForImageClassification
-from modeling_lvvit.backbones.image_processors import processor_crop_pct
+from modeling_lvvit.backbones.image_processors import read_settings
 from modeling_lvvit.evaluate import ClassificationScores, mean_corruption_error, read_real_labels
 from modeling_lvvit.evaluate.__main__ import MODULE, main
 from modeling_lvvit.evaluate.classifier import InputOptions, load_classifier
@@ -291,7 +291,7 @@ def test_models_keep_their_view_of_images_at_other_sizes(model, tmp_path):
 )
 def test_crop_fractions_are_read_exactly(side, fraction, shortest):
     processor = evaluation_image_processor((side, side), fraction)
-    assert processor.size["shortest_edge"] == shortest and processor_crop_pct(processor) == fraction
+    assert processor.size["shortest_edge"] == shortest and read_settings(processor).crop_pct == fraction
 
 
 def test_what_was_measured_is_kept_when_a_later_image_is_broken(model, data, tmp_path):
