@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modeling_lvvit.cli.parser import name_options
 from modeling_lvvit.data.class_names import read_class_names
 from modeling_lvvit.data.images import pillow_errors
 from modeling_lvvit.data.masks import IGNORED
+from modeling_lvvit.launching import name_options
 from modeling_lvvit.segmentation.dataset_writer import (
     Pair,
     check_pairs,
@@ -135,7 +135,7 @@ def main() -> None:
     try:
         counts = build(args)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"image_mask_folder.py: {name_options(str(error), vars(args))}\n")
+        parser.exit(1, f"image_mask_folder.py: {name_options(error, *vars(args))}\n")
     print(f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} images -> {args.output_dir}")
 
 

@@ -77,15 +77,16 @@ def is_main_process() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) <= 0
 
 
-def name_options(message: object, *arguments: type) -> str:
+def name_options(message: object, *arguments: type | str) -> str:
     """A message of the library in the words of a program: parameters that it names in backticks become options.
 
     Args:
         message: An error or a text, for example "Name it with `image_column`."
-        arguments: Dataclasses of the program's options. A parameter without an option of its name becomes the only option that
+        arguments: Dataclasses of the program's options, or names of options. A parameter without an option of its name becomes the only option that
             ends in it, for example `class_map` becomes `--annotator_class_map`.
     """
-    names = {field.name for part in arguments for field in dataclasses.fields(part)}
+    names = {part for part in arguments if isinstance(part, str)}
+    names |= {entry.name for part in arguments if part not in names for entry in dataclasses.fields(part)}
 
     def option(match: re.Match) -> str:
         options = [match[1]] if match[1] in names else [name for name in names if name.endswith(f"_{match[1]}")]

@@ -20,8 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 
 from ..cli.model_arguments import ModelArguments
-from ..cli.parser import TRAIN_TL, name_options
-from ..launching import num_cpu_cores
+from ..cli.parser import TRAIN_TL
+from ..launching import name_options, num_cpu_cores
 from .arms import ARMS, Arm, check_options, parse_arm
 from .report import ArmResults, save_report
 from .runs import PROGRAM, Run, RunError, Runner
@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> None:
     except Timeout:
         sys.exit(f"{MODULE}: another study writes to {args.output_dir}.")
     except (ValueError, OSError, RunError, StrictDataclassError) as error:
-        sys.exit(f"{MODULE}: {name_options(str(error), {*vars(args), *TRAIN_TL.types})}")
+        sys.exit(f"{MODULE}: {name_options(error, *vars(args), *TRAIN_TL.arguments)}")
     except KeyboardInterrupt:
         sys.exit(f"{MODULE}: stopped; the same command goes on from here.")
     print(f"saved to {args.output_dir}")
