@@ -16,11 +16,11 @@ FIGURE, NUM_IMAGES = "predictions.png", 10
 
 def read_dense_labels(rows: datasets.Dataset, args: DataArguments, count: int) -> list[tuple] | None:
     """Ids and scores of the label maps of the first rows; `None` where evaluation data has none, or not for all of them."""
-    columns = {"ids_column": args.token_label_ids_column, "scores_column": args.token_label_scores_column}
     try:
-        if not has_dense_columns(rows, args):
+        if not (args.use_token_labels and has_dense_columns(rows, args.dense_columns)):
             return None
-        samples = TokenLabelDataset(rows, lambda image: {}, args.image_column, args.label_column, **columns)
+        columns = (args.image_column, args.label_column, *args.dense_columns)
+        samples = TokenLabelDataset(rows, lambda image: {}, *columns)
         return [samples.label_map(index) for index in range(count)]
     except ValueError:  # the figure goes without them; training and evaluation never needed them
         return None
