@@ -210,7 +210,7 @@ def model_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
     if hasattr(trainer.model, "feature_hook"):
         hook = trainer.model.feature_hook
         architecture = getattr(config, "architecture", config.model_type)
-        shape = f"{hook.grid_size[0]} x {hook.grid_size[1]} cells"
+        shape = "{} x {} cells".format(*trainer.grid_size)
         facts["must_interpolate"] = bool(hook.forward_options)
     else:
         architecture, shape = "LV-ViT", f"patches of {config.patch_size} x {config.patch_size}"
