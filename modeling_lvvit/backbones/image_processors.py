@@ -134,8 +134,8 @@ def _geometry(processor: Any) -> tuple[tuple[int, int] | None, float, bool]:
         shortest = int(shortest / LEVIT_CROP_PCT)
     if shortest and crop_pct is not None:  # PoolFormer
         shortest = int(shortest / crop_pct)
-    side = shortest or min(filter(None, resized), default=max(crop))
-    return crop, _share(max(crop), side), shortest is None and all(resized)
+    share = _share(max(crop), shortest) if shortest else _share(crop[0], resized[0] or crop[0])
+    return crop, share, shortest is None and all(resized)
 
 
 def _share(part: int, whole: int) -> float:
