@@ -60,3 +60,16 @@ def test_threads_are_those_asked_for_or_a_share_of_the_cores(variables, threads,
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     launching.set_up_cpu(torch.device("cpu"))
     assert chosen[-1] == threads
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Name it with `image_column`.", "Name it with --image_column."),
+        ("`class_map` identity", "--annotator_class_map identity"),  # the only option that ends so
+        ("`revision` of `Trainer`, `class_map=1`", "`revision` of `Trainer`, `class_map=1`"),
+    ],
+)
+def test_parameters_in_messages_become_options(message, expected):
+    names = ("image_column", "annotator_class_map", "model_revision", "dataset_revision")
+    assert launching.name_options(message, names) == expected

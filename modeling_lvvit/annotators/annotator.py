@@ -119,7 +119,7 @@ def load_annotator(
     provenance = {
         "annotator": Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name,
         "annotator_library": "timm" if is_timm else "transformers",
-        "annotator_revision": _revision_of(model, revision),
+        "annotator_revision": _commit_hash(model, revision),
         "annotator_weights": "random, seed 0" if random_weights else f"sha256 {fingerprint(model)}",
         "architecture": type(model).__name__,
         "image_size": list(preprocessing.image_size),
@@ -189,5 +189,5 @@ def _load_timm(name: str, image_size: tuple[int, int] | None, source: dict[str, 
     return model, timm_class_names(model), preprocessing, None
 
 
-def _revision_of(model: nn.Module, revision: str | None) -> str | None:
+def _commit_hash(model: nn.Module, revision: str | None) -> str | None:
     return getattr(getattr(model, "config", None), "_commit_hash", None) or revision

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data.class_labels import pair_classes
 from ..data.images import parse_image_size
-from ..labels.label_crops import CropGeometry, targets_of_scores
+from ..labels.label_crops import CropGeometry, crop_palette_scores
 from ..labels.sparse_targets import SparseTargets
 from .annotator import Annotator, load_annotator
 
@@ -164,7 +164,7 @@ class OnlineAnnotator:
             batch_size, num_classes = scores.shape[:2]
             palette = torch.arange(num_classes, device=scores.device).expand(batch_size, -1)
             whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=scores.device).expand(batch_size, -1)
-            cls_targets, token_targets = targets_of_scores(
+            cls_targets, token_targets = crop_palette_scores(
                 scores, palette, CropGeometry(whole), grid_size, num_classes, temperature=temperature
             )
             if self.draws_classes:

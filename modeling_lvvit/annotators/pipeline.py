@@ -47,14 +47,14 @@ def annotate_batches(
 
 
 def encode_scores(
-    score_maps: torch.Tensor, k: int, kind: ScoreKind = "logits"
+    score_maps: torch.Tensor, k: int, score_kind: ScoreKind = "logits"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Keeps the k best classes of each cell, and how much probability the others have.
 
     Args:
         score_maps: Logits `(B, C, rows, columns)`.
         k: Classes kept per cell.
-        kind: `"logits"` keeps them as they are, as the authors of the paper did. `"relative"` measures them from the
+        score_kind: `"logits"` keeps them as they are, as the authors of the paper did. `"relative"` measures them from the
             logarithm of the mean of `exp` of the C - k other logits of the cell, so that a softmax in which those others
             have score 0 gives every kept class its own probability, whatever the scale or offset of the annotator.
 
@@ -69,7 +69,7 @@ def encode_scores(
     top = score_maps.topk(k, dim=1).indices
     others = score_maps.scatter(1, top, -torch.inf).logsumexp(dim=1, keepdim=True)  # (B, 1, rows, columns)
     outside = (others - score_maps.logsumexp(dim=1, keepdim=True)).exp().mean(dim=(1, 2, 3))
-    if kind == "relative":
+    if score_kind == "relative":
         score_maps = score_maps - (others - torch.log(torch.tensor(float(num_classes - k))))
     return *encode_top_k(score_maps, k), outside.cpu().numpy()
 
@@ -175,7 +175,7 @@ class Scorer:
     Args:
         score_map: Pixels uint8 `(B, 3, height, width)` to logits `(B, classes, rows, columns)`.
         layout: Of the label set.
-        kind: See `encode_scores`.
+        score_kind: See `encode_scores`.
         device: Where the annotator runs.
         autocast: Makes the context of its precision.
     """
@@ -184,11 +184,11 @@ class Scorer:
         self,
         score_map: Callable[[torch.Tensor], torch.Tensor],
         layout: LabelSetLayout,
-        kind: ScoreKind,
+        score_kind: ScoreKind,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager],
     ):
-        self.score_map, self.layout, self.kind = score_map, layout, kind
+        self.score_map, self.layout, self.score_kind = score_map, layout, score_kind
         self.device, self.autocast = device, autocast
         self.warned = False
 
@@ -197,7 +197,7 @@ class Scorer:
         """Ids, scores and outside mass (see `encode_scores`)."""
         with self.autocast():
             score_maps = self.score_map(pixels.to(self.device, non_blocking=True))
-        maps = encode_scores(score_maps, self.layout.k, self.kind)
+        maps = encode_scores(score_maps, self.layout.k, self.score_kind)
         if not self.warned:
             self._warn_of_flat_labels(maps[1], maps[2])
         return maps
@@ -236,7 +236,7 @@ class ShardBuilder:
         damaged = [f"{key} is {image.note}" for key, image in zip(keys, images) if image.pixels is None]
         if damaged and not self.keep_damaged:
             raise ValueError(
-                f"Image {damaged[0]}. Mend the file, or give such images an empty label (`on_error` empty); then start "
+                f"Image {damaged[0]}. Mend the file, or give such images an empty label with `on_error` empty; then start "
                 "again: what was annotated so far is kept. (Without the image the data is another one, and so is its set.)"
             )
         shape = (len(images), self.layout.k, *self.layout.map_size)

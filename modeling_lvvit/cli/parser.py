@@ -2,8 +2,6 @@
 
 import argparse
 import itertools
-import re
-from collections.abc import Collection
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -183,8 +181,3 @@ def parse(arguments: list[str], program: Program = TRAIN_TL) -> tuple[Any, ...]:
             shape = {entry.name for entry in fields(model)}
             options = {name: value for name, value in options.items() if name not in shape}
     return program.parser().parse_dict(program.merge(options, given))
-
-
-def name_options(message: str, names: Collection[str]) -> str:
-    """A message of the library for the command line: of the names in backticks, those of options become `--name`."""
-    return re.sub(r"`(\w+)`", lambda match: f"--{match[1]}" if match[1] in names else match[0], message)

@@ -12,7 +12,14 @@ from transformers import set_seed
 
 from ..data.images import SampleError
 from ..hub.hub_trainer import push_finished_run
-from ..launching import end_together, end_with_launcher, is_main_process, set_up_cpu, start_missing_processes
+from ..launching import (
+    end_together,
+    end_with_launcher,
+    is_main_process,
+    name_options,
+    set_up_cpu,
+    start_missing_processes,
+)
 from ..training.base_arguments import BaseImageTrainingArguments
 from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import end_after_signal
@@ -20,7 +27,7 @@ from ..training.checkpoints import discard_overwritten_checkpoints, prepare_outp
 from ..training.fsdp import is_fsdp_requested
 from . import digit_scenes
 from .model_arguments import ModelSourceArguments
-from .parser import EMBEDDED_RECIPE, Program, name_options, parse
+from .parser import EMBEDDED_RECIPE, Program, parse
 
 
 class TrainingRun(ABC):

@@ -110,9 +110,9 @@ class ImageDataset(torch.utils.data.Dataset):
         for start in tqdm(range(0, len(self), ROWS_PER_CHECK), desc=f"Checking {self.name} data", unit="batch"):
             table = self.rows[start : start + ROWS_PER_CHECK]
             images = table[self.image_column]
-            found = find_problems(table, start)
-            found += [(offset, text) for offset, text in enumerate(map(find_image_problem, images)) if text]
-            for offset, text in sorted(found):
+            row_problems = find_problems(table, start)
+            row_problems += [(offset, text) for offset, text in enumerate(map(find_image_problem, images)) if text]
+            for offset, text in sorted(row_problems):
                 problems.append(f"row {start + offset}{file_hint(images[offset].as_py())}: {text}")
             if len(problems) >= MAX_REPORTED_PROBLEMS:
                 problems[MAX_REPORTED_PROBLEMS:] = ["... (the check stopped here)"]

@@ -37,14 +37,14 @@ def find_eval_split(
 def split_to_evaluate(splits: datasets.DatasetDict, wanted: str | None) -> str | None:
     """Name of the split that a trained model is evaluated on: the wanted one, else one that is called so, else the only one; `None` if
     there is none of these."""
-    found = [name for name in (EVALUATION_SPLITS if wanted is None else [wanted]) if name in splits]
-    if not found and wanted is None and len(splits) == 1:
-        found = list(splits)
-    return found[0] if found else None
+    candidates = [name for name in (EVALUATION_SPLITS if wanted is None else [wanted]) if name in splits]
+    if not candidates and wanted is None and len(splits) == 1:
+        candidates = list(splits)
+    return candidates[0] if candidates else None
 
 
 def hold_out(num_rows: int, fraction: float, seed: int, name: str, split: str) -> tuple[np.ndarray, np.ndarray, str]:
-    """Training rows that stay, those that are kept for evaluation, and what the latter are called.
+    """Training rows that stay, those that are held out for evaluation, and what the latter are called.
 
     Args:
         num_rows: Number of training rows.
@@ -55,7 +55,7 @@ def hold_out(num_rows: int, fraction: float, seed: int, name: str, split: str) -
     Raises:
         ValueError: If there are too few.
     """
-    logger.warning("No evaluation split: %.0f %% of the training rows are kept for it.", 100 * fraction)
+    logger.warning("No evaluation split: %.0f %% of the training rows are held out for it.", 100 * fraction)
     if num_rows < 2:
         raise ValueError(f"{name} has {num_rows} rows, too few for training and evaluation.")
     order = np.random.default_rng(seed).permutation(num_rows)

@@ -53,7 +53,7 @@ class CropGeometry:
         points = self.points(grid_size, (1, 1))  # (B, rows, columns, 2)
         return ((points >= 0) & (points <= 1)).all(dim=-1).flatten(1)
 
-    def known_part(self) -> "CropGeometry":
+    def covered_part(self) -> "CropGeometry":
         """The crops without what lies outside the maps; only without `label_affine`."""
         return CropGeometry(self.crop_box.clamp(0, 1))
 
@@ -109,7 +109,7 @@ def pool_label_maps(
     geometry: CropGeometry,
     grid_size: tuple[int, int],
     label_crop: LabelCrop = "correct",
-    known_only: bool = False,
+    covered_only: bool = False,
 ) -> torch.Tensor:
     """Mean scores of the crop on a grid of tokens.
 
@@ -124,7 +124,7 @@ def pool_label_maps(
             top first and handed to RoIAlign, which expects left first, so that the top half of an image gets the
             labels of its left half. That RoIAlign call also widens a crop of less than one cell to one (here only without
             `label_affine`).
-        known_only: Whether to take the mean over the places in the image that the map covers.
+        covered_only: Whether to take the mean over the places in the image that the map covers.
 
     Returns:
         `(batch_size, U, token_rows, token_columns)` float32.
@@ -134,9 +134,9 @@ def pool_label_maps(
     is_correct = label_crop == "correct"
     geometry = geometry if is_correct else geometry.with_exchanged_axes()
     if geometry.label_affine is not None:
-        return _pool_warped(palette_scores, geometry, grid_size, known_only)
-    if known_only:
-        geometry = geometry.known_part()
+        return _pool_warped(palette_scores, geometry, grid_size, covered_only)
+    if covered_only:
+        geometry = geometry.covered_part()
     left, top, right, bottom = geometry.crop_box.float().unbind(1)
     min_cells = 0.0 if is_correct else 1.0
     rows, columns = palette_scores.shape[-2:]
@@ -147,14 +147,14 @@ def pool_label_maps(
 
 
 def _pool_warped(
-    palette_scores: torch.Tensor, geometry: CropGeometry, grid_size: tuple[int, int], known_only: bool
+    palette_scores: torch.Tensor, geometry: CropGeometry, grid_size: tuple[int, int], covered_only: bool
 ) -> torch.Tensor:
     """`pool_label_maps` where images were sheared, moved or rotated: each token is the mean of a square of points.
 
     The map is read once, at the composition of all operations, with linear interpolation. Reading it once for each operation,
     to the nearest cell, as the authors do, moves labels by up to half a cell every time.
     """
-    finer = 2 if known_only else 1  # whole points are left out at the border of the known part
+    finer = 2 if covered_only else 1  # whole points are left out at the border of the covered part
     points_per_token = tuple(
         finer * math.ceil(cells / tokens) for cells, tokens in zip(palette_scores.shape[-2:], grid_size)
     )
@@ -164,16 +164,16 @@ def _pool_warped(
     )  # (B, U, P, Q)
     low, high = geometry.image_box.float()[:, None, None].split(2, dim=-1)
     shown = ((points >= low) & (points <= high)).all(dim=-1).unsqueeze(1)  # (B, 1, P, Q)
-    if not known_only:
+    if not covered_only:
         return nn.functional.avg_pool2d(sampled * shown, points_per_token)  # (B, U, token_rows, token_columns)
-    known = shown & ((points >= 0) & (points <= 1)).all(dim=-1).unsqueeze(1)
-    (known_mean, known_share), (shown_mean, shown_share) = (
+    covered = shown & ((points >= 0) & (points <= 1)).all(dim=-1).unsqueeze(1)
+    (covered_mean, covered_share), (shown_mean, shown_share) = (
         (nn.functional.avg_pool2d(part, points_per_token) for part in (sampled * counted, counted.float()))
-        for counted in (known, shown)
+        for counted in (covered, shown)
     )
     # a crop that shows nothing that the map covers has the scores of the nearest cells, one that shows nothing at all has none
     return torch.where(
-        known_share > 0, known_mean / known_share.clamp(min=1e-6), shown_mean / shown_share.clamp(min=1e-6)
+        covered_share > 0, covered_mean / covered_share.clamp(min=1e-6), shown_mean / shown_share.clamp(min=1e-6)
     )
 
 
@@ -221,11 +221,11 @@ def crop_label_maps(
     batch_size, _, rows, columns = palette_index.shape
     palette_scores = scores.new_zeros(batch_size, palette.shape[1], rows, columns, dtype=torch.float32)
     palette_scores.scatter_(1, palette_index.long(), scores.float())
-    return targets_of_scores(palette_scores, palette, geometry, grid_size, num_classes, label_crop, temperature)
+    return crop_palette_scores(palette_scores, palette, geometry, grid_size, num_classes, label_crop, temperature)
 
 
 @torch.no_grad()
-def targets_of_scores(
+def crop_palette_scores(
     palette_scores: torch.Tensor,
     palette: torch.Tensor,
     geometry: CropGeometry,
@@ -237,7 +237,7 @@ def targets_of_scores(
     """`crop_label_maps` for maps whose classes stand in the order of a palette, `(batch_size, U, rows, columns)` float32."""
     pooled_tokens = pool_label_maps(palette_scores, geometry, grid_size, label_crop).flatten(2).mT  # (B, N, U)
     # the class token is told what the map knows of the crop: the part that both cover
-    pooled_crop = pool_label_maps(palette_scores, geometry, (1, 1), label_crop, known_only=True).flatten(1)  # (B, U)
+    pooled_crop = pool_label_maps(palette_scores, geometry, (1, 1), label_crop, covered_only=True).flatten(1)  # (B, U)
     return (
         softmax_over_all_classes(pooled_crop / temperature, palette, num_classes),
         softmax_over_all_classes(pooled_tokens / temperature, palette, num_classes),

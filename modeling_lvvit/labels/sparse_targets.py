@@ -31,7 +31,7 @@ class SparseTargets:
         excess = torch.ones(len(labels), 1, device=labels.device)
         return cls(labels.long().unsqueeze(1), excess, torch.zeros_like(excess[:, 0]), num_classes)
 
-    def of_single_token(self) -> "SparseTargets":
+    def as_single_token(self) -> "SparseTargets":
         """Targets of images as those of one token each, `excess` `(batch_size, 1, U)`."""
         return replace(self, excess=self.excess.unsqueeze(1), other=self.other.unsqueeze(1))
 

@@ -276,7 +276,7 @@ def map_problems(table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
 
 
 def write_shard(path: Path, table: pa.Table) -> None:
-    """Writes a Parquet file that is there wholly or not at all, whatever happens meanwhile.
+    """Writes a Parquet file whole or not at all, also when the program is killed.
 
     Raises:
         OSError: If it cannot be written; nothing is left behind.

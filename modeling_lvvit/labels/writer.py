@@ -88,7 +88,7 @@ class LabelSetWriter:
             raise ValueError(f"{self.folder} is a file; a label set is a folder.")
         if self.record.is_file():
             self._check_same_settings()
-        elif self.folder.is_dir() and any(not self._is_of_a_beginning(path) for path in self.folder.iterdir()):
+        elif self.folder.is_dir() and any(not self._may_precede_record(path) for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds other files. Choose an empty or new folder.")
         data.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / LOCK)
@@ -110,7 +110,7 @@ class LabelSetWriter:
             (self.folder / LOCK).unlink(missing_ok=True)
             self._lock.release()
 
-    def _is_of_a_beginning(self, path: Path) -> bool:
+    def _may_precede_record(self, path: Path) -> bool:
         """Whether a file may come from a run that was killed before it had written its record."""
         is_empty_data = path.name == DATA and path.is_dir() and not any(path.iterdir())
         return (

@@ -20,8 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 
 from ..cli.model_arguments import ModelArguments
-from ..cli.parser import TRAIN_TL, name_options
-from ..launching import num_cpu_cores
+from ..cli.parser import TRAIN_TL
+from ..launching import name_options, num_cpu_cores
 from .arms import ARMS, Arm, check_options, parse_arm
 from .report import ArmResults, save_report
 from .runs import PROGRAM, Run, RunError, Runner

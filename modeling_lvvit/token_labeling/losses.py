@@ -14,7 +14,7 @@ def mixed_cross_entropy(
     logits: torch.Tensor,
     targets: SparseTargets,
     weight: torch.Tensor | float = 1.0,
-    kept: torch.Tensor | None = None,
+    own_share: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted cross-entropy of a class token whose image may be mixed with its flip partner.
 
@@ -25,16 +25,16 @@ def mixed_cross_entropy(
         logits: `(batch_size, C)`.
         targets: Targets of the unmixed images, `excess` `(batch_size, U)`.
         weight: `(batch_size,)` weight of the unmixed images, or one number.
-        kept: `(batch_size,)` share of tokens that each image kept, in [0, 1]; `None` for an unmixed batch.
+        own_share: `(batch_size,)` share of tokens that show the image itself, in [0, 1]; `None` for an unmixed batch.
 
     Returns:
         `(batch_size,)` float32.
     """
-    own = weight * soft_cross_entropy(logits, targets)
-    if kept is None:
-        return own
+    losses = weight * soft_cross_entropy(logits, targets)
+    if own_share is None:
+        return losses
     partner_weight = weight.flip(0) if isinstance(weight, torch.Tensor) else weight
-    return kept * own + (1 - kept) * partner_weight * soft_cross_entropy(logits, targets.flip())
+    return own_share * losses + (1 - own_share) * partner_weight * soft_cross_entropy(logits, targets.flip())
 
 
 def blend_weight(dense: SparseTargets, labels: torch.Tensor) -> torch.Tensor:
@@ -65,10 +65,10 @@ def token_cross_entropy(
     weights = torch.ones_like(losses) if counted_tokens is None else counted_tokens.float()
     if partner_share is None:
         return losses.mean() if counted_tokens is None else (losses * weights).sum() / weights.sum().clamp(min=1)
-    own = (1 - partner_share) * weights
-    partner = partner_share * weights.flip(0)
-    total = own * losses + partner * soft_cross_entropy(patch_logits, targets.flip())
-    return total.sum() / (own + partner).sum().clamp(min=1)
+    own_weights = (1 - partner_share) * weights
+    partner_weights = partner_share * weights.flip(0)
+    total = own_weights * losses + partner_weights * soft_cross_entropy(patch_logits, targets.flip())
+    return total.sum() / (own_weights + partner_weights).sum().clamp(min=1)
 
 
 def token_labeling_loss(
@@ -146,22 +146,25 @@ class TokenLabelingLoss:
         args, smoothing = self.args, self.args.label_smoothing_factor
         partner_share = labels["mix_share"].flatten(1) if "mix_share" in labels else None  # (B, N)
         exchanged = mix_mask.flatten(1).float() if mix_mask is not None else partner_share
-        kept = 1.0 - exchanged.mean(dim=1) if exchanged is not None else None  # (B,)
+        own_share = 1.0 - exchanged.mean(dim=1) if exchanged is not None else None  # (B,)
         cls_dense = token_targets = counted = None
-        dense_kept = kept
+        dense_own_share = own_share
         if online_targets is not None:
             cls_dense, token_targets = online_targets
             if (
                 mix_mask is None
             ):  # what was mixed in pixels the annotator has seen: its targets are those of the mixture
-                partner_share = dense_kept = None
+                partner_share = dense_own_share = None
         elif "token_label_palette" in labels and args.dense_weight > 0 and args.patch_target == "dense":
             geometry, cls_dense, token_targets = self.crop_targets(labels)
             if args.uncovered_tokens == "ignore":
                 counted = geometry.covered_tokens(self.grid_size)
         cls_losses = sum(
             mixed_cross_entropy(
-                outputs["cls_logits"], target.smooth(smoothing), weight, dense_kept if target is cls_dense else kept
+                outputs["cls_logits"],
+                target.smooth(smoothing),
+                weight,
+                dense_own_share if target is cls_dense else own_share,
             )
             for target, weight in self._cls_targets(cls_dense, labels.get("labels"))
         )
@@ -169,7 +172,7 @@ class TokenLabelingLoss:
         if args.patch_target == "image":
             # exchanged tokens were put back, so that their mean belongs to one image; that of mixed pixels belongs to both
             patch_logits = patch_logits.float().mean(dim=1, keepdim=True)
-            token_targets = SparseTargets.from_labels(labels["labels"], self.num_classes).of_single_token()
+            token_targets = SparseTargets.from_labels(labels["labels"], self.num_classes).as_single_token()
             partner_share = None if partner_share is None else partner_share.mean(dim=1, keepdim=True)
         return token_labeling_loss(
             patch_logits,

@@ -115,9 +115,9 @@ class TokenLabelTrainer(BaseImageTrainer):
         model, loader = super()._prepare_for_training(*args, **kwargs)
         # Accelerate's wrapper around `forward` would copy the patch logits, the largest output, to float32, which the losses do
         # not need. What it also does, autocast, is entered here where the model is called.
-        own = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        if own.__dict__.pop("_original_forward", None) is not None:
-            del own.forward  # the one that hides that of the class
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if unwrapped.__dict__.pop("_original_forward", None) is not None:
+            del unwrapped.forward  # the one that hides that of the class
         return model, loader
 
     def prediction_step(
