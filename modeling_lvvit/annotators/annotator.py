@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..backbones.dense_classifier import DenseClassifier
-from ..backbones.image_processors import checked_settings, choose_image_size
+from ..backbones.image_processors import checked_settings, choose_image_size, pillow_filter
 from ..backbones.loading import (
     FORWARD_ERRORS,
     TIMM_PREFIX,
@@ -103,10 +103,8 @@ def load_annotator(
     if looks_local(name) and not Path(name).expanduser().is_dir():
         raise ValueError(f"The annotator {name} cannot be loaded: there is no such folder (seen from {Path.cwd()}).")
     is_timm = name.startswith(TIMM_PREFIX) or is_timm_folder(Path(name).expanduser())
-    load, source = (
-        _load_timm if is_timm else _load_transformers,
-        {"revision": revision, "trust_remote_code": trust_remote_code},
-    )
+    load = _load_timm if is_timm else _load_transformers
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         model, class_names, preprocessing, grid_size = load(name, image_size, source, random_weights)
     except ValueError as error:
@@ -161,9 +159,8 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
     processor = load_image_processor(name, source)
     settings = checked_settings(processor)
     image_size = choose_image_size(processor, image_size, settings.image_size, native_image_size(model))
-    preprocessing = Preprocessing.with_statistics(
-        image_size, settings.image_mean, settings.image_std, settings.resample
-    )
+    statistics = (settings.image_mean, settings.image_std)
+    preprocessing = Preprocessing.with_statistics(image_size, *statistics, settings.resample)
     if not must_interpolate(model, image_size):
         model = resize_classifier(model, image_size)
     class_names = transformers_class_names(model)
@@ -184,7 +181,7 @@ def _load_timm(name: str, image_size: tuple[int, int] | None, source: dict[str, 
     model = create_timm_model(name, image_size, source, random_weights)
     settings = resolve_model_data_config(model)
     image_size = image_size or tuple(settings["input_size"][-2:])
-    resample = Image.Resampling[settings["interpolation"].upper()]
+    resample = pillow_filter(settings["interpolation"])
     preprocessing = Preprocessing.with_statistics(image_size, settings["mean"], settings["std"], resample)
     return model, timm_class_names(model), preprocessing, None
 
