@@ -154,7 +154,7 @@ def test_windows_of_timm_have_the_tables_that_timm_gives_them():
     resized = resize_classifier(model, (64, 64)).timm_model
     state = swin_transformer.checkpoint_filter_fn(dict(model.timm_model.state_dict()), copy.deepcopy(resized))
     tables = {key: value for key, value in resized.state_dict().items() if key.endswith("bias_table")}
-    assert len({len(table) for table in tables.values()}) == 2  # windows of 7 and of the last maps, 2 x 2
+    assert {len(table) for table in tables.values()} == {13 * 13, 7 * 7, 3 * 3}  # windows of 7, 4 and 2 cells
     for key, table in tables.items():
         torch.testing.assert_close(table, state[key])
 
