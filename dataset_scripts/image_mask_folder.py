@@ -135,7 +135,7 @@ def main() -> None:
     try:
         counts = build(args)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"image_mask_folder.py: {name_options(str(error), vars(args))}\n")
+        parser.exit(1, f"image_mask_folder.py: {name_options(error, *vars(args))}\n")
     print(f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} images -> {args.output_dir}")
 
 

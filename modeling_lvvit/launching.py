@@ -1,12 +1,12 @@
 """What programs share: the start of their processes, their share of the machine, and the words of their messages."""
 
 import ctypes
+import dataclasses
 import os
 import platform
 import re
 import signal
 import sys
-from collections.abc import Collection
 
 import psutil
 import torch
@@ -77,20 +77,22 @@ def is_main_process() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) <= 0
 
 
-def name_options(message: str, names: Collection[str]) -> str:
-    """A message of the library for the command line: parameters that it names in backticks become options.
+def name_options(message: object, *arguments: type | str) -> str:
+    """A message of the library in the words of a program: parameters that it names in backticks become options.
 
     Args:
-        message: For example "Name it with `image_column`."
-        names: Options of the program. A parameter without an option of its name becomes the only option that ends in it, for
-            example `class_map` becomes `--annotator_class_map`.
+        message: An error or a text, for example "Name it with `image_column`."
+        arguments: Dataclasses of the program's options, or names of options. A parameter without an option of its name becomes the
+            only option that ends in it, for example `class_map` becomes `--annotator_class_map`.
     """
+    names = {part for part in arguments if isinstance(part, str)}
+    names |= {entry.name for part in arguments if part not in names for entry in dataclasses.fields(part)}
 
     def option(match: re.Match) -> str:
         options = [match[1]] if match[1] in names else [name for name in names if name.endswith(f"_{match[1]}")]
         return f"--{options[0]}" if len(options) == 1 else match[0]
 
-    return re.sub(r"`(\w+)`", option, message)
+    return re.sub(r"`(\w+)`", option, str(message))
 
 
 def set_up_cpu(device: torch.device) -> None:

@@ -72,4 +72,4 @@ def test_threads_are_those_asked_for_or_a_share_of_the_cores(variables, threads,
 )
 def test_parameters_in_messages_become_options(message, expected):
     names = ("image_column", "annotator_class_map", "model_revision", "dataset_revision")
-    assert launching.name_options(message, names) == expected
+    assert launching.name_options(message, *names) == expected

@@ -286,7 +286,7 @@ def main(arguments: list[str]) -> None:
         annotate(args, accelerator)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         name = "annotate.py" if is_main_process() else "annotate.py (another process)"
-        sys.exit(f"{name}: {name_options(str(error), AnnotateArguments.__dataclass_fields__)}")
+        sys.exit(f"{name}: {name_options(error, AnnotateArguments)}")
 
 
 if __name__ == "__main__":

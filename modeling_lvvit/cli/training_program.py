@@ -98,7 +98,7 @@ def run_program(program: Program, start: list[str], prepare: Callable[..., Train
 
 def describe_error(program: Program, error: Exception) -> str:
     """The message that a program ends with; parameters of the library become its options."""
-    return f"{program.name}: {name_options(str(error), program.types)}"
+    return f"{program.name}: {name_options(error, *program.arguments)}"
 
 
 def train(run: TrainingRun) -> None:

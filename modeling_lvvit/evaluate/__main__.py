@@ -232,7 +232,7 @@ def main(arguments: list[str]) -> None:
         with state.main_process_first():
             classifiers, test_sets, real, folders = prepare(args)
     except (ValueError, OSError) as error:
-        message = name_options(str(error), EvaluationArguments.__dataclass_fields__)
+        message = name_options(error, EvaluationArguments)
         sys.exit(f"{MODULE}: {message}" if is_main_process() else 1)
     try:
         results = evaluate_all(args, state, classifiers, test_sets, real, folders)

@@ -226,7 +226,7 @@ def main(arguments: list[str]) -> None:
         (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         print("\n".join(import_labels(args)))
     except (ValueError, OSError) as error:
-        sys.exit(f"import_original_labels.py: {name_options(str(error), ImportArguments.__dataclass_fields__)}")
+        sys.exit(f"import_original_labels.py: {name_options(error, ImportArguments)}")
 
 
 if __name__ == "__main__":

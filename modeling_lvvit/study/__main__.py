@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> None:
     except Timeout:
         sys.exit(f"{MODULE}: another study writes to {args.output_dir}.")
     except (ValueError, OSError, RunError, StrictDataclassError) as error:
-        sys.exit(f"{MODULE}: {name_options(str(error), {*vars(args), *TRAIN_TL.types})}")
+        sys.exit(f"{MODULE}: {name_options(error, *vars(args), *TRAIN_TL.arguments)}")
     except KeyboardInterrupt:
         sys.exit(f"{MODULE}: stopped; the same command goes on from here.")
     print(f"saved to {args.output_dir}")

@@ -119,6 +119,7 @@ class Runner:
         self.jobs, self.threads, self.launcher = jobs, threads, launcher
         self._processes: list[subprocess.Popen] = []
         self._lock, self._is_stopping = threading.Lock(), False
+        self._failure: RunError | None = None  # the first one; those next to it end because of it
 
     def run_all(self, runs: Sequence[Run]) -> Iterator[Run]:
         """Yields each run when it is finished, those first that were before.
@@ -164,12 +165,12 @@ class Runner:
         record["seconds"] += time.monotonic() - start
         write_json(run.folder / RECORD, record | {"is_finished": status == 0})
         if status != 0:
-            self._stop()  # at once, so that this thread does not begin the next one
             end = (run.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_ERROR:]
-            raise RunError(
-                f"arm {run.arm.name}, seed {run.seed} ended with status {status}; {run.folder / LOG} ends with:\n"
-                + "\n".join(end)
-            )
+            text = f"arm {run.arm.name}, seed {run.seed} ended with status {status}; {run.folder / LOG} ends with:\n"
+            with self._lock:
+                self._failure = self._failure or RunError(text + "\n".join(end))
+            self._stop()  # at once, so that this thread does not begin the next one
+            raise self._failure
 
 
 def _continuation(run: Run) -> list[str]:

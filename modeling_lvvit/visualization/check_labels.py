@@ -125,10 +125,10 @@ def main(arguments: list[str]) -> None:
         (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         report, lines = check(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"check_token_labels.py: {name_options(str(error), CheckArguments.__dataclass_fields__)}")
+        sys.exit(f"check_token_labels.py: {name_options(error, CheckArguments)}")
     # options of this program and of those that annotate and train
     programs = (CheckArguments, AnnotateArguments, TokenLabelTrainingArguments)
-    print(name_options("\n".join(lines), {name for program in programs for name in program.__dataclass_fields__}))
+    print(name_options("\n".join(lines), *programs))
     sys.exit(1 if report.problems else 0)
 
 

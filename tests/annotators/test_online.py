@@ -262,7 +262,7 @@ def test_opened_annotator_pairs_classes_by_name(saved_annotator):
 def test_annotators_of_other_classes_are_refused_when_opened(saved_annotator, names, options, message):
     with pytest.raises(ValueError) as caught:
         open_annotator(DataArguments(annotator=saved_annotator, **options), names, MEAN, STD, torch.device("cpu"))
-    assert message in name_options(str(caught.value), vars(DataArguments()))
+    assert message in name_options(str(caught.value), DataArguments)
 
 
 def test_class_map_file(saved_annotator, tmp_path):

@@ -215,7 +215,7 @@ def status(call, *arguments, **options):
     except HfHubHTTPError as error:
         return type(error), error.response.status_code
 
-folder, api, no one, wrong = sys.argv[1], HfApi(), HfApi(token=False), HfApi(token="hf_wrong")
+folder, api, anonymous, wrong = sys.argv[1], HfApi(), HfApi(token=False), HfApi(token="hf_wrong")
 file = dict(path_or_fileobj=b"text", path_in_repo="a.txt")
 assert (api.whoami()["name"], [team["name"] for team in api.whoami()["orgs"]]) == ("user", ["team"])
 assert status(wrong.whoami) == (HfHubHTTPError, 401)
@@ -224,19 +224,19 @@ for name in ("user/secret", "user/open", "team/secret"):
     api.upload_file(repo_id=name, **file)
 assert Path(hf_hub_download("team/secret", "a.txt")).read_text() == "text"
 missing, refused, forbidden = (RepositoryNotFoundError, 401), (HfHubHTTPError, 401), (HfHubHTTPError, 403)
-assert status(no one.create_repo, "user/new") == status(wrong.create_repo, "user/new") == refused
+assert status(anonymous.create_repo, "user/new") == status(wrong.create_repo, "user/new") == refused
 assert status(api.create_repo, "stranger/new") == forbidden
 assert status(api.create_repo, "user/open") == (HfHubHTTPError, 409)
-assert status(no one.model_info, "team/secret") == status(no one.model_info, "user/none") == missing
-assert status(no one.hf_hub_download, "user/secret", "a.txt") == missing
-assert no one.model_info("user/open").private is False and status(wrong.model_info, "user/open") == refused
-assert status(no one.upload_file, repo_id="user/open", **file) == missing
+assert status(anonymous.model_info, "team/secret") == status(anonymous.model_info, "user/none") == missing
+assert status(anonymous.hf_hub_download, "user/secret", "a.txt") == missing
+assert anonymous.model_info("user/open").private is False and status(wrong.model_info, "user/open") == refused
+assert status(anonymous.upload_file, repo_id="user/open", **file) == missing
 assert status(wrong.upload_file, repo_id="user/open", **file) == refused
-assert status(no one.create_branch, "user/open", branch="v2") == missing
+assert status(anonymous.create_branch, "user/open", branch="v2") == missing
 assert status(api.upload_file, repo_id="stranger/open", **file) == forbidden
 assert status(api.create_branch, "stranger/open", branch="v2") == forbidden
-api.auth_check("team/secret", write=True), no one.auth_check("user/open"), api.auth_check("stranger/open")
-assert status(no one.auth_check, "user/open", write=True) == status(no one.auth_check, "user/secret") == missing
+api.auth_check("team/secret", write=True), anonymous.auth_check("user/open"), api.auth_check("stranger/open")
+assert status(anonymous.auth_check, "user/open", write=True) == status(anonymous.auth_check, "user/secret") == missing
 assert status(api.auth_check, "stranger/open", write=True) == forbidden
 assert status(api.upload_file, repo_id="stranger/secret", **file) == (RepositoryNotFoundError, 404)
 assert status(api.upload_file, repo_id="user/none", **file) == (RepositoryNotFoundError, 404)
