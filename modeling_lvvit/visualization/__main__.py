@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> None:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         save_relevance_figure(Path(args.output), rows)
     except (ValueError, OSError) as error:
-        sys.exit(f"{MODULE}: {name_options(str(error), VisualizationArguments.__dataclass_fields__)}")
+        sys.exit(f"{MODULE}: {name_options(error, VisualizationArguments)}")
     print(f"saved to {args.output}")
 
 

@@ -191,7 +191,7 @@ def main(arguments: list[str]) -> None:
             )
             results[name] = localize(classifier, args)
     except (ValueError, OSError) as error:
-        sys.exit(f"{MODULE}: {name_options(str(error), LocalizationArguments.__dataclass_fields__)}")
+        sys.exit(f"{MODULE}: {name_options(error, LocalizationArguments)}")
     print(markdown_table(results))
 
 
