@@ -1,27 +1,26 @@
 """Annotators: image classifiers of transformers or timm, with their own preprocessing, that score every cell of an image."""
 
-import pickle
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from torch import nn
-from transformers import AutoImageProcessor
 from transformers.utils import logging
 
 from ..backbones.dense_classifier import DenseClassifier
-from ..backbones.image_processors import checked_settings, choose_image_size
+from ..backbones.image_processors import checked_settings, choose_image_size, pillow_filter
 from ..backbones.loading import (
+    FORWARD_ERRORS,
     TIMM_PREFIX,
     create_timm_model,
     create_transformers_model,
     fingerprint,
-    first_line,
     is_timm_folder,
+    library_errors,
+    load_image_processor,
     timm_class_names,
     transformers_class_names,
 )
@@ -105,20 +104,16 @@ def load_annotator(
         raise ValueError(f"The annotator {name} cannot be loaded: there is no such folder (seen from {Path.cwd()}).")
     is_timm = name.startswith(TIMM_PREFIX) or is_timm_folder(Path(name).expanduser())
     load = _load_timm if is_timm else _load_transformers
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        with torch.random.fork_rng(devices=[], enabled=random_weights):
-            if random_weights:
-                torch.manual_seed(0)
-            model, class_names, preprocessing, grid_of = load(
-                name, image_size, {"revision": revision, "trust_remote_code": trust_remote_code}, random_weights
-            )
-    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"The annotator {name} cannot be loaded: {first_line(error)}") from error
+        model, class_names, preprocessing, grid_size = load(name, image_size, source, random_weights)
+    except ValueError as error:
+        raise ValueError(f"The annotator {name} cannot be loaded: {error}") from error
     if random_weights:
         logger.warning("%s has random weights: its labels mean nothing.", name)
     preprocessing = replace(preprocessing, fit=fit)
     model = model.eval().requires_grad_(False).to(device)
-    dense = _make_dense(name, model, preprocessing.image_size, grid_of)
+    dense = _make_dense(name, model, preprocessing.image_size, grid_size)
     provenance = {
         "annotator": Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name,
         "annotator_library": "timm" if is_timm else "transformers",
@@ -135,37 +130,37 @@ def load_annotator(
     return Annotator(name, dense, class_names, preprocessing, provenance)
 
 
-def _make_dense(name: str, model: nn.Module, image_size: tuple[int, int], grid_of: Any) -> nn.Module:
+def _make_dense(
+    name: str, model: nn.Module, image_size: tuple[int, int], grid_size: tuple[int, int] | None
+) -> nn.Module:
     """The model as a map; run once, so that a size that it does not take is refused before any work.
 
     Args:
         name: What messages call it.
         model: Classifier.
         image_size: Height and width in pixels.
-        grid_of: Gives the grid of its patch head for an image size; `None` without one.
+        grid_size: Rows and columns of its patch head; `None` without one.
     """
     options = {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
     try:
-        if grid_of is None:
+        if grid_size is None:
             return DenseClassifier(model, image_size, options)
-        dense = PatchClassifier(model, grid_of(image_size), options)
-        with torch.inference_mode():
+        dense = PatchClassifier(model, grid_size, options)
+        with torch.inference_mode(), library_errors(FORWARD_ERRORS):
             dense(torch.zeros(1, 3, *image_size, device=next(model.parameters()).device))
         return dense
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+    except ValueError as error:
         size = f"{image_size[0]} x {image_size[1]}"
         raise ValueError(f"The annotator {name} cannot label cells of images of {size} pixels: {error}") from error
 
 
 def _load_transformers(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):
     model, unexpected = create_transformers_model(name, source, random_weights)
-    config = model.config
-    processor = AutoImageProcessor.from_pretrained(name, **source)
+    processor = load_image_processor(name, source)
     settings = checked_settings(processor)
     image_size = choose_image_size(processor, image_size, settings.image_size, native_image_size(model))
-    preprocessing = Preprocessing.with_statistics(
-        image_size, settings.image_mean, settings.image_std, settings.resample
-    )
+    statistics = (settings.image_mean, settings.image_std)
+    preprocessing = Preprocessing.with_statistics(image_size, *statistics, settings.resample)
     if not must_interpolate(model, image_size):
         model = resize_classifier(model, image_size)
     class_names = transformers_class_names(model)
@@ -175,18 +170,18 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
             raise ValueError(
                 "its patch head has another shape than its features need, or is not stored as safetensors."
             )
-        return model, class_names, preprocessing, lambda size: model.patch_grid_size
+        return model, class_names, preprocessing, model.patch_grid_size
     # a patch head that was not trained has weight 0 in the prediction and is not asked
-    if getattr(config, "patch_logits_weight", 0):
-        return model, class_names, preprocessing, lambda size: tuple(side // config.patch_size for side in size)
-    return model, class_names, preprocessing, None
+    is_trained = getattr(model.config, "patch_logits_weight", 0)
+    grid_size = tuple(side // model.config.patch_size for side in image_size) if is_trained else None
+    return model, class_names, preprocessing, grid_size
 
 
 def _load_timm(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):
     model = create_timm_model(name, image_size, source, random_weights)
     settings = resolve_model_data_config(model)
     image_size = image_size or tuple(settings["input_size"][-2:])
-    resample = Image.Resampling[settings["interpolation"].upper()]
+    resample = pillow_filter(settings["interpolation"])
     preprocessing = Preprocessing.with_statistics(image_size, settings["mean"], settings["std"], resample)
     return model, timm_class_names(model), preprocessing, None
 

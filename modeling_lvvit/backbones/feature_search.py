@@ -17,7 +17,7 @@ from .feature_layout import FeatureMap, candidate_maps
 from .loading import FORWARD_ERRORS, library_errors
 
 
-Change = Callable[[torch.Tensor], torch.Tensor]
+Change = Callable[[torch.Tensor], torch.Tensor | None]
 MAX_CANDIDATES = 24  # layer outputs looked at, from the last one backwards: one further back would skip real layers
 NUM_TRIALS = 4  # images of which a quarter is replaced
 
@@ -96,7 +96,7 @@ class FeatureSearch:
         )
 
     def run(self, pixel_values: torch.Tensor, feature_map: FeatureMap, change: Change) -> torch.Tensor:
-        """Logits when the features are replaced by `change(features)`."""
+        """Logits when the features are replaced by `change(features)`; `None` leaves them."""
         calls = 0
 
         def replace(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -105,7 +105,7 @@ class FeatureSearch:
             if calls != feature_map.call + 1:
                 return None
             changed = change(feature_map.select_tensor(output))
-            return (changed, *output[1:]) if feature_map.is_part else changed
+            return changed if changed is None or not feature_map.is_part else (changed, *output[1:])
 
         handle = self.model.get_submodule(feature_map.module_name).register_forward_hook(replace)
         try:
@@ -116,12 +116,7 @@ class FeatureSearch:
     def features(self, pixel_values: torch.Tensor, feature_map: FeatureMap) -> torch.Tensor:
         """Features of images, `(B, rows * columns, channels)`."""
         cells = []
-
-        def read(features: torch.Tensor) -> torch.Tensor:
-            cells.append(feature_map.flatten_cells(features))
-            return features
-
-        self.run(pixel_values, feature_map, read)
+        self.run(pixel_values, feature_map, lambda features: cells.append(feature_map.flatten_cells(features)))
         return cells[0]
 
     def _record(self) -> tuple[list[tuple[str, int, bool, torch.Tensor]], list[tuple[int, int]], torch.Tensor]:

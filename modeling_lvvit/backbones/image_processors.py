@@ -50,12 +50,17 @@ def read_settings(processor: Any) -> ProcessorSettings:
     if isinstance(processor, TimmWrapperImageProcessor):
         config = processor.data_config
         geometry = (tuple(config["input_size"][-2:]), config["crop_pct"], config["crop_mode"] == "squash")
-        filters = {entry.name.lower(): entry for entry in Image.Resampling}
-        resample = filters.get(config["interpolation"], Image.Resampling.BICUBIC)
+        resample = pillow_filter(config["interpolation"])
         return ProcessorSettings(*geometry, list(config["mean"]), list(config["std"]), resample)
     resample = getattr(processor, "resample", None)
     resample = Image.Resampling.BICUBIC if resample is None else Image.Resampling(int(resample))
     return ProcessorSettings(*_geometry(processor), *_normalization(processor), resample)
+
+
+def pillow_filter(interpolation: str) -> Image.Resampling:
+    """The filter of Pillow by its name in timm; bicubic for the names of random ones."""
+    filters = {entry.name.lower(): entry for entry in Image.Resampling}
+    return filters.get(interpolation, Image.Resampling.BICUBIC)
 
 
 def checked_settings(processor: Any) -> ProcessorSettings:
@@ -134,8 +139,8 @@ def _geometry(processor: Any) -> tuple[tuple[int, int] | None, float, bool]:
         shortest = int(shortest / LEVIT_CROP_PCT)
     if shortest and crop_pct is not None:  # PoolFormer
         shortest = int(shortest / crop_pct)
-    side = shortest or min(filter(None, resized), default=max(crop))
-    return crop, _share(max(crop), side), shortest is None and all(resized)
+    share = _share(max(crop), shortest) if shortest else _share(crop[0], resized[0] or crop[0])
+    return crop, share, shortest is None and all(resized)
 
 
 def _share(part: int, whole: int) -> float:

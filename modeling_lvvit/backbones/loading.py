@@ -14,13 +14,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from ..data.sampling import temporary_seed
 
 
 TIMM_PREFIX = "timm/"
 # what the libraries raise where a model is loaded (no such files, damaged ones, those of another model) ...
 LOADING_ERRORS = (
-    OSError, RuntimeError, AssertionError, TypeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError
+    OSError, RuntimeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError
 )  # fmt: skip
 # ... built from settings that do not fit each other, or need packages that are not there ...
 BUILDING_ERRORS = (
@@ -40,8 +42,9 @@ def library_errors(errors: tuple[type[Exception], ...]) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says first; it goes on with advice of its own."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What an error of a library says first; it goes on with advice of its own. A configuration that is not valid says why at the end."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[-1].strip() if isinstance(error, StrictDataclassError) else lines[0]
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -61,18 +64,20 @@ def create_transformers_model(
     Args:
         name: Hub name or folder.
         source: `revision` and `trust_remote_code`.
-        random_weights: Whether to build the architecture only.
+        random_weights: Whether to build the architecture only, with weights of seed 0.
 
     Raises:
-        ValueError: If weights are missing.
+        ValueError: If it cannot be loaded, or weights are missing.
     """
-    config = AutoConfig.from_pretrained(name, **source)
-    if random_weights:
-        trust = source["trust_remote_code"]
-        return AutoModelForImageClassification.from_config(config, trust_remote_code=trust, dtype=torch.float32), []
-    model, info = AutoModelForImageClassification.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True, **source
-    )
+    with library_errors(LOADING_ERRORS), temporary_seed(0 if random_weights else None):
+        if random_weights:
+            config, trust = AutoConfig.from_pretrained(name, **source), source["trust_remote_code"]
+            return AutoModelForImageClassification.from_config(
+                config, trust_remote_code=trust, dtype=torch.float32
+            ), []
+        model, info = AutoModelForImageClassification.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **source
+        )
     if info["missing_keys"]:
         raise ValueError(f"it is no trained image classifier, its weights lack {sorted(info['missing_keys'])}.")
     return model, list(info["unexpected_keys"])
@@ -93,6 +98,9 @@ def create_timm_model(
         name: `timm/NAME`, or a folder that timm saved.
         image_size: Height and width in pixels that it is made for, where it has a fixed size; default: its own.
         source, random_weights: See `create_transformers_model`.
+
+    Raises:
+        ValueError: If it cannot be loaded.
     """
     if name.startswith(TIMM_PREFIX):
         revision = f"@{source['revision']}" if source["revision"] else ""
@@ -100,10 +108,21 @@ def create_timm_model(
     else:
         location = f"local-dir:{Path(name).expanduser()}"
     create = {"model_name": location, "pretrained": not random_weights}
-    if image_size is not None:
-        with suppress(TypeError):  # a network without a fixed input size
-            return timm.create_model(**create, img_size=image_size)
-    return timm.create_model(**create)
+    with library_errors((*LOADING_ERRORS, *BUILDING_ERRORS)), temporary_seed(0 if random_weights else None):
+        if image_size is not None:
+            with suppress(TypeError):  # a network without a fixed input size
+                return timm.create_model(**create, img_size=image_size)
+        return timm.create_model(**create)
+
+
+def load_image_processor(name: str, source: dict[str, Any]) -> Any:
+    """The image processor of a model of transformers.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    with library_errors(LOADING_ERRORS):
+        return AutoImageProcessor.from_pretrained(name, **source)
 
 
 def timm_class_names(model: nn.Module) -> list[str]:

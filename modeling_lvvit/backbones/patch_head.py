@@ -207,16 +207,16 @@ def load_patch_head(model: PreTrainedModel, path: str, revision: str | None = No
         Whether there were any.
     """
     head = get_patch_head(model)
-    expected, found = head.state_dict(), {}
+    expected, weights = head.state_dict(), {}
     for file in _weight_files(path, revision):
-        with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118  the file is no mapping
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  the file is no mapping
                 _, is_head, name = key.rpartition(PATCH_HEAD)
                 if is_head and name in expected:
-                    found[name] = weights.get_tensor(key)
-    if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in expected):
+                    weights[name] = tensors.get_tensor(key)
+    if weights.keys() != expected.keys() or any(weights[name].shape != expected[name].shape for name in expected):
         return False
-    head.load_state_dict(found)
+    head.load_state_dict(weights)
     return True
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import timm
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     BitImageProcessor,
     PreTrainedModel,
@@ -18,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.utils import logging
 
 from ..backbones.image_processors import fitted_processor, read_settings
-from ..backbones.loading import TIMM_PREFIX
+from ..backbones.loading import BUILDING_ERRORS, TIMM_PREFIX, library_errors, load_image_processor
 from ..backbones.patch_head import load_patch_head
 from ..backbones.resize import native_image_size, resize_classifier, vision_config
 from ..configuration_lvvit import LVViTConfig
@@ -29,17 +28,6 @@ from .model_arguments import ModelArguments, check_config_fields
 
 logger = logging.get_logger(__name__)
 DEFAULT_IMAGE_SIZE = (224, 224)
-# what the libraries raise for values that do not fit, or for packages that are not there
-BUILDING_ERRORS = (
-    ValueError,
-    TypeError,
-    AssertionError,
-    RuntimeError,
-    ZeroDivisionError,
-    IndexError,
-    KeyError,
-    ImportError,
-)
 
 
 def random_classifier(args: ModelArguments, names: dict[str, Any]) -> tuple[PreTrainedModel, BitImageProcessor]:
@@ -55,10 +43,8 @@ def random_classifier(args: ModelArguments, names: dict[str, Any]) -> tuple[PreT
     make = _random_timm if args.architecture.startswith(TIMM_PREFIX) else _random_transformers
     try:
         model, image_size = make(args, names)
-    except BUILDING_ERRORS as error:
-        raise ValueError(
-            f"`architecture` {args.architecture} cannot be built: {error or type(error).__name__}"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"`architecture` {args.architecture} cannot be built: {error}") from error
     processor = evaluation_image_processor(image_size, args.crop_pct or DEFAULT_CROP_PCT)
     return add_patch_head(model, image_size), processor
 
@@ -76,10 +62,11 @@ def _random_timm(args: ModelArguments, names: dict[str, Any]) -> tuple[PreTraine
         config = TimmWrapperConfig(architecture=name, model_args={**overrides, **more} or None, **names)
         return TimmWrapperForImageClassification(config)
 
-    if image_size != default_size:
-        with suppress(TypeError):  # a network without a fixed input size
-            return build(img_size=list(image_size)), image_size
-    return build(), image_size
+    with library_errors(BUILDING_ERRORS):
+        if image_size != default_size:
+            with suppress(TypeError):  # a network without a fixed input size
+                return build(img_size=list(image_size)), image_size
+        return build(), image_size
 
 
 def _random_transformers(args: ModelArguments, names: dict[str, Any]) -> tuple[PreTrainedModel, tuple[int, int]]:
@@ -103,9 +90,10 @@ def _random_transformers(args: ModelArguments, names: dict[str, Any]) -> tuple[P
         size = {"image_size": image_size[0] if is_number else list(image_size)}
         nested = {"vision_config": {**overrides.get("vision_config", {}), **size}}
         overrides |= size if part is default else nested
-    # some models are loaded by the class that `architectures` names
-    config = AutoConfig.for_model(args.architecture, architectures=[], **overrides, **names)
-    return AutoModelForImageClassification.from_config(config), image_size
+    with library_errors(BUILDING_ERRORS):
+        # some models are loaded by the class that `architectures` names
+        config = AutoConfig.for_model(args.architecture, architectures=[], **overrides, **names)
+        return AutoModelForImageClassification.from_config(config), image_size
 
 
 def finish_pretrained(
@@ -120,8 +108,9 @@ def finish_pretrained(
         has_patch_head: Whether the checkpoint has weights of one.
     """
     path, default_size = args.model_name_or_path, native_image_size(model)
-    processor = AutoImageProcessor.from_pretrained(path, **source)
-    processor = fitted_processor(processor, args.image_height_width, args.crop_pct, default_size)
+    processor = fitted_processor(
+        load_image_processor(path, source), args.image_height_width, args.crop_pct, default_size
+    )
     image_size = read_settings(processor).image_size
     if default_size not in (None, image_size):
         logger.warning(

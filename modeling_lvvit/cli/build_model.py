@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -18,12 +16,13 @@ from transformers import (
 from transformers.utils import logging
 
 from ..backbones.image_processors import fitted_processor
+from ..backbones.loading import BUILDING_ERRORS, LOADING_ERRORS, load_image_processor
 from ..backbones.patch_head import PATCH_HEAD
 from ..configuration_lvvit import LVViTConfig
 from ..data.sources import looks_local
 from ..modeling_lvvit import LVViTForImageClassification
 from ..variants import DEFAULT_CROP_PCT, VARIANTS, evaluation_image_processor, variant_config
-from .build_backbone import BUILDING_ERRORS, finish_pretrained, random_classifier
+from .build_backbone import finish_pretrained, random_classifier
 from .model_arguments import ModelArguments, ModelSourceArguments, check_config_fields
 
 
@@ -90,19 +89,20 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
             f"{path} has {config.num_labels} classes, the data has {len(class_names)}. "
             "`ignore_mismatched_sizes` makes new heads for the classes of the data."
         )
+    is_lvvit = config.model_type == LVViTConfig.model_type
     options = {**source, **names, **(args.config_overrides or {}), "dtype": torch.float32}
     if config.model_type == TimmWrapperConfig.model_type:
         options["num_labels"] = len(class_names)  # it would take that of the checkpoint, whatever names it is given
+    errors = LOADING_ERRORS if is_lvvit else (*LOADING_ERRORS, *BUILDING_ERRORS)
     try:
         model, loading = AutoModelForImageClassification.from_pretrained(
             path, ignore_mismatched_sizes=args.ignore_mismatched_sizes, output_loading_info=True, **options
         )
-    except (SafetensorError, *BUILDING_ERRORS) as error:
+    except errors as error:
         raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
     if hasattr(model.config, "label_names"):  # timm's own list, which would be saved next to the new names
         model.config.label_names = list(class_names)
     changes = _changes(config, loading, class_names)
-    is_lvvit = config.model_type == LVViTConfig.model_type
     processor = _fit_resolution(model, args, config, source, changes) if is_lvvit else None
     if changes:
         logger.warning("Loaded %s; %s.", path, "; ".join(changes))
@@ -116,7 +116,7 @@ def _fit_resolution(
     model: PreTrainedModel, args: ModelArguments, config: LVViTConfig, source: dict[str, Any], changes: list[str]
 ) -> Any:
     """Makes an LV-ViT take images of the asked-for size; returns their image processor and adds to `changes`."""
-    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **source)
+    processor = load_image_processor(args.model_name_or_path, source)
     size = args.image_height_width or tuple(config.image_height_width)
     if size != tuple(config.image_height_width):
         model.resize_position_embeddings(size)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from ..annotators.annotator import load_annotator
-from ..backbones.loading import first_line
-from ..evaluate.classifier import TRIAL_ERRORS, Classifier, InputOptions, load_classifier
+from ..backbones.loading import FORWARD_ERRORS, library_errors
+from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..visualization.figures import best_cells, heat
 from ..visualization.panels import short, shown_image
 from ..visualization.relevance import relevance_maps
@@ -75,8 +75,8 @@ class Explainer:
         """Kind, size and input of the model in one line."""
         facts = self.classifier.facts
         shape = " x ".join(map(str, facts["input_size"]))
-        kind = type(self.classifier.model).__name__
-        return f"{kind}, {facts['parameters'] / 1e6:.1f} million parameters, {len(self.class_names):,} classes, {shape} pixels"
+        name = type(self.classifier.model).__name__
+        return f"{name}, {facts['parameters'] / 1e6:.1f} million parameters, {len(self.class_names):,} classes, {shape} pixels"
 
     @torch.no_grad()
     def probabilities(self, image: Image.Image) -> torch.Tensor:
@@ -88,14 +88,15 @@ class Explainer:
         pixel_values = self.classifier.transform(image)[None]
         shown = shown_image(pixel_values[0])
         try:
-            maps = relevance_maps(
-                self.classifier.model, pixel_values, torch.tensor([class_id]), self.classifier.forward_options
-            )
-        except TRIAL_ERRORS as error:
-            return Explanation(None, None, f"No relevance: {first_line(error)}")
+            with library_errors(FORWARD_ERRORS):
+                maps = relevance_maps(
+                    self.classifier.model, pixel_values, torch.tensor([class_id]), self.classifier.forward_options
+                )
+        except ValueError as error:
+            return Explanation(None, None, f"No relevance: {error}")
         large = _enlarged(shown)
         relevance, attention = (
-            np.uint8(255 * heat(large, found[0].numpy()).clip(0, 1)) for found in (maps.relevance, maps.attention)
+            np.uint8(255 * heat(large, values[0].numpy()).clip(0, 1)) for values in (maps.relevance, maps.attention)
         )
         return Explanation(relevance, attention, "")
 
@@ -105,11 +106,8 @@ class Explainer:
         if isinstance(self._dense, str):
             return None, f"No cells: {self._dense}"
         pixels, _ = self._dense.preprocessing(image)
-        try:
-            with torch.inference_mode():
-                scores = self._dense.score_map(pixels[None])[0].permute(1, 2, 0)  # (rows, columns, classes)
-        except TRIAL_ERRORS as error:
-            return None, f"No cells: {first_line(error)}"
+        with torch.inference_mode():
+            scores = self._dense.score_map(pixels[None])[0].permute(1, 2, 0)  # (rows, columns, classes)
         return annotated(_enlarged(shown_image(pixels)), *best_cells(scores), self.distinct_names), ""
 
     @cached_property
@@ -136,8 +134,8 @@ def annotated(image: np.ndarray, ids: np.ndarray, strengths: np.ndarray, class_n
     size = image.shape[1::-1]
     sections = []
     for index in order:
-        own = np.where(ids == index, strengths, 0).astype(np.float32)
-        mask, share = Image.fromarray(own), 100 * (own > 0).mean()
+        opacity = np.where(ids == index, strengths, 0).astype(np.float32)
+        mask, share = Image.fromarray(opacity), 100 * (opacity > 0).mean()
         sections.append(
             (np.asarray(mask.resize(size, Image.Resampling.NEAREST)), f"{_first(class_names[index])} {share:.0f} %")
         )

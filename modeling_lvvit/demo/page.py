@@ -75,10 +75,10 @@ def build_page(explainer: Explainer) -> gr.Blocks:
         order = probabilities.argsort(descending=True).tolist()
         best = {names[index]: float(probabilities[index]) for index in order[:NUM_CLASSES]}
         choices = [(names[index], index) for index in order]
-        found = explainer.explain(image, order[0])
+        reasons = explainer.explain(image, order[0])
         cells, missing = explainer.cells(image)
-        notes = "\n\n".join(note for note in (found.note, missing) if note)
-        return best, gr.Dropdown(choices=choices, value=order[0]), found.relevance, found.attention, cells, notes
+        notes = "\n\n".join(note for note in (reasons.note, missing) if note)
+        return best, gr.Dropdown(choices=choices, value=order[0]), reasons.relevance, reasons.attention, cells, notes
 
     def nothing():
         return None, gr.Dropdown(value=None), None, None, None, ""

@@ -3,9 +3,9 @@
 import numpy as np
 from PIL import Image
 from torchvision.transforms import v2
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
 
-from ..backbones.loading import LOADING_ERRORS, first_line, transformers_class_names
+from ..backbones.loading import LOADING_ERRORS, library_errors, load_image_processor, transformers_class_names
 from ..data.images import Normalization
 from ..modeling_lvvit import LVViTForSemanticSegmentation
 from ..segmentation.build_model import is_segmenter
@@ -37,10 +37,11 @@ class Segmenter:
 
     def __init__(self, name: str):
         try:
-            self.model = LVViTForSemanticSegmentation.from_pretrained(name).eval().requires_grad_(False)
-            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        except LOADING_ERRORS as error:
-            raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
+            with library_errors(LOADING_ERRORS):
+                self.model = LVViTForSemanticSegmentation.from_pretrained(name).eval().requires_grad_(False)
+            processor = load_image_processor(name, {"trust_remote_code": False})
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be loaded: {error}") from error
         self.normalize = Normalization(processor.image_mean, processor.image_std)
         window = tuple(self.model.config.image_height_width)
         size = processor.size if processor.do_resize else {}

@@ -50,11 +50,9 @@ def export_space(model: str, folder: Path, trust_remote_code: bool = False) -> N
     is_folder = model_folder.is_dir()
     for source in (PACKAGE, model_folder):
         if folder.is_relative_to(source) or source.is_relative_to(folder):
-            raise ValueError(
-                f"--export_space {folder} and {source}, which is copied, lie in one another. Name another folder."
-            )
+            raise ValueError(f"{folder} and {source}, which is copied, lie in one another. Name another folder.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--export_space {folder}: there is something already. Name a new folder.")
+        raise ValueError(f"{folder}: there is something already. Name a new folder.")
     requirements = space_requirements()
     with atomic_directory(folder) as space:
         shutil.copytree(PACKAGE, space / PACKAGE.name, ignore=LEFT_OUT)
@@ -62,9 +60,9 @@ def export_space(model: str, folder: Path, trust_remote_code: bool = False) -> N
             if not name.startswith(LOGS):
                 (space / MODEL_FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(model_folder / name, space / MODEL_FOLDER / name)
-        where = f'str(Path(__file__).parent / "{MODEL_FOLDER}")' if is_folder else repr(model)
+        location = f'str(Path(__file__).parent / "{MODEL_FOLDER}")' if is_folder else repr(model)
         options = ', "--trust_remote_code"' if trust_remote_code else ""
-        (space / "app.py").write_text(APP.format(model=where, options=options), encoding="utf-8")
+        (space / "app.py").write_text(APP.format(model=location, options=options), encoding="utf-8")
         (space / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
         _card(model_folder.name if is_folder else model, None if is_folder else model).save(space / CARD)
 

@@ -189,8 +189,8 @@ def evaluate_corruptions(
         for severity, folder in severities.items():
             test_set = open_test_set(str(folder), max_samples=args.max_samples)
             test_set.name = f"{corruption}/{severity}"
-            found = evaluate(classifier, test_set, args, state, FOLDER_COLUMNS)
-            errors.setdefault(corruption, []).append(1 - found["accuracy"])
+            scores = evaluate(classifier, test_set, args, state, FOLDER_COLUMNS)
+            errors.setdefault(corruption, []).append(1 - scores["accuracy"])
     return {**mean_corruption_error(errors), "errors": errors}
 
 
@@ -264,9 +264,9 @@ def evaluate_all(
         record = {"model": classifier.name, **classifier.facts, "results": {}}
         results.append(record)
         for test_set in test_sets:
-            found = evaluate(classifier, test_set, args, state, columns, real if test_set is test_sets[0] else None)
-            about = {"split": test_set.split, "classes": len(test_set.class_names)}
-            record["results"][test_set.name] = {**about, **found}
+            scores = evaluate(classifier, test_set, args, state, columns, real if test_set is test_sets[0] else None)
+            facts = {"split": test_set.split, "classes": len(test_set.class_names)}
+            record["results"][test_set.name] = {**facts, **scores}
             save()
         if folders:
             record["corruptions"] = evaluate_corruptions(classifier, folders, args, state)

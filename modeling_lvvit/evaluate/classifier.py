@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..backbones.feature_search import output_logits
 from ..backbones.image_processors import ImageProcessorTransform, choose_image_size, fitted_processor, read_settings
 from ..backbones.loading import (
-    LOADING_ERRORS,
+    FORWARD_ERRORS,
     TIMM_PREFIX,
     create_timm_model,
     create_transformers_model,
-    first_line,
     is_timm_folder,
+    library_errors,
+    load_image_processor,
     timm_class_names,
     transformers_class_names,
 )
@@ -28,7 +31,6 @@ from ..configuration_lvvit import LVViTConfig
 from ..data.sources import looks_local
 
 
-TRIAL_ERRORS = (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, IndexError)
 TRIAL_SIZE = (320, 200)  # of the image that every classifier is tried with
 
 
@@ -74,8 +76,7 @@ class Classifier:
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(B, 3, height, width)` to `(B, classes)`, float32."""
-        output = self.model(pixel_values, **self.forward_options)
-        return (output if isinstance(output, torch.Tensor) else output.logits).float()
+        return output_logits(self.model(pixel_values, **self.forward_options)).float()
 
 
 class ProcessorTransform:
@@ -110,24 +111,21 @@ def load_classifier(
         raise ValueError(f"There is no model folder {name} (seen from {Path.cwd()}).")
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     is_timm = name.startswith(TIMM_PREFIX) or is_timm_folder(Path(name).expanduser())
+    load = _load_timm if is_timm else _load_transformers
     try:
-        with torch.random.fork_rng(devices=[], enabled=random_weights):
-            if random_weights:
-                torch.manual_seed(0)
-            load = _load_timm if is_timm else _load_transformers
-            classifier = load(name, options, source, random_weights)
-    except LOADING_ERRORS as error:
-        raise ValueError(f"{name} cannot be evaluated: {first_line(error)}") from error
+        classifier = load(name, options, source, random_weights)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be evaluated: {error}") from error
     classifier.model.eval().requires_grad_(False)
+    pixel_values = classifier.transform(Image.new("RGB", TRIAL_SIZE))[None]
     try:
-        with torch.inference_mode():
-            found = classifier.logits(classifier.transform(Image.new("RGB", TRIAL_SIZE))[None]).shape[-1]
-    except TRIAL_ERRORS as error:
-        raise ValueError(
-            f"{name} cannot be evaluated on images of {classifier.facts['input_size']} pixels: {first_line(error)}"
-        ) from error
-    if found != len(classifier.class_names):
-        raise ValueError(f"{name} gives {found} scores and has names for {len(classifier.class_names)} classes.")
+        with torch.inference_mode(), library_errors(FORWARD_ERRORS):
+            num_scores = classifier.logits(pixel_values).shape[-1]
+    except ValueError as error:
+        size = classifier.facts["input_size"]
+        raise ValueError(f"{name} cannot be evaluated on images of {size} pixels: {error}") from error
+    if num_scores != len(classifier.class_names):
+        raise ValueError(f"{name} gives {num_scores} scores and has names for {len(classifier.class_names)} classes.")
     classifier.facts = {
         "library": "timm" if is_timm else "transformers",
         "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
@@ -139,7 +137,7 @@ def load_classifier(
 
 def _load_transformers(name: str, options: InputOptions, source: dict[str, Any], random_weights: bool) -> Classifier:
     model, _ = create_transformers_model(name, source, random_weights)
-    processor = AutoImageProcessor.from_pretrained(name, **source)
+    processor = load_image_processor(name, source)
     if options.are_given:
         processor = fitted_processor(processor, options.image_size, options.crop_pct, native_image_size(model))
     settings = read_settings(processor)
@@ -168,7 +166,8 @@ def _fitted(model: PreTrainedModel, size: tuple[int, int]) -> tuple[PreTrainedMo
     """A model that takes images of a size, and the arguments that its forward passes need for it."""
     if model.config.model_type == LVViTConfig.model_type:
         if size != native_image_size(model):
-            model.resize_position_embeddings(size)
+            with library_errors((StrictDataclassError,)):  # by which configurations are checked
+                model.resize_position_embeddings(size)
         return model, {}
     if must_interpolate(model, size):
         return model, {"interpolate_pos_encoding": True}
@@ -185,10 +184,10 @@ def _load_timm(name: str, options: InputOptions, source: dict[str, Any], random_
     # the size of timm's own published evaluations
     settings = resolve_model_data_config(model, args=changes, use_test_size=True)
     transform = create_transform(**settings, is_training=False)
-    kept = ("crop_pct", "crop_mode", "interpolation")
+    recorded = ("crop_pct", "crop_mode", "interpolation")
     facts = {
         "input_size": list(settings["input_size"][-2:]),
-        "preprocessing": {key: settings[key] for key in kept},
+        "preprocessing": {key: settings[key] for key in recorded},
     }
     return Classifier(name, model, transform, timm_class_names(model), facts)
 

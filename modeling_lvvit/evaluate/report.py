@@ -20,9 +20,9 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
     for record in results:
         shape = " x ".join(map(str, record["input_size"]))
         head = f"| {short_name(record['model'])} | {record['parameters'] / 1e6:.1f}M | {shape}"
-        for name, found in record["results"].items():
-            values = " | ".join(_percent(found.get(measure)) for measure in MEASURES)
-            lines.append(f"{head} | {short_name(name)} ({found['split']}) | {found['images']:,} | {values} | |")
+        for name, scores in record["results"].items():
+            values = " | ".join(_percent(scores.get(measure)) for measure in MEASURES)
+            lines.append(f"{head} | {short_name(name)} ({scores['split']}) | {scores['images']:,} | {values} | |")
         if "corruptions" in record:
             number = len(record["corruptions"]["errors"])
             lines.append(f"{head} | {number} corruptions | | | | | {_percent(record['corruptions'].get('mce'))} |")

@@ -126,10 +126,10 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> dict[str, fl
 
     Example: error rates of 0.4 and 0.5 for fog give `ce_fog` 0.45 / 0.819324 = 0.549.
     """
-    found = {
+    relative = {
         name: float(np.mean(errors[name])) / alexnet for name, alexnet in ALEXNET_ERRORS.items() if name in errors
     }
-    result = {f"ce_{name}": value for name, value in found.items()}
-    if len(found) == len(ALEXNET_ERRORS):
-        result["mce"] = float(np.mean(list(found.values())))
+    result = {f"ce_{name}": value for name, value in relative.items()}
+    if len(relative) == len(ALEXNET_ERRORS):
+        result["mce"] = float(np.mean(list(relative.values())))
     return result

@@ -68,12 +68,12 @@ def open_test_set(
         ValueError: If split or columns are missing or unfit.
     """
     splits = open_splits(name, config_name, revision)
-    found = split_to_evaluate(splits, split)
-    if found is None and split is None:
-        raise ValueError(f"{name} has the splits {list(splits)}. Say which one with --split.")
-    if found is None:
+    split_name = split_to_evaluate(splits, split)
+    if split_name is None and split is None:
+        raise ValueError(f"{name} has the splits {list(splits)}. Name one with `split`.")
+    if split_name is None:
         raise ValueError(f"{name} has no split {split!r}; it has {list(splits)}.")
-    rows = splits[found]
+    rows = splits[split_name]
     check_columns(rows, name, image_column, label_column)
     if not isinstance(rows.features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image())
@@ -83,8 +83,8 @@ def open_test_set(
     if max_samples is not None:
         rows = rows.select(range(min(max(max_samples, 0), len(rows))))
     if not len(rows):
-        raise ValueError(f"{name} has no rows in split {found}.")
-    return TestSet(name, rows, class_names, are_named, found, num_rows)
+        raise ValueError(f"{name} has no rows in split {split_name}.")
+    return TestSet(name, rows, class_names, are_named, split_name, num_rows)
 
 
 def model_class_map(model_names: Sequence[str], test_set: TestSet, class_map: str | None = None) -> ClassMap | None:
@@ -115,8 +115,8 @@ def model_class_map(model_names: Sequence[str], test_set: TestSet, class_map: st
                 f"{test_set.name} has a class folder {max(ids)}; the model has the classes 0 to {len(model_names) - 1}."
             )
         return ClassMap(tuple((index,) for index in ids), len(model_names))
-    found, _ = pair_classes(model_names, test_set.class_names, test_set.are_named, class_map, True, test_set.name)
-    return None if found is not None and found.is_identity else found
+    pairs, _ = pair_classes(model_names, test_set.class_names, test_set.are_named, class_map, True, test_set.name)
+    return None if pairs is not None and pairs.is_identity else pairs
 
 
 def reassessed_labels(
@@ -140,9 +140,9 @@ def reassessed_labels(
     for batch in rows.with_format("arrow").iter(batch_size=1000):
         paths += [path for chunk in batch[image_column].chunks for path in chunk.field("path").to_pylist()]
         human += batch[label_column].to_pylist()
-    found = [VALIDATION_NUMBER.search(path or "") for path in paths]
-    if all(found):
-        numbers = [int(match.group(1)) - 1 for match in found]
+    matches = [VALIDATION_NUMBER.search(path or "") for path in paths]
+    if all(matches):
+        numbers = [int(match.group(1)) - 1 for match in matches]
     elif len(labels) == test_set.num_rows:
         numbers = list(range(len(paths)))
     else:
@@ -178,7 +178,7 @@ def corruption_folders(root: Path) -> dict[str, dict[str, Path]]:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder of corruptions {root}.")
-    found = {}
+    folders: dict[str, dict[str, Path]] = {}
     first_severities = [*root.glob("*/1"), *root.glob("*/*/1")]  # no deeper: there are a million files
     for folder in sorted({path.parent for path in first_severities if path.is_dir()}):
         severities = {severity: folder / severity for severity in SEVERITIES if (folder / severity).is_dir()}
@@ -186,9 +186,9 @@ def corruption_folders(root: Path) -> dict[str, dict[str, Path]]:
             continue  # a class folder that is called 1
         if len(severities) != len(SEVERITIES):
             raise ValueError(f"{folder} has the severities {', '.join(severities)}; expected {', '.join(SEVERITIES)}.")
-        if folder.name in found:
-            raise ValueError(f"{root} has {folder.name} twice: {found[folder.name]['1'].parent} and {folder}.")
-        found[folder.name] = severities
-    if not found:
+        if folder.name in folders:
+            raise ValueError(f"{root} has {folder.name} twice: {folders[folder.name]['1'].parent} and {folder}.")
+        folders[folder.name] = severities
+    if not folders:
         raise ValueError(f"{root} has no folders CORRUPTION/SEVERITY/CLASS.")
-    return found
+    return folders

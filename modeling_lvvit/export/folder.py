@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
 
-from ..backbones.loading import LOADING_ERRORS, first_line
+from ..backbones.loading import LOADING_ERRORS, first_line, load_image_processor
 from ..data.atomic_files import atomic_directory, check_new_directory
 from ..data.sources import looks_local
 from ..modeling_lvvit import LVViTForSemanticSegmentation, LVViTPreTrainedModel
@@ -98,20 +98,21 @@ def load(name: str, revision: str | None, trust_remote_code: bool) -> tuple[LVVi
         config = AutoConfig.from_pretrained(name, **source)
     except LOADING_ERRORS as error:
         raise ValueError(f"{name} is no model: {first_line(error)}") from error
-    classes = {model_class.__name__: model_class for model_class in OUTPUTS}
-    saved = next((classes[kind] for kind in config.architectures or () if kind in classes), None)
-    if saved is None:
-        kind = ", ".join(config.architectures or ()) or f"a {config.model_type!r} model"
-        raise ValueError(f"{name} is {kind}; {' and '.join(classes)} can be exported.")
+    classes, architectures = {model_class.__name__: model_class for model_class in OUTPUTS}, config.architectures or ()
+    model_class = next((classes[architecture] for architecture in architectures if architecture in classes), None)
+    if model_class is None:
+        description = ", ".join(architectures) or f"a {config.model_type!r} model"
+        raise ValueError(f"{name} is {description}; {' and '.join(classes)} can be exported.")
     try:
-        processor = AutoImageProcessor.from_pretrained(name, **source)
-    except LOADING_ERRORS as error:
+        processor = load_image_processor(name, source)
+    except ValueError as error:
         raise ValueError(
             f"{name} has no preprocessor_config.json, which says how images are prepared; save the image processor "
-            f"of its training next to the model. ({first_line(error)})"
+            f"of its training next to the model. ({error})"
         ) from error
     try:
-        model, report = saved.from_pretrained(name, revision=revision, dtype=torch.float32, output_loading_info=True)
+        options = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
+        model, report = model_class.from_pretrained(name, **options)
     except LOADING_ERRORS as error:
         raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
     if report["missing_keys"]:
@@ -133,12 +134,11 @@ def check_script(model: LVViTPreTrainedModel, processor: Any) -> None:
     expected = np.asarray(processor(image, return_tensors="pt")["pixel_values"])
     settings = json.loads(processor.to_json_string())
     try:
-        found = prepare(image, settings)
-        is_near = found.shape == expected.shape
-    except (KeyError, TypeError) as error:
+        prepared = prepare(image, settings)
+    except (KeyError, TypeError) as error:  # settings that are missing, or null
         raise ValueError(
             f"{SCRIPT.name} does not know the settings of {type(processor).__name__}: {error}."
         ) from error
     level = settings.get("rescale_factor", 1) / min(settings.get("image_std") or [1])
-    if not is_near or np.abs(found - expected).max() > MAX_GRAY_LEVELS * level:
+    if prepared.shape != expected.shape or np.abs(prepared - expected).max() > MAX_GRAY_LEVELS * level:
         raise ValueError(f"{SCRIPT.name} would prepare images in another way than {type(processor).__name__}.")

@@ -159,7 +159,7 @@ def main() -> None:
         parser.exit(1, f"{args.image}: {error}\n")
     model = Model(FOLDER)
     if model.is_classifier:
-        found = model.best_classes(image, args.top)
+        shares = model.best_classes(image, args.top)
     else:
         classes = model.classes_of_pixels(image)
         painted = Image.fromarray(classes)
@@ -169,8 +169,8 @@ def main() -> None:
         print(f"saved {output}")
         ids, counts = np.unique(classes, return_counts=True)
         order = np.argsort(-counts, kind="stable")[: args.top]
-        found = [(model.name(ids[index]), counts[index] / classes.size) for index in order]
-    for name, share in found:
+        shares = [(model.name(ids[index]), counts[index] / classes.size) for index in order]
+    for name, share in shares:
         print(f"{share:7.2%}  {name}")
 
 

@@ -99,11 +99,11 @@ def compare(run: Run, model: LVViTPreTrainedModel, dtype: torch.dtype) -> Agreem
     distances, magnitudes, same = [], [], []
     for batch_size, size in product(BATCH_SIZES, sizes):
         images = torch.randn(batch_size, model.config.num_channels, *size, generator=generator)
-        expected, found = model(images, interpolate_pos_encoding=True), run(images)
-        for name, values in found.items():
+        expected, outputs = model(images, interpolate_pos_encoding=True), run(images)
+        for name, values in outputs.items():
             distances.append((values - expected[name]).abs().max())
             magnitudes.append(expected[name].abs().max())
-        same.append((found["logits"].argmax(1) == expected["logits"].argmax(1)).float().flatten())
+        same.append((outputs["logits"].argmax(1) == expected["logits"].argmax(1)).float().flatten())
     difference, largest = (torch.stack(values).max().item() for values in (distances, magnitudes))
     if dtype == torch.float32:
         bound = MAX_DIFFERENCE * max(1.0, largest / USUAL_LOGIT)

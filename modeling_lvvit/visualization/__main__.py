@@ -20,7 +20,7 @@ from ..annotators.annotator import load_annotator
 from ..data.class_matching import normalized
 from ..data.images import IMAGE_ERRORS, decode_image, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
-from ..launching import set_up_cpu
+from ..launching import name_options, set_up_cpu
 from .figures import heat, save_relevance_figure
 from .panels import cells_panel, short, shown_image
 from .relevance import relevance_maps
@@ -57,19 +57,19 @@ def class_id(wanted: str, names: list[str]) -> int:
     Raises:
         ValueError: If there is none, or several have the name.
     """
-    found = [index for index, name in enumerate(names) if normalized(wanted) == normalized(name)]
-    found = found or [
+    matches = [index for index, name in enumerate(names) if normalized(wanted) == normalized(name)]
+    matches = matches or [
         index
         for index, name in enumerate(names)
         if normalized(wanted) in {normalized(part) for part in name.split(",")}
     ]
-    if not found and wanted.isdecimal() and int(wanted) < len(names):
+    if not matches and wanted.isdecimal() and int(wanted) < len(names):
         return int(wanted)
-    if len(found) != 1:
+    if len(matches) != 1:
         raise ValueError(
-            f"{'Several classes have' if found else f'None of {len(names)} classes has'} the name {wanted!r}; give its id."
+            f"{'Several classes have' if matches else f'None of {len(names)} classes has'} the name {wanted!r}; give its id."
         )
-    return found[0]
+    return matches[0]
 
 
 def draw_panels(classifier: Classifier, image: Image.Image, wanted: list[str] | None) -> list[tuple[str, np.ndarray]]:
@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> None:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         save_relevance_figure(Path(args.output), rows)
     except (ValueError, OSError) as error:
-        sys.exit(f"{MODULE}: {error}")
+        sys.exit(f"{MODULE}: {name_options(error, VisualizationArguments)}")
     print(f"saved to {args.output}")
 
 

@@ -23,7 +23,7 @@ from ..data.images import IMAGE_ERRORS, decode_image
 from ..data.masks import read_mask
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..evaluate.test_sets import model_class_map, open_test_set
-from ..launching import set_up_cpu
+from ..launching import name_options, set_up_cpu
 from .relevance import relevance_maps
 
 
@@ -110,7 +110,7 @@ def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, t
     class_map = model_class_map(classifier.class_names, test_set)
     if classifier.view is None or classifier.view[1] < WHOLE_VIEW:
         raise ValueError(
-            f"{classifier.name} does not see whole images, a center crop cuts off what the masks show. Use --crop_pct 1."
+            f"{classifier.name} does not see whole images, a center crop cuts off what the masks show. Set `crop_pct` to 1."
         )
     rows = test_set.rows.select_columns([args.image_column, args.label_column, args.mask_column]).with_format("arrow")
     totals: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -118,27 +118,27 @@ def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, t
         table = rows[start : start + args.batch_size]
         labels = table[args.label_column].to_pylist()
         pixel_values, masks = _read(table, args, classifier, start)
-        wanted = torch.tensor(labels)
-        ids = wanted if class_map is None else torch.tensor([_single(class_map.groups[label]) for label in labels])
+        groups = [(label,) if class_map is None else class_map.groups[label] for label in labels]
+        ids = torch.tensor([_single(group) for group in groups])
         maps = relevance_maps(classifier.model, pixel_values, ids, classifier.forward_options)
-        found = {"relevance": maps.relevance, "attention": maps.attention, "rollout": maps.rollout}
+        named_maps = {"relevance": maps.relevance, "attention": maps.attention, "rollout": maps.rollout}
         if maps.patch_logits is not None:
             shares = maps.patch_logits.softmax(dim=-1)[torch.arange(len(ids)), :, ids]
-            found["patches"] = shares.unflatten(1, maps.relevance.shape[1:])
+            named_maps["patches"] = shares.unflatten(1, maps.relevance.shape[1:])
         for position, (mask, label) in enumerate(zip(masks, labels)):
             thing = (mask == label)[None]
             if not thing.any():
                 continue
-            for kind, values in found.items():
-                totals.setdefault(kind, []).append(localization_scores(values[position : position + 1], thing))
+            for map_name, values in named_maps.items():
+                totals.setdefault(map_name, []).append(localization_scores(values[position : position + 1], thing))
             totals.setdefault("chance", []).append(chance_scores(thing))
     used = len(totals.get("chance", ()))
     if not used:
         raise ValueError(f"No mask of {name} has the label of its image.")
     print(f"{classifier.name}: {used:,} of {len(rows):,} images have their label in the mask", flush=True)
     return {
-        kind: tuple(float(torch.cat([part[index].float() for part in parts]).mean()) for index in (0, 1))
-        for kind, parts in totals.items()
+        map_name: tuple(float(torch.cat([part[index].float() for part in parts]).mean()) for index in (0, 1))
+        for map_name, parts in totals.items()
     }
 
 
@@ -158,7 +158,7 @@ def _read(
     for offset, (value, mask) in enumerate(zip(table[args.image_column], table[args.mask_column])):
         try:
             image, ids = decode_image(value.as_py()), read_mask(mask.as_py())
-        except (*IMAGE_ERRORS, TypeError) as error:
+        except IMAGE_ERRORS as error:
             raise ValueError(f"Row {start + offset} cannot be used: {error}") from error
         pixels = classifier.transform(image)
         if ids.shape != (image.height, image.width) or image.height * pixels.shape[2] != image.width * pixels.shape[1]:
@@ -174,9 +174,9 @@ def _read(
 def markdown_table(results: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
     """Pointing accuracy and overlap in per cent of each model and kind of map."""
     lines = ["| model | map | pointing game | overlap (IoU) |", "| --- | --- | ---: | ---: |"]
-    for model, found in results.items():
-        for kind, (pointing, overlap) in found.items():
-            lines.append(f"| {Path(model).name} | {TITLES[kind]} | {100 * pointing:.1f} | {100 * overlap:.1f} |")
+    for model, scores in results.items():
+        for name, (pointing, overlap) in scores.items():
+            lines.append(f"| {Path(model).name} | {TITLES[name]} | {100 * pointing:.1f} | {100 * overlap:.1f} |")
     return "\n".join(lines)
 
 
@@ -191,7 +191,7 @@ def main(arguments: list[str]) -> None:
             )
             results[name] = localize(classifier, args)
     except (ValueError, OSError) as error:
-        sys.exit(f"{MODULE}: {error}")
+        sys.exit(f"{MODULE}: {name_options(error, LocalizationArguments)}")
     print(markdown_table(results))
 
 

@@ -94,7 +94,7 @@ def relevance_maps(
     """
     with torch.enable_grad(), _trainable_input(model):
         output, attentions = _forward(model, pixel_values, forward_options or {})
-        grid = _grid_of(model, pixel_values, attentions)
+        grid = _patch_grid(model, pixel_values, attentions)
         logits = output if isinstance(output, torch.Tensor) else output.logits
         scores = getattr(output, "cls_logits", None)
         scores = logits if scores is None else scores
@@ -106,16 +106,16 @@ def relevance_maps(
     attentions = [attention.detach() for attention in attentions]
     num_patches = grid[0] * grid[1]
 
-    def of_class_token(matrix: torch.Tensor) -> torch.Tensor:
+    def class_token_row(matrix: torch.Tensor) -> torch.Tensor:
         return matrix[:, 0, -num_patches:].float().unflatten(1, grid)  # (B, rows, columns)
 
     # a patch head that was not trained has weight 0 in the prediction
     is_trained = getattr(getattr(model, "config", None), "patch_logits_weight", 1) != 0
     patch_logits = getattr(output, "patch_logits", None) if is_trained else None
     return RelevanceMaps(
-        of_class_token(class_relevance(attentions, gradients)),
-        of_class_token(attentions[-1].mean(dim=1)),
-        of_class_token(attention_rollout(attentions)),
+        class_token_row(class_relevance(attentions, gradients)),
+        class_token_row(attentions[-1].mean(dim=1)),
+        class_token_row(attention_rollout(attentions)),
         logits.detach(),
         class_ids,
         None if patch_logits is None else patch_logits.detach(),
@@ -126,7 +126,7 @@ def _forward(
     model: nn.Module, pixel_values: torch.Tensor, forward_options: dict[str, Any]
 ) -> tuple[Any, list[torch.Tensor]]:
     """Output of a model, and the attention probabilities of its layers, as far as they can be had."""
-    network = _network_of(model)
+    network = _unwrap(model)
     if isinstance(network, PreTrainedModel):
         with _eager_attention(network):
             output = network(pixel_values, output_attentions=True, **forward_options)
@@ -136,7 +136,7 @@ def _forward(
         return network(pixel_values), attentions
 
 
-def _network_of(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module) -> nn.Module:
     """The model, or the one of timm that it wraps."""
     return getattr(model, "timm_model", model)
 
@@ -156,15 +156,15 @@ def _check_class_token(model: nn.Module, gradient: torch.Tensor) -> None:
         )
 
 
-def _grid_of(model: nn.Module, pixel_values: torch.Tensor, attentions: Sequence[torch.Tensor]) -> tuple[int, int]:
+def _patch_grid(model: nn.Module, pixel_values: torch.Tensor, attentions: Sequence[torch.Tensor]) -> tuple[int, int]:
     """Rows and columns of the patch tokens, which are the last ones.
 
     Raises:
         ValueError: If the attentions are not those of a class token and such a grid.
     """
-    network = _network_of(model)
-    about = network.config if isinstance(network, PreTrainedModel) else getattr(network, "patch_embed", None)
-    patch_size = getattr(about, "patch_size", None)
+    network = _unwrap(model)
+    settings = network.config if isinstance(network, PreTrainedModel) else getattr(network, "patch_embed", None)
+    patch_size = getattr(settings, "patch_size", None)
     if isinstance(patch_size, (list, tuple)) and len(set(patch_size)) == 1:
         patch_size = patch_size[0]
     name = type(network).__name__

@@ -15,6 +15,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from modeling_lvvit import LVViTForImageClassification
+from modeling_lvvit.annotators import annotator as annotator_module
 from modeling_lvvit.annotators.annotator import Annotator, PatchClassifier, Preprocessing, load_annotator
 from modeling_lvvit.backbones.dense_classifier import DenseClassifier
 from modeling_lvvit.backbones.feature_layout import token_grid
@@ -559,6 +560,17 @@ def test_damaged_weights_are_refused_in_one_line(folders, tmp_path, library, con
     with pytest.raises(ValueError, match="cannot be loaded") as error:
         load_annotator(str(folder))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, AttributeError, IndexError])
+def test_bugs_of_this_package_are_not_told_as_damaged_folders(folders, monkeypatch, error):
+    def fail(model):
+        raise error("a bug")
+
+    for library in ("timm", "transformers"):
+        monkeypatch.setattr(annotator_module, f"{library}_class_names", fail)
+        with pytest.raises(error, match="a bug"):
+            load_annotator(str(folders["vit" if library == "transformers" else "timm"]))
 
 
 def test_checkpoint_without_a_head_is_refused(folders, tmp_path):

@@ -1,7 +1,10 @@
 """Classifiers of transformers and timm made for images of another size."""
 
+import copy
+
 import pytest
 import torch
+from timm.models import swin_transformer
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -142,6 +145,18 @@ def test_models_of_timm_load_at_the_new_size(name, size, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(again(pixel_values).logits, resized(pixel_values).logits)
     assert again.config.model_args["drop_path_rate"] == 0.1
+
+
+def test_windows_of_timm_have_the_tables_that_timm_gives_them():
+    """The same as a checkpoint gets that timm loads at this size."""
+    config = TimmWrapperConfig(architecture="swin_tiny_patch4_window7_224", num_labels=NUM_CLASSES)
+    model = TimmWrapperForImageClassification(config)
+    resized = resize_classifier(model, (64, 64)).timm_model
+    state = swin_transformer.checkpoint_filter_fn(dict(model.timm_model.state_dict()), copy.deepcopy(resized))
+    tables = {key: value for key, value in resized.state_dict().items() if key.endswith("bias_table")}
+    assert {len(table) for table in tables.values()} == {13 * 13, 7 * 7, 3 * 3}  # windows of 7, 4 and 2 cells
+    for key, table in tables.items():
+        torch.testing.assert_close(table, state[key])
 
 
 @pytest.mark.parametrize("name", ["mixer_s32_224", "test_convnext"])

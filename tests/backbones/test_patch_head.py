@@ -140,6 +140,17 @@ def test_patch_logits_are_the_head_on_the_normed_patch_tokens():
     assert torch.equal(output.logits, output.cls_logits)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "test_vit", "mixer_s32_224", "mobilenetv3_small_050"])
+def test_features_of_timm_are_those_of_its_forward_features(name):
+    model = add_patch_head(timm_model(name), SIZE).eval()
+    pixel_values = torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        features = model.timm_model.forward_features(pixel_values)
+        cells = model.feature_hook.feature_map.flatten_cells(features)
+        torch.testing.assert_close(model(pixel_values).patch_logits, get_patch_head(model)(cells))
+        assert torch.equal(model(pixel_values).logits, model.timm_model.forward_head(features))
+
+
 def test_rows_come_before_columns():
     """An image that is dark but for one cell changes the features of that cell most."""
     model = add_patch_head(transformers_model("resnet"), (64, 128)).eval()

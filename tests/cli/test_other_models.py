@@ -17,7 +17,9 @@ from transformers import (
     DeiTImageProcessor,
     EfficientNetImageProcessor,
     LevitImageProcessor,
+    LevitImageProcessorPil,
     MobileViTImageProcessor,
+    PoolFormerImageProcessor,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     ViTImageProcessor,
@@ -27,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 import train_tl
 from modeling_lvvit.annotators.annotator import load_annotator
-from modeling_lvvit.backbones.image_processors import read_settings
+from modeling_lvvit.backbones.image_processors import checked_settings, read_settings
 from modeling_lvvit.backbones.patch_head import get_patch_head
 from modeling_lvvit.cli.build_model import build_model, model_image_size
 from modeling_lvvit.cli.model_arguments import ModelArguments
@@ -194,6 +196,9 @@ def test_squashed_and_cropped_images_stay_so_at_another_size(tmp_path):
         (LevitImageProcessor(), (0.625 * 0.875, 0.875)),
         (ConvNextImageProcessor(size={"shortest_edge": 384}), (1.0, 1.0)),
         (ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875), (0.625 * 0.875, 0.875)),
+        (LevitImageProcessorPil(), (0.625 * 0.875, 0.875)),
+        (PoolFormerImageProcessor(), (0.625 * 0.9, 0.9)),
+        (EfficientNetImageProcessor(rescale_factor=1 / 127.5, rescale_offset=True, include_top=False), (1.0, 1.0)),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -211,6 +216,14 @@ def test_processors_that_exchange_colors_are_refused(tmp_path):
     own = MobileViTImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     with pytest.raises(ValueError, match="MobileViTImageProcessor exchanges red and blue"):
         build(model_name_or_path=saved_with(own, tmp_path))
+
+
+def test_processors_that_normalize_in_another_way_than_they_say_are_refused():
+    own = ViTImageProcessor(image_mean=MEAN, image_std=STD)
+    assert checked_settings(own).image_mean == MEAN and checked_settings(own).image_std == STD
+    own.rescale = own.rescale_and_normalize = lambda images, *settings: images / 100
+    with pytest.raises(ValueError, match="ViTImageProcessor normalizes in another way than its settings say"):
+        checked_settings(own)
 
 
 def test_crop_and_filter_of_a_timm_checkpoint(tmp_path):
