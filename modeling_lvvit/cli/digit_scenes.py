@@ -56,14 +56,14 @@ def split_digits(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def paste_digit(
     scene: np.ndarray,
     mask: np.ndarray,
-    digit: np.ndarray,
-    label: int,
-    side: int,
+    digit: tuple[np.ndarray, int],
     corner: tuple[int, int],
+    side: int,
     rng: np.random.Generator,
 ) -> None:
-    """Draws one digit with its top left pixel at `corner` into `scene` `(64, 64, 3)` and `mask` `(64, 64)`, in place."""
-    image = Image.fromarray(np.uint8(255 * digit)).resize((side, side), Image.Resampling.BICUBIC)
+    """Draws one digit, image and label, with its top left pixel at `corner` into `scene` `(64, 64, 3)` and `mask` `(64, 64)`, in place."""
+    values, label = digit
+    image = Image.fromarray(np.uint8(255 * values)).resize((side, side), Image.Resampling.BICUBIC)
     image = image.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
     opacity = np.asarray(image, dtype=np.float32) / 255.0
     window = np.s_[corner[0] : corner[0] + side, corner[1] : corner[1] + side]
@@ -90,7 +90,7 @@ def draw_scene(digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator)
             continue
         taken[corner[0] : corner[0] + side, corner[1] : corner[1] + side] = True
         pick = large if rank == 0 else rng.integers(len(digits))
-        paste_digit(scene, mask, digits[pick], labels[pick], side, corner, rng)
+        paste_digit(scene, mask, (digits[pick], labels[pick]), corner, side, rng)
     return np.uint8(255 * scene.clip(0, 1)), mask, int(labels[large])
 
 

@@ -103,7 +103,7 @@ def open_segmentation_data(
     if weights is not None and len(weights) != len(class_names):
         raise ValueError(f"`class_weights` has {len(weights)} numbers; the data has {len(class_names)} classes.")
     return OpenedSegmentationData(
-        rows["training"], rows["evaluation"], eval_name, mask_column, class_names, encoding, rows["test"]
+        rows["training"], rows["evaluation"], eval_name, mask_column, class_names, encoding, test=rows["test"]
     )
 
 
@@ -207,7 +207,12 @@ def build_samples(
     """
     statistics, encoding = (processor.image_mean, processor.image_std), opened.encoding
     train_transform = SegmentationTrainTransform(
-        crop_size, *statistics, encoding.label_ignore_index, args.augmentation(), args.short_side, args.long_side
+        crop_size,
+        *statistics,
+        encoding.label_ignore_index,
+        augmentation=args.augmentation(),
+        short_side=args.short_side,
+        long_side=args.long_side,
     )
     columns = {"image_column": args.image_column, "mask_column": opened.mask_column}
     samples = {}

@@ -45,10 +45,10 @@ def draw_predictions(trainer: TokenLabelTrainer, data_args: DataArguments, eval_
         Path(trainer.args.output_dir) / FIGURE,
         [Image.fromarray(array) for array in arrays],
         samples.labels(count),
-        output.logits.cpu(),
-        output.patch_logits.cpu(),
-        trainer.grid_size,
-        [config.id2label[index] for index in range(config.num_labels)],
-        read_dense_labels(eval_rows, data_args, count),
+        logits=output.logits.cpu(),
+        patch_logits=output.patch_logits.cpu(),
+        grid_size=trainer.grid_size,
+        class_names=[config.id2label[index] for index in range(config.num_labels)],
+        label_maps=read_dense_labels(eval_rows, data_args, count),
     )
     return FIGURE
