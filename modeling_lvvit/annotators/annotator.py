@@ -29,6 +29,7 @@ from ..backbones.preprocessing import Fit, Preprocessing
 from ..backbones.resize import must_interpolate, native_image_size, resize_classifier
 from ..data.class_matching import ClassMap
 from ..data.sources import looks_local
+from ..deployment import prepare_for_cpu
 
 
 logger = logging.get_logger(__name__)
@@ -112,7 +113,7 @@ def load_annotator(
     if random_weights:
         logger.warning("%s has random weights: its labels mean nothing.", name)
     preprocessing = replace(preprocessing, fit=fit)
-    model = model.eval().requires_grad_(False).to(device)
+    model = prepare_for_cpu(model.eval().requires_grad_(False).to(device))
     dense = _make_dense(name, model, preprocessing.image_size, grid_size)
     provenance = {
         "annotator": Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name,
