@@ -40,7 +40,7 @@ EXPORT = ["onnx>=1.19,<2", "onnxruntime>=1.22,<2", "onnxscript>=0.5,<1"]
 EXTRAS_REQUIRE = {
     "demo": DEMO,
     "export": EXPORT,
-    "dev": ["pytest>=8.4,<10", "ruff>=0.14,<1", "parameterized>=0.9,<1", *DEMO, *EXPORT],
+    "dev": ["pytest>=8.4,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<1", "parameterized>=0.9,<1", *DEMO, *EXPORT],
 }
 
 setup(

@@ -56,7 +56,7 @@ class TokenLabelCollator:
         `label_affine` `[B, 2, 3]` and `image_box` `[B, 4]`; when mixed by tokens `mix_mask` bool `[B, rows, columns]`, the
         same box for every sample; when mixed by pixels `mix_share` float32 `[B, rows, columns]`, how much of each token
         shows the other image; with dense labels `token_label_palette` int64 `[B, U]`, the classes that each map names, padded
-        with 0; `token_label_index` `[B, K, S, S]`, positions in the palette; and `token_label_scores` float16 `[B, K, S, S]`.
+        with 0; `token_label_index` `[B, K, rows, columns]`, positions in the palette; and `token_label_scores` float16 of the same shape.
 
     Example: two samples with palettes `[7]` and `[3, 8]` give palette `[[7, 0], [3, 8]]`.
     """

@@ -102,7 +102,7 @@ class TrainTransform:
     crop is cut. RandAugment's color operations act on the crop (as in timm), not on the whole image: those that look at
     the whole histogram see the part that is used.
 
-    Randomness comes from the global generators of PyTorch and Python, which `randomness.seeded` starts for every sample.
+    Randomness comes from the global generators of PyTorch and Python, which `data.sampling.seed_generators` starts for every sample.
 
     Args:
         image_size: Height and width of the result in pixels.
