@@ -39,12 +39,8 @@ def missing_cpu_processes() -> int:
 
 
 def start_missing_processes(program: list[str], arguments: list[str]) -> bool:
-    """Starts the processes that accelerate left out, waits for them, and says whether there were any.
-
-    Args:
-        program: Path of the program that was started, or `--module` and its name.
-        arguments: Its arguments.
-    """
+    """Starts the processes that accelerate left out, waits for them, and says whether there were any. `program` is the path of the
+    one that was started, or `--module` and its name."""
     processes = missing_cpu_processes()
     if not processes:
         return False
@@ -59,9 +55,7 @@ def start_missing_processes(program: list[str], arguments: list[str]) -> bool:
 def end_with_launcher() -> None:
     """Has Linux send SIGTERM to this process when `accelerate launch` is ended: that passes no signals on to a single
     process, which would otherwise train on unnoticed."""
-    if sys.platform != "linux":
-        return
-    if any("accelerate" in word for word in psutil.Process(os.getppid()).cmdline()):
+    if sys.platform == "linux" and any("accelerate" in word for word in psutil.Process(os.getppid()).cmdline()):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

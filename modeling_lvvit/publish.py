@@ -25,14 +25,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="modeling_lvvit.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     released = [name for name, row in (*VARIANTS.items(), *SEGMENTERS.items()) if row.checkpoint is not None]
-    parser.add_argument(
-        "--variant", choices=released, metavar="ROW", help=f"whose weights these are: {', '.join(released)}"
-    )
+    rows = f"whose weights these are: {', '.join(released)}"
+    parser.add_argument("--variant", choices=released, metavar="ROW", help=rows)
     parser.add_argument("--checkpoint", type=Path, help="authors' .pth or .pth.tar file")
     parser.add_argument("--output_dir", type=Path, help="folder to write; default: the name of the row")
-    parser.add_argument(
-        "--no_ema", action="store_true", help="take the raw weights where the file also has averaged ones"
-    )
+    raw = "take the raw weights where the file also has averaged ones"
+    parser.add_argument("--no_ema", action="store_true", help=raw)
     parser.add_argument("--folder", type=Path, help="instead, a finished model, exported model or label set")
     parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME", help="repository; made if there is none")
     add_target_options(parser)
@@ -44,22 +42,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def is_label_set(folder: Path) -> bool:
-    """Whether a folder is a label set, finished or not."""
-    return (folder / RECORD).is_file()
-
-
 def publish_folder(folder: Path, target: HubTarget) -> str:
-    """Uploads a finished model or label set; returns the address of the commit.
-
-    Args:
-        folder: Stays as it is.
-        target: Opened when the folder has been checked.
-
-    Raises:
-        FileNotFoundError, ValueError: If the folder is not complete; nothing is uploaded then.
-        HubError: If the Hub cannot be reached or refuses.
-    """
+    """Uploads a finished model or label set, see `publish_model_folder`."""
     if target.repo_type != "dataset":
         return publish_model_folder(folder, target)
     check_finished(folder)
@@ -67,20 +51,13 @@ def publish_folder(folder: Path, target: HubTarget) -> str:
 
 
 def publish(args: argparse.Namespace) -> str:
-    """Does what the options say; returns the address of the commit.
-
-    Raises:
-        FileNotFoundError, FileExistsError, ValueError: If files are missing, damaged or of another kind.
-        HubError: If the Hub cannot be reached or refuses.
-    """
+    """Does what the options say; returns the address of the commit."""
     folder = (args.folder or args.output_dir or Path(args.variant)).expanduser()
-    repo_type = "dataset" if args.folder is not None and is_label_set(folder) else "model"
+    repo_type = "dataset" if args.folder is not None and (folder / RECORD).is_file() else "model"
     if args.checkpoint is not None:
         difference = convert_checkpoint(args.checkpoint, folder, not args.no_ema, released_row=args.variant)
-        print(
-            f"{args.variant} -> {folder}, largest logits difference to the original tensors {difference:.2e}",
-            flush=True,
-        )
+        text = f"{args.variant} -> {folder}, largest logits difference to the original tensors {difference:.2e}"
+        print(text, flush=True)
     return publish_folder(folder, HubTarget(args.repo_id, repo_type, args.private, args.revision))
 
 

@@ -24,8 +24,7 @@ class LVViTVariant:
         crop_pct: Share of the resized shorter side that the evaluation crop keeps (`crop_pct` of the authors' code).
         num_parameters: Parameters with 1000 classes, both classifiers included.
         published_gmacs: Multiply-adds in 10^9 as published, `None` where none is.
-        published_top1: ImageNet top-1 in percent as published, `None` where none is.
-        published_real_top1: ImageNet ReaL top-1 in percent as published, `None` where none is.
+        published_top1, published_real_top1: ImageNet top-1 in percent as published, `None` where none is.
         counted_gmacs: Multiply-adds of convolutions and matrix products in 10^9, counted here.
         checkpoint: Address of the authors' weights below `RELEASES`, `None` where they released none.
     """
@@ -120,11 +119,7 @@ SEGMENTERS: dict[str, LVViTSegmenter] = {
 
 
 def variant_config(name: str, **overrides: Any) -> LVViTConfig:
-    """Configuration of a published size with 1000 classes, changed by `overrides`.
-
-    Raises:
-        ValueError: If `name` is not in `VARIANTS`.
-    """
+    """Configuration of a published size with 1000 classes, changed by `overrides`; a `ValueError` if there is none of this name."""
     if name not in VARIANTS:
         raise ValueError(f"Unknown LV-ViT variant {name!r}; expected one of {', '.join(VARIANTS)}.")
     variant = VARIANTS[name]
@@ -167,19 +162,13 @@ def evaluation_image_processor(
         image_size: Height and width of the model input in pixels. For a rectangle the image is resized so that its
             shorter side covers the longer side of the crop.
         crop_pct: In (0, 1].
-        image_mean, image_std: Normalization for images in [0, 1]; default: that of ImageNet.
-        resample: Filter of Pillow.
+        image_mean, image_std: Normalization for images in [0, 1].
     """
     height, width = image_size
     return BitImageProcessor(
-        do_resize=True,
         size={"shortest_edge": int(max(height, width) / crop_pct)},
         resample=PILImageResampling(resample),
-        do_center_crop=True,
         crop_size={"height": height, "width": width},
-        do_rescale=True,
-        do_normalize=True,
         image_mean=list(image_mean),
         image_std=list(image_std),
-        do_convert_rgb=True,
     )

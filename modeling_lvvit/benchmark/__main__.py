@@ -25,13 +25,12 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.atomic_files import write_json
-from .comparison import compare_loaders, compare_models
+from .comparison import compare_loaders, compare_models, table
 from .data_loading import LOADERS
 from .measure import device_name
 from .models import OPTIONS, BenchmarkModel, Setting
 from .published_comparison import compare_published, published_table
 from .published_results import published_rows
-from .report import table
 
 
 QUICK = (
@@ -87,7 +86,14 @@ def check(args: argparse.Namespace) -> None:
     if device.type != "cpu" and not torch.accelerator.is_available():
         raise ValueError(f"--device {args.device}: PyTorch sees no accelerator here.")
     if args.table is not None:
-        check_table(args)
+        if args.mode is not None:
+            raise ValueError(f"--table measures models of its own: leave out {args.mode}.")
+        if len(args.batch_sizes or [1]) > 1:
+            raise ValueError(f"--table takes one batch size, got {args.batch_sizes}.")
+        published_rows(args.table)
+        if args.ceiling or args.images:
+            raise ValueError("--ceiling and --images do nothing with --table.")
+        BenchmarkModel.parse("+".join(["timm/resnet50", *args.options])).check_mode("inference")
     elif args.mode == "data":
         unknown = [name for name in args.models if name not in LOADERS]
         if unknown:
@@ -95,18 +101,6 @@ def check(args: argparse.Namespace) -> None:
     elif args.mode is not None:
         for text in args.models:
             BenchmarkModel.parse(text).check_mode(args.mode)
-
-
-def check_table(args: argparse.Namespace) -> None:
-    """Raises a `ValueError` if `--table` stands next to a mode, or has unknown networks or options."""
-    if args.mode is not None:
-        raise ValueError(f"--table measures models of its own: leave out {args.mode}.")
-    if len(args.batch_sizes or [1]) > 1:
-        raise ValueError(f"--table takes one batch size, got {args.batch_sizes}.")
-    published_rows(args.table)
-    if args.ceiling or args.images:
-        raise ValueError("--ceiling and --images do nothing with --table.")
-    BenchmarkModel.parse("+".join(["timm/resnet50", *args.options])).check_mode("inference")
 
 
 def environment(args: argparse.Namespace) -> dict[str, object]:

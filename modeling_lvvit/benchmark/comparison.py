@@ -1,16 +1,16 @@
-"""Comparisons: what is measured of each model."""
+"""Comparisons: what is measured of each model, and its table."""
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 
 import datasets
 import torch
 
 from ..data.sources import open_splits
-from .data_loading import endless, loader_call, synthetic_rows, token_label_loader, with_label_maps
+from .data_loading import loader_call, synthetic_rows, token_label_loader, with_label_maps
 from .interleaved_timing import Entry, Times, median_ratio, time_interleaved
 from .measure import count_flops, matmul_ceiling
 from .models import BenchmarkModel, Setting, inference_call, training_call
@@ -19,23 +19,27 @@ from .models import BenchmarkModel, Setting, inference_call, training_call
 SYNTHETIC_IMAGES = 256
 # FLOPs of a training step in those of a forward pass: the backward pass has two products for each of the forward
 TRAINING_FLOPS = 3
+COLUMNS = {
+    "model": "{}",
+    "parameters": "{:,}",
+    "gflops": "{:.2f}",
+    "milliseconds": "{:.1f}",
+    "images_per_second": "{:.1f}",
+    "ratio": "{:.2f}",
+    "ratio_per_flop": "{:.2f}",
+    "ceiling_share": "{:.0%}",
+    "peak_megabytes": "{:,.0f}",
+}
 
 
 def compare_models(
-    mode: str,
-    specifications: list[str],
-    setting: Setting,
-    rounds: int,
-    images: str | None = None,
-    with_ceiling: bool = False,
+    mode: str, specifications: list[str], setting: Setting, rounds: int, images: str | None, with_ceiling: bool
 ) -> list[dict[str, object]]:
     """Times models in turn.
 
     Args:
         mode: `"inference"`; `"training"`, steps on one batch; `"run"`, steps that take a new batch each.
         specifications: See `BenchmarkModel.parse`; the first is what the others are compared with.
-        setting: What they share.
-        rounds: Times that each is taken.
         images: Source of images for `"run"`; default: synthetic ones.
 
     Returns:
@@ -66,10 +70,7 @@ def compare_loaders(
     rows = _image_rows(images, 1000)
     if len(rows) < setting.batch_size:
         raise ValueError(f"{images} has {len(rows)} images, fewer than a batch of {setting.batch_size}.")
-    entries = {
-        name: Entry(partial(loader_call, name, rows, setting.batch_size, (224, 224), (14, 14)), threads=1)
-        for name in names
-    }
+    entries = {name: Entry(partial(loader_call, name, rows, setting.batch_size), threads=1) for name in names}
     times = time_interleaved(entries, torch.device("cpu"), rounds)
     images_an_epoch = len(rows) // setting.batch_size * setting.batch_size
     return [
@@ -81,7 +82,7 @@ def compare_loaders(
 
 def model_entry(mode: str, model: BenchmarkModel, setting: Setting, images: str | None = None) -> Entry:
     """A model that takes part, see `compare_models`."""
-    return Entry(partial(_call, mode, model, setting, images), torch.get_num_threads(), model.keeps_memory)
+    return Entry(partial(_call, mode, model, setting, images), torch.get_num_threads(), "kept_memory" in model.options)
 
 
 def count_size(model: BenchmarkModel, num_classes: int | None) -> tuple[int, float]:
@@ -107,22 +108,15 @@ def relative_speed(times: Times, reference: Times, images: int) -> dict[str, obj
 def _call(mode: str, model: BenchmarkModel, setting: Setting, images: str | None) -> Callable[[], object]:
     if mode == "inference":
         return inference_call(model, setting)
-    return training_call(model, setting, _batches(mode, model, setting, images))
-
-
-def _batches(
-    mode: str, model: BenchmarkModel, setting: Setting, images: str | None
-) -> Iterator[dict[str, torch.Tensor]]:
-    rows = _image_rows(
-        images, model.num_classes(setting.num_classes), setting.batch_size if mode == "training" else None
-    )
+    num_classes = model.num_classes(setting.num_classes)
+    rows = _image_rows(images, num_classes, setting.batch_size if mode == "training" else None)
     torch.manual_seed(0)
     has_maps = "plain" not in model.options or mode == "training"
     loader = token_label_loader(rows, setting.batch_size, model.image_size(), model.grid_size(), has_maps)
     if mode == "run":
-        return endless(loader)
-    batch = next(iter(loader))
-    return repeat({name: value.to(setting.device) for name, value in batch.items()})
+        return training_call(model, setting, chain.from_iterable(repeat(loader)))
+    batch = {name: value.to(setting.device) for name, value in next(iter(loader)).items()}
+    return training_call(model, setting, repeat(batch))
 
 
 def _image_rows(images: str | None, num_classes: int, count: int | None = None) -> datasets.Dataset:
@@ -130,3 +124,15 @@ def _image_rows(images: str | None, num_classes: int, count: int | None = None) 
         return synthetic_rows(count or SYNTHETIC_IMAGES, num_classes)
     splits = open_splits(images)
     return with_label_maps(splits.get("train", next(iter(splits.values()))), num_classes)
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """The columns of `COLUMNS` that any row has, aligned."""
+    names = [name for name in COLUMNS if any(name in row for row in rows)]
+    cells = [[COLUMNS[name].format(row[name]) if name in row else "" for name in names] for row in rows]
+    lines = [[name.replace("_", " ") for name in names], *cells]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:]))])
+        for line in lines
+    )

@@ -2,7 +2,7 @@
 
 import io
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -11,8 +11,10 @@ import timm.data
 import torch
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from ..labels.columns import label_map_features
 from ..labels.label_maps import encode_top_k
 from ..token_labeling import TokenLabelCollator, TokenLabelDataset, TrainTransform
 
@@ -22,17 +24,10 @@ ANNOTATOR_CELLS, TOP_K = 18, 5
 CLASSES_IN_AN_IMAGE = 40
 
 
-def synthetic_rows(count: int, num_classes: int, image_size: tuple[int, int] = (500, 375), seed: int = 0):
-    """Photo-like JPEG files with label maps of 18 x 18 cells.
-
-    Args:
-        count: Rows.
-        num_classes: Class ids lie in `[0, num_classes)`.
-        image_size: Width and height in pixels.
-
-    Returns:
-        `datasets.Dataset` with `image`, `label`, `token_label_ids`, `token_label_scores`.
-    """
+def synthetic_rows(
+    count: int, num_classes: int, image_size: tuple[int, int] = (500, 375), seed: int = 0
+) -> datasets.Dataset:
+    """Photo-like JPEG files, width and height in pixels, with `label`, `token_label_ids` and `token_label_scores` of 18 x 18 cells."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
@@ -44,22 +39,16 @@ def synthetic_rows(count: int, num_classes: int, image_size: tuple[int, int] = (
         ids, scores = synthetic_label_map(num_classes, rng)
         row = {"image": {"bytes": file.getvalue(), "path": None}, "label": int(rng.integers(num_classes))}
         rows.append(row | {"token_label_ids": ids.tolist(), "token_label_scores": scores.tolist()})
-    features = datasets.Features(
-        image=datasets.Image(),
-        label=datasets.Value("int64"),
-        token_label_ids=datasets.List(datasets.List(datasets.List(datasets.Value("int32")))),
-        token_label_scores=datasets.List(datasets.List(datasets.List(datasets.Value("float16")))),
-    )
-    return datasets.Dataset.from_list(rows, features=features)
+    shape = (min(TOP_K, num_classes), ANNOTATOR_CELLS, ANNOTATOR_CELLS)
+    features = {"image": datasets.Image(), "label": datasets.Value("int64"), **label_map_features(*shape, "int32")}
+    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
 
-def with_label_maps(rows: datasets.Dataset, num_classes: int, seed: int = 0) -> datasets.Dataset:
+def with_label_maps(rows: datasets.Dataset, num_classes: int) -> datasets.Dataset:
     """The images and labels of given rows with synthetic label maps."""
-    maps = synthetic_rows(len(rows), num_classes, image_size=(16, 16), seed=seed)
-    rows = rows.select_columns(["image", "label"])
-    return datasets.concatenate_datasets(
-        [rows, maps.select_columns(["token_label_ids", "token_label_scores"])], axis=1
-    )
+    maps = synthetic_rows(len(rows), num_classes, image_size=(16, 16))
+    parts = [rows.select_columns(["image", "label"]), maps.remove_columns(["image", "label"])]
+    return datasets.concatenate_datasets(parts, axis=1)
 
 
 def synthetic_label_map(num_classes: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -72,23 +61,17 @@ def synthetic_label_map(num_classes: int, rng: np.random.Generator) -> tuple[np.
 
 
 def token_label_loader(
-    rows: datasets.Dataset,
-    batch_size: int,
-    image_size: tuple[int, int],
-    grid_size: tuple[int, int],
-    with_maps: bool = True,
-) -> torch.utils.data.DataLoader:
+    rows: datasets.Dataset, batch_size: int, image_size: tuple[int, int], grid_size: tuple[int, int], has_maps: bool
+) -> DataLoader:
     """Our loader with the published augmentation, shuffled."""
-    columns = {"ids_column": "token_label_ids", "scores_column": "token_label_scores"} if with_maps else {}
-    samples = TokenLabelDataset(
-        rows, TrainTransform(image_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), **columns
-    )
+    columns = {"ids_column": "token_label_ids", "scores_column": "token_label_scores"} if has_maps else {}
+    transform = TrainTransform(image_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    samples = TokenLabelDataset(rows, transform, **columns)
     samples.start_epoch(0, 0)
-    collator = TokenLabelCollator(grid_size)
-    return torch.utils.data.DataLoader(samples, batch_size, shuffle=True, collate_fn=collator, drop_last=True)
+    return DataLoader(samples, batch_size, shuffle=True, collate_fn=TokenLabelCollator(grid_size), drop_last=True)
 
 
-class _Files(torch.utils.data.Dataset):
+class _Files(Dataset):
     """Images and labels as plain pipelines read them: open, convert, transform."""
 
     def __init__(self, rows: datasets.Dataset, transform: Callable | None = None):
@@ -104,31 +87,31 @@ class _Files(torch.utils.data.Dataset):
         return self.transform(image), self.labels[index]
 
 
-def timm_loader(rows: datasets.Dataset, batch_size: int, image_size: tuple[int, int]) -> torch.utils.data.DataLoader:
-    """timm's loader with the same augmentation; it augments after the crop and does not follow it with labels."""
-    return timm.data.create_loader(
-        _Files(rows),
-        (3, *image_size),
-        batch_size,
-        is_training=True,
-        use_prefetcher=False,
-        auto_augment="rand-m9-mstd0.5-inc1",
-        re_prob=0.25,
-        re_mode="pixel",
-        color_jitter=None,
-        interpolation="random",
-        num_workers=0,
-        persistent_workers=False,
-        pin_memory=False,
-    )
+def loader_call(name: str, rows: datasets.Dataset, batch_size: int) -> Callable[[], object]:
+    """A call that takes all batches of an epoch of a loader of `LOADERS`, drawn again, for images of 224 x 224.
 
-
-def torchvision_loader(
-    rows: datasets.Dataset, batch_size: int, image_size: tuple[int, int]
-) -> torch.utils.data.DataLoader:
-    """A plain torchvision v2 pipeline on Pillow images with the same kinds of operations."""
-    transform = v2.Compose(
-        [
+    timm's loader has the same augmentation, which it does after the crop and does not follow with labels; that of torchvision the
+    same kinds of operations on Pillow images.
+    """
+    image_size = (224, 224)
+    if name == "timm":
+        loader = timm.data.create_loader(
+            _Files(rows),
+            (3, *image_size),
+            batch_size,
+            is_training=True,
+            use_prefetcher=False,
+            auto_augment="rand-m9-mstd0.5-inc1",
+            re_prob=0.25,
+            re_mode="pixel",
+            color_jitter=None,
+            interpolation="random",
+            num_workers=0,
+            persistent_workers=False,
+            pin_memory=False,
+        )
+    elif name == "torchvision":
+        steps = [
             v2.RandomResizedCrop(image_size, interpolation=v2.InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(),
             v2.RandAugment(num_ops=2, magnitude=9),
@@ -137,24 +120,7 @@ def torchvision_loader(
             v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
             v2.RandomErasing(0.25, value="random"),
         ]
-    )
-    return torch.utils.data.DataLoader(_Files(rows, transform), batch_size, shuffle=True, drop_last=True)
-
-
-def loader_call(
-    name: str, rows: datasets.Dataset, batch_size: int, image_size: tuple[int, int], grid_size: tuple[int, int]
-) -> Callable[[], object]:
-    """A call that takes all batches of an epoch of a loader of `LOADERS`, drawn again."""
-    if name == "timm":
-        loader = timm_loader(rows, batch_size, image_size)
-    elif name == "torchvision":
-        loader = torchvision_loader(rows, batch_size, image_size)
+        loader = DataLoader(_Files(rows, v2.Compose(steps)), batch_size, shuffle=True, drop_last=True)
     else:
-        loader = token_label_loader(rows, batch_size, image_size, grid_size, with_maps=name == "token_labels")
+        loader = token_label_loader(rows, batch_size, image_size, (14, 14), has_maps=name == "token_labels")
     return lambda: deque(loader, maxlen=0)
-
-
-def endless(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
-    """Batches of one epoch after another."""
-    while True:
-        yield from loader

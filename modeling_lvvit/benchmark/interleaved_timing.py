@@ -51,7 +51,6 @@ def time_interleaved(
 
     Args:
         entries: What to time, by name.
-        device: Where it runs.
         rounds: Times that each is taken; every round begins with another of them.
         warmup: Untimed calls of each before.
     """
@@ -76,16 +75,7 @@ def time_interleaved(
     return times
 
 
-@dataclass
-class _WorkerProcess:
-    """The one of this process."""
-
-    device: torch.device
-    bytes_before: int
-    call: Callable[[], object]
-
-
-_this_process: _WorkerProcess | None = None
+_this_process: tuple[torch.device, int, Callable[[], object]] | None = None  # device, bytes before, call
 
 
 def _begin(entry: Entry, device: torch.device, warmup: int) -> int:
@@ -96,20 +86,23 @@ def _begin(entry: Entry, device: torch.device, warmup: int) -> int:
     if entry.keeps_memory:
         keep_freed_memory()
     before = memory_now(device)
-    _this_process = _WorkerProcess(device, before, entry.prepare())
+    call = entry.prepare()
+    _this_process = device, before, call
     for _ in range(warmup):
-        _this_process.call()
+        call()
     if device.type == "cpu":
         return 1
     return max(1, round(MIN_SECONDS_BETWEEN_SYNCHRONIZATIONS / _take(3)))
 
 
 def _take(repeats: int) -> float:
-    return time_call(_this_process.call, _this_process.device, repeats)
+    device, _, call = _this_process
+    return time_call(call, device, repeats)
 
 
 def _peak() -> int:
-    return peak_memory(_this_process.device, _this_process.bytes_before)
+    device, before, _ = _this_process
+    return peak_memory(device, before)
 
 
 def median_ratio(reference: list[float], seconds: list[float]) -> float:

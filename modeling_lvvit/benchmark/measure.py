@@ -61,12 +61,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def count_flops(build: Callable[[], nn.Module], image_size: tuple[int, int]) -> float:
-    """FLOPs of a forward pass of one image; multiplications and additions count one each. Nothing is computed.
-
-    Args:
-        build: Makes the model; called on the meta device.
-        image_size: Height and width in pixels.
-    """
+    """FLOPs of a forward pass of one image; multiplications and additions count one each. All is on the meta device: nothing is computed."""
     # fused attention is not counted on every device, so that it is written out here
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model = build().eval().requires_grad_(False)  # the counter cannot follow parameters that go through modules

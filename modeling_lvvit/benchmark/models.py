@@ -43,13 +43,7 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all models of a comparison share.
-
-    Args:
-        device: Where they run.
-        batch_size: Images of a step.
-        num_classes: Outputs of every model; `None` for their own (1000, or those of a folder).
-    """
+    """What all models of a comparison share; with `num_classes` of `None` each has its own number (1000, or that of a folder)."""
 
     device: torch.device
     batch_size: int
@@ -117,11 +111,6 @@ class BenchmarkModel:
         """Precision; float32 where none is named."""
         return next((PRECISIONS[option] for option in self.options if option in PRECISIONS), torch.float32)
 
-    @property
-    def keeps_memory(self) -> bool:
-        """Whether freed memory stays in its process."""
-        return "kept_memory" in self.options
-
     def image_size(self) -> tuple[int, int]:
         """Height and width of its images."""
         if self.square_size is not None:
@@ -148,10 +137,8 @@ class BenchmarkModel:
             if self.square_size is not None and timm.get_pretrained_cfg(self.name).fixed_input_size:
                 create["img_size"] = self.square_size
             return timm.create_model(self.name, **create)
-        config = self._config(num_classes)
-        if self.source == "original":
-            return OriginalLVViT(config)
-        return LVViTForImageClassification(config)
+        model_class = OriginalLVViT if self.source == "original" else LVViTForImageClassification
+        return model_class(self._config(num_classes))
 
     def _config(self, num_classes: int | None):
         overrides = {} if num_classes is None else {"num_labels": num_classes}
@@ -161,15 +148,12 @@ class BenchmarkModel:
             config = variant_config(self.name, **overrides)
         else:
             config = LVViTForImageClassification.config_class.from_pretrained(self.name, **overrides)
-        attention = next((option for option in self.options if option in ATTENTIONS), "sdpa")
-        config._attn_implementation = attention
+        config._attn_implementation = next((option for option in self.options if option in ATTENTIONS), "sdpa")
         return config
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """Mixed precision, where asked for."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(device.type, self.dtype)
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
 
 
 def inference_call(benchmark_model: BenchmarkModel, setting: Setting) -> Callable[[], torch.Tensor]:
@@ -209,10 +193,8 @@ def training_call(
     """A training step: forward, loss, backward, AdamW.
 
     Ours takes the loss of `TokenLabelTrainer` and the fused optimizer that is its default. The original one gets its dense
-    targets ready made (its loader makes them) and the optimizer of its time. Models of timm learn plain labels.
-
-    Args:
-        batches: Of `TokenLabelCollator`; one is taken for each step.
+    targets ready made (its loader makes them) and the optimizer of its time. Models of timm learn plain labels. One of the batches
+    (of `TokenLabelCollator`) is taken for each step.
     """
     torch.manual_seed(0)
     options, is_original = benchmark_model.options, benchmark_model.source == "original"
@@ -222,8 +204,7 @@ def training_call(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=None if is_original else True)
     if "checkpointing" in options:
         model.gradient_checkpointing_enable()
-    losses = {"ours": _our_loss, "timm": _plain_loss, "original": _original_loss}
-    compute_loss = losses[benchmark_model.source](model, benchmark_model)
+    compute_loss = _loss_function(model, benchmark_model)
     forward = torch.compile(model) if "compiled" in options else model
 
     def call() -> None:
@@ -243,38 +224,31 @@ def _token_labeling_loss(grid_size: tuple[int, int], num_classes: int) -> TokenL
     return TokenLabelingLoss(TokenLabelTrainingArguments("unused", report_to="none"), grid_size, num_classes)
 
 
-def _our_loss(model: LVViTForImageClassification, benchmark_model: BenchmarkModel) -> LossFunction:
-    token_labeling_loss = _token_labeling_loss(model.config.grid_size, model.config.num_labels)
-    fields = ("labels",) if "plain" in benchmark_model.options else LABEL_FIELDS
+def _loss_function(model: nn.Module, benchmark_model: BenchmarkModel) -> LossFunction:
+    """What computes the loss of a batch of `TokenLabelCollator` from the forward of a model."""
+    targets = None  # of the original
 
-    def compute_loss(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def our_loss(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mix_mask = batch.get("mix_mask")
         with benchmark_model.autocast(batch["pixel_values"].device):
             outputs = forward(pixel_values=batch["pixel_values"], mix_mask=mix_mask)
         return token_labeling_loss(outputs, {name: batch[name] for name in fields if name in batch}, mix_mask)["loss"]
 
-    return compute_loss
-
-
-def _plain_loss(model: nn.Module, benchmark_model: BenchmarkModel) -> LossFunction:
-    def compute_loss(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def plain_loss(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with benchmark_model.autocast(batch["labels"].device):
             return nn.functional.cross_entropy(forward(batch["pixel_values"]), batch["labels"], label_smoothing=0.1)
 
-    return compute_loss
-
-
-def _original_loss(model: OriginalLVViT, benchmark_model: BenchmarkModel) -> LossFunction:
-    num_classes = model.head.out_features
-    targets = None
-
-    def compute_loss(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def original_model_loss(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         nonlocal targets
-        targets = dense_targets(batch, model.grid_size, num_classes) if targets is None else targets
+        targets = dense_targets(batch, model.grid_size, model.head.out_features) if targets is None else targets
         with benchmark_model.autocast(targets.device):
             return original_loss(forward(batch["pixel_values"]), targets, model.grid_size)
 
-    return compute_loss
+    if benchmark_model.source == "ours":
+        token_labeling_loss = _token_labeling_loss(model.config.grid_size, model.config.num_labels)
+        fields = ("labels",) if "plain" in benchmark_model.options else LABEL_FIELDS
+        return our_loss
+    return plain_loss if benchmark_model.source == "timm" else original_model_loss
 
 
 def dense_targets(batch: dict[str, torch.Tensor], grid_size: tuple[int, int], num_classes: int) -> torch.Tensor:

@@ -28,8 +28,6 @@ def compare_published(
     A model is taken in turn with LV-ViT-S alone, because all of them together do not fit into memory.
 
     Args:
-        rows: Of the published table.
-        setting: Device and batch size.
         rounds: Times that each is taken; 0: nothing is timed.
         options: Of every model, see `OPTIONS`.
         record: JSON file that is written after each row; a row that stands in it already is taken from there.
@@ -53,17 +51,13 @@ def compare_published(
         yield results[key]
 
 
-def _key(row: dict[str, object]) -> tuple[object, ...]:
-    arguments = json.dumps(row["arguments"])  # tuples become lists in the file
-    return row["network"], row["train_size"], row["test_size"], row["model"], arguments
+def _key(row: dict[str, object]) -> str:
+    """What tells rows apart, as JSON, because tuples become lists in the file."""
+    return json.dumps([row[name] for name in ("network", "train_size", "test_size", "model", "arguments")])
 
 
 def _read_rows(record: Path | None, settings: dict[str, object]) -> list[dict[str, object]]:
-    """Those of an earlier run with the same settings.
-
-    Raises:
-        ValueError: If the file is something else.
-    """
+    """Those of an earlier run with the same settings; a `ValueError` if the file is something else."""
     if record is None or not record.is_file():
         return []
     try:
@@ -82,7 +76,12 @@ def _measured(row: PublishedRow, setting: Setting, rounds: int, options: frozens
         return {"note": row.note or f"timm {version('timm')} has no {row.model}"}
     parameters, flops = count_size(model, setting.num_classes)
     counts = {"parameters": parameters, "counted_gmacs": flops / 2e9, "megabytes": parameters * MEGABYTES_A_PARAMETER}
-    return counts | (_speed(model, setting, rounds, options) if rounds else {})
+    if not rounds:
+        return counts
+    models = {"reference": replace(BenchmarkModel.parse(REFERENCE), options=options), "model": model}
+    entries = {name: model_entry("inference", each, setting) for name, each in models.items()}
+    times = time_interleaved(entries, setting.device, rounds)
+    return counts | relative_speed(times["model"], times["reference"], setting.batch_size)
 
 
 def find_benchmark_model(row: PublishedRow, options: frozenset[str] = frozenset()) -> BenchmarkModel | None:
@@ -93,14 +92,6 @@ def find_benchmark_model(row: PublishedRow, options: frozenset[str] = frozenset(
         return replace(BenchmarkModel.parse(row.model), options=options, arguments=row.arguments)
     except ValueError:
         return None
-
-
-def _speed(model: BenchmarkModel, setting: Setting, rounds: int, options: frozenset[str]) -> dict[str, object]:
-    reference = BenchmarkModel.parse(REFERENCE)
-    models = {"reference": replace(reference, options=options), "model": model}
-    entries = {name: model_entry("inference", each, setting) for name, each in models.items()}
-    times = time_interleaved(entries, setting.device, rounds)
-    return relative_speed(times["model"], times["reference"], setting.batch_size)
 
 
 # heading -> what stands below it
@@ -121,15 +112,9 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
 
 
 def published_table(rows: list[dict[str, object]], heading: str) -> str:
-    """Markdown: what is published and what was measured, and below it what is to be said about single rows.
-
-    Args:
-        rows: Of `compare_published`.
-        heading: How they were timed, in a few words.
-    """
-    names = [
-        name for name in COLUMNS if name not in ("images/s", "times LV-ViT-S") or any("ratio" in row for row in rows)
-    ]
+    """Markdown: what is published and what was measured, and below it how they were timed (`heading`) and notes on single rows."""
+    is_timed = any("ratio" in row for row in rows)
+    names = [name for name in COLUMNS if is_timed or name not in ("images/s", "times LV-ViT-S")]
     notes = list(dict.fromkeys(row["note"] for row in rows if row["note"]))
     lines = ["| " + " | ".join(names) + " |", "| --- " * 2 + "| ---: " * (len(names) - 2) + "|"]
     for row in rows:

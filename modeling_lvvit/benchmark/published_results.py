@@ -18,6 +18,7 @@ LVVIT_NOTES = {
 }
 T2T = "timm and transformers have no T2T-ViT; counted and timed: a plain ViT of its depth, width and MLP ratio, without the tokens-to-token module"
 BOTNET = "timm and transformers have no BoTNet-S1-128; counted and timed: its nearest, BoTNet-50, with less than a third of the FLOPs"
+CROSSVIT = "CrossViT-18 with convolutional embedding, both branches at 480 pixels"
 DEEPVIT = "timm and transformers have no DeepViT, nor another model with re-attention"
 
 
@@ -49,6 +50,7 @@ class PublishedRow:
 
 
 _T2T = {"arguments": (("depth", 14), ("mlp_ratio", 3.0)), "note": T2T}
+_CROSSVIT = {"arguments": (("img_scale", (1.0, 1.0)),), "note": CROSSVIT}
 COMPETITORS = (
     PublishedRow("EfficientNet-B5", 30, 9.9, 456, 456, 83.6, 88.3, "timm/tf_efficientnet_b5"),
     PublishedRow("EfficientNet-B7", 66, 37.0, 600, 600, 84.3, None, "timm/tf_efficientnet_b7"),
@@ -60,18 +62,7 @@ COMPETITORS = (
     PublishedRow("ViT-L/16", 307, 190.7, 224, 384, 76.5, 82.2, "timm/vit_large_patch16_384"),
     PublishedRow("T2T-ViT-14", 22, 5.2, 224, 224, 81.5, None, "timm/vit_small_patch16_224", **_T2T),
     PublishedRow("T2T-ViT-14", 22, 17.1, 224, 384, 83.3, None, "timm/vit_small_patch16_224@384", **_T2T),
-    PublishedRow(
-        "CrossViT",
-        45,
-        56.6,
-        224,
-        480,
-        84.1,
-        None,
-        "timm/crossvit_18_dagger_408@480",
-        arguments=(("img_scale", (1.0, 1.0)),),
-        note="CrossViT-18 with convolutional embedding, both branches at 480 pixels",
-    ),
+    PublishedRow("CrossViT", 45, 56.6, 224, 480, 84.1, None, "timm/crossvit_18_dagger_408@480", **_CROSSVIT),
     PublishedRow("Swin-B", 88, 47.0, 224, 384, 84.2, None, "timm/swin_base_patch4_window12_384"),
     PublishedRow("TNT-B", 66, 14.1, 224, 224, 82.8, None, "timm/tnt_b_patch16_224"),
     PublishedRow("DeepViT-S", 27, 6.2, 224, 224, 82.3, None, None, note=DEEPVIT),
@@ -119,7 +110,7 @@ def lvvit_rows() -> tuple[PublishedRow, ...]:
         for name, variant in VARIANTS.items()
     ]
     fine_tuned = PublishedRow("LV-ViT-L", 150, 157.2, 288, 448, 85.9, 89.7, "lvvit_l_448")
-    position = next(index for index, row in enumerate(rows) if row.model == "lvvit_l_448")
+    position = list(VARIANTS).index("lvvit_l_448")
     return (*rows[:position], fine_tuned, *rows[position:])
 
 

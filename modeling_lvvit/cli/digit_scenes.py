@@ -12,8 +12,6 @@ Columns: `image`; `label`, 0 to 9; `mask`, PNG with 0 to 9 for digit pixels and 
 """
 
 import argparse
-import io
-import json
 from pathlib import Path
 
 import datasets
@@ -28,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..annotators.pipeline import annotate_batches
-from ..data.atomic_files import atomic_directory
+from ..data.atomic_files import atomic_directory, write_json
 from ..labels.columns import label_map_features, to_arrow
 
 
@@ -38,6 +36,8 @@ CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 SPLITS = {"train": 4000, "test": 1000}
 TEST_SHARE = 0.2  # of the digits of each class
 TOP_K, CELLS = 5, 16
+MAX_OVERLAP = 0.15  # share of a digit's square that others may take
+PLACE_TRIES = 20  # a digit that finds no place is left out
 MIN_CONTRAST = 0.25  # between a digit and what lies below it, mean over the channels, in [0, 1]
 
 
@@ -56,17 +56,16 @@ def split_digits(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def paste_digit(
     scene: np.ndarray,
     mask: np.ndarray,
-    digit: tuple[np.ndarray, int],
-    corner: tuple[int, int],
-    side: int,
+    digit: np.ndarray,
+    label: int,
+    window: tuple[slice, slice],
     rng: np.random.Generator,
 ) -> None:
-    """Draws one digit, image and label, with its top left pixel at `corner` into `scene` `(64, 64, 3)` and `mask` `(64, 64)`, in place."""
-    values, label = digit
-    image = Image.fromarray(np.uint8(255 * values)).resize((side, side), Image.Resampling.BICUBIC)
+    """Draws one digit into a square window of `scene` `(64, 64, 3)` and `mask` `(64, 64)`, in place."""
+    side = window[0].stop - window[0].start
+    image = Image.fromarray(np.uint8(255 * digit)).resize((side, side), Image.Resampling.BICUBIC)
     image = image.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
     opacity = np.asarray(image, dtype=np.float32) / 255.0
-    window = np.s_[corner[0] : corner[0] + side, corner[1] : corner[1] + side]
     color = rng.uniform(0, 1, size=3)
     while (color - scene[window].mean(axis=(0, 1))).mean() < MIN_CONTRAST:  # a color that stands out
         color = rng.uniform(0, 1, size=3)
@@ -85,22 +84,15 @@ def draw_scene(digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator)
     sides = [int(rng.integers(34, 45)), *(int(side) for side in rng.integers(14, 21, size=rng.integers(3, 6)))]
     taken = np.zeros((SIDE, SIDE), dtype=bool)
     for rank, side in enumerate(sides):
-        corner = place(taken, side, rng)
-        if corner is None:
-            continue
-        taken[corner[0] : corner[0] + side, corner[1] : corner[1] + side] = True
-        pick = large if rank == 0 else rng.integers(len(digits))
-        paste_digit(scene, mask, (digits[pick], labels[pick]), corner, side, rng)
+        for _ in range(PLACE_TRIES):
+            top, left = rng.integers(0, SIDE - side + 1, size=2)
+            window = np.s_[top : top + side, left : left + side]
+            if taken[window].mean() <= MAX_OVERLAP:
+                taken[window] = True
+                pick = large if rank == 0 else rng.integers(len(digits))
+                paste_digit(scene, mask, digits[pick], labels[pick], window, rng)
+                break
     return np.uint8(255 * scene.clip(0, 1)), mask, int(labels[large])
-
-
-def place(taken: np.ndarray, side: int, rng: np.random.Generator, tries: int = 20) -> tuple[int, int] | None:
-    """A random corner for a square of which at most 15 % is taken, `None` if none of `tries` fits."""
-    for _ in range(tries):
-        top, left = rng.integers(0, SIDE - side + 1, size=2)
-        if taken[top : top + side, left : left + side].mean() <= 0.15:
-            return int(top), int(left)
-    return None
 
 
 def draw_split(split: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -124,15 +116,9 @@ class DigitAnnotator(nn.Module):
     def __init__(self, width: int = 48):
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs, stride, dilation in (
-            (3, width // 2, 2, 1),
-            (width // 2, width, 2, 1),
-            (width, width, 1, 1),
-            (width, width, 1, 2),
-            (width, width, 1, 4),
-            (width, width, 1, 2),
-            (width, width, 1, 1),
-        ):
+        widths = (3, width // 2, *[width] * 6)
+        for index, dilation in enumerate((1, 1, 1, 2, 4, 2, 1)):
+            inputs, outputs, stride = *widths[index : index + 2], 2 if index < 2 else 1
             convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
             layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         self.features = nn.Sequential(*layers)
@@ -143,14 +129,8 @@ class DigitAnnotator(nn.Module):
 
 
 def train_annotator(images: np.ndarray, masks: np.ndarray, seed: int, epochs: int) -> DigitAnnotator:
-    """Learns the digit under every cell of windows cut from training scenes; background cells learn "no digit".
-
-    Args:
-        images: `(n, 64, 64, 3)` uint8.
-        masks: `(n, 64, 64)` uint8.
-        seed: Seed of weights, order and windows.
-        epochs: Passes over the scenes.
-    """
+    """Learns the digit under every cell of windows cut from training scenes `(n, 64, 64, 3)` with masks `(n, 64, 64)`, both uint8;
+    background cells learn "no digit"."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -201,44 +181,27 @@ def annotate_scenes(annotator: DigitAnnotator, images: np.ndarray, split: str) -
     return annotate_batches(score_map, (batch.float() / 255.0 for batch in progress), TOP_K)
 
 
-def png_bytes(array: np.ndarray) -> bytes:
-    """An image or mask as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def write_split(
-    path: Path,
-    images: np.ndarray,
-    masks: np.ndarray,
-    labels: np.ndarray,
-    maps: tuple[np.ndarray, np.ndarray],
+    path: Path, images: np.ndarray, masks: np.ndarray, labels: np.ndarray, maps: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    """Writes one Parquet file with the features that `load_dataset` restores."""
-    features = {
-        "image": datasets.Image(),
-        "label": datasets.ClassLabel(names=list(CLASS_NAMES)),
-        "mask": datasets.Image(),
-    }
-    columns = [
-        pa.array([{"bytes": png_bytes(image), "path": None} for image in images], type=datasets.Image().pa_type),
-        pa.array(labels),
-        pa.array([{"bytes": png_bytes(mask), "path": None} for mask in masks], type=datasets.Image().pa_type),
-    ]
+    """Writes one Parquet file with the features that `load_dataset` restores; images and masks are PNG files."""
     ids, scores = maps
-    features |= label_map_features(*ids.shape[1:], str(ids.dtype))
-    columns += [to_arrow(ids), to_arrow(scores)]
-    schema = datasets.Features(features).arrow_schema
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), path, compression="zstd")
+    features = datasets.Features(
+        image=datasets.Image(),
+        label=datasets.ClassLabel(names=list(CLASS_NAMES)),
+        mask=datasets.Image(),
+        **label_map_features(*ids.shape[1:], str(ids.dtype)),
+    )
+    files = [
+        pa.array([datasets.Image().encode_example(array) for array in arrays], type=datasets.Image().pa_type)
+        for arrays in (images, masks)
+    ]
+    columns = [files[0], pa.array(labels), files[1], to_arrow(ids), to_arrow(scores)]
+    pq.write_table(pa.Table.from_arrays(columns, schema=features.arrow_schema), path, compression="zstd")
 
 
 def build(output_dir: Path, seed: int = 0, annotator_epochs: int = 8) -> None:
-    """Draws, annotates and writes the dataset; the folder appears only when it is complete.
-
-    Raises:
-        FileExistsError: If `output_dir` is there and not empty.
-    """
+    """Draws, annotates and writes the dataset; the folder, which must be new or empty, appears only when it is complete."""
     with atomic_directory(output_dir) as partial:
         for split, count in SPLITS.items():
             images, masks, labels = draw_split(split, count, seed)
@@ -247,7 +210,7 @@ def build(output_dir: Path, seed: int = 0, annotator_epochs: int = 8) -> None:
             maps = annotate_scenes(annotator, images, split)
             write_split(partial / f"{split}.parquet", images, masks, labels, maps)
         record = {"version": VERSION, "seed": seed, "annotator_epochs": annotator_epochs, "splits": SPLITS}
-        (partial / "digit_scenes.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(partial / "digit_scenes.json", record)
 
 
 def build_or_reuse() -> Path:

@@ -52,14 +52,7 @@ class Provenance:
 
 
 def find_provenance(args: ModelSourceArguments, data: str | None, label_set: str | None, embedded: str) -> Provenance:
-    """Where a run comes from.
-
-    Args:
-        args: Options of its model.
-        data: Option that names the images.
-        label_set: Option that names a label set.
-        embedded: Name of the embedded data, which is no dataset of the Hub.
-    """
+    """Where a run comes from, by the options that name model, images and label set; `embedded` data is no dataset of the Hub."""
     start = args.model_name_or_path
     hub_names = [name for name in (data, label_set) if name not in (None, embedded) and not _is_local(name)]
     license_fields = find_license(start, args.model_revision) if start is not None else {"license": DEFAULT_LICENSE}
@@ -81,16 +74,10 @@ def _in_words(name: str) -> str:
 
 
 def find_license(model: str, revision: str | None = None) -> dict[str, str]:
-    """What the card of a model says of its license; nothing if it has no card or cannot be reached.
-
-    Args:
-        model: Folder or Hub name.
-        revision: On the Hub.
-    """
+    """What the card of a model, in a folder or on the Hub, says of its license; nothing if it has none or cannot be reached."""
     try:
-        card = Path(model).expanduser() / CARD
-        if not _is_local(model):
-            card = Path(hf_hub_download(model, CARD, revision=revision))
+        is_local = _is_local(model)
+        card = Path(model).expanduser() / CARD if is_local else hf_hub_download(model, CARD, revision=revision)
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, HTTPError):
         return {}
@@ -98,12 +85,7 @@ def find_license(model: str, revision: str | None = None) -> dict[str, str]:
 
 
 def run_metadata(
-    name: str,
-    task: str,
-    provenance: Provenance,
-    metrics: Sequence[str],
-    tags: Sequence[str],
-    results: Sequence[EvalResult],
+    name: str, task: str, provenance: Provenance, metrics: list[str], tags: list[str], results: list[EvalResult]
 ) -> ModelCardData:
     """Metadata of a run's card: what the model is, what it was made of and what it reached on which data."""
     return ModelCardData(
@@ -113,9 +95,9 @@ def run_metadata(
         tags=[*tags, "vision"],
         datasets=list(provenance.datasets) or None,
         base_model=provenance.base_model,
-        metrics=list(metrics),
+        metrics=metrics,
         model_name=name,
-        eval_results=list(results) or None,
+        eval_results=results or None,
     )
 
 
@@ -126,12 +108,7 @@ def run_name(trainer: HubTrainer) -> str:
 
 
 def training_facts(trainer: Trainer, options: Sequence[str] = ()) -> dict[str, Any]:
-    """What the cards of all programs say of the training: options, table, machine, time and versions.
-
-    Args:
-        trainer: After training.
-        options: Those of the program, which the library does not report.
-    """
+    """What the cards of all programs say of the training: options, also those of the program, table, machine, time and versions."""
     args, history, best = trainer.args, trainer.state.log_history, trainer.state.best_model_checkpoint
     hyperparameters = extract_hyperparameters_from_trainer(trainer)
     if args.lr_schedule == "published":  # it does not follow this option
@@ -150,11 +127,7 @@ def training_facts(trainer: Trainer, options: Sequence[str] = ()) -> dict[str, A
 
 
 def training_table(history: Sequence[dict[str, float]]) -> str:
-    """A Markdown table of the evaluations in training and the loss before them, or of the loss alone; at most 30 rows, evenly spread.
-
-    Args:
-        history: `log_history` of a `TrainerState`.
-    """
+    """A Markdown table of the evaluations in training and the loss before them, or of the loss alone; at most 30 rows, evenly spread."""
     evaluations: dict[int, dict[str, Any]] = {}  # step -> row
     losses: list[dict[str, Any]] = []
     for entry in itertools.takewhile(lambda entry: "train_runtime" not in entry, history):
@@ -178,12 +151,10 @@ def training_table(history: Sequence[dict[str, float]]) -> str:
 
 def describe_hardware(trainer: Trainer) -> str:
     """Number and name of the devices of a run."""
-    number = trainer.args.world_size
-    if trainer.args.device.type == "cuda":
-        return f"{number} x {torch.cuda.get_device_name(trainer.args.device)}"
-    if trainer.args.device.type == "cpu":
+    number, device = trainer.args.world_size, trainer.args.device
+    if device.type == "cpu":
         return f"a CPU (processes: {number}, threads of each: {torch.get_num_threads()})"
-    return f"{number} x {trainer.args.device.type}"
+    return f"{number} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
 
 
 def duration_in_words(seconds: float) -> str:
@@ -191,11 +162,6 @@ def duration_in_words(seconds: float) -> str:
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} hours"
     return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
-
-
-def select_accuracies(metrics: dict[str, float]) -> dict[str, float]:
-    """The accuracies among the evaluation metrics, in [0, 1], without the library's prefix."""
-    return {key.removeprefix("eval_"): value for key, value in metrics.items() if key.endswith("accuracy")}
 
 
 def library_versions() -> str:
@@ -217,13 +183,8 @@ def model_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
         shape += f"; {config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
         facts["patch_logits_weight"] = config.patch_logits_weight
     height, width = model_image_size(trainer.model)
-    return facts | {
-        "kind": architecture,
-        "is_lvvit": architecture == "LV-ViT",
-        "image_height": height,
-        "image_width": width,
-        "shape": shape,
-    }
+    facts |= {"kind": architecture, "is_lvvit": architecture == "LV-ViT", "shape": shape}
+    return facts | {"image_height": height, "image_width": width}
 
 
 def write_model_card(
@@ -237,16 +198,14 @@ def write_model_card(
     """Fills the template from the finished run and saves it as README.md in the output folder.
 
     Args:
-        template: Card with the variables that this module fills.
-        trainer: After training and evaluation.
-        provenance: Where data and model come from.
         eval_name: What the evaluation rows are called.
         metrics: Result of `trainer.evaluate()`.
         figure: File name of the figure of predictions in the output folder, `None` if there is none.
     """
     args = trainer.args
     name = run_name(trainer)
-    facts, accuracies = model_facts(trainer), select_accuracies(metrics)
+    facts = model_facts(trainer)
+    accuracies = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.endswith("accuracy")}
     results = [
         EvalResult(
             "image-classification", provenance.data, provenance.data, "accuracy", round(value, 4), metric_name=key, dataset_split=eval_name

@@ -38,10 +38,7 @@ def published_files(folder: Path) -> tuple[list[str], list[str]]:
     """Paths in a folder that may be published, and of other files that lie there.
 
     Hidden files, checkpoints, names that start with `_` and files half written are in neither list; links to somewhere else are among
-    the others.
-
-    Args:
-        folder: Headers and ends of its files are read; nothing in them is executed.
+    the others. Headers and ends of files are read; nothing in them is executed.
 
     Raises:
         ValueError: If a safetensors, JSON or Parquet file, or a card, is not what its name says, or is damaged.
@@ -52,11 +49,11 @@ def published_files(folder: Path) -> tuple[list[str], list[str]]:
         if path.name.endswith(LEFT_OUT_ENDING) or any(part.startswith(LEFT_OUT_PREFIXES) for part in parts):
             continue
         name = "/".join(parts)
-        if not matches(name, PUBLISHED) or not path.resolve().is_relative_to(folder.resolve()):
+        if matches(name, PUBLISHED) and path.resolve().is_relative_to(folder.resolve()):
+            _check_content(path)
+            published.append(name)
+        else:
             others.append(name)
-            continue
-        published.append(name)
-        _check_content(path)
     return published, others
 
 

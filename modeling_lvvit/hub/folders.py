@@ -1,6 +1,7 @@
 """Finished folders of models and exported models on their way to the Hub."""
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,8 @@ WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ONNX)
 
 def add_target_options(parser: argparse.ArgumentParser) -> None:
     """Adds `--private` and `--revision` to the options of a program."""
-    parser.add_argument(
-        "--private",
-        action=argparse.BooleanOptionalAction,
-        help="whether a new repository is private; default: the owner's rule",
-    )
+    private = "whether a new repository is private; default: the owner's rule"
+    parser.add_argument("--private", action=argparse.BooleanOptionalAction, help=private)
     parser.add_argument("--revision", help="branch to upload to, made if there is none; default: main")
 
 
@@ -49,10 +47,9 @@ def check_model_folder(folder: Path) -> None:
         missing += sorted(_code_files(_read(folder / CONFIG_NAME)) - set(names))
     if missing:
         raise ValueError(f"{folder} is no complete model: it lacks {', '.join(missing)}.")
-    if not any(name in names for name in PROCESSORS):
-        logger.warning(
-            "%s has no image processor (%s): no one will know how to prepare images.", folder, PROCESSORS[0]
-        )
+    if not set(PROCESSORS) & set(names):
+        text = "%s has no image processor (%s): no one will know how to prepare images."
+        logger.warning(text, folder, PROCESSORS[0])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -64,20 +61,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _code_files(config: dict[str, Any]) -> set[str]:
     """Files of modelling code that a configuration names, without those of other repositories (`owner/name--file.Class`)."""
-    references = [
-        reference
-        for entry in (config.get("auto_map") or {}).values()
-        for reference in (entry if isinstance(entry, list) else [entry])
-    ]
+    entries = (config.get("auto_map") or {}).values()
+    references = itertools.chain.from_iterable(entry if isinstance(entry, list) else [entry] for entry in entries)
     return {f"{text.partition('.')[0]}.py" for text in references if isinstance(text, str) and "--" not in text}
 
 
 def publish_model_folder(folder: Path, target: HubTarget) -> str:
-    """Uploads a finished model; returns the address of the commit.
-
-    Args:
-        folder: Stays as it is.
-        target: Opened when the folder has been checked.
+    """Uploads a finished model to a target that is opened when the folder has been checked; returns the address of the commit.
 
     Raises:
         FileNotFoundError, ValueError: If the folder is not complete; nothing is uploaded then.

@@ -49,11 +49,7 @@ class HubTrainer(Trainer):
         yield
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As in `Trainer`, with the branch `hub_revision`, and whether it can be written.
-
-        Raises:
-            HubError: If the Hub cannot be reached or refuses; in all processes.
-        """
+        """As in `Trainer`, with the branch `hub_revision`; a `HubError` in all processes if it cannot be written."""
         answer: list[Any] = [None, None]  # full name, or what is wrong
         if self.is_world_process_zero():
             try:
@@ -82,10 +78,7 @@ class HubTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> str | Future | None:
-        """Saves the model and publishes the output folder without its checkpoints.
-
-        Args:
-            commit_message, blocking, token, revision, private, kwargs: As in `Trainer`; `kwargs` are for `create_model_card`.
+        """Saves the model and publishes the output folder without its checkpoints; arguments are as in `Trainer`.
 
         Returns:
             Address of the commit, or with `blocking=False` a `Future` with it; `None` in other processes than the first.
@@ -127,9 +120,8 @@ class HubTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         target, step = self._target(), self.state.global_step
-        text = DRAFT.format(
-            name=target.repo_id.rpartition("/")[2], step=step, steps=self.state.max_steps, kind=self.published_kind
-        )
+        name = target.repo_id.rpartition("/")[2]
+        text = DRAFT.format(name=name, step=step, steps=self.state.max_steps, kind=self.published_kind)
         data = ModelCardData(library_name="transformers", tags=["token-labeling", "vision"])
         write_text(stage / CARD, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")))
         message = f"Training in progress, step {step}"
@@ -165,12 +157,7 @@ class HubTrainer(Trainer):
 
 
 def push_finished_run(trainer: HubTrainer, program: str) -> None:
-    """Publishes a finished run if that was asked for; ends the program with a message if it fails.
-
-    Args:
-        trainer: After training, evaluation and card.
-        program: Name of the program for messages.
-    """
+    """Publishes a finished run, with its card, if that was asked for; ends the program with a message if it fails."""
     if not trainer.args.push_to_hub:
         return
     try:

@@ -66,13 +66,10 @@ class HubTarget:
         return {"repo_id": self.repo_id, "repo_type": self.repo_type, "revision": self.revision}
 
     def open(self) -> "HubTarget":
-        """Makes repository and branch where they are missing, and asks whether they can be written.
+        """Makes repository and branch where they are missing, and asks whether they can be written; a `HubError` if not.
 
         Returns:
             The same with the full name.
-
-        Raises:
-            HubError: If the Hub cannot be reached or refuses.
         """
         with _explained(f"{self.repo_id} cannot be opened for an upload"):
             api = HfApi(token=self.token)
@@ -88,7 +85,6 @@ class HubTarget:
 
         Args:
             folder: Stays as it is, whatever happens.
-            message: Of the commit.
             replaced: Patterns (see `matches`) of files that belong together: those that the folder does not have are deleted there, as
                 weights in another number of files would otherwise stay next to the new ones.
 
@@ -103,11 +99,10 @@ class HubTarget:
         names, others = published_files(folder)
         if others:
             logger.warning("Not uploaded, as they belong to no model or label set: %s.", ", ".join(others))
-        operations: list[CommitOperationAdd | CommitOperationDelete] = []
-        for name in names:
-            is_card = name == CARD
-            content = self.named((folder / name).read_text(encoding="utf-8")).encode() if is_card else folder / name
-            operations.append(CommitOperationAdd(name, content))
+        contents: dict[str, Path | bytes] = {name: folder / name for name in names}
+        if CARD in contents:
+            contents[CARD] = self.named((folder / CARD).read_text(encoding="utf-8")).encode()
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         with _explained(f"The upload of {folder} to {self.repo_id} failed", self._advice(folder)):
             api = HfApi(token=self.token)
             others = set(api.list_repo_files(**self._repository)) - set(names)
@@ -120,11 +115,7 @@ class HubTarget:
         return commit.commit_url
 
     def files(self) -> list[str]:
-        """Paths of the files that are there.
-
-        Raises:
-            HubError: If the Hub cannot be reached or refuses.
-        """
+        """Paths of the files that are there; a `HubError` if the Hub cannot be reached or refuses."""
         with _explained(f"The files of {self.repo_id} cannot be listed"):
             return HfApi(token=self.token).list_repo_files(**self._repository)
 
@@ -133,9 +124,8 @@ class HubTarget:
         revision = "" if self.revision in (None, MAIN) else f', revision="{self.revision}"'
         card = re.sub(r'(pipeline\([^)]*model=)"[^"]*"(, revision="[^"]*")?', rf'\1"{self.repo_id}"{revision}', card)
         card = re.sub(r'^(name = )"[^"]*"$', rf'\1"{self.repo_id}"', card, flags=re.MULTILINE)
-        return re.sub(
-            r"^(accelerate launch train_tl.py .*--token_labels )\S+", rf"\1{self.repo_id}", card, flags=re.MULTILINE
-        )
+        command = r"^(accelerate launch train_tl.py .*--token_labels )\S+"
+        return re.sub(command, rf"\1{self.repo_id}", card, flags=re.MULTILINE)
 
     def _advice(self, folder: Path) -> str:
         command = ["--folder", str(folder.resolve()), "--repo_id", self.repo_id]

@@ -77,20 +77,15 @@ def config_from_state_dict(
         ValueError: If the size is not a published one and heads or divisor are not given, or the grid is not square.
     """
     if SEGMENTATION_SIGN not in state_dict:
+        fields = _backbone_fields(state_dict, num_attention_heads, residual_divisor)
         num_labels = state_dict["head.weight"].shape[0]
-        names: dict[str, Any] = {"num_labels": num_labels}
-        if num_labels == 1000:
-            labels = ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
-            names = {
-                "id2label": dict(enumerate(labels)),
-                "label2id": {name: index for index, name in enumerate(labels)},
-            }
-        return LVViTConfig(**_backbone_fields(state_dict, num_attention_heads, residual_divisor), **names)
-    backbone = {
-        key.removeprefix("backbone."): value for key, value in state_dict.items() if key.startswith("backbone.")
-    }
-    width = backbone["pos_embed"].shape[-1]
-    divisor = residual_divisor or SEGMENTATION_RESIDUAL_DIVISORS.get(width)
+        if num_labels != 1000:
+            return LVViTConfig(**fields, num_labels=num_labels)
+        names = ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
+        label2id = {name: index for index, name in enumerate(names)}
+        return LVViTConfig(**fields, id2label=dict(enumerate(names)), label2id=label2id)
+    backbone = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
+    divisor = residual_divisor or SEGMENTATION_RESIDUAL_DIVISORS.get(backbone["pos_embed"].shape[-1])
     is_upernet = "decode_head.bottleneck.conv.weight" in state_dict
     num_labels, decoder_channels = state_dict[SEGMENTATION_SIGN].shape[:2]
     return LVViTConfig(
@@ -109,13 +104,12 @@ def _backbone_fields(
 ) -> dict[str, Any]:
     width, stem, kernel, _ = state_dict["patch_embed.proj.weight"].shape
     layers = 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks."))
-    published = next(
-        (v for v in VARIANTS.values() if v.architecture["hidden_size"] == width
-         and v.architecture["num_hidden_layers"] == layers), None
-    )  # fmt: skip
-    if published is not None:
-        num_attention_heads = num_attention_heads or published.architecture["num_attention_heads"]
-        residual_divisor = residual_divisor or published.architecture["residual_divisor"]
+    sizes = {
+        (row.architecture["hidden_size"], row.architecture["num_hidden_layers"]): row for row in VARIANTS.values()
+    }
+    published = sizes[width, layers].architecture if (width, layers) in sizes else {}
+    num_attention_heads = num_attention_heads or published.get("num_attention_heads")
+    residual_divisor = residual_divisor or published.get("residual_divisor")
     if num_attention_heads is None or residual_divisor is None:
         raise ValueError(
             f"No published LV-ViT has width {width} and {layers} layers; pass --num_attention_heads and "

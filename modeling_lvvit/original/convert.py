@@ -40,8 +40,14 @@ from .segmentation import OriginalSegmenter
 logger = logging.get_logger(__name__)
 # float32 logits of two orders of summation; the published models' logits reach about 10
 MAX_LOGITS_DIFFERENCE = 1e-3
-# authors' name -> ours, applied in order to every key
+# authors' name -> ours, applied in order to every key; the first ones are of segmentation models
+HEADS = {"decode": "decoder", "auxiliary": "auxiliary_decoder"}
 KEY_PATTERNS = (
+    (r"^backbone\.side_layer(\d)\.", lambda match: f"neck.levels.{int(match[1]) - 1}."),
+    (r"^backbone\.", ""),
+    (r"^(decode|auxiliary)_head\.conv_seg\.", lambda match: f"{HEADS[match[1]]}.classifier.1."),
+    (r"^(decode|auxiliary)_head\.", lambda match: f"{HEADS[match[1]]}."),
+    (r"\.bn\.", ".batch_norm."),
     (r"^cls_token$", "lvvit.embeddings.cls_token"),
     (r"^pos_embed$", "lvvit.embeddings.position_embeddings"),
     (r"^patch_embed\.conv(\d)\.", r"lvvit.embeddings.patch_embeddings.conv\1."),
@@ -54,29 +60,17 @@ KEY_PATTERNS = (
     (r"^head\.", "classifier."),
     (r"^aux_head\.", "patch_classifier."),
 )
-SEGMENTATION_PATTERNS = (
-    (r"^backbone\.side_layer(\d)\.", lambda match: f"neck.levels.{int(match[1]) - 1}."),
-    (r"^(decode|auxiliary)_head\.conv_seg\.", lambda match: f"{HEADS[match[1]]}.classifier.1."),
-    (r"^(decode|auxiliary)_head\.", lambda match: f"{HEADS[match[1]]}."),
-)
-HEADS = {"decode": "decoder", "auxiliary": "auxiliary_decoder"}
 SEGMENTATION_SIZE = {"shortest_edge": 512, "longest_edge": 2048}  # pixels, in all published configurations
 
 
 def convert_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Renames every tensor; shapes and values stay."""
-    return {_renamed(key): value for key, value in state_dict.items()}
-
-
-def _renamed(key: str) -> str:
-    for pattern, replacement in SEGMENTATION_PATTERNS:
-        if re.match(pattern, key):
-            return re.sub(pattern, replacement, key).replace(".bn.", ".batch_norm.")
-    key = key.removeprefix("backbone.")
-    for pattern, replacement in KEY_PATTERNS:
-        if re.match(pattern, key):
-            return re.sub(pattern, replacement, key)
-    return key
+    converted = {}
+    for key, value in state_dict.items():
+        for pattern, replacement in KEY_PATTERNS:
+            key = re.sub(pattern, replacement, key)
+        converted[key] = value
+    return converted
 
 
 def convert_checkpoint(
@@ -90,7 +84,6 @@ def convert_checkpoint(
     """Writes configuration, safetensors weights, image-processor settings, modelling code and model card to `output_dir`.
 
     Args:
-        checkpoint: File of the authors' code.
         output_dir: New or empty.
         use_ema: Whether to prefer the averaged weights where the file has both.
         num_attention_heads, residual_divisor: See `LVViTConfig`; only for sizes that were not published.
@@ -138,7 +131,8 @@ def convert_checkpoint(
         if not difference <= MAX_LOGITS_DIFFERENCE:
             raise ValueError(f"The converted model's logits differ from the original by {difference:.2e}; not saved.")
         if TEMPLATE.is_file():
-            conversion = Conversion(checkpoint.name, _sha256(checkpoint), difference)
+            with checkpoint.open("rb") as file:
+                conversion = Conversion(checkpoint.name, sha_fileobj(file).hex(), difference)
             if released_row is not None or is_released(row, checkpoint.name):
                 card = family_card(row, conversion)
             else:
@@ -149,20 +143,16 @@ def convert_checkpoint(
     return difference
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return sha_fileobj(file).hex()
-
-
-def _target(config: LVViTConfig, is_segmentation: bool) -> tuple[type[LVViTPreTrainedModel], Any]:
+def _target(config: LVViTConfig, is_segmenter: bool) -> tuple[type[LVViTPreTrainedModel], Any]:
     """The class that a checkpoint becomes, and its image processor."""
-    if is_segmentation:
-        mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+    if is_segmenter:
         # Images keep their shape, in the size of the published evaluation (which looks at them in windows). In the masks of the
         # published dataset, ADE20K with 150 classes, 0 is no class.
-        reduces = config.num_labels == ADE20K_CLASSES
         processor = SegformerImageProcessor(
-            size=SEGMENTATION_SIZE, image_mean=mean, image_std=std, do_reduce_labels=reduces
+            size=SEGMENTATION_SIZE,
+            image_mean=list(IMAGENET_DEFAULT_MEAN),
+            image_std=list(IMAGENET_DEFAULT_STD),
+            do_reduce_labels=config.num_labels == ADE20K_CLASSES,
         )
         return LVViTForSemanticSegmentation, processor
     variant = find_variant(config)
@@ -191,9 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="authors' .pth or .pth.tar file")
     parser.add_argument("output_dir", type=Path, help="folder to write; must not exist or be empty")
-    parser.add_argument(
-        "--no_ema", action="store_true", help="take the raw weights where the file also has averaged ones"
-    )
+    raw = "take the raw weights where the file also has averaged ones"
+    parser.add_argument("--no_ema", action="store_true", help=raw)
     parser.add_argument("--num_attention_heads", type=int, help="only for sizes that were not published")
     parser.add_argument("--residual_divisor", type=float, help="only for sizes that were not published")
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub")

@@ -11,12 +11,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..configuration_lvvit import LVViTConfig
 from ..data.atomic_files import write_text
-from ..hub.folders import CARD_TEMPLATES
+from ..hub.folders import CARD_TEMPLATES as CARDS
 from ..variants import RELEASES, SEGMENTERS, VARIANTS, LVViTSegmenter, LVViTVariant
 
 
-CARDS = CARD_TEMPLATES
 TEMPLATE = CARDS / "family_template.md"
 # where a figure was published: in words, address
 PAPER = ("All Tokens Matter (NeurIPS 2021), as published", "https://arxiv.org/abs/2104.10858")
@@ -41,7 +41,6 @@ class Conversion:
 
     Args:
         file: Its name.
-        sha256: Of its content.
         difference: Largest difference of the logits, see `convert_checkpoint`.
     """
 
@@ -57,11 +56,8 @@ def is_released(name: str | None, checkpoint: str) -> bool:
 
 
 def family_card(name: str, conversion: Conversion | None = None) -> ModelCard:
-    """The card of a published row. Its example loads the folder that the conversion command of the card writes.
-
-    Args:
-        name: Of `VARIANTS` or `SEGMENTERS`.
-        conversion: Where the weights next to the card come from; they must be those that the authors released.
+    """The card of a row of `VARIANTS` or `SEGMENTERS`, perhaps with the file of the authors from which the weights next to it come. Its
+    example loads the folder that the conversion command of the card writes.
 
     Raises:
         ValueError: If there is no such row.
@@ -74,15 +70,8 @@ def family_card(name: str, conversion: Conversion | None = None) -> ModelCard:
     return _fill(facts, name, conversion)
 
 
-def converted_card(config: Any, name: str, is_segmenter: bool, conversion: Conversion) -> ModelCard:
-    """The card of a converted checkpoint of which no one said that it is a published one: it claims nothing of its training.
-
-    Args:
-        config: Its `LVViTConfig`.
-        name: What it is called.
-        is_segmenter: Whether it is a segmentation model.
-        conversion: Where its weights come from.
-    """
+def converted_card(config: LVViTConfig, name: str, is_segmenter: bool, conversion: Conversion) -> ModelCard:
+    """The card of a converted checkpoint of which no one said that it is a published one: it claims nothing of its training."""
     facts = {
         "title": f"LV-ViT with {config.num_hidden_layers} layers, {config.hidden_size} wide",
         "is_segmenter": is_segmenter,
@@ -98,20 +87,17 @@ def converted_card(config: Any, name: str, is_segmenter: bool, conversion: Conve
 
 def _classifier(name: str, variant: LVViTVariant) -> dict[str, Any]:
     architecture, side = variant.architecture, variant.image_size
-    size = f"LV-ViT-{name.split('_')[1].upper()}"
-    figures = [("ImageNet top-1", f"{variant.published_top1} %", PUBLISHED)]
-    if variant.published_real_top1 is not None:
-        figures.append(("ImageNet ReaL top-1", f"{variant.published_real_top1} %", PUBLISHED))
-    figures += [
-        ("parameters", f"{variant.num_parameters:,}", COUNTED),
-        ("multiply-adds an image", f"{variant.counted_gmacs} billion", COUNTED),
+    figures = [
+        ("ImageNet top-1", variant.published_top1, " %", PUBLISHED),
+        ("ImageNet ReaL top-1", variant.published_real_top1, " %", PUBLISHED),
+        ("parameters", f"{variant.num_parameters:,}", "", COUNTED),
+        ("multiply-adds an image", variant.counted_gmacs, " billion", COUNTED),
+        ("multiply-adds an image", variant.published_gmacs, " billion", PUBLISHED),
     ]
-    if variant.published_gmacs is not None:
-        figures.append(("multiply-adds an image", f"{variant.published_gmacs} billion", PUBLISHED))
     recipe = name if name != "lvvit_m_448" else "lvvit_m_384 --image_size 448 --output_dir runs/lvvit_m_448"
     accuracies = {"top-1 accuracy": variant.published_top1, REAL: variant.published_real_top1}
     return {
-        "title": f"{size} at {side} pixels",
+        "title": f"LV-ViT-{name.split('_')[1].upper()} at {side} pixels",
         "is_segmenter": False,
         "is_published": True,
         "num_classes": 1000,
@@ -119,7 +105,7 @@ def _classifier(name: str, variant: LVViTVariant) -> dict[str, Any]:
         "layers": architecture["num_hidden_layers"],
         "width": architecture["hidden_size"],
         "heads": architecture["num_attention_heads"],
-        "figures": figures,
+        "figures": [(title, f"{value}{unit}", source) for title, value, unit, source in figures if value is not None],
         "gmacs": variant.counted_gmacs,
         "checkpoint": variant.checkpoint,
         "recipe": f"accelerate launch train_tl.py {recipe}",

@@ -11,7 +11,6 @@ The program can be killed at any time and started again; the result is the same.
 
 import hashlib
 import multiprocessing
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -73,22 +72,13 @@ class ImportArguments:
 
 
 def find_label_files(folder: Path) -> list[str]:
-    """Label files below a folder, as sorted relative paths.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, or no label file in it.
-    """
+    """Label files below a folder, as sorted relative paths; a `FileNotFoundError` if there are none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    files = [
-        Path(parent, name).relative_to(folder).as_posix()
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.endswith(".pt")
-    ]
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.pt") if not path.is_dir())
     if not files:
         raise FileNotFoundError(f"There is no .pt file in {folder} or its folders.")
-    return sorted(files)
+    return files
 
 
 def read_label_file(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,9 +90,8 @@ def read_label_file(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarra
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except LOAD_ERRORS as error:
-        raise ValueError(
-            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else repr(error)}"
-        ) from error
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"{path} cannot be read: {reason}") from error
     is_plain = isinstance(content, torch.Tensor) and content.layout == torch.strided and not content.is_meta
     if not is_plain or content.is_complex() or content.ndim != 4 or len(content) != 2 or not content.numel():
         shape = tuple(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
@@ -137,11 +126,9 @@ def import_shard(folder: Path, files: list[str], writer: LabelSetWriter, shard: 
             if args.on_error == "stop":
                 raise ValueError(f"{error} Such files get an empty label with --on_error empty.") from error
             notes[row] = "unreadable label file"
-    keys = [name.removesuffix(".pt") + args.image_suffix for name in files]
-    keys = ["/".join(key.split("/")[-2:]) for key in keys]
-    center_square = np.full((len(files), 4), np.nan, dtype=np.float32)
+    keys = ["/".join(name.split("/")[-2:]).removesuffix(".pt") + args.image_suffix for name in files]
     unknown = [None] * len(files)
-    maps = LabelMaps(ids, scores, center_square)
+    maps = LabelMaps(ids, scores, np.full((len(files), 4), np.nan, dtype=np.float32))  # the center square
     writer.write(shard, writer.layout.table(keys, unknown, maps, unknown, notes, [bool(note) for note in notes]))
     return len(files)
 
@@ -167,11 +154,7 @@ def import_shards(folder: Path, files: list[str], writer: LabelSetWriter, args: 
 
 
 def first_shape(folder: Path, files: list[str], num_classes: int, on_error: str) -> tuple[int, ...]:
-    """`[K, rows, columns]` of the first file that can be read.
-
-    Raises:
-        ValueError: If none can, or the first cannot and that is not allowed.
-    """
+    """`[K, rows, columns]` of the first file that can be read; a `ValueError` if none can, or the first cannot and that is not allowed."""
     for name in files:
         try:
             return read_label_file(folder / name, num_classes)[0].shape
@@ -182,16 +165,10 @@ def first_shape(folder: Path, files: list[str], num_classes: int, on_error: str)
 
 
 def import_labels(args: ImportArguments) -> list[str]:
-    """Imports all label files of a folder; returns lines for the user.
-
-    Raises:
-        FileNotFoundError, ValueError, OSError: If files are missing or damaged, or nothing can be written.
-    """
+    """Imports all label files of a folder; returns lines for the user. Errors are those of its functions, and of writing."""
     folder = Path(args.label_dir).expanduser()
     files = find_label_files(folder)
-    class_names = imagenet_class_names()
-    if args.class_names is not None:
-        class_names = read_class_names(Path(args.class_names))
+    class_names = imagenet_class_names() if args.class_names is None else read_class_names(Path(args.class_names))
     k, *map_size = first_shape(folder, files, len(class_names), args.on_error)
     layout = LabelSetLayout(tuple(class_names), k, tuple(map_size), args.score_type)
     settings = {
@@ -212,8 +189,7 @@ def import_labels(args: ImportArguments) -> list[str]:
     try:
         writer.begin()
         num_shards = import_shards(folder, files, writer, args)
-        title = f"Token labels from {settings['label_dir']}"
-        return list(finish_label_set(writer, num_shards, title, target))
+        return list(finish_label_set(writer, num_shards, f"Token labels from {settings['label_dir']}", target))
     finally:
         writer.release()
 

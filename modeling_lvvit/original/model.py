@@ -8,6 +8,7 @@ that their checkpoints load.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import nn
 
 from ..configuration_lvvit import LVViTConfig
@@ -41,9 +42,8 @@ class _Stem(nn.Module):
         self.proj = nn.Conv2d(width, config.hidden_size, config.patch_size // 2, stride=config.patch_size // 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        x = self.relu(self.bn3(self.conv3(x)))
+        for convolution, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = self.relu(norm(convolution(x)))
         return self.proj(x)
 
 
@@ -62,24 +62,13 @@ class _Attention(nn.Module):
         return self.proj((self.attn_drop(weights) @ qkv[2]).transpose(1, 2).flatten(2))
 
 
-class _MLP(nn.Module):
-    def __init__(self, config: LVViTConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class _Block(nn.Module):
     def __init__(self, config: LVViTConfig, drop_path_rate: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = _Attention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = _MLP(config)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size)
         self.drop_path = LVViTDropPath(drop_path_rate)
         self.skip_lam = config.residual_divisor
 
@@ -145,10 +134,8 @@ def original_loss(
     cls_logits, aux_logits, (top, left, bottom, right) = outputs
     unmixed = 1 - (bottom - top) * (right - left) / (grid_size[0] * grid_size[1])
     cls_target = unmixed * targets[:, :, 1] + (1 - unmixed) * targets[:, :, 1].flip(0)
-    aux_target = targets[:, :, 2:].transpose(1, 2).reshape(-1, targets.shape[1])
-    aux_logits = aux_logits.reshape(-1, targets.shape[1])
-    return _dense_cross_entropy(cls_logits, cls_target) + _dense_cross_entropy(aux_logits, aux_target)
-
-
-def _dense_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return torch.sum(-target * F.log_softmax(logits, dim=-1), dim=-1).mean()
+    aux_target = targets[:, :, 2:].transpose(1, 2)
+    return sum(
+        torch.sum(-target * F.log_softmax(logits, dim=-1), dim=-1).mean()
+        for logits, target in ((cls_logits, cls_target), (aux_logits, aux_target))
+    )

@@ -27,16 +27,11 @@ class _ConvModule(nn.Module):
 
 
 def _side_layer(width: int, out_channels: int, factor: int) -> nn.Sequential:
-    parts = []
+    parts = [nn.Conv2d(width, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()]
     if factor > 1:
-        parts += [
-            nn.ConvTranspose2d(width, width, factor, stride=factor, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        ]
-    return nn.Sequential(
-        *parts, nn.Conv2d(width, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
-    )
+        enlarge = nn.ConvTranspose2d(width, width, factor, stride=factor, bias=False)
+        parts = [enlarge, nn.BatchNorm2d(width), nn.ReLU(), *parts]
+    return nn.Sequential(*parts)
 
 
 class _Backbone(nn.Module):
@@ -68,8 +63,7 @@ class _Backbone(nn.Module):
             x = block(x)
             if index in self.layer_indices:
                 maps.append(x[:, 1:].transpose(1, 2).unflatten(2, size))
-        layers = (self.side_layer1, self.side_layer2, self.side_layer3, self.side_layer4)
-        return [layer(part) for layer, part in zip(layers, maps)]
+        return [getattr(self, f"side_layer{number}")(part) for number, part in enumerate(maps, 1)]
 
 
 class _UPerHead(nn.Module):
@@ -111,12 +105,7 @@ class _FCNHead(nn.Module):
 
 class OriginalSegmenter(nn.Module):
     """`(batch_size, num_channels, height, width)` to logits of the head and of the auxiliary head, if there is one, at
-    their own resolutions.
-
-    Args:
-        config: Architecture.
-        layer_indices: Layers that are read, counted from 0.
-    """
+    their own resolutions. Layers that are read are counted from 0."""
 
     def __init__(self, config: LVViTConfig, layer_indices: list[int]):
         super().__init__()
@@ -124,9 +113,8 @@ class OriginalSegmenter(nn.Module):
         self.backbone = _Backbone(config, layer_indices)
         self.is_fcn = config.segmentation_head == "fcn"
         self.decode_head = _FCNHead(config.neck_channels, channels, labels, 2) if self.is_fcn else _UPerHead(config)
-        self.auxiliary_head = None
-        if config.auxiliary_loss_weight:
-            self.auxiliary_head = _FCNHead(config.hidden_size, channels, labels, 1)
+        has_auxiliary = config.auxiliary_loss_weight > 0
+        self.auxiliary_head = _FCNHead(config.hidden_size, channels, labels, 1) if has_auxiliary else None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         maps = self.backbone(x)

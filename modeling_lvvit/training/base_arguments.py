@@ -80,18 +80,16 @@ class BaseImageTrainingArguments(TrainingArguments):
 
     def check_options(self) -> None:
         """Raises a `ValueError` if an option is outside its range; before anything of the library is set up."""
-        self.check_numbers(positive=("base_learning_rate", "num_train_epochs"))
-        self.check_numbers(
-            1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
-        )
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        self.check_numbers(1, *sizes, positive=("base_learning_rate", "num_train_epochs"))
         self.check_choice("batch_norm", "local", "synchronized", "frozen")
         if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
             raise ValueError(
                 f"`hub_strategy` {self.hub_strategy!r} would publish the state of the optimizer, which is a pickle. Use `end`, or "
                 "`every_save`, which publishes the weights of every checkpoint."
             )
-        if self.learning_rate is not None and not self.learning_rate >= 0:
-            raise ValueError(f"`learning_rate` must be at least 0, got {self.learning_rate}.")
+        if self.learning_rate is not None:
+            self.check_numbers(0, "learning_rate")
 
     def check_numbers(self, smallest: float = 0, *names: str, positive: tuple[str, ...] = ()) -> None:
         """Raises a `ValueError` if one of the fields is smaller than `smallest`, or, of those of `positive`, not above 0."""

@@ -1,7 +1,7 @@
 """What the trainers of all programs share: runs that can be stopped, continued and killed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,7 @@ from .throughput import Throughput
 
 class BaseImageTrainer(HubTrainer):
     """A `Trainer` that ends with a checkpoint when it is told to stop, writes checkpoints that are whole or known not to be, draws the
-    samples of a `ImageDataset` as functions of seed, epoch and row, trains sharded (FSDP2) on any device, and logs its speed.
-
-    Args:
-        model, args, data_collator, train_dataset, ...: As in `transformers.Trainer`.
-    """
+    samples of a `ImageDataset` as functions of seed, epoch and row, trains sharded (FSDP2) on any device, and logs its speed."""
 
     # the losses are means over a micro-batch; the Trainer divides them by the number of accumulation steps
     loss_is_scaled_for_ga = False
@@ -55,13 +51,8 @@ class BaseImageTrainer(HubTrainer):
         """See `schedule.decayed_parameters`."""
         return decayed_parameters(model)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """As in `Trainer`."""
-        return leave_signals_to_main_process(super().get_train_dataloader())
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """As in `Trainer`."""
-        return leave_signals_to_main_process(super().get_eval_dataloader(*args, **kwargs))
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        return leave_signals_to_main_process(super()._get_dataloader(*args, **kwargs))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -103,8 +94,8 @@ class BaseImageTrainer(HubTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`, but a checkpoint is written before the evaluation, which takes long, unless it depends on the result."""
-        control, args_ = self.control, self.args
-        if control.should_save and control.should_evaluate and args_.metric_for_best_model is None:
+        control = self.control
+        if control.should_save and control.should_evaluate and self.args.metric_for_best_model is None:
             control.should_evaluate = False
             super()._maybe_log_save_evaluate(*args, **kwargs)
             self.control.should_evaluate = True
@@ -118,17 +109,11 @@ class BaseImageTrainer(HubTrainer):
             broadcast_buffers(self.accelerator, self.accelerator.unwrap_model(self.model))
             yield
 
-    def evaluate(
-        self,
-        eval_dataset: Any | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `Trainer`; see `evaluating`."""
-        if isinstance(eval_dataset or self.eval_dataset, dict):  # the library calls this for each of them
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        with self.evaluating():
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        is_several = isinstance(eval_dataset or self.eval_dataset, dict)  # the library calls this for each of them
+        with nullcontext() if is_several else self.evaluating():
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, with whole weights where they are sharded."""

@@ -18,13 +18,10 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
 
 def set_batch_norm(model: nn.Module, mode: BatchNormMode, device: torch.device, num_processes: int) -> None:
-    """Chooses how the batch norms of a model take their statistics in training; names of weights stay the same.
+    """Chooses how the batch norms of a model take their statistics in training, in place; names of weights stay the same.
 
     Args:
-        model: Changed in place.
         mode: `"local"`, over the images of one device; `"synchronized"`, over all devices; `"frozen"`, the running statistics.
-        device: Where it will train.
-        num_processes: Processes that train together.
 
     Raises:
         ValueError: If synchronization is asked for on a device that PyTorch cannot do it on.

@@ -37,9 +37,6 @@ class StopOnSignal(TrainerCallback):
     Further SIGTERMs change nothing: launchers pass on what schedulers have already sent. A second Ctrl-C interrupts at once.
     With several processes all stop after the same step, within eight steps. A signal during an evaluation counts after it.
 
-    Args:
-        accelerator: For the agreement between processes.
-
     Attributes:
         received: Name of the signal that ended training, `None` if none did.
         is_stopping: Whether training is being ended.

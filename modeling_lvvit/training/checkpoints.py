@@ -21,21 +21,15 @@ def is_whole_checkpoint(folder: Path, needs_average: bool) -> bool:
     """Whether a checkpoint was written to its end: `BaseImageTrainer` writes `trainer_state.json` last."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if (weights := folder / SAFE_WEIGHTS_NAME).exists():
+            with safe_open(weights, framework="pt"):  # compares the header with the size of the file
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
-    weights = folder / SAFE_WEIGHTS_NAME
-    has_weights = _is_whole_file(weights) if weights.exists() else (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
-    has_optimizer = (folder / SCHEDULER_NAME).is_file()  # written after the optimizer; absent with `save_only_model`
-    return has_weights and has_optimizer and (not needs_average or (folder / EMA_FILE).is_file())
-
-
-def _is_whole_file(weights: Path) -> bool:
-    """Whether a safetensors file has all the bytes that its header names; only that is read."""
-    try:
-        with safe_open(weights, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
+    # the schedule is written after the optimizer, and not with `save_only_model`
+    needed = [SCHEDULER_NAME, *([EMA_FILE] if needs_average else [])]
+    needed += [] if weights.exists() else [SAFE_WEIGHTS_INDEX_NAME]
+    return all((folder / name).is_file() for name in needed)
 
 
 def last_whole_checkpoint(output_dir: Path, needs_average: bool) -> Path | None:
@@ -52,7 +46,7 @@ def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: st
     """Makes sure that no other run is written over, and finds the checkpoint that `last` stands for.
 
     Args:
-        training_args: Of the run; the checkpoint that `last` stands for is written into them.
+        training_args: The checkpoint that `last` stands for is written into them.
         start_from: Folder or Hub name of the model to start from, `None` for random weights.
         overwrite: Whether `output_dir` may hold another run.
 
@@ -67,7 +61,12 @@ def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: st
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"`output_dir` {output_dir} cannot be written: {existing} is read-only or no folder.")
     if start_from is not None and overwrite:
-        _check_start(start_from, output_dir)
+        start = Path(start_from).expanduser().resolve()
+        if output_dir.resolve() in start.parents and start.is_dir():
+            raise ValueError(
+                f"`model_name_or_path` {start_from} lies in `output_dir` {output_dir}, whose checkpoints `overwrite_output_dir` "
+                "deletes. Choose another `output_dir`."
+            )
     needs_average = training_args.has_ema
     resume = training_args.resume_from_checkpoint
     if resume == "last":
@@ -76,9 +75,7 @@ def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: st
             raise ValueError(f"There is no complete checkpoint in {output_dir} to resume from.")
         training_args.resume_from_checkpoint = str(resume)
     elif resume is not None and not is_whole_checkpoint(Path(resume), needs_average):
-        wanted = f"{TRAINER_STATE_NAME}, {SCHEDULER_NAME}, {SAFE_WEIGHTS_NAME}" + (
-            f" and {EMA_FILE}" if needs_average else ""
-        )
+        wanted = f"{TRAINER_STATE_NAME}, {SCHEDULER_NAME}, {SAFE_WEIGHTS_NAME}{f' and {EMA_FILE}' * needs_average}"
         raise ValueError(f"{resume} is no complete checkpoint folder; it must hold {wanted}.")
     if resume is not None:
         _check_fsdp(Path(training_args.resume_from_checkpoint))
@@ -92,29 +89,15 @@ def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: st
 
 
 def discard_overwritten_checkpoints(training_args: BaseImageTrainingArguments, overwrite: bool) -> None:
-    """Deletes the checkpoints of the run that is written over, so that none of them is taken for one of this run.
-
-    To be called once, by the main process, when everything is ready to train.
-    """
+    """Deletes the checkpoints of the run that is written over; to be called once, by the main process, when all is ready to train."""
     if overwrite and training_args.resume_from_checkpoint is None:
         for folder in Path(training_args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(folder)
 
 
-def _check_start(start: str, output_dir: Path) -> None:
-    """Raises a `ValueError` if the model to start from lies among the checkpoints that are written over."""
-    inside = Path(start).expanduser().resolve()
-    if output_dir.resolve() in inside.parents and inside.is_dir():
-        raise ValueError(
-            f"`model_name_or_path` {start} lies in `output_dir` {output_dir}, whose checkpoints `overwrite_output_dir` deletes. "
-            "Choose another `output_dir`."
-        )
-
-
 def _check_fsdp(checkpoint: Path) -> None:
     """Raises a `ValueError` if the optimizer state of a checkpoint has another form than this run needs."""
-    was_sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
-    is_sharded = is_fsdp_requested()
+    was_sharded, is_sharded = any(checkpoint.glob("pytorch_model_fsdp*")), is_fsdp_requested()
     if was_sharded != is_sharded:
         written, needed = ("with" if value else "without" for value in (was_sharded, is_sharded))
         raise ValueError(

@@ -50,7 +50,11 @@ class EMACallback(TrainerCallback):
                 flush=True,
             )
         if state.global_step:
-            self._restore(args, state.global_step)
+            path = Path(self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}") / EMA_FILE
+            if path.is_file():
+                self._load(path)
+            else:
+                logger.warning("The checkpoint has no %s: the weight average starts again from its weights.", EMA_FILE)
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
@@ -75,12 +79,7 @@ class EMACallback(TrainerCallback):
         self.average = self._live = self._model = None
 
     def save(self, folder: str | Path, is_writer: bool) -> None:
-        """Writes the average; every process must call it, because sharded weights are collected.
-
-        Args:
-            folder: The checkpoint.
-            is_writer: Whether this process writes.
-        """
+        """Writes the average, in one process; every process must call it, because sharded weights are collected."""
         tensors = {name: _whole(tensor).cpu().contiguous() for name, tensor in self.average.items()}
         if is_writer:
             target = Path(folder) / EMA_FILE
@@ -105,13 +104,6 @@ class EMACallback(TrainerCallback):
         """Weights and buffers, not copied. Asking again makes FSDP drop the whole copies that it kept of an evaluation."""
         return {name: tensor.detach() for name, tensor in self._model.state_dict().items()}
 
-    def _restore(self, args, step: int) -> None:
-        folder = Path(self.checkpoint or Path(args.output_dir) / f"checkpoint-{step}")
-        if not (folder / EMA_FILE).is_file():
-            logger.warning("The checkpoint has no %s: the weight average starts again from its weights.", EMA_FILE)
-            return
-        self._load(folder / EMA_FILE)
-
     def _load(self, path: Path) -> None:
         tensors = load_file(path)
         self.count = int(tensors.pop(COUNT))
@@ -135,7 +127,6 @@ def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> N
     for name, tensor in target.items():
         value = source[name]
         if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
-            value = distribute_tensor(
-                value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
-            )
+            value = value.to(tensor.device)
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor.copy_(value)

@@ -13,14 +13,10 @@ TOP_K = 5
 
 
 class AccumulatingMetric(evaluate.Metric):
-    """A metric that counts what is added and keeps nothing else.
+    """A metric that counts what is added, in an array of a fixed shape, and keeps nothing else.
 
     Processes of `torch.distributed` add their counts, and each gets the result; others are combined by `evaluate`, with one row of
     counts for each process in its files. A subclass says what is counted (`add_batch`) and what follows from it (`measures`).
-
-    Args:
-        shape: That of the counts.
-        kwargs: Of `evaluate.Metric`: `num_process`, `process_id`, `experiment_id`, `keep_in_memory`, ...
     """
 
     def __init__(self, shape: tuple[int, ...], **kwargs: Any):
@@ -40,20 +36,14 @@ class AccumulatingMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         description, inputs = self.describe()
-        return evaluate.MetricInfo(
-            description=description,
-            citation="",
-            inputs_description=inputs,
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
-            ),
-        )
+        number = datasets.Value("int64")
+        features = datasets.Features({"predictions": datasets.Sequence(number), "references": number})
+        return evaluate.MetricInfo(description, "", features, inputs)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Counts a single one; see `add_batch`."""
-        self.add_batch(
-            predictions=[prediction], references=[reference], **{name: [value] for name, value in kwargs.items()}
-        )
+        further = {name: [value] for name, value in kwargs.items()}
+        self.add_batch(predictions=[prediction], references=[reference], **further)
 
     def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, Any] | None:
         """The measures of all that was added in all processes; begins again. Where `evaluate` combines processes, only the first gets
@@ -90,7 +80,6 @@ class TopKAccuracy(AccumulatingMetric):
     Args:
         has_top5: Whether there are enough classes for a top-5 accuracy.
         further_counts: Number of counts that a subclass adds to those of images, hits, and hits among the best five.
-        kwargs: See `AccumulatingMetric`.
     """
 
     def __init__(self, has_top5: bool = True, further_counts: int = 0, **kwargs: Any):
@@ -99,18 +88,12 @@ class TopKAccuracy(AccumulatingMetric):
 
     def describe(self) -> tuple[str, str]:
         """What is measured, and what predictions and references are."""
-        return (
-            "Share of images whose true class is the best, or among the five best, predicted classes.",
-            "predictions: class ids of each image, best first; references: true class id of each image.",
-        )
+        description = "Share of images whose true class is the best, or among the five best, predicted classes."
+        inputs = "predictions: class ids of each image, best first; references: true class id of each image."
+        return description, inputs
 
     def add_batch(self, *, predictions: Any, references: Any, **kwargs: Any) -> None:
-        """Counts images.
-
-        Args:
-            predictions: Class ids `(B, k)`, best first.
-            references: True class ids `(B,)`.
-        """
+        """Counts images: class ids `(B, k)`, best first, and true class ids `(B,)`."""
         ranked, truth = torch.as_tensor(predictions).cpu(), torch.as_tensor(references).cpu()
         if ranked.ndim != 2 or ranked.shape[:1] != truth.shape:
             raise ValueError(

@@ -21,13 +21,8 @@ def published_factor(
     """Learning rate of an epoch as a share of the peak: linear warm-up, cosine, then the minimum.
 
     The schedule of the published training commands (timm 0.4.5): constant within an epoch, and the cosine counts from epoch 0,
-    so that warm-up replaces its beginning.
-
-    Args:
-        epoch: From 0.
-        cosine_epochs: Epochs until the minimum is reached; those after it are cool-down.
-        warmup_epochs: Epochs of warm-up.
-        warmup_factor, min_factor: Share of the peak at the start of warm-up, and at the end.
+    so that warm-up replaces its beginning. Epochs after `cosine_epochs` are cool-down. `warmup_factor` and `min_factor` are shares of
+    the peak.
 
     Example: peak 1.6e-3, 300 cosine epochs, 5 of warm-up from 1e-6, minimum 1e-5: epochs 0, 4, 5, 150 and 300 have 1e-6,
     1.2802e-3, 1.59891e-3, 8.05e-4 and 1e-5.
@@ -45,11 +40,6 @@ def scaled_ema_decay(base_decay: float, images_per_step: int, num_steps: int) ->
     The memory `1 / (1 - decay)` covers as many images as with `REFERENCE_IMAGES_PER_STEP` images a step, but at most the
     share `LONGEST_MEMORY` of the run.
 
-    Args:
-        base_decay: Decay for 1024 images a step, in (0, 1).
-        images_per_step: Images of an optimizer step.
-        num_steps: Optimizer steps of the run.
-
     Example: 0.99992 (12,500 steps of 1024 images) is 0.99996 for 512 images a step, and 0.99 in a run of 1000 steps.
     """
     rate = (1 - base_decay) * images_per_step / REFERENCE_IMAGES_PER_STEP
@@ -60,11 +50,8 @@ def scaled_ema_decay(base_decay: float, images_per_step: int, num_steps: int) ->
 def decayed_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters with weight decay: matrices and convolutions; vectors, class token and position table are exempt
     (published recipe)."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim > 1 and name.rpartition(".")[2] not in NO_DECAY_NAMES
-    ]
+    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    return [name for name in matrices if name.rpartition(".")[2] not in NO_DECAY_NAMES]
 
 
 WARMUP_FACTOR = 1e-6  # share of the learning rate at the first step of the published runs

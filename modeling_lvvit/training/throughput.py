@@ -60,11 +60,8 @@ class Throughput:
         self._paused += time.perf_counter() - begin
 
     def report(self, annotation_seconds: float | None = None) -> dict[str, float]:
-        """`images_per_second` and `data_wait`, the share of the time in [0, 1], since the interval began; begins a new one.
-
-        Args:
-            annotation_seconds: Time that an annotator took, for its share `annotation`.
-        """
+        """`images_per_second`, and `data_wait` and perhaps `annotation` as shares of the time in [0, 1], since the interval began; begins
+        a new one."""
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         figures = {
             "images_per_second": round(self._images / seconds, 1),

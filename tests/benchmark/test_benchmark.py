@@ -13,12 +13,11 @@ from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.benchmark import interleaved_timing as turns
 from modeling_lvvit.benchmark import measure, published_comparison
 from modeling_lvvit.benchmark.__main__ import main
-from modeling_lvvit.benchmark.comparison import count_size
+from modeling_lvvit.benchmark.comparison import count_size, table
 from modeling_lvvit.benchmark.data_loading import synthetic_label_map, synthetic_rows
 from modeling_lvvit.benchmark.models import BenchmarkModel
 from modeling_lvvit.benchmark.published_comparison import find_benchmark_model
 from modeling_lvvit.benchmark.published_results import COMPETITORS, PublishedRow, lvvit_rows, published_rows
-from modeling_lvvit.benchmark.report import table
 from modeling_lvvit.variants import VARIANTS
 from support.models import tiny_config
 
