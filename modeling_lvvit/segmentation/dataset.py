@@ -23,10 +23,10 @@ class ClassCounts:
     """Pixels of each class over a dataset.
 
     Args:
-        pixels: Number of pixels of each class, int64 `(C,)`.
-        pixels_where_present: Number of labelled pixels in the masks in which a class is, int64 `(C,)`.
-        num_masks: Number of masks in which a class is, int64 `(C,)`.
-        ignored: Number of pixels that do not count.
+        pixels: Of each class, int64 `(C,)`.
+        pixels_where_present: All labelled pixels of the masks in which a class is, int64 `(C,)`.
+        num_masks: Masks in which a class is, int64 `(C,)`.
+        ignored: Pixels that do not count.
     """
 
     pixels: np.ndarray
@@ -62,7 +62,6 @@ class SegmentationDataset(ImageDataset):
         dataset: Rows with two image columns.
         transform: Called with an image and the class ids of its pixels `(height, width)`; returns a dict of tensors.
         encoding: How mask values stand for classes.
-        image_column, mask_column: Column names.
         name: What messages call the dataset.
 
     Raises:
@@ -131,12 +130,7 @@ class SegmentationDataset(ImageDataset):
     def _read(
         self, value: dict[str, Any] | None, size: tuple[int, int] | None
     ) -> tuple[np.ndarray | None, str | None]:
-        """Class ids of a mask, int32 `(height, width)`, or what is wrong with it.
-
-        Args:
-            value: Of the mask column.
-            size: Height and width that it should have; `None` if they are not known.
-        """
+        """Class ids of a mask, int32 `(height, width)`, or what is wrong with it; `size` is the height and width it should have."""
         if value is None or (value["bytes"] is None and value["path"] is None):
             return None, "it has no mask"
         name = f"its mask {value['path'] or ''}".rstrip()

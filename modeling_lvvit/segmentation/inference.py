@@ -37,13 +37,8 @@ class InferenceSettings:
 
 
 def resized(maps: torch.Tensor, size: tuple[int, int], antialias: bool = False) -> torch.Tensor:
-    """Maps `(B, C, h, w)` at another height and width, bilinear.
-
-    Args:
-        maps: Logits, images, ...
-        size: Height and width.
-        antialias: Whether to average what a smaller map cannot show, as image processors do with images.
-    """
+    """Maps `(B, C, h, w)` at another height and width, bilinear; `antialias` averages what a smaller map cannot show, as image
+    processors do with images."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return nn.functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
@@ -61,7 +56,6 @@ def predict_classes(
     Args:
         forward: See `sliding_window_logits`.
         pixel_values: `(B, channels, height, width)` in their own size.
-        settings: How.
         size: Height and width of the result; default: those of the images.
 
     Returns:

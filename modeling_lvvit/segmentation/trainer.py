@@ -1,7 +1,6 @@
 """A `Trainer` of segmentation models that evaluates whole images."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,7 +61,6 @@ class SegmentationTrainer(BaseImageTrainer):
     `evaluate` gives `mean_iou`, `pixel_accuracy` and `mean_accuracy`; those of each class are in `class_scores` after it.
 
     Args:
-        model, args, train_dataset, ...: As in `transformers.Trainer`.
         eval_dataset: A `SegmentationDataset` with `SegmentationEvalTransform`.
         inference: How images are segmented.
 
@@ -91,20 +89,9 @@ class SegmentationTrainer(BaseImageTrainer):
             )
         if train_dataset is not None:
             check_batches(model, args, len(train_dataset))
-        super().__init__(
-            model, args, collate_crops, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
-        )  # fmt: skip
+        super().__init__(model, args, collate_crops, train_dataset, eval_dataset, **kwargs)
         self.inference = inference or InferenceSettings()
         self.class_scores: dict[str, list[float]] = {}
-
-    @contextmanager
-    def temporary_inference(self, settings: InferenceSettings) -> Iterator[None]:
-        """Segments images in another way within a `with` block."""
-        before, self.inference = self.inference, settings
-        try:
-            yield
-        finally:
-            self.inference = before
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As in `Trainer`, or with `lr_schedule="published"` the authors' schedule (`polynomial_factor`)."""
@@ -132,8 +119,7 @@ class SegmentationTrainer(BaseImageTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        leave_signals_to_main_process(loader)
-        return loader
+        return leave_signals_to_main_process(loader)
 
     def evaluation_loop(
         self,
@@ -171,10 +157,10 @@ class SegmentationTrainer(BaseImageTrainer):
             groups.setdefault(tuple(image.shape), []).append(position)
         for positions in groups.values():
             images, labels = (
-                torch.stack([batch[name][position] for position in positions]).to(self.args.device, non_blocking=True)
-                for name in ("pixel_values", "labels")
+                torch.stack([batch[name][position] for position in positions]) for name in ("pixel_values", "labels")
             )
-            yield self.predict_images(model, images), labels
+            predicted = self.predict_images(model, images)
+            yield predicted, labels.to(predicted.device, non_blocking=True)
 
     def predict_images(self, model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         """Classes `(B, height, width)` of images of one size `(B, 3, height, width)`, in the precision of training."""
@@ -183,4 +169,4 @@ class SegmentationTrainer(BaseImageTrainer):
             with self.accelerator.autocast():
                 return model(pixel_values=pixel_values).logits
 
-        return predict_classes(forward, pixel_values, self.inference)
+        return predict_classes(forward, pixel_values.to(self.args.device, non_blocking=True), self.inference)
