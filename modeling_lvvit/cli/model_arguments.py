@@ -109,11 +109,7 @@ class ModelArguments(ModelSourceArguments):
 
 
 def read_config_overrides(overrides: Any) -> dict[str, Any] | None:
-    """Fields of a configuration as a mapping, from JSON or YAML where they are a text.
-
-    Raises:
-        ValueError: If they are something else.
-    """
+    """Fields of a configuration as a mapping, from JSON or YAML where they are a text; a `ValueError` if they are neither."""
     if isinstance(overrides, str):
         try:
             overrides = yaml.safe_load(overrides)
