@@ -89,11 +89,8 @@ def chance_scores(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, tuple[float, float]]:
-    """Pointing accuracy and mean overlap of each kind of map, in [0, 1].
-
-    Raises:
-        ValueError: If classes, columns or masks do not fit, or the model has no such maps.
-    """
+    """Pointing accuracy and mean overlap of each kind of map, in [0, 1]; a `ValueError` if classes, columns or masks do not fit, or the
+    model has no such maps."""
     name = args.dataset or str(digit_scenes.build_or_reuse())
     test_set = open_test_set(
         name, args.split, image_column=args.image_column, label_column=args.label_column, max_samples=args.max_samples
