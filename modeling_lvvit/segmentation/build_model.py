@@ -106,13 +106,13 @@ def _load(
         raise ValueError(
             f"{path} lacks weights of the backbone: {', '.join(backbone)}. Was config_overrides meant for a new model?"
         )
-    changes = []
     mismatched = sorted(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"])
     if args.evaluate_only and (missing or mismatched):
         raise ValueError(
             f"{path} has no trained segmentation heads for this: {', '.join((missing + mismatched)[:3])} ... would be random. Train it "
             "first, or leave out options that change its heads."
         )
+    changes = []
     if missing:
         changes.append("heads new" if is_segmenter(config) else "a classifier as backbone, heads new")
     if mismatched:

@@ -39,7 +39,6 @@ class OpenedSegmentationData:
     Args:
         train, evaluation, test: Rows with images and masks, `None` for those that were not asked for.
         eval_name: What the evaluation rows are called.
-        class_names: By id.
         encoding: How mask values stand for classes.
     """
 

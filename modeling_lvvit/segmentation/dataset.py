@@ -59,13 +59,9 @@ class SegmentationDataset(ImageDataset):
     """Decodes images and masks of a `datasets.Dataset` and transforms them together.
 
     Args:
-        dataset: Rows with two image columns.
         transform: Called with an image and the class ids of its pixels `(height, width)`; returns a dict of tensors.
         encoding: How mask values stand for classes.
         name: What messages call the dataset.
-
-    Raises:
-        ValueError: If a column is missing.
     """
 
     def __init__(
@@ -99,11 +95,8 @@ class SegmentationDataset(ImageDataset):
         return self._table[read_mask(self.rows[index][self.mask_column][0].as_py())]
 
     def check_rows(self) -> ClassCounts:
-        """Looks at every row before training: masks wholly, images as `check_all_rows` does; counts the pixels of the classes.
-
-        Raises:
-            ValueError: With the first problems found, each with its row, or if no pixel has a class.
-        """
+        """Looks at every row before training: masks wholly, images as `check_all_rows` does; counts the pixels of the classes. Raises a
+        `ValueError` with the first problems found, each with its row, or if no pixel has a class."""
         counts = ClassCounts(np.zeros(self.encoding.num_labels, dtype=np.int64))
 
         def find_problems(table: pa.Table, start: int) -> list[tuple[int, str]]:
@@ -114,8 +107,7 @@ class SegmentationDataset(ImageDataset):
                 if problem:
                     problems.append((offset, problem))
                     continue
-                is_counted = ids != self.encoding.label_ignore_index
-                counted = ids[is_counted]
+                counted = ids[ids != self.encoding.label_ignore_index]
                 counts.add(np.bincount(counted, minlength=len(counts.pixels)), ids.size - len(counted))
             return problems
 

@@ -52,10 +52,7 @@ def list_images(folder: Path) -> dict[str, Path]:
 
 def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path], mask_suffix: str = "") -> dict[str, Pair]:
     """Images with the masks of the same name, both from `list_images`; `mask_suffix` is what masks have after the name of the image.
-
-    Raises:
-        ValueError: If there are none, or an image has no mask or the other way round.
-    """
+    Raises a `ValueError` if there are none, or an image has no mask or the other way round."""
     by_image = {key.removesuffix(mask_suffix): file for key, file in masks.items() if key.endswith(mask_suffix)}
     if not images:
         raise ValueError("There are no images.")
@@ -98,8 +95,8 @@ def write_segmentation_set(
     notes: str,
     mask_content: Callable[[Path], bytes] = Path.read_bytes,
     extra_features: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes `data/SPLIT-*.parquet` with the columns `image` and `annotation`, `id2label.json` and a card.
+) -> dict[str, int]:
+    """Writes `data/SPLIT-*.parquet` with the columns `image` and `annotation`, `id2label.json` and a card; returns the number of images of each split.
 
     Args:
         class_names: By id; `None` writes no names.
@@ -120,11 +117,13 @@ def write_segmentation_set(
         if class_names is not None:
             names = json.dumps(dict(enumerate(class_names)), indent=1, ensure_ascii=False)
             (partial / "id2label.json").write_text(names + "\n", encoding="utf-8")
-        counts = ", ".join(f"{split} {len(pairs):,}" for split, pairs in splits.items())
+        counts = {split: len(pairs) for split, pairs in splits.items()}
+        listed = ", ".join(f"{split} {count:,}" for split, count in counts.items())
         card = DatasetCardData(task_categories=["image-segmentation"], pretty_name=output_dir.name)
-        DatasetCard(f"---\n{card}\n---\n\n# {output_dir.name}\n\nImages and masks: {counts}.\n\n{notes}\n").save(
+        DatasetCard(f"---\n{card}\n---\n\n# {output_dir.name}\n\nImages and masks: {listed}.\n\n{notes}\n").save(
             partial / CARD
         )
+    return counts
 
 
 def _write_split(

@@ -20,13 +20,8 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class InferenceSettings:
-    """How whole images are segmented.
-
-    Args:
-        window, stride: Height and width in pixels; see `sliding_window_logits`.
-        short_side, long_side: Size of the images; see `transforms.evaluation_size`.
-        scales, flip: See `multi_scale_probabilities`; with the single scale 1 and no mirror image nothing is averaged.
-    """
+    """How whole images are segmented: see `sliding_window_logits`, `transforms.evaluation_size` for the sides, and
+    `multi_scale_probabilities`; with the single scale 1 and no mirror image nothing is averaged."""
 
     window: tuple[int, int] = WINDOW
     stride: tuple[int, int] = STRIDE
@@ -75,10 +70,8 @@ def predict_classes(
 
 
 def best_classes(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The class with the largest value in maps `(B, C, h, w)`, at another height and width: int64 `(B, *size)`.
-
-    The maps are enlarged a few classes at a time, so that memory does not grow with their number.
-    """
+    """The class with the largest value in maps `(B, C, h, w)`, at another height and width: int64 `(B, *size)`. The maps are enlarged a
+    few classes at a time, so that memory does not grow with their number."""
     best = values = None
     for first in range(0, maps.shape[1], CLASSES_AT_A_TIME):
         part, ids = resized(maps[:, first : first + CLASSES_AT_A_TIME], size).max(dim=1)

@@ -3,10 +3,8 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
-from transformers import PreTrainedModel
 
 from ..cli.model_card import Provenance, run_metadata, run_name, training_facts
 from ..data.atomic_files import write_json
@@ -117,26 +115,15 @@ def write_segmentation_card(
         image=figure,
         num_train=len(trainer.train_dataset),
         inference=_describe_inference(trainer),
+        config=trainer.model.config,
+        num_parameters=trainer.model.num_parameters(),
         **training_facts(trainer),
-        **_describe_model(trainer.model),
     )
     card.save(Path(trainer.args.output_dir) / CARD)
 
 
 def _inference_name(prefix: str) -> str:
     return "multi-scale" if prefix.endswith("multi_scale") else ""
-
-
-def _describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    config = model.config
-    return {
-        "head": {"upernet": "UperNet", "fcn": "FCN"}[config.segmentation_head],
-        "num_classes": config.num_labels,
-        "num_parameters": f"{model.num_parameters():,}",
-        "image_height": config.image_height_width[0],
-        "image_width": config.image_height_width[1],
-        "shape": f"{config.num_hidden_layers} layers, {config.hidden_size} wide, patches of {config.patch_size} pixels",
-    }
 
 
 def _describe_inference(trainer: SegmentationTrainer) -> str:

@@ -51,11 +51,9 @@ CARD_TEMPLATE = CARD_TEMPLATES / "segmentation_template.md"
 
 @dataclass
 class SegmentationRun(TrainingRun):
-    """Training or evaluation of a segmentation model.
+    """Training or evaluation of a segmentation model. `test` samples and `multi_scale` inference are `None` unless asked for.
 
     Args:
-        test: Samples that are evaluated once, at the end; `None` without such.
-        multi_scale: Inference at several scales; `None` if that was not asked for.
         evaluations: Prefix of the metrics -> split in words, and metrics.
         class_scores: What was evaluated, in words -> scores of the classes.
     """

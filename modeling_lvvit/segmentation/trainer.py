@@ -1,5 +1,6 @@
 """A `Trainer` of segmentation models that evaluates whole images."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,8 +62,7 @@ class SegmentationTrainer(BaseImageTrainer):
     `evaluate` gives `mean_iou`, `pixel_accuracy` and `mean_accuracy`; those of each class are in `class_scores` after it.
 
     Args:
-        eval_dataset: A `SegmentationDataset` with `SegmentationEvalTransform`.
-        inference: How images are segmented.
+        eval_dataset: With `SegmentationEvalTransform`.
 
     Raises:
         ValueError: If training set and batch size do not fit, or FSDP or DataParallel would be used.
@@ -152,13 +152,11 @@ class SegmentationTrainer(BaseImageTrainer):
         self, model: nn.Module, batch: dict[str, list[torch.Tensor]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Predicted and true classes `(B, height, width)` of the images of a batch, those of one size together."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for position, image in enumerate(batch["pixel_values"]):
-            groups.setdefault(tuple(image.shape), []).append(position)
-        for positions in groups.values():
-            images, labels = (
-                torch.stack([batch[name][position] for position in positions]) for name in ("pixel_values", "labels")
-            )
+        groups = defaultdict(list)
+        for image, labels in zip(batch["pixel_values"], batch["labels"]):
+            groups[image.shape].append((image, labels))
+        for group in groups.values():
+            images, labels = map(torch.stack, zip(*group))
             predicted = self.predict_images(model, images)
             yield predicted, labels.to(predicted.device, non_blocking=True)
 

@@ -87,7 +87,6 @@ class SegmentationTrainTransform:
         crop_size: Height and width of the result in pixels.
         image_mean, image_std: Per-channel normalization for images in [0, 1].
         ignore_index: Label of the border around images that are smaller than the crop.
-        augmentation: Strengths.
         short_side, long_side: See `evaluation_size`.
     """
 

@@ -80,7 +80,6 @@ def save_prediction_figure(
 
     Args:
         images: RGB images as the model saw them.
-        labels: True class ids.
         logits, patch_logits: `(B, C)` and `(B, N, C)`.
         grid_size: Token rows and columns.
         label_maps: Ids and scores of each image, `(K, rows, columns)` each; `None` leaves that row out.
@@ -172,7 +171,6 @@ def save_relevance_figure(
 
     Args:
         rows: Name of the model, and its panels: title and image `(height, width, 3)` in [0, 1].
-        note: Text below all.
     """
     columns = max(len(panels) for _, panels in rows)
     figure = Figure(figsize=(2.4 * columns + 0.4, 2.75 * len(rows) + (0.3 if note else 0)), layout="constrained")
@@ -202,7 +200,6 @@ def save_contact_sheet(
     Args:
         images: RGB images, each with the part that its map covers.
         label_maps: Ids and scores of each, `(K, rows, columns)`, in any order of K.
-        labels: Human label of each.
         columns: Pairs in a row.
     """
     columns = min(columns, len(images))

@@ -20,9 +20,7 @@ class RelevanceMaps:
     """Maps over the patch tokens, each float32 `(B, rows, columns)`, at least 0.
 
     Args:
-        relevance: See `class_relevance`.
         attention: Attention of the class token in the last layer, mean of the heads.
-        rollout: See `attention_rollout`.
         logits: `(B, C)`.
         class_ids: The classes that `relevance` is about, `(B,)`.
         patch_logits: Scores of the patch tokens `(B, N, C)`, `None` where the model has none that were trained.
@@ -85,7 +83,6 @@ def relevance_maps(
 
     Args:
         model: In evaluation mode.
-        pixel_values: `(B, 3, height, width)`.
         class_ids: Classes to explain, `(B,)`; default: those that the model predicts.
         forward_options: Arguments of the forward pass, such as `interpolate_pos_encoding`.
 
