@@ -8,10 +8,10 @@ accelerate launch train_tl.py --dataset_name path/to/images --architecture timm/
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from modeling_lvvit.annotators.online import open_annotator
 from modeling_lvvit.cli.build_model import build_model, model_image_size
-from modeling_lvvit.cli.build_samples import build_samples
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.model_card import find_provenance, write_model_card
 from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_datasets
@@ -19,7 +19,14 @@ from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, TRAIN_TL
 from modeling_lvvit.cli.training_program import TrainingRun, run_program, set_up, with_embedded_data
 from modeling_lvvit.deployment import prepare_for_cpu
 from modeling_lvvit.hub.folders import CARD_TEMPLATES
-from modeling_lvvit.token_labeling import TokenLabelStream, TokenLabelTrainer, TokenLabelTrainingArguments
+from modeling_lvvit.token_labeling import (
+    ImageProcessorTransform,
+    TokenLabelDataset,
+    TokenLabelStream,
+    TokenLabelTrainer,
+    TokenLabelTrainingArguments,
+    TrainTransform,
+)
 from modeling_lvvit.visualization.predictions import draw_predictions
 
 
@@ -78,6 +85,39 @@ class ClassifierRun(TrainingRun):
             print(f"top-1 on {len(opened.evaluation):,} evaluation images: {accuracy:.2f} %")
 
 
+def build_samples(
+    args: DataArguments,
+    training_args: TokenLabelTrainingArguments,
+    image_size: tuple[int, int],
+    image_processor: Any,
+    opened: OpenedData,
+) -> tuple[TokenLabelDataset | TokenLabelStream, TokenLabelDataset]:
+    """Training samples, jointly augmented, and evaluation samples, preprocessed by the image processor."""
+    mean, std = image_processor.image_mean, image_processor.image_std
+    transform = TrainTransform(image_size, mean, std, args.augmentation())
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    preprocess = ImageProcessorTransform(image_processor)
+    evaluation = TokenLabelDataset(opened.evaluation, preprocess, **columns, name="evaluation")
+    if args.streaming:
+        train = TokenLabelStream(
+            opened.train,
+            transform,
+            **columns,
+            labels=opened.labels,
+            key_column=args.key_column,
+            key_pattern=args.key_pattern,
+            shuffle_buffer=args.shuffle_buffer,
+            seed=training_args.data_seed,
+            process_index=training_args.process_index,
+            num_processes=training_args.world_size,
+        )
+    else:
+        train = TokenLabelDataset(opened.train, transform, **columns, name="training", label_maps=opened.label_maps)
+    if train.has_label_maps and training_args.label_crop == "authors":
+        train.label_maps = train.label_maps.without_regions()
+    return train, evaluation
+
+
 def prepare(
     model_args: ModelArguments, data_args: DataArguments, training_args: TokenLabelTrainingArguments
 ) -> ClassifierRun:
@@ -97,14 +137,8 @@ def prepare(
             statistics = (processor.image_mean, processor.image_std)
             annotator = open_annotator(data_args, names, *statistics, training_args.device)
     # by all processes together: it opens the repository of --push_to_hub
-    trainer = TokenLabelTrainer(
-        model,
-        training_args,
-        train_dataset=samples[0],
-        eval_dataset=samples[1],
-        processing_class=processor,
-        annotator=annotator,
-    )
+    datasets = {"train_dataset": samples[0], "eval_dataset": samples[1]}
+    trainer = TokenLabelTrainer(model, training_args, **datasets, processing_class=processor, annotator=annotator)
     if data_args.require_token_labels and not trainer.trains_patches:
         raise ValueError(
             "`require_token_labels`: the data has no dense labels. Give `token_labels`, `annotator` or data with columns "

@@ -32,12 +32,8 @@ NOTES = (
 
 
 def class_names(path: Path) -> list[str]:
-    """The 150 names of `objectInfo150.txt`: the first of the synonyms, all of them where the first one is not unique.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it holds something else.
-    """
+    """The 150 names of `objectInfo150.txt`: the first of the synonyms, all of them where the first one is not unique; a `ValueError` if the
+    file holds something else."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}; it belongs to the release.")
     with open(path, encoding="utf-8", newline="") as file:
@@ -65,6 +61,7 @@ def build(release: Path, output_dir: Path) -> dict[str, int]:
     """Writes the dataset and returns the number of images of each split."""
     names = class_names(release / "objectInfo150.txt")
     scenes = scene_categories(release / "sceneCategories.txt")
+    features = {"scene_category": datasets.Value("string")}
     splits: dict[str, list[Pair]] = {}
     for split, folder in SPLITS.items():
         pairs = pair_files(list_images(release / "images" / folder), list_images(release / "annotations" / folder))
@@ -73,10 +70,7 @@ def build(release: Path, output_dir: Path) -> dict[str, int]:
         ]
     for pairs in splits.values():
         check_pairs(pairs, allows_colors=False)
-    write_segmentation_set(
-        output_dir, splits, names, NOTES, extra_features={"scene_category": datasets.Value("string")}
-    )
-    return {split: len(pairs) for split, pairs in splits.items()}
+    return write_segmentation_set(output_dir, splits, names, NOTES, extra_features=features)
 
 
 def main() -> None:

@@ -40,22 +40,17 @@ MAX_LISTED = 5
 
 def split_pairs(pairs: dict[str, Pair]) -> dict[str, list[Pair]]:
     """Split -> images: by the first folder of their paths, if these are all called after splits."""
-    folders = {key.split("/")[0].lower() if "/" in key else "" for key in pairs}
-    if not folders <= FOLDER_SPLITS.keys():
-        return {"train": list(pairs.values())}
     splits = defaultdict(list)
     for key, pair in pairs.items():
-        splits[FOLDER_SPLITS[key.split("/")[0].lower()]].append(pair)
+        folder, has_folder, _ = key.lower().partition("/")
+        if not has_folder or folder not in FOLDER_SPLITS:
+            return {"train": list(pairs.values())}
+        splits[FOLDER_SPLITS[folder]].append(pair)
     return dict(splits)
 
 
 def read_colors(path: Path) -> dict[str, tuple[int, int, int]]:
-    """Class name -> color, in the order of the class ids.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it holds something else, or a color twice.
-    """
+    """Class name -> color, in the order of the class ids; a `ValueError` if the file holds something else, or a color twice."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of colors {path}.")
     try:
@@ -70,12 +65,7 @@ def read_colors(path: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def colors_to_ids(colors: dict[str, tuple[int, int, int]], ignores_others: bool) -> Callable[[Path], bytes]:
-    """From a file in colors to a PNG of class ids; other colors are errors, or become 255.
-
-    Args:
-        colors: Result of `read_colors`.
-        ignores_others: Which of these.
-    """
+    """From a file in colors to a PNG of class ids; other colors are errors, or with `ignores_others` become 255."""
     table = np.full(1 << 24, IGNORED, dtype=np.uint8)
     for index, (red, green, blue) in enumerate(colors.values()):
         table[red << 16 | green << 8 | blue] = index
@@ -104,20 +94,14 @@ def build(args: argparse.Namespace) -> dict[str, int]:
     if args.colors is not None and args.class_names is not None:
         raise ValueError("Give --colors, which names the classes, or --class_names, not both.")
     colors = read_colors(args.colors) if args.colors is not None else None
-    names = list(colors) if colors is not None else None
-    if args.class_names is not None:
-        if not args.class_names.is_file():
-            raise FileNotFoundError(f"There is no file of class names {args.class_names}.")
-        names = read_class_names(args.class_names)
+    names = read_class_names(args.class_names) if args.class_names is not None else colors and list(colors)
     pairs = pair_files(list_images(args.images), list_images(args.masks), args.mask_suffix)
     check_pairs(list(pairs.values()), allows_colors=colors is not None)
-    splits = split_pairs(pairs)
-    contents = {} if colors is None else {"mask_content": colors_to_ids(colors, args.ignore_other_colors)}
-    notes = (
-        f"Masks hold class ids; {IGNORED} does not count." if colors is not None else "Masks are stored as they were."
-    )
-    write_segmentation_set(args.output_dir, splits, names, notes, **contents)
-    return {split: len(pairs) for split, pairs in splits.items()}
+    contents, notes = {}, "Masks are stored as they were."
+    if colors is not None:
+        contents = {"mask_content": colors_to_ids(colors, args.ignore_other_colors)}
+        notes = f"Masks hold class ids; {IGNORED} does not count."
+    return write_segmentation_set(args.output_dir, split_pairs(pairs), names, notes, **contents)
 
 
 def main() -> None:

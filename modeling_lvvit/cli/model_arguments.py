@@ -2,10 +2,11 @@
 
 import difflib
 import inspect
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import yaml
+from transformers.hf_argparser import HfArg
 
 from ..configuration_lvvit import LVViTConfig
 from ..data.images import parse_image_size
@@ -22,34 +23,25 @@ class ModelSourceArguments:
 
     alternatives: ClassVar[tuple[str, ...]] = ("variant", "model_name_or_path")  # at most one of them is given
 
-    variant: str | None = field(
-        default=None, metadata={"help": "Published size, trained from random weights, e.g. lvvit_s_224."}
+    variant: str | None = HfArg(default=None, help="Published size, trained from random weights, e.g. lvvit_s_224.")
+    model_name_or_path: str | None = HfArg(default=None, help="Instead, a model to start from: folder or Hub name.")
+    model_revision: str | None = HfArg(default=None, help="Its revision on the Hub.")
+    trust_remote_code: bool = HfArg(default=False, help="Allow code of its Hub repository to run.")
+    ignore_mismatched_sizes: bool = HfArg(
+        default=False, help="Give a pretrained model new heads for another number of classes."
     )
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Instead, a model to start from: folder or Hub name."}
+    image_size: list[int] | None = HfArg(
+        default=None, help="Side of the input in pixels, or height and width; default: that of the model."
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Its revision on the Hub."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of its Hub repository to run."})
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Give a pretrained model new heads for another number of classes."}
+    config_overrides: dict | str | None = HfArg(
+        default=None, help="Fields of the configuration of the model: a mapping, here as JSON or YAML."
     )
-    image_size: list[int] | None = field(
+    overwrite_output_dir: bool = HfArg(default=False, help="Write over another run that `output_dir` holds.")
+    save_picture: bool = HfArg(default=True, help="Write a figure of predictions.")
+    license: str | None = HfArg(
         default=None,
-        metadata={"help": "Side of the input in pixels, or height and width; default: that of the model."},
-    )
-    config_overrides: dict | str | None = field(
-        default=None, metadata={"help": "Fields of the configuration of the model: a mapping, here as JSON or YAML."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write over another run that `output_dir` holds."}
-    )
-    save_picture: bool = field(default=True, metadata={"help": "Write a figure of predictions."})
-    license: str | None = field(
-        default=None,
-        metadata={
-            "help": "License of the weights for the card, as a name of the Hub (mit, cc-by-4.0); default: that of the model to start "
-            "from, apache-2.0 for random weights."
-        },
+        help="License of the weights for the card, as a name of the Hub (mit, cc-by-4.0); default: that of the model to start "
+        "from, apache-2.0 for random weights.",
     )
 
     def __post_init__(self):
@@ -90,25 +82,19 @@ class ModelArguments(ModelSourceArguments):
 
     alternatives: ClassVar[tuple[str, ...]] = ("variant", "architecture", "model_name_or_path")
 
-    architecture: str | None = field(
+    architecture: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Instead of LV-ViT, another image classifier with random weights: timm/NAME, or a model type of transformers (vit, "
-            "swin, resnet, ...). For timm/NAME, config_overrides are arguments of `timm.create_model`."
-        },
+        help="Instead of LV-ViT, another image classifier with random weights: timm/NAME, or a model type of transformers (vit, "
+        "swin, resnet, ...). For timm/NAME, config_overrides are arguments of `timm.create_model`.",
     )
-    crop_pct: float | None = field(
+    crop_pct: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Share of the resized image that the evaluation crop keeps; default: that of the variant, else 0.9.",
-            "aliases": ["--crop_fraction"],
-        },
+        help="Share of the resized image that the evaluation crop keeps; default: that of the variant, else 0.9.",
+        aliases=["--crop_fraction"],
     )
-    save_patch_head: bool = field(
+    save_patch_head: bool = HfArg(
         default=True,
-        metadata={
-            "help": "Save a model other than LV-ViT with its patch head, which plain loading leaves out. Checkpoints always have it."
-        },
+        help="Save a model other than LV-ViT with its patch head, which plain loading leaves out. Checkpoints always have it.",
     )
 
     def __post_init__(self):
@@ -123,11 +109,7 @@ class ModelArguments(ModelSourceArguments):
 
 
 def read_config_overrides(overrides: Any) -> dict[str, Any] | None:
-    """Fields of a configuration as a mapping, from JSON or YAML where they are a text.
-
-    Raises:
-        ValueError: If they are something else.
-    """
+    """Fields of a configuration as a mapping, from JSON or YAML where they are a text; a `ValueError` if they are neither."""
     if isinstance(overrides, str):
         try:
             overrides = yaml.safe_load(overrides)

@@ -82,11 +82,7 @@ def recipe_names(program: Program = TRAIN_TL) -> list[str]:
 
 
 def find_recipe(name: str, program: Program = TRAIN_TL) -> Path:
-    """Path of a recipe: a file, or the name of one that comes with the program.
-
-    Raises:
-        FileNotFoundError: If there is neither; the message lists the shipped names.
-    """
+    """Path of a recipe: a file, or the name of one that comes with the program; a `FileNotFoundError` lists these."""
     for path in (Path(name), program.recipes / f"{name}.yaml"):
         if path.is_file():
             return path
@@ -152,10 +148,6 @@ def parse(arguments: list[str], program: Program = TRAIN_TL) -> tuple[Any, ...]:
     """Parses `[RECIPE ...] [--option value ...]`; later recipes override earlier ones, and options override recipes: see `Program.merge`.
 
     Without a recipe and without `--dataset_name`, the embedded recipe is the base; if options choose a model, without its own.
-
-    Args:
-        arguments: Those of the program.
-        program: The program.
 
     Returns:
         One object of each class of `program.arguments`.

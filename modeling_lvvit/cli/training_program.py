@@ -31,11 +31,8 @@ from .parser import EMBEDDED_RECIPE, Program, parse
 
 
 class TrainingRun(ABC):
-    """A run that is ready to start; each program fills in what it says, evaluates and writes. All processes call the methods.
-
-    Attributes:
-        trainer: With model and data. Without a `train_dataset` the model is evaluated only.
-    """
+    """A run that is ready to start; each program fills in what it says, evaluates and writes. All processes call the methods. Without a
+    `train_dataset` of the trainer the model is evaluated only."""
 
     trainer: BaseImageTrainer
 
@@ -59,10 +56,8 @@ def run_program(program: Program, start: list[str], prepare: Callable[..., Train
     """Runs a training program from its command line to its end.
 
     Args:
-        program: Its name, options and recipes.
         start: How it is started again in further processes: its path, or `--module` and its name.
         prepare: From the objects with its options to the run; whatever can go wrong before training goes wrong here.
-        arguments: Its command line.
     """
     if start_missing_processes(start, arguments):
         return

@@ -8,8 +8,11 @@ def read_class_names(path: Path) -> list[str]:
     """Class names in the order of their ids: of a JSON file (a list, or ids to names), or of a text file with one in a line.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If it holds something else.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file of class names {path}.")
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".json":

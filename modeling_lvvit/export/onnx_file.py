@@ -37,14 +37,12 @@ def export_onnx(
 
     Args:
         model: Classifier or segmentation model; stays as it is.
-        path: File to write; one that is there is overwritten.
+        path: One that is there is overwritten.
         dtype: Of weights and computation, float32 or float16. ONNX Runtime has few half-precision kernels for CPUs: it
             casts to float32 and back there, so that float16 halves the file but is not faster.
         fuse: Whether to fold batch norms and residual divisor into the weights.
 
-    Raises:
-        ImportError: If a package is missing.
-        ValueError: If the model or the type is another.
+    Raises an `ImportError` if a package is missing, a `ValueError` if the model or the type is another.
     """
     require("onnx", "onnxscript")
     program = export_program(model, dtype, fuse)
@@ -54,13 +52,8 @@ def export_onnx(
         logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            converted = torch.onnx.export(
-                program,
-                dynamo=True,
-                verbose=False,
-                input_names=[INPUT],
-                output_names=list(output_names(model)),
-            )
+            names = {"input_names": [INPUT], "output_names": list(output_names(model))}
+            converted = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     finally:
         logger.setLevel(level)
     batch, _, height, width = converted.model.graph.inputs[0].shape

@@ -24,13 +24,8 @@ GOLDEN_RATIO = 0.618033988749895  # of the circle of hues from class to class, s
 
 
 def resized_size(height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
-    """Height and width to which an image is resized.
-
-    Args:
-        height, width: Of the image in pixels.
-        size: `height` and `width`; or `shortest_edge`, and perhaps `longest_edge`, which the longer side will not
-            exceed.
-    """
+    """Height and width to which an image of a height and width is resized, all in pixels. `size` has `height` and `width`;
+    or `shortest_edge`, and perhaps `longest_edge`, which the longer side will not exceed."""
     if "shortest_edge" not in size:
         return size["height"], size["width"]
     short, long = min(height, width), max(height, width)
@@ -43,15 +38,8 @@ def resized_size(height: int, width: int, size: dict[str, int]) -> tuple[int, in
 
 
 def prepare(image: Image.Image, processor: dict[str, Any]) -> np.ndarray:
-    """What the image processor makes of an image: resized, cropped at its center, normalized.
-
-    Args:
-        image: Of any size and mode.
-        processor: Content of `preprocessor_config.json`.
-
-    Returns:
-        float32 `(1, 3, height, width)`.
-    """
+    """What the image processor (content of `preprocessor_config.json`) makes of an image of any size and mode: resized,
+    cropped at its center, normalized, float32 `(1, 3, height, width)`."""
     image = image.convert("RGB")
     if processor["do_resize"]:
         height, width = resized_size(image.height, image.width, processor["size"])
@@ -68,28 +56,13 @@ def prepare(image: Image.Image, processor: dict[str, Any]) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 
 
-def padded(pixel_values: np.ndarray, patch_size: int) -> np.ndarray:
-    """Images `(1, 3, height, width)` with zeros at the right and lower border, up to multiples of the patch size."""
-    height, width = pixel_values.shape[2:]
-    return np.pad(pixel_values, ((0, 0), (0, 0), (0, -height % patch_size), (0, -width % patch_size)))
-
-
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax of logits `(num_labels,)`."""
-    powers = np.exp(logits - logits.max())
-    return powers / powers.sum()
-
-
 def class_map(logits: np.ndarray, field: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
-    """The class of every pixel.
+    """The class of every pixel, uint8 `size`.
 
     Args:
         logits: `(num_labels, h, w)` of a padded image.
         field: Height and width of the part, in cells of the logits, that is the image.
         size: Height and width of the result in pixels; logits are resized to it, bilinear.
-
-    Returns:
-        uint8 `size`.
     """
     best, classes = np.full(size, -np.inf, dtype=np.float32), np.zeros(size, dtype=np.uint8)
     for index, plane in enumerate(logits):
@@ -107,11 +80,7 @@ def palette() -> list[int]:
 
 
 class Model:
-    """The model of a folder.
-
-    Args:
-        folder: With `model.onnx`, `config.json` and `preprocessor_config.json`.
-    """
+    """The model of a folder with `model.onnx`, `config.json` and `preprocessor_config.json`."""
 
     def __init__(self, folder: Path):
         config, self.processor = (
@@ -134,13 +103,16 @@ class Model:
 
     def best_classes(self, image: Image.Image, count: int) -> list[tuple[str, float]]:
         """Names and probabilities of the best classes, the best first."""
-        shares = probabilities(self.logits(prepare(image, self.processor)))
+        logits = self.logits(prepare(image, self.processor))
+        powers = np.exp(logits - logits.max())
+        shares = powers / powers.sum()
         return [(self.name(index), float(shares[index])) for index in np.argsort(-shares, kind="stable")[:count]]
 
     def classes_of_pixels(self, image: Image.Image) -> np.ndarray:
         """The class of every pixel, uint8 `(height, width)`. The image is looked at as a whole, not in windows."""
         pixel_values = prepare(image, self.processor)
-        whole = padded(pixel_values, self.patch_size)
+        borders = [(0, -side % self.patch_size) for side in pixel_values.shape[2:]]  # zeros on the right and below
+        whole = np.pad(pixel_values, ((0, 0), (0, 0), *borders))
         logits = self.logits(whole)
         field = [a * b / c for a, b, c in zip(logits.shape[1:], pixel_values.shape[2:], whole.shape[2:])]
         return class_map(logits, field, (image.height, image.width))

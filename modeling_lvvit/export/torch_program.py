@@ -23,9 +23,6 @@ class MeanPooling(nn.Module):
     size of the example alone.
 
     `(batch_size, channels, height, width)` -> `(batch_size, channels, bins, bins)`.
-
-    Args:
-        bins: Rows and columns of the result.
     """
 
     def __init__(self, bins: int):
@@ -70,11 +67,7 @@ class ImagesToLogits(nn.Module):
 
 
 def output_names(model: LVViTPreTrainedModel) -> tuple[str, ...]:
-    """What an exported model gives.
-
-    Raises:
-        ValueError: If it is neither a classifier nor a segmentation model.
-    """
+    """What an exported model gives; a `ValueError` if it is neither a classifier nor a segmentation model."""
     for model_class, names in OUTPUTS.items():
         if isinstance(model, model_class):
             return names
@@ -91,10 +84,8 @@ def export_program(
         run = torch.export.load("model.pt2").module()
         logits = run(pixel_values)["logits"]
 
-    Such a file is a zip archive of the graph (JSON), the weights (raw bytes) and the example images that were
-    traced, zeros, as `torch.save` writes tensors: a pickle, which `torch.export.load` reads with `weights_only=True`
-    first, and without if that fails. So load only files that you trust. Lines of source code, which the library notes
-    with each operation, are left out.
+    Such a file holds the example images that were traced as a pickle, which `torch.export.load` reads with
+    `weights_only=True` first, and without if that fails. So load only files that you trust.
 
     Args:
         model: Classifier or segmentation model; stays as it is.
@@ -103,11 +94,10 @@ def export_program(
 
     Returns:
         Program on the CPU with one input, `pixel_values`: normalized images, float32 `(batch_size, num_channels,
-        height, width)`, for any batch size of at least 1 and sides that are multiples of the patch size, at least two
-        patches (segmentation models pad other sides; exported ones do not). Its output is a dictionary of float32
-        tensors: of a classifier `logits` and `cls_logits` `(batch_size, num_labels)` and `patch_logits` `(batch_size,
-        rows * columns, num_labels)`, of a segmentation model `logits` `(batch_size, num_labels, height / s, width /
-        s)`, s = 4 for UperNet and 8 for FCN (patches of 16 pixels).
+        height, width)`, for any batch size and sides that are multiples of the patch size, at least two patches. Its
+        output is a dictionary of float32 tensors: of a classifier `logits` and `cls_logits` `(batch_size, num_labels)`
+        and `patch_logits` `(batch_size, rows * columns, num_labels)`, of a segmentation model `logits` `(batch_size,
+        num_labels, height / s, width / s)`, s = 4 for UperNet and 8 for FCN (patches of 16 pixels).
 
     Raises:
         ValueError: If the model or the type is another.

@@ -46,11 +46,7 @@ class Agreement:
 
 
 def onnx_runner(path: Path) -> Run:
-    """Runs an ONNX file with ONNX Runtime on the CPU.
-
-    Raises:
-        ImportError: If ONNX Runtime is missing.
-    """
+    """Runs an ONNX file with ONNX Runtime on the CPU; an `ImportError` if that is missing."""
     require("onnxruntime")
     import onnxruntime
 
@@ -82,15 +78,8 @@ def program_runner(path: Path) -> Run:
 
 @torch.no_grad()
 def compare(run: Run, model: LVViTPreTrainedModel, dtype: torch.dtype) -> Agreement:
-    """Compares an exported file with its model on random images.
-
-    Batches of 1 and 3, each in the model's size, a patch larger, and as a rectangle of half the height.
-
-    Args:
-        run: From pixel values to outputs.
-        model: In float32 and evaluation mode, on the CPU.
-        dtype: What the file computes in.
-    """
+    """Compares an exported file, which computes in `dtype`, with its model (float32, evaluation mode, on the CPU) on random images:
+    batches of 1 and 3, each in the model's size, a patch larger, and as a rectangle of half the height."""
     rows, columns = model.config.grid_size
     side = model.config.patch_size
     grids = ((rows, columns), (rows + 1, columns + 1), (max(2, rows // 2), columns + 1))

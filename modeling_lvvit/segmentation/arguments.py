@@ -1,8 +1,10 @@
 """Options of the segmentation program: model, data, inference and training."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
+
+from transformers.hf_argparser import HfArg
 
 from ..cli.model_arguments import ModelSourceArguments
 from ..data.images import parse_image_size
@@ -23,10 +25,10 @@ class SegmentationModelArguments(ModelSourceArguments):
     """Which model to train, besides the fields of `ModelSourceArguments`: a new LV-ViT, a classifier, which becomes the backbone, or a
     segmentation model to go on with. `image_size` is the size of the training crops and of the windows of evaluation."""
 
-    segmentation_head: Literal["upernet", "fcn"] | None = field(
-        default=None, metadata={"help": "upernet or fcn; default: that of the model, for a new one upernet."}
+    segmentation_head: Literal["upernet", "fcn"] | None = HfArg(
+        default=None, help="upernet or fcn; default: that of the model, for a new one upernet."
     )
-    evaluate_only: bool = field(default=False, metadata={"help": "Evaluate the model without training it."})
+    evaluate_only: bool = HfArg(default=False, help="Evaluate the model without training it.")
 
     def __post_init__(self):
         if self.segmentation_head not in (None, "upernet", "fcn"):
@@ -40,81 +42,64 @@ class SegmentationModelArguments(ModelSourceArguments):
 class SegmentationDataArguments:
     """What to train and evaluate on, and how masks stand for classes. Its options are described in their `help`."""
 
-    dataset_name: str | None = field(
+    dataset_name: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Hub name, a folder (an image folder with metadata, or Parquet files) or one Parquet file; default: the embedded digit "
-            "scenes."
-        },
+        help="Hub name, a folder (an image folder with metadata, or Parquet files) or one Parquet file; default: the embedded digit "
+        "scenes.",
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
-    train_split: str = field(default="train", metadata={"help": "Training split."})
-    eval_split: str | None = field(
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration on the Hub.")
+    dataset_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
+    train_split: str = HfArg(default="train", help="Training split.")
+    eval_split: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Evaluation split; default: the first of validation, val, valid, dev, test, else a share of the training data."
-        },
+        help="Evaluation split; default: the first of validation, val, valid, dev, test, else a share of the training data.",
     )
-    test_split: str | None = field(default=None, metadata={"help": "Split that is evaluated once, at the end."})
-    eval_fraction: float = field(
-        default=0.1, metadata={"help": "Share of the training data held out without an evaluation split, in (0, 1)."}
+    test_split: str | None = HfArg(default=None, help="Split that is evaluated once, at the end.")
+    eval_fraction: float = HfArg(
+        default=0.1, help="Share of the training data held out without an evaluation split, in (0, 1)."
     )
-    image_column: str = field(default="image", metadata={"help": "Column of images."})
-    mask_column: str | None = field(
-        default=None, metadata={"help": "Column of masks; default: annotation, mask, ..., whichever is there."}
+    image_column: str = HfArg(default="image", help="Column of images.")
+    mask_column: str | None = HfArg(
+        default=None, help="Column of masks; default: annotation, mask, ..., whichever is there."
     )
-    class_names: list[str] | None = field(
+    class_names: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Names of the classes in the order of their ids, or one JSON or text file with them; default: id2label.json next to the "
-            "data, then numbers."
-        },
+        help="Names of the classes in the order of their ids, or one JSON or text file with them; default: id2label.json next to the "
+        "data, then numbers.",
     )
-    ignore_index: int = field(default=IGNORED, metadata={"help": "Mask value of pixels that do not count."})
-    reduce_labels: bool = field(default=False, metadata={"help": "0 in masks is no class, 1 the first one (ADE20K)."})
-    mask_values: list[int] | None = field(
-        default=None, metadata={"help": "Mask value of each class; default: the class ids."}
+    ignore_index: int = HfArg(default=IGNORED, help="Mask value of pixels that do not count.")
+    reduce_labels: bool = HfArg(default=False, help="0 in masks is no class, 1 the first one (ADE20K).")
+    mask_values: list[int] | None = HfArg(default=None, help="Mask value of each class; default: the class ids.")
+    max_train_samples: int | None = HfArg(default=None, help="Keep the first rows only, to try out.")
+    max_eval_samples: int | None = HfArg(default=None, help="Keep the first rows only, to try out.")
+    check_data: bool = HfArg(default=True, help="Look at every row before training.")
+    class_weights: list[str] | None = HfArg(
+        default=None, help="Weight of each class in the loss, or median_frequency, from the training masks."
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only, to try out."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Keep the first rows only, to try out."})
-    check_data: bool = field(default=True, metadata={"help": "Look at every row before training."})
-    class_weights: list[str] | None = field(
+    scale_min: float = HfArg(default=0.5, help="Smallest factor of the size of training images.")
+    scale_max: float = HfArg(default=2.0, help="Largest factor of the size of training images.")
+    max_class_share: float = HfArg(default=0.75, help="Crops filled more by a class are drawn again.")
+    horizontal_flip: float = HfArg(default=0.5, help="Probability of a mirror image.")
+    photometric: float = HfArg(default=0.5, help="Probability of each color change.")
+    short_side: int | None = HfArg(
         default=None,
-        metadata={"help": "Weight of each class in the loss, or median_frequency, from the training masks."},
+        help="Shorter side in pixels of images in evaluation, to which training scales refer too; default: their own size.",
     )
-    scale_min: float = field(default=0.5, metadata={"help": "Smallest factor of the size of training images."})
-    scale_max: float = field(default=2.0, metadata={"help": "Largest factor of the size of training images."})
-    max_class_share: float = field(default=0.75, metadata={"help": "Crops filled more by a class are drawn again."})
-    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a mirror image."})
-    photometric: float = field(default=0.5, metadata={"help": "Probability of each color change."})
-    short_side: int | None = field(
+    long_side: int | None = HfArg(default=None, help="Largest longer side in pixels, with short_side.")
+    window: list[int] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Shorter side in pixels of images in evaluation, to which training scales refer too; default: their own size."
-        },
+        help="Windows of evaluation in pixels, a side or height and width; default: the size of the training crops. Windows as large "
+        "as the images see them whole.",
     )
-    long_side: int | None = field(default=None, metadata={"help": "Largest longer side in pixels, with short_side."})
-    window: list[int] | None = field(
+    stride: list[int] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Windows of evaluation in pixels, a side or height and width; default: the size of the training crops. Windows as large "
-            "as the images see them whole."
-        },
+        help="Distance of windows in pixels, a number or that of rows and columns; default: two thirds of a window.",
     )
-    stride: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Distance of windows in pixels, a number or that of rows and columns; default: two thirds of a window."
-        },
-    )
-    multi_scale: bool = field(
+    multi_scale: bool = HfArg(
         default=False,
-        metadata={
-            "help": "In the evaluation at the end also average over sizes of the image and, unless horizontal_flip is 0, mirror images."
-        },
+        help="In the evaluation at the end also average over sizes of the image and, unless horizontal_flip is 0, mirror images.",
     )
-    scales: list[float] = field(default_factory=lambda: list(SCALES), metadata={"help": "Those sizes, as factors."})
+    scales: list[float] = HfArg(default_factory=lambda: list(SCALES), help="Those sizes, as factors.")
 
     def __post_init__(self):
         if not 0 < self.eval_fraction < 1:
@@ -138,11 +123,7 @@ class SegmentationDataArguments:
         )
 
     def given_class_weights(self) -> list[float] | None:
-        """The weights that were given as numbers.
-
-        Raises:
-            ValueError: If they are neither numbers nor `"median_frequency"`.
-        """
+        """The weights that were given as numbers; a `ValueError` if they are neither that nor `"median_frequency"`."""
         if self.class_weights is None or self.class_weights == [BALANCED]:
             return None
         try:
@@ -156,21 +137,14 @@ class SegmentationDataArguments:
         return weights
 
     def inference(self, crop_size: tuple[int, int]) -> tuple[InferenceSettings, InferenceSettings | None]:
-        """How images are segmented at a single scale and, if that was asked for, at several.
-
-        Args:
-            crop_size: Height and width of the training crops in pixels.
-        """
+        """How images are segmented at a single scale and, with `multi_scale`, at several; `crop_size` is in pixels."""
         window = parse_image_size(self.window, "`window`") or tuple(crop_size)
         stride = parse_image_size(self.stride, "`stride`") or tuple(max(1, 2 * side // 3) for side in window)
         if any(step > side for step, side in zip(stride, window)):
             raise ValueError(f"`stride` {stride} is larger than the windows, {window}: pixels would be left out.")
         single = InferenceSettings(window, stride, self.short_side, self.long_side)
-        if not self.multi_scale:
-            return single, None
-        return single, InferenceSettings(
-            window, stride, self.short_side, self.long_side, tuple(self.scales), flip=self.horizontal_flip > 0
-        )
+        multiple = replace(single, scales=tuple(self.scales), flip=self.horizontal_flip > 0)
+        return single, multiple if self.multi_scale else None
 
 
 @dataclass
@@ -179,24 +153,20 @@ class SegmentationTrainingArguments(BaseImageTrainingArguments):
 
     reference_images_per_step: ClassVar[int] = REFERENCE_IMAGES_PER_STEP
 
-    base_learning_rate: float = field(default=6e-5, metadata={"help": "Learning rate for 16 images a step."})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay of matrices and convolutions."})
-    warmup_steps: float = field(
+    base_learning_rate: float = HfArg(default=6e-5, help="Learning rate for 16 images a step.")
+    weight_decay: float = HfArg(default=0.01, help="AdamW weight decay of matrices and convolutions.")
+    warmup_steps: float = HfArg(
         default=0.01,
-        metadata={
-            "help": "Optimizer steps of warm-up, or below 1 their share of the run (published: 1500 of 160,000)."
-        },
+        help="Optimizer steps of warm-up, or below 1 their share of the run (published: 1500 of 160,000).",
     )
-    lr_schedule: Literal["library", "published"] = field(
+    lr_schedule: Literal["library", "published"] = HfArg(
         default="published",
-        metadata={
-            "help": "published: linear warm-up and polynomial decay to 0 (schedule.polynomial_factor); library: lr_scheduler_type."
-        },
+        help="published: linear warm-up and polynomial decay to 0 (schedule.polynomial_factor); library: lr_scheduler_type.",
     )
-    lr_power: float = field(default=1.0, metadata={"help": "Power of the polynomial decay."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Images that a device takes at a time."})
+    lr_power: float = HfArg(default=1.0, help="Power of the polynomial decay.")
+    per_device_eval_batch_size: int = HfArg(default=4, help="Images that a device takes at a time.")
     # the last batch of an epoch may have a single image, of which batch norms cannot take statistics
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out the last, smaller batch."})
+    dataloader_drop_last: bool = HfArg(default=True, help="Leave out the last, smaller batch.")
 
     def check_options(self) -> None:
         """As in `BaseImageTrainingArguments`."""

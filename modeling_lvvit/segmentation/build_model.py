@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import AutoImageProcessor, SegformerImageProcessor
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
 from ..backbones.loading import LOADING_ERRORS
@@ -29,12 +28,7 @@ HEADS = ("neck.", "decoder.", "auxiliary_decoder.")  # weights that a classifier
 
 
 def pretrained_config(args: SegmentationModelArguments) -> LVViTConfig | None:
-    """Configuration of the model to start from, `None` for a new one.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is no LV-ViT, or fused.
-    """
+    """Configuration of the model to start from, `None` for a new one; a `ValueError` if that is no LV-ViT, or fused."""
     path = args.model_name_or_path
     if path is None:
         return None
@@ -57,9 +51,7 @@ def build_segmenter(
     """The model, with the class names of the data and position tables of the size of the training crops.
 
     Args:
-        args: What to build.
         config: Result of `pretrained_config`.
-        class_names: Of the data, by id.
         ignore_index: Label of pixels that do not count.
 
     Raises:
@@ -114,13 +106,13 @@ def _load(
         raise ValueError(
             f"{path} lacks weights of the backbone: {', '.join(backbone)}. Was config_overrides meant for a new model?"
         )
-    changes = []
     mismatched = sorted(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"])
     if args.evaluate_only and (missing or mismatched):
         raise ValueError(
             f"{path} has no trained segmentation heads for this: {', '.join((missing + mismatched)[:3])} ... would be random. Train it "
             "first, or leave out options that change its heads."
         )
+    changes = []
     if missing:
         changes.append("heads new" if is_segmenter(config) else "a classifier as backbone, heads new")
     if mismatched:
@@ -148,18 +140,14 @@ def pretrained_processor(args: SegmentationModelArguments) -> Any | None:
 def as_trained(data_args: SegmentationDataArguments, processor: Any) -> SegmentationDataArguments:
     """Options for evaluating a segmentation model as it was trained: the size of images, unless another is given.
 
-    Args:
-        data_args: The options.
-        processor: Image processor of the model.
-
     Raises:
         ValueError: If masks would be read in another way.
     """
     reduced = bool(getattr(processor, "do_reduce_labels", False))
     if reduced != data_args.reduce_labels:
-        word = str(reduced).lower()
         raise ValueError(
-            f"The model was trained with `reduce_labels` {word}, so that its class ids mean other mask values. Add that option."
+            f"The model was trained with `reduce_labels` {str(reduced).lower()}, so that its class ids mean other mask values. Add that "
+            "option."
         )
     size = processor.size if processor.do_resize else None
     if data_args.short_side is not None or not size or "shortest_edge" not in size:
@@ -173,26 +161,14 @@ def build_processor(
     pretrained: Any | None, data_args: SegmentationDataArguments, reduces_labels: bool
 ) -> SegformerImageProcessor:
     """The image processor that is saved with the model: images in the size in which they are evaluated, normalized as the backbone
-    knows them, whole and never squashed.
-
-    Args:
-        pretrained: Result of `pretrained_processor`.
-        data_args: With the size of images.
-        reduces_labels: Whether 0 in masks is no class.
-    """
-    mean, std = (
-        (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        if pretrained is None
-        else (pretrained.image_mean, pretrained.image_std)
-    )
-    size = {}
+    knows them (without a `pretrained_processor` as on ImageNet), whole and never squashed. `reduces_labels`: 0 in masks is no class."""
+    settings: dict[str, Any] = {}
+    if pretrained is not None:
+        settings = {"image_mean": pretrained.image_mean, "image_std": pretrained.image_std}
     if data_args.short_side is not None:
-        size = {"size": {"shortest_edge": data_args.short_side}}
-        if data_args.long_side is not None:
-            size["size"]["longest_edge"] = data_args.long_side
-    return SegformerImageProcessor(
-        do_resize=bool(size), **size, image_mean=mean, image_std=std, do_reduce_labels=reduces_labels
-    )
+        edges = {"shortest_edge": data_args.short_side, "longest_edge": data_args.long_side}
+        settings["size"] = {name: length for name, length in edges.items() if length is not None}
+    return SegformerImageProcessor(do_resize="size" in settings, do_reduce_labels=reduces_labels, **settings)
 
 
 def _check_classes(args: SegmentationModelArguments, config: LVViTConfig, class_names: list[str]) -> None:
@@ -214,13 +190,7 @@ def _check_classes(args: SegmentationModelArguments, config: LVViTConfig, class_
 def set_class_weights(
     model: LVViTForSemanticSegmentation, args: SegmentationDataArguments, counts: ClassCounts | None
 ) -> None:
-    """Gives the loss the weights that were asked for, the same in all processes.
-
-    Args:
-        model: Changed in place.
-        args: What was asked for.
-        counts: Pixels of the classes in the main process, elsewhere `None`.
-    """
+    """Gives the loss the weights that were asked for, the same in all processes. Only the main process needs `counts`."""
     weights = args.given_class_weights()
     if args.class_weights == [BALANCED]:
         weights = broadcast_object_list([counts and counts.median_frequency_weights()])[0]

@@ -37,12 +37,9 @@ class OpenedSegmentationData:
     """The data of a run, see `open_segmentation_data`.
 
     Args:
-        train, evaluation: Rows with images and masks; `train` is `None` if only an evaluation was asked for.
+        train, evaluation, test: Rows with images and masks, `None` for those that were not asked for.
         eval_name: What the evaluation rows are called.
-        mask_column: Their column of masks.
-        class_names: Names of the classes by id.
-        encoding: How mask values stand for them.
-        test: Rows that are evaluated at the end, `None` without such.
+        encoding: How mask values stand for classes.
     """
 
     train: datasets.Dataset | None
@@ -60,8 +57,7 @@ def open_segmentation_data(
     """Opens the splits and finds out about their masks.
 
     Args:
-        args: What to open.
-        seed: Seed of the split where the data has no evaluation part.
+        seed: Of the split where the data has no evaluation part.
         model_names: Class names of a model, for data that has none.
         evaluate_only: Whether no training rows are needed.
 
@@ -72,18 +68,16 @@ def open_segmentation_data(
     splits = open_splits(args.dataset_name, args.dataset_config_name, args.dataset_revision, split=args.train_split)
     if args.test_split is not None and args.test_split not in splits:
         raise ValueError(f"{args.dataset_name} has no split {args.test_split!r}; it has {list(splits)}.")
+    train = None if evaluate_only else splits.get(args.train_split)
     if evaluate_only:
-        train, eval_name = None, split_to_evaluate(splits, args.eval_split)
+        eval_name = split_to_evaluate(splits, args.eval_split)
         if eval_name is None:
             wanted = args.eval_split or " or ".join(EVALUATION_SPLITS)
             raise ValueError(
                 f"{args.dataset_name} has no split {wanted}; it has {list(splits)}. Name it with `eval_split`."
             )
     else:
-        train, eval_name = (
-            splits.get(args.train_split),
-            find_eval_split(splits, args.dataset_name, args.train_split, args.eval_split),
-        )
+        eval_name = find_eval_split(splits, args.dataset_name, args.train_split, args.eval_split)
     if eval_name is not None:
         evaluation = splits[eval_name]
     else:
@@ -91,9 +85,11 @@ def open_segmentation_data(
             len(train), args.eval_fraction, seed, args.dataset_name, args.train_split
         )
         train, evaluation = train.select(training), train.select(held_out)
-    rows = {"training": None if train is None else _first(train, args.max_train_samples)}
-    rows |= {"evaluation": _first(evaluation, args.max_eval_samples)}
-    rows |= {"test": None if args.test_split is None else _first(splits[args.test_split], args.max_eval_samples)}
+    rows = {
+        "training": _first(train, args.max_train_samples),
+        "evaluation": _first(evaluation, args.max_eval_samples),
+        "test": _first(splits.get(args.test_split), args.max_eval_samples),
+    }
     for name, part in rows.items():
         if part is not None and not len(part):
             raise ValueError(f"There are no {name} rows in {args.dataset_name}.")
@@ -108,29 +104,19 @@ def open_segmentation_data(
 
 
 def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) -> str:
-    """The column of masks.
-
-    Raises:
-        ValueError: If there is no such column, or none of images.
-    """
+    """The column of masks; a `ValueError` if there is no such column, or none of images."""
     if args.image_column not in rows.column_names:
         raise ValueError(
             f"{args.dataset_name} has no column {args.image_column!r}; it has {rows.column_names}. Name it with `image_column`."
         )
-    names = [args.mask_column] if args.mask_column is not None else MASK_COLUMNS
-    for name in names:
+    paths = [datasets.Value(name) for name in ("string", "large_string")]
+    for name in [args.mask_column] if args.mask_column is not None else MASK_COLUMNS:
         feature = rows.features.get(name)
-        is_path = args.mask_column is not None and feature in (
-            datasets.Value("string"),
-            datasets.Value("large_string"),
-        )
-        if isinstance(feature, datasets.Image) or is_path:
+        if isinstance(feature, datasets.Image) or (args.mask_column is not None and feature in paths):
             return name
-    wanted = (
-        f"no column {args.mask_column!r} of images"
-        if args.mask_column
-        else "no column of masks that is known by its name"
-    )
+    wanted = f"no column {args.mask_column!r} of images"
+    if not args.mask_column:
+        wanted = "no column of masks that is known by its name"
     about = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
     raise ValueError(
         f"{args.dataset_name} has {wanted}; it has {about}. Name it with `mask_column`. In the metadata.csv of an image folder "
@@ -146,10 +132,10 @@ def _find_classes(
     names = _given_names(args) or _names_next_to_data(args)
     if names is not None and (len(names) < 2 or len(set(names)) != len(names)):
         raise ValueError(f"Class names must be two or more different names, got {names}.")
-    if names is None and model_names is not None:
-        names = model_names
+    names = model_names if names is None else names
     values = tuple(args.mask_values) if args.mask_values else None
     if names is None:
+        count = 0 if values is None else len(values)
         if values is None:
             present = values_in_masks(rows, mask_column)
             present = present[present != args.ignore_index]
@@ -159,8 +145,6 @@ def _find_classes(
                     f"The masks of {args.dataset_name} have the values {present.tolist()} besides {args.ignore_index}, which is ignored "
                     "(`ignore_index`): that is a single class. `mask_values` names the value of each class, for example 0 255."
                 )
-        else:
-            count = len(values)
         names = [str(index) for index in range(count)]
         logger.warning("The classes have no names: they are numbered 0 to %d. `class_names` names them.", count - 1)
     return names, MaskEncoding(len(names), args.ignore_index, args.reduce_labels, values)
@@ -171,9 +155,7 @@ def _given_names(args: SegmentationDataArguments) -> list[str] | None:
         return None
     names = list(args.class_names)
     if len(names) == 1 and Path(names[0]).suffix in (".json", ".txt"):
-        if not Path(names[0]).is_file():
-            raise FileNotFoundError(f"There is no file of class names {names[0]}.")
-        names = read_class_names(Path(names[0]))
+        return read_class_names(Path(names[0]))
     return names
 
 
@@ -190,21 +172,14 @@ def _names_next_to_data(args: SegmentationDataArguments) -> list[str] | None:
     return read_class_names(Path(file))
 
 
-def _first(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
-    return rows if count is None else rows.select(range(min(max(count, 0), len(rows))))
+def _first(rows: datasets.Dataset | None, count: int | None) -> datasets.Dataset | None:
+    return rows if rows is None or count is None else rows.select(range(min(max(count, 0), len(rows))))
 
 
 def build_samples(
     args: SegmentationDataArguments, opened: OpenedSegmentationData, crop_size: tuple[int, int], processor: Any
 ) -> dict[str, SegmentationDataset | None]:
-    """Training samples, jointly augmented, and whole images of the other splits.
-
-    Args:
-        args: Augmentation and sizes.
-        opened: The rows.
-        crop_size: Height and width of training samples in pixels.
-        processor: Image processor with the normalization.
-    """
+    """Training samples of `crop_size` pixels (height, width), jointly augmented, and whole images of the other splits."""
     statistics, encoding = (processor.image_mean, processor.image_std), opened.encoding
     train_transform = SegmentationTrainTransform(
         crop_size,

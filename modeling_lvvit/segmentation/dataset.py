@@ -23,10 +23,10 @@ class ClassCounts:
     """Pixels of each class over a dataset.
 
     Args:
-        pixels: Number of pixels of each class, int64 `(C,)`.
-        pixels_where_present: Number of labelled pixels in the masks in which a class is, int64 `(C,)`.
-        num_masks: Number of masks in which a class is, int64 `(C,)`.
-        ignored: Number of pixels that do not count.
+        pixels: Of each class, int64 `(C,)`.
+        pixels_where_present: All labelled pixels of the masks in which a class is, int64 `(C,)`.
+        num_masks: Masks in which a class is, int64 `(C,)`.
+        ignored: Pixels that do not count.
     """
 
     pixels: np.ndarray
@@ -59,14 +59,9 @@ class SegmentationDataset(ImageDataset):
     """Decodes images and masks of a `datasets.Dataset` and transforms them together.
 
     Args:
-        dataset: Rows with two image columns.
         transform: Called with an image and the class ids of its pixels `(height, width)`; returns a dict of tensors.
         encoding: How mask values stand for classes.
-        image_column, mask_column: Column names.
         name: What messages call the dataset.
-
-    Raises:
-        ValueError: If a column is missing.
     """
 
     def __init__(
@@ -100,11 +95,8 @@ class SegmentationDataset(ImageDataset):
         return self._table[read_mask(self.rows[index][self.mask_column][0].as_py())]
 
     def check_rows(self) -> ClassCounts:
-        """Looks at every row before training: masks wholly, images as `check_all_rows` does; counts the pixels of the classes.
-
-        Raises:
-            ValueError: With the first problems found, each with its row, or if no pixel has a class.
-        """
+        """Looks at every row before training: masks wholly, images as `check_all_rows` does; counts the pixels of the classes. Raises a
+        `ValueError` with the first problems found, each with its row, or if no pixel has a class."""
         counts = ClassCounts(np.zeros(self.encoding.num_labels, dtype=np.int64))
 
         def find_problems(table: pa.Table, start: int) -> list[tuple[int, str]]:
@@ -115,8 +107,7 @@ class SegmentationDataset(ImageDataset):
                 if problem:
                     problems.append((offset, problem))
                     continue
-                is_counted = ids != self.encoding.label_ignore_index
-                counted = ids[is_counted]
+                counted = ids[ids != self.encoding.label_ignore_index]
                 counts.add(np.bincount(counted, minlength=len(counts.pixels)), ids.size - len(counted))
             return problems
 
@@ -131,12 +122,7 @@ class SegmentationDataset(ImageDataset):
     def _read(
         self, value: dict[str, Any] | None, size: tuple[int, int] | None
     ) -> tuple[np.ndarray | None, str | None]:
-        """Class ids of a mask, int32 `(height, width)`, or what is wrong with it.
-
-        Args:
-            value: Of the mask column.
-            size: Height and width that it should have; `None` if they are not known.
-        """
+        """Class ids of a mask, int32 `(height, width)`, or what is wrong with it; `size` is the height and width it should have."""
         if value is None or (value["bytes"] is None and value["path"] is None):
             return None, "it has no mask"
         name = f"its mask {value['path'] or ''}".rstrip()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,8 @@ class Pair:
 
 
 def list_images(folder: Path) -> dict[str, Path]:
-    """Image files of a folder and those below it: path without ending, relative to the folder -> file.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If two files differ only in their ending.
-    """
+    """Image files of a folder and those below it: path without ending, relative to the folder -> file. Two files may not differ only
+    in their ending (`ValueError`)."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     files: dict[str, Path] = {}
@@ -54,15 +51,8 @@ def list_images(folder: Path) -> dict[str, Path]:
 
 
 def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path], mask_suffix: str = "") -> dict[str, Pair]:
-    """Images with the masks of the same name.
-
-    Args:
-        images, masks: Results of `list_images`.
-        mask_suffix: What the names of masks have after those of their images.
-
-    Raises:
-        ValueError: If there are none, or an image has no mask or the other way round.
-    """
+    """Images with the masks of the same name, both from `list_images`; `mask_suffix` is what masks have after the name of the image.
+    Raises a `ValueError` if there are none, or an image has no mask or the other way round."""
     by_image = {key.removesuffix(mask_suffix): file for key, file in masks.items() if key.endswith(mask_suffix)}
     if not images:
         raise ValueError("There are no images.")
@@ -78,12 +68,8 @@ def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path], mask_suffi
 
 
 def check_pairs(pairs: Sequence[Pair], allows_colors: bool) -> None:
-    """Looks at the headers of all files: images that can be opened, masks of their size and, unless colors are allowed, of one
-    channel.
-
-    Raises:
-        ValueError: With the first problems.
-    """
+    """Raises a `ValueError` unless all files can be opened and masks have the size of their images and, unless colors are allowed, one
+    channel."""
     problems = []
     for pair in tqdm(pairs, desc="Looking at the files", unit="image"):
         sizes = [read_image_size({"bytes": None, "path": str(path)}) for path in (pair.image, pair.mask)]
@@ -109,12 +95,10 @@ def write_segmentation_set(
     notes: str,
     mask_content: Callable[[Path], bytes] = Path.read_bytes,
     extra_features: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes `data/SPLIT-*.parquet` with the columns `image` and `annotation`, `id2label.json` and a card.
+) -> dict[str, int]:
+    """Writes `data/SPLIT-*.parquet` with the columns `image` and `annotation`, `id2label.json` and a card; returns the number of images of each split.
 
     Args:
-        output_dir: Folder to create.
-        splits: Name -> images and masks.
         class_names: By id; `None` writes no names.
         notes: Markdown text for the card.
         mask_content: From a mask file to the PNG that is stored.
@@ -124,40 +108,35 @@ def write_segmentation_set(
         FileExistsError: If `output_dir` is there and not empty.
         ValueError: If a mask cannot be read.
     """
-    features = {"image": datasets.Image(), "annotation": datasets.Image(), **(extra_features or {})}
+    columns = {"image": datasets.Image(), "annotation": datasets.Image(), **(extra_features or {})}
+    schema = datasets.Features(columns).arrow_schema
     with atomic_directory(output_dir) as partial:
         (partial / "data").mkdir()
         for split, pairs in splits.items():
-            _write_split(partial / "data", split, pairs, datasets.Features(features), mask_content)
+            _write_split(partial / "data", split, pairs, schema, mask_content)
         if class_names is not None:
             names = json.dumps(dict(enumerate(class_names)), indent=1, ensure_ascii=False)
             (partial / "id2label.json").write_text(names + "\n", encoding="utf-8")
-        counts = ", ".join(f"{split} {len(pairs):,}" for split, pairs in splits.items())
+        counts = {split: len(pairs) for split, pairs in splits.items()}
+        listed = ", ".join(f"{split} {count:,}" for split, count in counts.items())
         card = DatasetCardData(task_categories=["image-segmentation"], pretty_name=output_dir.name)
-        DatasetCard(f"---\n{card}\n---\n\n# {output_dir.name}\n\nImages and masks: {counts}.\n\n{notes}\n").save(
+        DatasetCard(f"---\n{card}\n---\n\n# {output_dir.name}\n\nImages and masks: {listed}.\n\n{notes}\n").save(
             partial / CARD
         )
+    return counts
 
 
 def _write_split(
-    folder: Path,
-    split: str,
-    pairs: Sequence[Pair],
-    features: datasets.Features,
-    mask_content: Callable[[Path], bytes],
+    folder: Path, split: str, pairs: Sequence[Pair], schema: pa.Schema, mask_content: Callable[[Path], bytes]
 ) -> None:
-    schema = features.arrow_schema
-    num_shards = -(-len(pairs) // ROWS_PER_SHARD)
-    progress = tqdm(total=len(pairs), desc=f"Writing {split}", unit="image")
-    for shard in range(num_shards):
-        shard_pairs = pairs[shard * ROWS_PER_SHARD : (shard + 1) * ROWS_PER_SHARD]
-        path = folder / f"{split}-{shard:05d}-of-{num_shards:05d}.parquet"
+    starts = range(0, len(pairs), ROWS_PER_SHARD)
+    progress = iter(tqdm(pairs, desc=f"Writing {split}", unit="image"))
+    for shard, _ in enumerate(starts):
+        path = folder / f"{split}-{shard:05d}-of-{len(starts):05d}.parquet"
+        shard_pairs = islice(progress, ROWS_PER_SHARD)
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for start in range(0, len(shard_pairs), ROWS_PER_GROUP):
-                rows = [_row(pair, mask_content) for pair in shard_pairs[start : start + ROWS_PER_GROUP]]
+            while rows := [_row(pair, mask_content) for pair in islice(shard_pairs, ROWS_PER_GROUP)]:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                progress.update(len(rows))
-    progress.close()
 
 
 def _row(pair: Pair, mask_content: Callable[[Path], bytes]) -> dict[str, Any]:

@@ -20,13 +20,8 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class InferenceSettings:
-    """How whole images are segmented.
-
-    Args:
-        window, stride: Height and width in pixels; see `sliding_window_logits`.
-        short_side, long_side: Size of the images; see `transforms.evaluation_size`.
-        scales, flip: See `multi_scale_probabilities`; with the single scale 1 and no mirror image nothing is averaged.
-    """
+    """How whole images are segmented: see `sliding_window_logits`, `transforms.evaluation_size` for the sides, and
+    `multi_scale_probabilities`; with the single scale 1 and no mirror image nothing is averaged."""
 
     window: tuple[int, int] = WINDOW
     stride: tuple[int, int] = STRIDE
@@ -37,13 +32,8 @@ class InferenceSettings:
 
 
 def resized(maps: torch.Tensor, size: tuple[int, int], antialias: bool = False) -> torch.Tensor:
-    """Maps `(B, C, h, w)` at another height and width, bilinear.
-
-    Args:
-        maps: Logits, images, ...
-        size: Height and width.
-        antialias: Whether to average what a smaller map cannot show, as image processors do with images.
-    """
+    """Maps `(B, C, h, w)` at another height and width, bilinear; `antialias` averages what a smaller map cannot show, as image
+    processors do with images."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return nn.functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
@@ -61,7 +51,6 @@ def predict_classes(
     Args:
         forward: See `sliding_window_logits`.
         pixel_values: `(B, channels, height, width)` in their own size.
-        settings: How.
         size: Height and width of the result; default: those of the images.
 
     Returns:
@@ -81,10 +70,8 @@ def predict_classes(
 
 
 def best_classes(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The class with the largest value in maps `(B, C, h, w)`, at another height and width: int64 `(B, *size)`.
-
-    The maps are enlarged a few classes at a time, so that memory does not grow with their number.
-    """
+    """The class with the largest value in maps `(B, C, h, w)`, at another height and width: int64 `(B, *size)`. The maps are enlarged a
+    few classes at a time, so that memory does not grow with their number."""
     best = values = None
     for first in range(0, maps.shape[1], CLASSES_AT_A_TIME):
         part, ids = resized(maps[:, first : first + CLASSES_AT_A_TIME], size).max(dim=1)

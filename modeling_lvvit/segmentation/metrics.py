@@ -16,8 +16,6 @@ def confusion_matrix(
     Args:
         predictions: Class ids of any shape, in `[0, num_labels)`.
         labels: The same shape; `ignore_index` is not counted.
-        num_labels: Number of classes C.
-        ignore_index: Label of pixels that do not count.
 
     Returns:
         int64 `(C, C)` on the device of the predictions.
@@ -70,13 +68,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 class SegmentationScores(AccumulatingMetric):
-    """Mean IoU, pixel accuracy and values of each class.
-
-    Args:
-        num_labels: Number of classes.
-        ignore_index: Label of pixels that do not count.
-        kwargs: See `AccumulatingMetric`.
-    """
+    """Mean IoU, pixel accuracy and values of each class; pixels with the label `ignore_index` do not count."""
 
     def __init__(self, num_labels: int, ignore_index: int = 255, **kwargs: Any):
         if 0 <= ignore_index < num_labels:

@@ -3,10 +3,8 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
-from transformers import PreTrainedModel
 
 from ..cli.model_card import Provenance, run_metadata, run_name, training_facts
 from ..data.atomic_files import write_json
@@ -21,17 +19,16 @@ NUM_IMAGES = 6
 
 
 def class_table(class_names: list[str], scores: Mapping[str, Mapping[str, list[float]]]) -> str:
-    """A Markdown table with the intersection over union and the accuracy of every class in percent.
-
-    Args:
-        class_names: By id.
-        scores: What was evaluated -> `iou` and `accuracy` of the classes in [0, 1], `nan` where there is nothing to measure.
-    """
-    columns = [(title, name) for title in scores for name in ("iou", "accuracy")]
-    titles = [f"{title} {'IoU' if name == 'iou' else 'accuracy'}" for title, name in columns]
-    lines = ["| class | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(columns)]
+    """A Markdown table with the intersection over union and the accuracy of every class in percent. `scores`: what was evaluated ->
+    `iou` and `accuracy` of the classes in [0, 1], `nan` where there is nothing to measure."""
+    columns = {
+        f"{title} {heading}": by_score[name]
+        for title, by_score in scores.items()
+        for name, heading in (("iou", "IoU"), ("accuracy", "accuracy"))
+    }
+    lines = ["| class | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for index, class_name in enumerate(class_names):
-        values = [_percent(scores[title][name][index]) for title, name in columns]
+        values = [_percent(column[index]) for column in columns.values()]
         lines.append(f"| {class_name} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
@@ -61,23 +58,15 @@ def draw_predictions(trainer: SegmentationTrainer, class_names: list[str]) -> st
     samples, model = trainer.eval_dataset, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     model.eval()
     count = min(NUM_IMAGES, len(samples))
-    rows = [index * len(samples) // count for index in range(count)]
     images, masks, predictions = [], [], []
-    for row in rows:
-        pixel_values = samples[row]["pixel_values"][None].to(trainer.args.device)
-        predicted = trainer.predict_images(model, pixel_values)[0].cpu().numpy()
+    for row in (index * len(samples) // count for index in range(count)):
+        predicted = trainer.predict_images(model, samples[row]["pixel_values"][None])[0].cpu().numpy()
         step = panel_step(predicted.shape)  # so that large images are not kept
         images.append(samples.read_image(row).reduce(step))
         masks.append(samples.mask(row)[::step, ::step].copy())
         predictions.append(predicted[::step, ::step].copy())
-    save_segmentation_figure(
-        Path(trainer.args.output_dir) / FIGURE,
-        images,
-        masks,
-        predictions,
-        class_names,
-        samples.encoding.label_ignore_index,
-    )
+    path, ignored = Path(trainer.args.output_dir) / FIGURE, samples.encoding.label_ignore_index
+    save_segmentation_figure(path, images, masks, predictions, class_names, ignored)
     return FIGURE
 
 
@@ -99,13 +88,10 @@ def write_segmentation_card(
 
     Args:
         template: Card with the variables that this function fills.
-        trainer: After training and evaluation.
-        provenance: Where data and model come from.
         evaluations: Prefix of the metrics -> split in words, and the metrics.
-        table: Scores of the classes.
+        table: See `class_table`.
         figure: File name of the figure of predictions, `None` if there is none.
     """
-    args, model = trainer.args, trainer.model
     name = run_name(trainer)
     results = [
         EvalResult(
@@ -129,26 +115,15 @@ def write_segmentation_card(
         image=figure,
         num_train=len(trainer.train_dataset),
         inference=_describe_inference(trainer),
+        config=trainer.model.config,
+        num_parameters=trainer.model.num_parameters(),
         **training_facts(trainer),
-        **_describe_model(model),
     )
-    card.save(Path(args.output_dir) / CARD)
+    card.save(Path(trainer.args.output_dir) / CARD)
 
 
 def _inference_name(prefix: str) -> str:
     return "multi-scale" if prefix.endswith("multi_scale") else ""
-
-
-def _describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    config = model.config
-    return {
-        "head": {"upernet": "UperNet", "fcn": "FCN"}[config.segmentation_head],
-        "num_classes": config.num_labels,
-        "num_parameters": f"{model.num_parameters():,}",
-        "image_height": config.image_height_width[0],
-        "image_width": config.image_height_width[1],
-        "shape": f"{config.num_hidden_layers} layers, {config.hidden_size} wide, patches of {config.patch_size} pixels",
-    }
 
 
 def _describe_inference(trainer: SegmentationTrainer) -> str:

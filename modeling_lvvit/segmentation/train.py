@@ -51,12 +51,9 @@ CARD_TEMPLATE = CARD_TEMPLATES / "segmentation_template.md"
 
 @dataclass
 class SegmentationRun(TrainingRun):
-    """Training or evaluation of a segmentation model.
+    """Training or evaluation of a segmentation model. `test` samples and `multi_scale` inference are `None` unless asked for.
 
     Args:
-        model_args, data_args, opened, trainer: Its options, its data, and the Trainer with model and samples.
-        test: Samples that are evaluated once, at the end; `None` without such.
-        multi_scale: Inference at several scales; `None` if that was not asked for.
         evaluations: Prefix of the metrics -> split in words, and metrics.
         class_scores: What was evaluated, in words -> scores of the classes.
     """
@@ -88,16 +85,18 @@ class SegmentationRun(TrainingRun):
         """Evaluates every split at a single scale, and at several if that was asked for."""
         trainer = self.trainer
         parts = [("eval", self.opened.eval_name, trainer.eval_dataset), ("test", self.data_args.test_split, self.test)]
+        single = trainer.inference
         for prefix, split, samples in parts if self.test is not None else parts[:1]:
-            for settings in filter(None, (trainer.inference, self.multi_scale)):
+            for settings in filter(None, (single, self.multi_scale)):
                 is_multi_scale = settings is self.multi_scale
                 name, title = (f"{prefix}_multi_scale", f"{split}, multi-scale") if is_multi_scale else (prefix, split)
-                with trainer.temporary_inference(settings):
-                    metrics = trainer.evaluate(samples, metric_key_prefix=name)
+                trainer.inference = settings
+                metrics = trainer.evaluate(samples, metric_key_prefix=name)
                 trainer.save_metrics(name, metrics)
                 self.evaluations[name], self.class_scores[title] = (split, metrics), trainer.class_scores
                 if trainer.is_world_process_zero():
                     print(f"{title} ({len(samples):,} images): {headline(metrics, name)}", flush=True)
+        trainer.inference = single
 
     def report(self) -> None:
         """Writes scores of the classes, figure and model card, and prints the table of the classes."""

@@ -1,7 +1,7 @@
 """A `Trainer` of segmentation models that evaluates whole images."""
 
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,9 +62,7 @@ class SegmentationTrainer(BaseImageTrainer):
     `evaluate` gives `mean_iou`, `pixel_accuracy` and `mean_accuracy`; those of each class are in `class_scores` after it.
 
     Args:
-        model, args, train_dataset, ...: As in `transformers.Trainer`.
-        eval_dataset: A `SegmentationDataset` with `SegmentationEvalTransform`.
-        inference: How images are segmented.
+        eval_dataset: With `SegmentationEvalTransform`.
 
     Raises:
         ValueError: If training set and batch size do not fit, or FSDP or DataParallel would be used.
@@ -91,20 +89,9 @@ class SegmentationTrainer(BaseImageTrainer):
             )
         if train_dataset is not None:
             check_batches(model, args, len(train_dataset))
-        super().__init__(
-            model, args, collate_crops, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
-        )  # fmt: skip
+        super().__init__(model, args, collate_crops, train_dataset, eval_dataset, **kwargs)
         self.inference = inference or InferenceSettings()
         self.class_scores: dict[str, list[float]] = {}
-
-    @contextmanager
-    def temporary_inference(self, settings: InferenceSettings) -> Iterator[None]:
-        """Segments images in another way within a `with` block."""
-        before, self.inference = self.inference, settings
-        try:
-            yield
-        finally:
-            self.inference = before
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As in `Trainer`, or with `lr_schedule="published"` the authors' schedule (`polynomial_factor`)."""
@@ -132,8 +119,7 @@ class SegmentationTrainer(BaseImageTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        leave_signals_to_main_process(loader)
-        return loader
+        return leave_signals_to_main_process(loader)
 
     def evaluation_loop(
         self,
@@ -166,15 +152,13 @@ class SegmentationTrainer(BaseImageTrainer):
         self, model: nn.Module, batch: dict[str, list[torch.Tensor]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Predicted and true classes `(B, height, width)` of the images of a batch, those of one size together."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for position, image in enumerate(batch["pixel_values"]):
-            groups.setdefault(tuple(image.shape), []).append(position)
-        for positions in groups.values():
-            images, labels = (
-                torch.stack([batch[name][position] for position in positions]).to(self.args.device, non_blocking=True)
-                for name in ("pixel_values", "labels")
-            )
-            yield self.predict_images(model, images), labels
+        groups = defaultdict(list)
+        for image, labels in zip(batch["pixel_values"], batch["labels"]):
+            groups[image.shape].append((image, labels))
+        for group in groups.values():
+            images, labels = map(torch.stack, zip(*group))
+            predicted = self.predict_images(model, images)
+            yield predicted, labels.to(predicted.device, non_blocking=True)
 
     def predict_images(self, model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         """Classes `(B, height, width)` of images of one size `(B, 3, height, width)`, in the precision of training."""
@@ -183,4 +167,4 @@ class SegmentationTrainer(BaseImageTrainer):
             with self.accelerator.autocast():
                 return model(pixel_values=pixel_values).logits
 
-        return predict_classes(forward, pixel_values, self.inference)
+        return predict_classes(forward, pixel_values.to(self.args.device, non_blocking=True), self.inference)

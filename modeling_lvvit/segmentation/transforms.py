@@ -66,8 +66,7 @@ def evaluation_size(size: tuple[int, int], short_side: int | None, long_side: in
 
     Args:
         size: Height and width of the image in pixels.
-        short_side: In pixels; `None` keeps the size.
-        long_side: In pixels; `None` for no limit.
+        short_side, long_side: In pixels; `None` keeps the size, or sets no limit.
 
     Example: 600 x 800 with 512 and 2048 becomes 512 x 683.
     """
@@ -88,7 +87,6 @@ class SegmentationTrainTransform:
         crop_size: Height and width of the result in pixels.
         image_mean, image_std: Per-channel normalization for images in [0, 1].
         ignore_index: Label of the border around images that are smaller than the crop.
-        augmentation: Strengths.
         short_side, long_side: See `evaluation_size`.
     """
 
@@ -109,24 +107,15 @@ class SegmentationTrainTransform:
         self.distort = PhotometricDistortion(self.augmentation.photometric) if self.augmentation.photometric else None
 
     def __call__(self, image: Image.Image, mask: np.ndarray) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            image: RGB image of any size.
-            mask: Class ids of its pixels, integers `(height, width)`.
-
-        Returns:
-            `pixel_values` float32 `[3, height, width]`, 0 in the border, and `labels` int32 `[height, width]`.
-        """
+        """From an RGB image of any size and the class ids of its pixels `(height, width)` to `pixel_values` float32 `[3, height,
+        width]`, 0 in the border, and `labels` int32 `[height, width]`."""
         low, high = self.augmentation.scale
         base = evaluation_size((image.height, image.width), self.short_side, self.long_side)
         factor = low + (high - low) * torch.rand(()).item()
         scaled = tuple(max(1, round(side * factor)) for side in base)
         top, left, labels = self._draw_crop(mask, scaled)
         height, width = labels.shape
-        down, right = (
-            image.height / scaled[0],
-            image.width / scaled[1],
-        )  # pixels of the image in one of the scaled one
+        down, right = image.height / scaled[0], image.width / scaled[1]  # pixels of the image in a scaled one
         box = (
             left * right,
             top * down,
@@ -166,11 +155,7 @@ class SegmentationTrainTransform:
 
 
 class SegmentationEvalTransform:
-    """An image in its own size, normalized, and its mask: both are resized on the device (`inference.predict_classes`).
-
-    Args:
-        image_mean, image_std: Per-channel normalization for images in [0, 1].
-    """
+    """An image in its own size, normalized, and its mask: both are resized on the device (`inference.predict_classes`)."""
 
     def __init__(self, image_mean: list[float], image_std: list[float]):
         self.normalize = Normalization(image_mean, image_std)

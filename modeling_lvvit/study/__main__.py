@@ -57,11 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan(args: argparse.Namespace, shared: tuple[str, ...]) -> tuple[list[Arm], list[Run]]:
-    """Arms, and all runs, seed by seed.
-
-    Raises:
-        ValueError: If something is wrong with the options.
-    """
+    """Arms, and all runs, seed by seed; a `ValueError` if something is wrong with the options."""
     if not PROGRAM.is_file():
         raise ValueError(f"The study starts {PROGRAM.name}, which is not at {PROGRAM}: run it from a checkout.")
     if args.jobs is not None and args.jobs < 1:

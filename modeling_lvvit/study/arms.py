@@ -8,13 +8,8 @@ from ..cli.parser import TRAIN_TL
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training.
-
-    Args:
-        name: Of its folder.
-        title: In tables and images.
-        options: Those of `train_tl.py` that tell it from the others.
-    """
+    """One way of training; `options` of `train_tl.py` tell it from the others. The name is that of its folder, the title stands in
+    tables."""
 
     name: str
     title: str

@@ -27,8 +27,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = float(np.mean(values))
     if len(values) < 2:
         return Estimate(mean, math.nan)
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Estimate(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error)
+    return Estimate(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values)))
 
 
 def paired_difference(values: Sequence[float], others: Sequence[float]) -> Estimate:

@@ -1,5 +1,6 @@
 """The report of a study: the table, the record and the figure of the curves."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -48,10 +49,8 @@ class ArmResults:
     """What the runs of an arm reached, by seed.
 
     Args:
-        arm: The arm.
         finals: Value of the metric at the end.
         curves: Epochs and values of the metric at every evaluation, the last one included.
-        steps: Optimizer steps.
         seconds: Duration of its processes, loading and evaluation included.
     """
 
@@ -62,33 +61,21 @@ class ArmResults:
     seconds: dict[int, float] = field(default_factory=dict)
 
     def add(self, run: Run, metric: str) -> None:
-        """Reads a finished run.
-
-        Raises:
-            ValueError: If it has no such metric.
-        """
-        state = run.state()
+        """Reads a finished run; a `ValueError` if it has no such metric."""
+        state = json.loads((run.folder / "trainer_state.json").read_text(encoding="utf-8"))
         entries = [entry for entry in state["log_history"] if metric in entry]
         if not entries:
             names = sorted({key for entry in state["log_history"] for key in entry if key.startswith("eval_")})
             raise ValueError(f"{run.folder} has no metric {metric}; it has {', '.join(names)}.")
         by_step = {entry["step"]: entry for entry in entries}  # the end may have been evaluated twice
         self.finals[run.seed] = entries[-1][metric]
-        self.curves[run.seed] = (
-            [entry["epoch"] for entry in by_step.values()],
-            [entry[metric] for entry in by_step.values()],
-        )
+        self.curves[run.seed] = tuple([entry[name] for entry in by_step.values()] for name in ("epoch", metric))
         self.steps[run.seed] = state["global_step"]
         self.seconds[run.seed] = run.read_record()["seconds"]
 
     def values(self) -> list[float]:
         """Finals in the order of the seeds."""
         return [self.finals[seed] for seed in sorted(self.finals)]
-
-
-def has_equal_budgets(results: Sequence[ArmResults]) -> bool:
-    """Whether all runs made the same number of steps."""
-    return len({steps for row in results for steps in row.steps.values()}) == 1
 
 
 def study_table(results: Sequence[ArmResults], metric: str) -> str:
@@ -109,7 +96,7 @@ def study_table(results: Sequence[ArmResults], metric: str) -> str:
             f"| {row.arm.title} | {len(values)} | {_text(estimate(values), scale)} | {scale.text(min(values))} to {scale.text(max(values))} "
             f"| {gain} | {', '.join(map(str, steps))} | {np.mean(list(row.seconds.values())) / 60:.1f} |"
         )
-    if not has_equal_budgets(results):
+    if len({steps for row in results for steps in row.steps.values()}) != 1:
         lines += ["", "**The budgets differ**: see the steps."]
     return "\n".join(lines)
 
@@ -136,9 +123,8 @@ def save_report(folder: Path, results: Sequence[ArmResults], metric: str, option
         }
         for row in results
     ]
-    write_json(
-        folder / RECORD, {"metric": metric, "options": list(options), "arms": arms, "versions": library_versions()}
-    )
+    record = {"metric": metric, "options": list(options), "arms": arms, "versions": library_versions()}
+    write_json(folder / RECORD, record)
     scale = metric_scale(metric)
     save_curves(folder / FIGURE, results, TITLES.get(metric, metric) + scale.unit, scale.factor)
     return table
@@ -149,14 +135,8 @@ def _plain(value: Estimate) -> Mapping[str, Any]:
 
 
 def save_curves(path: Path, results: Sequence[ArmResults], title: str, factor: float) -> None:
-    """Left the metric over the epochs, a line for each run and a thick one for their mean; right the ends with mean and interval.
-
-    Args:
-        path: PNG to write.
-        results: Of each arm.
-        title: Of the metric.
-        factor: What its values are multiplied by.
-    """
+    """Left the metric times `factor` over the epochs, a line for each run and a thick one for their mean; right the ends with mean and
+    interval."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     curves, ends = figure.subplots(1, 2, width_ratios=(2, 1))
     for position, row in enumerate(results):
@@ -164,7 +144,6 @@ def save_curves(path: Path, results: Sequence[ArmResults], title: str, factor: f
         for epochs, values in row.curves.values():
             curves.plot(epochs, factor * np.array(values), color=color, alpha=0.3, linewidth=0.8)
         if len({tuple(epochs) for epochs, _ in row.curves.values()}) == 1:
-            epochs = next(iter(row.curves.values()))[0]
             mean = factor * np.mean([values for _, values in row.curves.values()], axis=0)
             curves.plot(epochs, mean, color=color, linewidth=2, marker="o", markersize=3, label=row.arm.title)
         values = factor * np.array(row.values())

@@ -33,14 +33,7 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a study.
-
-    Args:
-        arm: How it trains.
-        seed: Of weights, order and augmentation.
-        folder: Where `train_tl.py` writes.
-        options: What all arms share: recipes and options of `train_tl.py`.
-    """
+    """One training of a study, in `folder`; `options` are recipes and options of `train_tl.py` that all arms share."""
 
     arm: Arm
     seed: int
@@ -49,16 +42,12 @@ class Run:
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments of `train_tl.py`, without those that say where the run goes on."""
+        """Of `train_tl.py`, without those that say where the run goes on."""
         return [*self.options, *self.arm.options, "--seed", str(self.seed), "--output_dir", str(self.folder)]
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """Every option with its value, recipes resolved.
-
-        Raises:
-            ValueError: If an option is unknown or does not fit a study.
-        """
+        """Every option with its value, recipes resolved; a `ValueError` if one is unknown or does not fit a study."""
         parsed = parse(self.arguments)
         options = {field.name: str(getattr(part, field.name)) for part in parsed for field in dataclasses.fields(part)}
         if options["push_to_hub"] == "True" or options["resume_from_checkpoint"] != "None":
@@ -101,19 +90,10 @@ class Run:
         """Whether it ended as it should; see `read_record`."""
         return bool(self.read_record().get("is_finished"))
 
-    def state(self) -> dict[str, object]:
-        """`trainer_state.json` of the finished run."""
-        return json.loads((self.folder / "trainer_state.json").read_text(encoding="utf-8"))
-
 
 class Runner:
-    """Trains what is not finished yet, several at a time.
-
-    Args:
-        jobs: Processes at a time.
-        threads: Of PyTorch in each of them; default: their own choice.
-        launcher: Command that starts `train_tl.py`.
-    """
+    """Trains what is not finished yet with `launcher`, `jobs` processes at a time, each with so many `threads` of PyTorch (default: their
+    own choice)."""
 
     def __init__(self, jobs: int, threads: int | None = None, launcher: Sequence[str] = (sys.executable,)):
         self.jobs, self.threads, self.launcher = jobs, threads, launcher

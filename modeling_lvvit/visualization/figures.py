@@ -13,6 +13,7 @@ from PIL import Image
 
 
 LEGEND_COLUMNS, MAX_LEGEND = 6, 60
+SMALL = {"fontsize": 8, "parse_math": False}  # class names may hold dollar signs
 MAX_PANEL_SIDE = 640  # pixels
 
 
@@ -29,10 +30,9 @@ def class_colors(num_classes: int) -> np.ndarray:
 
 
 def overlay(image: Image.Image, class_ids: np.ndarray, strengths: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Paints a grid of classes over a darkened grey copy of an image.
+    """Paints a grid of classes over a darkened grey copy of an RGB image.
 
     Args:
-        image: RGB image.
         class_ids: `(rows, columns)` integers.
         strengths: `(rows, columns)` in [0, 1]; 0 leaves the cell grey.
         colors: `(num_classes, 3)` in [0, 1].
@@ -40,7 +40,7 @@ def overlay(image: Image.Image, class_ids: np.ndarray, strengths: np.ndarray, co
     Returns:
         `(height, width, 3)` in [0, 1].
     """
-    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255.0 * 0.6
+    grey = 0.6 * _grey(image)
     paint = np.dstack([colors[class_ids], strengths]).astype(np.float32)
     channels = [
         Image.fromarray(paint[..., channel]).resize(image.size, Image.Resampling.NEAREST) for channel in range(4)
@@ -51,12 +51,8 @@ def overlay(image: Image.Image, class_ids: np.ndarray, strengths: np.ndarray, co
 
 
 def label_map_strengths(scores: np.ndarray, num_classes: int) -> np.ndarray:
-    """Probability of the first class of each cell, rescaled so that a flat distribution is 0, `(rows, columns)`.
-
-    Args:
-        scores: `(K, rows, columns)`, descending; all other classes have score 0.
-        num_classes: Number of classes.
-    """
+    """Probability of the first class of each cell, rescaled so that a flat distribution is 0, `(rows, columns)`, from the scores of K
+    classes `(K, rows, columns)`, descending; all others have score 0."""
     exponentials = np.exp(scores.astype(np.float32))
     probability = exponentials[0] / (exponentials.sum(axis=0) + num_classes - len(scores))
     return np.clip((probability - 1 / num_classes) / (1 - 1 / num_classes), 0, 1)
@@ -83,20 +79,16 @@ def save_prediction_figure(
     """One column for each image: the image with its true and predicted class, its dense labels, the model's patches.
 
     Args:
-        path: PNG to write.
         images: RGB images as the model saw them.
-        labels: True class ids.
-        logits: `(B, C)`.
-        patch_logits: `(B, N, C)`.
+        logits, patch_logits: `(B, C)` and `(B, N, C)`.
         grid_size: Token rows and columns.
-        class_names: C names.
         label_maps: Ids and scores of each image, `(K, rows, columns)` each; `None` leaves that row out.
     """
     num_classes = len(class_names)
     colors = class_colors(num_classes)
     names = ["image"] + (["dense labels"] if label_maps is not None else []) + ["patch predictions"]
     figure = Figure(figsize=(1.5 * len(images) + 0.6, 1.6 * len(names) + 0.5), layout="constrained")
-    axes = np.atleast_2d(figure.subplots(len(names), len(images), squeeze=False))
+    axes = figure.subplots(len(names), len(images), squeeze=False)
     ids_of_cells, strengths = best_cells(patch_logits.unflatten(1, grid_size))  # (B, rows, columns)
     for column, image in enumerate(images):
         panels = [np.asarray(image)]
@@ -104,19 +96,15 @@ def save_prediction_figure(
             ids, scores = label_maps[column]
             panels.append(overlay(image, ids[0], label_map_strengths(scores, num_classes), colors))
         panels.append(overlay(image, ids_of_cells[column], strengths[column], colors))
-        for row, panel in enumerate(panels):
-            axes[row, column].imshow(panel)
-            axes[row, column].set(xticks=[], yticks=[])
+        _show_column(axes[:, column], panels)
         predicted = int(logits[column].argmax())
         is_right = predicted == labels[column]
         axes[0, column].set_title(
             f"{class_names[labels[column]]}\n{'✓' if is_right else '✗'} {class_names[predicted]}",
-            fontsize=8,
             color="tab:green" if is_right else "tab:red",
-            parse_math=False,  # class names may hold dollar signs
+            **SMALL,
         )
-    for row, name in enumerate(names):
-        axes[row, 0].set_ylabel(name, fontsize=8)
+    _label_rows(axes, names)
     FigureCanvasAgg(figure).print_png(path)
 
 
@@ -136,11 +124,8 @@ def save_segmentation_figure(
     """One column for each image: the image, its mask, the prediction, and where they differ; below them the classes that occur.
 
     Args:
-        path: PNG to write.
         images: RGB images.
         masks, predictions: Class ids `(height, width)` of each; pixels of the mask that are `ignore_index` are grey.
-        class_names: C names.
-        ignore_index: See there.
     """
     colors = class_colors(len(class_names))
     width, height = (float(np.mean(sides)) for sides in zip(*(image.size for image in images)))
@@ -148,41 +133,27 @@ def save_segmentation_figure(
     seen = np.unique(np.concatenate([maps.ravel() for maps in (*masks, *predictions)]))
     seen = [index for index in seen.tolist() if index != ignore_index][:MAX_LEGEND]
     legend_rows = -(-len(seen) // LEGEND_COLUMNS)
-    figure = Figure(
-        figsize=(2.2 * len(images) + 0.6, 2.2 * height / width * len(names) + 0.3 + 0.22 * legend_rows),
-        layout="constrained",
-    )
+    figure_height = 2.2 * height / width * len(names) + 0.3 + 0.22 * legend_rows
+    figure = Figure(figsize=(2.2 * len(images) + 0.6, figure_height), layout="constrained")
     axes = figure.subplots(len(names), len(images), squeeze=False)
     for column, (image, mask, prediction) in enumerate(zip(images, masks, predictions)):
         step = panel_step(image.size)
         image, mask, prediction = image.reduce(step), mask[::step, ::step], prediction[::step, ::step]
         is_ignored = mask == ignore_index
         truth = np.where(is_ignored[..., None], 0.5, colors[np.where(is_ignored, 0, mask)])
-        grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255.0 * np.ones(3)
-        errors = np.where(((prediction != mask) & ~is_ignored)[..., None], (0.9, 0.1, 0.1), 0.6 * grey)
-        for row, panel in enumerate((np.asarray(image), truth, colors[prediction], errors)):
-            axes[row, column].imshow(panel)
-            axes[row, column].set(xticks=[], yticks=[])
-    for row, name in enumerate(names):
-        axes[row, 0].set_ylabel(name, fontsize=8)
+        errors = np.where(((prediction != mask) & ~is_ignored)[..., None], (0.9, 0.1, 0.1), 0.6 * _grey(image))
+        _show_column(axes[:, column], (np.asarray(image), truth, colors[prediction], errors))
+    _label_rows(axes, names)
     handles = [Patch(color=colors[index], label=_shortened(class_names[index])) for index in seen]
-    for text in figure.legend(
-        handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7
-    ).get_texts():
-        text.set_parse_math(False)  # class names may hold dollar signs
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     FigureCanvasAgg(figure).print_png(path)
 
 
 def heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A map painted over a darkened grey copy of an image.
-
-    Args:
-        image: `(height, width, 3)` in [0, 1].
-        values: `(rows, columns)`; its smallest value is left grey, its largest one bright.
-
-    Returns:
-        `(height, width, 3)` in [0, 1].
-    """
+    """A map `(rows, columns)` painted over a darkened grey copy of an image `(height, width, 3)` in [0, 1]: its smallest value is left
+    grey, its largest one is bright."""
     height, width = image.shape[:2]
     spread = float(values.max() - values.min())
     scaled = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
@@ -199,9 +170,7 @@ def save_relevance_figure(
     """A row of panels for each model.
 
     Args:
-        path: PNG to write.
         rows: Name of the model, and its panels: title and image `(height, width, 3)` in [0, 1].
-        note: Text below all.
     """
     columns = max(len(panels) for _, panels in rows)
     figure = Figure(figsize=(2.4 * columns + 0.4, 2.75 * len(rows) + (0.3 if note else 0)), layout="constrained")
@@ -211,10 +180,10 @@ def save_relevance_figure(
     for row, (name, panels) in enumerate(rows):
         for column, (title, image) in enumerate(panels):
             axes[row, column].imshow(image.clip(0, 1))
-            axes[row, column].set_title(title, fontsize=8, parse_math=False)
-        axes[row, 0].set_ylabel(name, fontsize=8, parse_math=False)
+            axes[row, column].set_title(title, **SMALL)
+        axes[row, 0].set_ylabel(name, **SMALL)
     if note:
-        figure.supxlabel(note, fontsize=8, parse_math=False)
+        figure.supxlabel(note, **SMALL)
     FigureCanvasAgg(figure).print_png(path)
 
 
@@ -229,11 +198,8 @@ def save_contact_sheet(
     """Pairs of an image and its label map, painted over the part that the map covers.
 
     Args:
-        path: PNG to write.
         images: RGB images, each with the part that its map covers.
         label_maps: Ids and scores of each, `(K, rows, columns)`, in any order of K.
-        labels: Human label of each.
-        class_names: Names of all classes.
         columns: Pairs in a row.
     """
     columns = min(columns, len(images))
@@ -249,17 +215,33 @@ def save_contact_sheet(
         ids, scores = np.take_along_axis(ids, order, axis=0), np.take_along_axis(scores, order, axis=0)
         named, counts = np.unique(ids[0], return_counts=True)
         most = named[np.argsort(-counts, kind="stable")[:3]]
-        axes[2 * row, column].imshow(np.asarray(image))
-        axes[2 * row, column].set_title(_shortened(label), fontsize=8, parse_math=False)
-        strengths = label_map_strengths(scores, len(class_names))
-        axes[2 * row + 1, column].imshow(overlay(covered, ids[0], strengths, colors))
+        upper, lower = axes[2 * row : 2 * row + 2, column]
+        upper.imshow(np.asarray(image))
+        upper.set_title(_shortened(label), **SMALL)
+        lower.imshow(overlay(covered, ids[0], label_map_strengths(scores, len(class_names)), colors))
         for line, index in enumerate(most):
             share = 100 * counts[named == index][0] / ids[0].size
-            axes[2 * row + 1, column].text(
+            lower.text(
                 0.0, -0.08 - 0.1 * line, f"{_shortened(class_names[index])} {share:.0f} %", fontsize=7,
-                color=colors[index] * 0.8, transform=axes[2 * row + 1, column].transAxes, parse_math=False,
+                color=colors[index] * 0.8, transform=lower.transAxes, parse_math=False,
             )  # fmt: skip
     FigureCanvasAgg(figure).print_png(path)
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    """Brightness of an image, `(height, width, 1)` in [0, 1]."""
+    return np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255.0
+
+
+def _show_column(axes: np.ndarray, panels: Sequence[np.ndarray]) -> None:
+    for axis, panel in zip(axes, panels):
+        axis.imshow(panel)
+        axis.set(xticks=[], yticks=[])
+
+
+def _label_rows(axes: np.ndarray, names: Sequence[str]) -> None:
+    for axis, name in zip(axes[:, 0], names):
+        axis.set_ylabel(name, fontsize=8)
 
 
 def _shortened(name: str, length: int = 22) -> str:

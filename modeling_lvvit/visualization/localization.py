@@ -9,7 +9,7 @@ predictions are compared with the pixels that have this class in the mask, and w
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from ..cli import digit_scenes
 from ..data.images import IMAGE_ERRORS, decode_image
@@ -37,30 +38,22 @@ TITLES = {
 
 @dataclass
 class LocalizationArguments:
-    """Options of the program.
+    """Options of the program."""
 
-    Args:
-        model: Classifiers of transformers with a class token.
-        dataset: Images with labels and masks; default: the embedded digit scenes.
-        split, image_column, label_column, mask_column: Where they are; masks hold the ids of the label column.
-        max_samples: First rows only.
-        crop_pct: Share of the resized image that the center crop of the models keeps; default: theirs, which must be 1.
-        batch_size: Images at a time.
-        trust_remote_code: See `from_pretrained`.
-    """
-
-    model: list[str] = field(metadata={"help": "Classifiers."})
-    dataset: str | None = field(default=None, metadata={"help": "Images with masks; default: embedded."})
-    split: str | None = field(default=None, metadata={"help": "Split; default: found by name."})
-    image_column: str = field(default="image", metadata={"help": "Column of images."})
-    label_column: str = field(default="label", metadata={"help": "Column of class ids."})
-    mask_column: str = field(default="mask", metadata={"help": "Column of masks."})
-    max_samples: int | None = field(default=None, metadata={"help": "First rows only."})
-    crop_pct: float | None = field(
-        default=None, metadata={"help": "Share kept by the center crop.", "aliases": ["--crop_fraction"]}
+    model: list[str] = HfArg(help="Classifiers of transformers with a class token.")
+    dataset: str | None = HfArg(default=None, help="Images with labels and masks; default: the embedded digit scenes.")
+    split: str | None = HfArg(default=None, help="Split; default: found by name.")
+    image_column: str = HfArg(default="image", help="Column of images.")
+    label_column: str = HfArg(default="label", help="Column of class ids.")
+    mask_column: str = HfArg(default="mask", help="Column of masks, which hold the ids of the label column.")
+    max_samples: int | None = HfArg(default=None, help="First rows only.")
+    crop_pct: float | None = HfArg(
+        default=None,
+        aliases=["--crop_fraction"],
+        help="Share of the resized image that the center crop of the models keeps; default: theirs, which must be 1.",
     )
-    batch_size: int = field(default=50, metadata={"help": "Images at a time."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
+    batch_size: int = HfArg(default=50, help="Images at a time.")
+    trust_remote_code: bool = HfArg(default=False, help="Allow code of a Hub repository to run.")
 
 
 def localization_scores(maps: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,11 +89,8 @@ def chance_scores(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, tuple[float, float]]:
-    """Pointing accuracy and mean overlap of each kind of map, in [0, 1].
-
-    Raises:
-        ValueError: If classes, columns or masks do not fit, or the model has no such maps.
-    """
+    """Pointing accuracy and mean overlap of each kind of map, in [0, 1]; a `ValueError` if classes, columns or masks do not fit, or the
+    model has no such maps."""
     name = args.dataset or str(digit_scenes.build_or_reuse())
     test_set = open_test_set(
         name, args.split, image_column=args.image_column, label_column=args.label_column, max_samples=args.max_samples

@@ -20,10 +20,8 @@ class RelevanceMaps:
     """Maps over the patch tokens, each float32 `(B, rows, columns)`, at least 0.
 
     Args:
-        relevance: How much each token speaks for the class (`class_relevance`).
         attention: Attention of the class token in the last layer, mean of the heads.
-        rollout: Attention multiplied through the layers (`attention_rollout`).
-        logits: Scores of all classes, `(B, C)`.
+        logits: `(B, C)`.
         class_ids: The classes that `relevance` is about, `(B,)`.
         patch_logits: Scores of the patch tokens `(B, N, C)`, `None` where the model has none that were trained.
     """
@@ -85,14 +83,14 @@ def relevance_maps(
 
     Args:
         model: In evaluation mode.
-        pixel_values: `(B, 3, height, width)`.
         class_ids: Classes to explain, `(B,)`; default: those that the model predicts.
         forward_options: Arguments of the forward pass, such as `interpolate_pos_encoding`.
 
     Raises:
         ValueError: If the model gives no attention of a class token over a grid of patches, or its score comes from other tokens.
     """
-    with torch.enable_grad(), _trainable_input(model):
+    with torch.enable_grad():
+        pixel_values = pixel_values.detach().requires_grad_()  # a graph to differentiate, also through frozen weights
         output, attentions = _forward(model, pixel_values, forward_options or {})
         grid = _patch_grid(model, pixel_values, attentions)
         logits = output if isinstance(output, torch.Tensor) else output.logits
@@ -128,8 +126,12 @@ def _forward(
     """Output of a model, and the attention probabilities of its layers, as far as they can be had."""
     network = _unwrap(model)
     if isinstance(network, PreTrainedModel):
-        with _eager_attention(network):
+        before = network.config._attn_implementation
+        network.set_attn_implementation("eager")  # which alone gives the probabilities
+        try:
             output = network(pixel_values, output_attentions=True, **forward_options)
+        finally:
+            network.set_attn_implementation(before)
         attentions = getattr(output, "attentions", None) or ()
         return output, [attention for attention in attentions if attention is not None]
     with _recorded_attention(network) as attentions:
@@ -143,12 +145,8 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 def _check_class_token(model: nn.Module, gradient: torch.Tensor) -> None:
     """Raises a `ValueError` if a score depends on what other tokens than the first one receive in the last layer, for example on the mean
-    of the patch tokens: the row of the class token is then not all that speaks for the class.
-
-    Args:
-        model: For the message.
-        gradient: Of the score by the attention of the last layer, `(B, heads, N, N)`.
-    """
+    of the patch tokens: the row of the class token is then not all that speaks for the class. `gradient` of the score by the attention of
+    the last layer: `(B, heads, N, N)`."""
     received = gradient.float().abs().sum(dim=(0, 1, 3))  # (N,)
     if received.sum() > 0 and received[0] < CLASS_TOKEN_SHARE * received.sum():
         raise ValueError(
@@ -157,11 +155,8 @@ def _check_class_token(model: nn.Module, gradient: torch.Tensor) -> None:
 
 
 def _patch_grid(model: nn.Module, pixel_values: torch.Tensor, attentions: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """Rows and columns of the patch tokens, which are the last ones.
-
-    Raises:
-        ValueError: If the attentions are not those of a class token and such a grid.
-    """
+    """Rows and columns of the patch tokens, which are the last ones; a `ValueError` unless the attentions are those of a class token and
+    such a grid."""
     network = _unwrap(model)
     settings = network.config if isinstance(network, PreTrainedModel) else getattr(network, "patch_embed", None)
     patch_size = getattr(settings, "patch_size", None)
@@ -179,17 +174,6 @@ def _patch_grid(model: nn.Module, pixel_values: torch.Tensor, attentions: Sequen
             f"{name} has no class token before {grid[0]} x {grid[1]} patch tokens; relevance needs a plain vision transformer."
         )
     return grid
-
-
-@contextmanager
-def _eager_attention(model: PreTrainedModel):
-    """Attention written out, which alone gives its probabilities."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @contextmanager
@@ -214,16 +198,3 @@ def _recorded_attention(network: nn.Module):
         for layer, switch, hook in zip(layers, switches, hooks):
             layer.fused_attn = switch
             hook.remove()
-
-
-@contextmanager
-def _trainable_input(model: nn.Module):
-    """A graph to differentiate, also through frozen weights."""
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
