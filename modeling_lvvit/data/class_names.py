@@ -5,11 +5,8 @@ from pathlib import Path
 
 
 def read_class_names(path: Path) -> list[str]:
-    """Class names in the order of their ids: of a JSON file (a list, or ids to names), or of a text file with one in a line.
-
-    Raises:
-        ValueError: If it holds something else.
-    """
+    """Class names in the order of their ids: of a JSON file (a list, or ids to names), or of a text file with one in a line; a
+    `ValueError` if it holds something else."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".json":

@@ -18,7 +18,7 @@ def read_dense_labels(rows: datasets.Dataset, args: DataArguments, count: int) -
     """Ids and scores of the label maps of the first rows; `None` where evaluation data has none, or not for all of them."""
     columns = {"ids_column": args.token_label_ids_column, "scores_column": args.token_label_scores_column}
     try:
-        if not has_dense_columns(rows, args):
+        if not has_dense_columns(rows, args.dense_columns):
             return None
         samples = TokenLabelDataset(rows, lambda image: {}, args.image_column, args.label_column, **columns)
         return [samples.label_map(index) for index in range(count)]
