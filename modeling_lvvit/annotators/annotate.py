@@ -8,11 +8,10 @@ The program can be killed at any time and started again; the result is the same.
 
 import hashlib
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import PIL
@@ -23,6 +22,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from ..data.class_labels import names_in_data, pair_classes
@@ -49,55 +49,44 @@ STREAMED_ROWS_PER_SHARD = 1024
 class AnnotateArguments:
     """Options of the program."""
 
-    dataset: str = field(metadata={"help": "Images: Hub name, image folder, Parquet file or folder of them."})
-    annotator: str = field(metadata={"help": "Classifier: Hub name or folder of transformers, or timm/NAME."})
-    output_dir: str = field(metadata={"help": "Folder of the label set; an unfinished one is continued."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
-    split: str = field(default="train", metadata={"help": "Split to annotate."})
-    streaming: bool = field(default=False, metadata={"help": "Read images one after another without preparing all."})
-    image_column: str = field(default="image", metadata={"help": "Column of images."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column whose classes the labels shall have; default: label, if there is one."}
+    dataset: str = HfArg(help="Images: Hub name, image folder, Parquet file or folder of them.")
+    annotator: str = HfArg(help="Classifier: Hub name or folder of transformers, or timm/NAME.")
+    output_dir: str = HfArg(help="Folder of the label set; an unfinished one is continued.")
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration on the Hub.")
+    dataset_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
+    split: str = HfArg(default="train", help="Split to annotate.")
+    streaming: bool = HfArg(default=False, help="Read images one after another without preparing all.")
+    image_column: str = HfArg(default="image", help="Column of images.")
+    label_column: str | None = HfArg(
+        default=None, help="Column whose classes the labels shall have; default: label, if there is one."
     )
-    key_column: str | None = field(default=None, metadata={"help": "Column that tells images apart; default: paths."})
-    number_rows: bool = field(default=False, metadata={"help": "Tell images apart by their row number."})
-    max_samples: int | None = field(default=None, metadata={"help": "Annotate the first images only."})
-    annotator_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
-    random_weights: bool = field(default=False, metadata={"help": "Architecture without weights; to try things out."})
-    image_size: list[int] | None = field(default=None, metadata={"help": "Its input: side, or height and width."})
-    fit: str = field(
-        default="squash",
-        metadata={"help": "How images get its shape (see README).", "choices": ["squash", "pad", "center_crop"]},
+    key_column: str | None = HfArg(default=None, help="Column that tells images apart; default: paths.")
+    number_rows: bool = HfArg(default=False, help="Tell images apart by their row number.")
+    max_samples: int | None = HfArg(default=None, help="Annotate the first images only.")
+    annotator_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
+    trust_remote_code: bool = HfArg(default=False, help="Allow code of a Hub repository to run.")
+    random_weights: bool = HfArg(default=False, help="Architecture without weights; to try things out.")
+    image_size: list[int] | None = HfArg(default=None, help="Its input: side, or height and width.")
+    fit: Literal["squash", "pad", "center_crop"] = HfArg(
+        default="squash", help="How images get its shape (see README)."
     )
-    top_k: int = field(default=5, metadata={"help": "Classes kept for each cell."})
-    scores: str = field(
-        default="logits",
-        metadata={
-            "help": "Logits as they are, or relative to the classes left out.",
-            "choices": ["logits", "relative"],
-        },
+    top_k: int = HfArg(default=5, help="Classes kept for each cell.")
+    scores: Literal["logits", "relative"] = HfArg(
+        default="logits", help="Logits as they are, or relative to the classes left out."
     )
-    score_type: str = field(
-        default="float16",
-        metadata={"help": "float16 is lossless; int8 rounds scores to quarters.", "choices": ["float16", "int8"]},
+    score_type: Literal["float16", "int8"] = HfArg(
+        default="float16", help="float16 is lossless; int8 rounds scores to quarters."
     )
-    class_map: str | None = field(
-        default=None, metadata={"help": "File that pairs classes (JSON, CSV), or: identity."}
-    )
-    ignore_extra_classes: bool = field(default=False, metadata={"help": "Drop annotator classes the data lacks."})
-    batch_size: int = field(default=32, metadata={"help": "Images a forward pass."})
-    num_workers: int | None = field(default=None, metadata={"help": "Threads that read and resize images."})
-    bf16: bool = field(default=False, metadata={"help": "Run the annotator in bfloat16."})
-    on_error: str = field(
-        default="stop",
-        metadata={"help": "Damaged image: stop, or an empty label.", "choices": ["stop", "empty"]},
-    )
-    rows_per_shard: int | None = field(default=None, metadata={"help": "Rows of a Parquet file."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Hub name to upload the finished set to."})
-    private: bool | None = field(default=None, metadata={"help": "Whether that repository, if it is new, is private."})
-    hub_revision: str | None = field(default=None, metadata={"help": "Branch of it, made if there is none."})
+    class_map: str | None = HfArg(default=None, help="File that pairs classes (JSON, CSV), or: identity.")
+    ignore_extra_classes: bool = HfArg(default=False, help="Drop annotator classes the data lacks.")
+    batch_size: int = HfArg(default=32, help="Images a forward pass.")
+    num_workers: int | None = HfArg(default=None, help="Threads that read and resize images.")
+    bf16: bool = HfArg(default=False, help="Run the annotator in bfloat16.")
+    on_error: Literal["stop", "empty"] = HfArg(default="stop", help="Damaged image: stop, or an empty label.")
+    rows_per_shard: int | None = HfArg(default=None, help="Rows of a Parquet file.")
+    push_to_hub: str | None = HfArg(default=None, help="Hub name to upload the finished set to.")
+    private: bool | None = HfArg(default=None, help="Whether that repository, if it is new, is private.")
+    hub_revision: str | None = HfArg(default=None, help="Branch of it, made if there is none.")
 
     def __post_init__(self):
         for name in ("top_k", "batch_size", "max_samples", "num_workers", "rows_per_shard"):
@@ -147,10 +136,8 @@ def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...
         )
         data_names = names
     else:
-        choice = (args.class_map, args.ignore_extra_classes)
-        annotator.class_map, data_names = pair_classes(
-            names, data_names, are_named, *choice, f"Column {column!r} of {args.dataset}"
-        )
+        choice = (args.class_map, args.ignore_extra_classes, f"Column {column!r} of {args.dataset}")
+        annotator.class_map, data_names = pair_classes(names, data_names, are_named, *choice)
     if args.top_k > len(data_names):
         raise ValueError(f"--top_k {args.top_k} is more than the {len(data_names)} classes.")
     groups = annotator.class_map or ClassMap(tuple((index,) for index in range(len(names))), len(names))
@@ -170,12 +157,8 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | Streamed
     if args.streaming:
         about |= {"dataset_state": dataset_fingerprint(args.dataset, args.dataset_revision)}
         per_shard = args.rows_per_shard or STREAMED_ROWS_PER_SHARD
-        return (
-            StreamedImageBatches(
-                dataset, args.image_column, args.key_column, args.number_rows, per_shard, args.batch_size
-            ),
-            about,
-        )
+        key_options = (args.key_column, args.number_rows)
+        return StreamedImageBatches(dataset, args.image_column, *key_options, per_shard, args.batch_size), about
     keys = read_keys(dataset, args.image_column, args.key_column, args.number_rows)
     if duplicates := repeated_keys(keys):
         raise ValueError(
@@ -187,35 +170,15 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | Streamed
     return ImageBatches(dataset, args.image_column, keys, per_shard, args.batch_size), about
 
 
-def my_batches(
-    rows: ImageBatches | StreamedImageBatches, writer: LabelSetWriter, accelerator: Accelerator
-) -> tuple[Iterator, int | None]:
-    """Batches of the shards that this process writes, every n-th of those that are not there yet, and how many rows they
-    have (`None` in a stream)."""
-    if isinstance(rows, StreamedImageBatches):
-        rank, number = accelerator.process_index, accelerator.num_processes
-        return rows.batches(lambda shard: shard % number == rank and not writer.is_written(shard)), None
-    missing = [None]
-    if accelerator.is_main_process:
-        missing = [[shard for shard in range(rows.num_shards) if not writer.is_written(shard)]]
-    broadcast_object_list(missing)  # all must share one list: shards that appear meanwhile would shift it
-    mine = missing[0][accelerator.process_index :: accelerator.num_processes]
-    return rows.batches(mine), sum(rows.shard_size(shard) for shard in mine)
-
-
 def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     """Writes the shards of this process; the main process completes the set."""
     main = accelerator.is_main_process
     dataset = open_images(args)
     image_size = parse_image_size(args.image_size, "--image_size")
-    annotator = load_annotator(
-        args.annotator, image_size, args.fit, accelerator.device, args.annotator_revision, args.trust_remote_code,
-        args.random_weights,
-    )  # fmt: skip
-    layout = LabelSetLayout(
-        match(args, annotator, dataset),
-        args.top_k, tuple(annotator.dense.grid_size), args.score_type,
-    )  # fmt: skip
+    source = (args.annotator_revision, args.trust_remote_code, args.random_weights)
+    annotator = load_annotator(args.annotator, image_size, args.fit, accelerator.device, *source)
+    class_names = match(args, annotator, dataset)
+    layout = LabelSetLayout(class_names, args.top_k, tuple(annotator.dense.grid_size), args.score_type)
     rows, about = open_rows(args, dataset)
     # not --on_error: finished shards are the same whatever it says
     options = {"scores": args.scores, "batch_size": args.batch_size, "bf16": args.bf16}
@@ -228,10 +191,10 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
             if args.push_to_hub is not None:
                 target = open_label_set_target(args.push_to_hub, args.split, args.private, args.hub_revision)
             writer.begin()
-        except HubError as error:
+        except (HubError, ValueError) as error:
             problem = [str(error)]
-        except (ValueError, OSError) as error:
-            problem = [f"Nothing can be written: {error}" if isinstance(error, OSError) else str(error)]
+        except OSError as error:
+            problem = [f"Nothing can be written: {error}"]
     broadcast_object_list(problem)
     if problem[0] is not None:
         raise ValueError(problem[0])
@@ -241,8 +204,7 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
         if not main:
             return
         title = f"Token labels of {about['dataset']} ({args.split}) by {annotator.provenance['annotator']}"
-        lines = finish_label_set(writer, rows.num_shards, title, target)
-        print("\n".join(lines))
+        print("\n".join(finish_label_set(writer, rows.num_shards, title, target)))
     finally:
         writer.release()
 
@@ -254,12 +216,21 @@ def write_shards(
     writer: LabelSetWriter,
     accelerator: Accelerator,
 ) -> None:
-    """Annotates and writes the shards of this process, with a progress bar in the main one."""
+    """Annotates and writes every n-th of the shards that are not there yet, with a progress bar in the main process."""
     scorer = Scorer(annotator.score_map, writer.layout, args.scores, accelerator.device, accelerator.autocast)
     builder = ShardBuilder(scorer, writer.layout, keep_damaged=args.on_error == "empty")
     workers = args.num_workers or max(1, num_cpu_cores() // accelerator.num_processes)
     share = f", share of process 1 of {accelerator.num_processes}" if accelerator.num_processes > 1 else ""
-    batches, total = my_batches(rows, writer, accelerator)
+    rank, number, total = accelerator.process_index, accelerator.num_processes, None
+    if isinstance(rows, StreamedImageBatches):
+        batches = rows.batches(lambda shard: shard % number == rank and not writer.is_written(shard))
+    else:
+        missing = [None]
+        if accelerator.is_main_process:
+            missing = [[shard for shard in range(rows.num_shards) if not writer.is_written(shard)]]
+        broadcast_object_list(missing)  # all must share one list: shards that appear meanwhile would shift it
+        shards = missing[0][rank::number]
+        batches, total = rows.batches(shards), sum(rows.shard_size(shard) for shard in shards)
     progress = tqdm(total=total, desc=f"Annotating{share}", unit="image", disable=not accelerator.is_main_process)
     with progress:
         for batch, images in prepared_ahead(batches, annotator.preprocessing, workers):
@@ -276,12 +247,9 @@ def main(arguments: list[str]) -> None:
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         # a process that has fewer shards waits for the others, however long
-        waiting = InitProcessGroupKwargs(timeout=timedelta(days=30))
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision="bf16" if args.bf16 else "no",
-            kwargs_handlers=[waiting],
-        )
+        waiting, precision = InitProcessGroupKwargs(timeout=timedelta(days=30)), "bf16" if args.bf16 else "no"
+        is_cpu = not torch.accelerator.is_available()
+        accelerator = Accelerator(cpu=is_cpu, mixed_precision=precision, kwargs_handlers=[waiting])
         set_up_cpu(accelerator.device)
         annotate(args, accelerator)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

@@ -13,13 +13,7 @@ from ..data.image_keys import NO_FIRST_PATH, Strings, path_keys, row_keys, value
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Rows that follow each other within a shard.
-
-    Args:
-        shard: Number of the shard.
-        keys: Keys of the rows.
-        is_last: Whether the shard ends with them.
-    """
+    """Rows that follow each other within a shard, and whether it ends with them."""
 
     shard: int
     keys: list[str]
@@ -27,14 +21,7 @@ class ImageBatch:
 
 
 class ImageBatches:
-    """Rows of a dataset that can be read at any place.
-
-    Args:
-        dataset: Images.
-        image_column: Name of the image column.
-        keys: Keys of the rows.
-        rows_per_shard, batch_size: Sizes.
-    """
+    """Rows of a dataset that can be read at any place, with their keys."""
 
     def __init__(
         self, dataset: datasets.Dataset, image_column: str, keys: Strings, rows_per_shard: int, batch_size: int
@@ -69,11 +56,8 @@ class StreamedImageBatches:
     Every process reads the stream and passes over the shards of others, without decoding their images.
 
     Args:
-        dataset: Images.
-        image_column: Name of the image column.
         key_column: Column of keys; `None` for paths where there are any.
         number_rows: Whether rows are known by their number.
-        rows_per_shard, batch_size: Sizes.
     """
 
     def __init__(
@@ -105,10 +89,8 @@ class StreamedImageBatches:
                 return
             wanted, left = is_wanted(shard), self.rows_per_shard
             while left and following is not None:
-                batch = []
-                while len(batch) < min(self.batch_size, left) and following is not None:
-                    batch.append(following)
-                    following = next(rows, None)
+                batch = [following, *itertools.islice(rows, min(self.batch_size, left) - 1)]
+                following = next(rows, None)
                 if self.has_paths is None:  # the first row tells of what kind all keys are
                     first = _value(batch[0][self.image_column]) or {}
                     self.has_paths = not self.number_rows and first.get("path") is not None

@@ -26,7 +26,6 @@ class OpenedData:
 
     Args:
         train, evaluation: Image rows with a `ClassLabel` column of the same classes.
-        eval_name: What the evaluation rows are called.
         label_maps: Label maps of the training rows, in their order; `None` without dense labels.
         labels: For a stream, the label set to be joined while it is read; `None` for plain labels.
     """
@@ -42,7 +41,6 @@ def open_datasets(args: DataArguments, seed: int) -> OpenedData:
     """Opens training and evaluation rows, and the label maps of the former.
 
     Args:
-        args: What to open.
         seed: Seed of the split where the data has no evaluation part.
 
     Raises:
@@ -81,8 +79,7 @@ def _open_rows(
         train, label_maps = train if joined.images is None else train.select(joined.images), joined.label_maps
         _compare_with_labels(label_maps, train, args.label_column)
     elif args.use_token_labels and has_dense_columns(train, args.dense_columns):
-        ids_column, scores_column = args.dense_columns
-        label_maps = LabelMapReader(train, ids_column=ids_column, scores_column=scores_column)
+        label_maps = LabelMapReader(train, None, *args.dense_columns)
     if evaluation is None:
         rows, held_out, eval_name = hold_out(len(train), args.eval_fraction, seed, name, args.train_split)
         evaluation = train.select(held_out)
@@ -118,14 +115,8 @@ def _open_stream(
     if args.max_train_samples is not None:
         train = train.take(args.max_train_samples)
     # processes that come later find what the first one prepared: the arguments of the generator name the content
-    source = (
-        name,
-        args.dataset_config_name,
-        args.dataset_revision,
-        eval_name,
-        args.image_column,
-        args.max_eval_samples,
-    )
+    location = (name, args.dataset_config_name, args.dataset_revision)
+    source = (*location, eval_name, args.image_column, args.max_eval_samples)
     evaluation = datasets.Dataset.from_generator(
         streamed_rows,
         features=splits[eval_name].features or train.features,
@@ -155,11 +146,7 @@ def _compare_with_labels(label_maps: LabelMapReader, train: datasets.Dataset, la
 
 
 def has_dense_columns(rows: datasets.Dataset | datasets.IterableDataset, columns: tuple[str, str]) -> bool:
-    """Whether data has the two columns of dense labels, ids and scores.
-
-    Raises:
-        ValueError: If only one of them is there, or none though they have names of their own.
-    """
+    """Whether data has the columns of dense labels, ids and scores; a `ValueError` if one, or both that were named, are missing."""
     present = [column in rows.column_names for column in columns]
     if not all(present) and (any(present) or columns != (IDS_COLUMN, SCORES_COLUMN)):
         raise ValueError(

@@ -16,13 +16,7 @@ MAX_NAMED = 10
 
 
 def check_columns(rows: datasets.Dataset | datasets.IterableDataset, name: str, image: str, label: str) -> None:
-    """Makes sure that the two columns are there.
-
-    Args:
-        rows: Image data.
-        name: What messages call it.
-        image, label: Column names.
-    """
+    """Raises a `ValueError` if image data, which messages call by `name`, lacks one of the two columns."""
     for column, parameter in ((image, "image_column"), (label, "label_column")):
         if column not in rows.column_names:
             folders = " (An image folder gets labels only when it has two or more class folders.)"
@@ -38,9 +32,7 @@ def names_in_data(
     """Class names that a label column itself tells, and whether they are more than numbers.
 
     Args:
-        rows: Image data.
-        name: What messages call it.
-        column: Label column.
+        name: What messages call the data.
 
     Returns:
         Names in the order of the ids that `with_class_ids` gives, `None` without the column; and whether they name classes
@@ -77,9 +69,8 @@ def pair_classes(
     """From the classes of an annotator to those of a dataset, as the user wants it.
 
     Args:
-        annotator_names: Class names of the annotator, by id.
-        data_names: Class names of the data, by id.
-        are_named: Whether these are more than numbers.
+        annotator_names, data_names: Class names by id.
+        are_named: Whether those of the data are more than numbers.
         class_map: `None` pairs by name; `"identity"`; or a file, see `read_class_map`.
         ignore_extra: Whether the annotator may have classes that the data lacks.
         data: What messages call the data.
@@ -109,15 +100,7 @@ def pair_classes(
 
 
 def check_class_names(label_names: Sequence[str] | None, dataset_names: Sequence[str]) -> None:
-    """Makes sure that ids of a label set and of image data mean the same classes.
-
-    Args:
-        label_names: Class names of the label set, `None` if it does not tell them.
-        dataset_names: Those of the data.
-
-    Raises:
-        ValueError: If their class names differ; the message names where.
-    """
+    """Raises a `ValueError` if ids of a label set (`None` if it does not name its classes) and of image data mean other classes."""
     if label_names is None or same_classes(label_names, dataset_names):
         return
     differing = [
@@ -142,9 +125,7 @@ def with_class_ids(
     """Turns a column of class names, or of plain integers, into a `ClassLabel` column.
 
     Args:
-        rows: Image data.
-        name: What messages call it.
-        column: Label column.
+        name: What messages call the data.
         like: Rows whose classes these must have.
         class_names: Names of the classes that plain integers count, if they are told elsewhere.
 
@@ -165,9 +146,7 @@ def with_class_ids(
         names = like.features[column].names
         if is_text and (foreign := sorted(set(pc.unique(values).to_pylist()) - set(names))):
             raise ValueError(f"Split {rows.split} of {name} has classes that training lacks: {foreign[:MAX_NAMED]}.")
-        feature = like.features[column]
-        return rows if rows.features[column] == feature else _cast(rows, column, feature)
-    if isinstance(rows.features[column], datasets.ClassLabel):
+    elif isinstance(rows.features[column], datasets.ClassLabel):
         names = rows.features[column].names
     elif is_text:
         names = sorted(set(pc.unique(values).to_pylist()))
@@ -184,10 +163,8 @@ def with_class_ids(
     if len(names) < 2:
         raise ValueError(f"{name} has {len(names)} class in column {column!r}; a classifier needs two.")
     feature = datasets.ClassLabel(names=names)
-    return rows if rows.features[column] == feature else _cast(rows, column, feature)
-
-
-def _cast(rows: datasets.Dataset, column: str, feature: datasets.ClassLabel) -> datasets.Dataset:
+    if rows.features[column] == feature:
+        return rows
     if rows.features[column].dtype == "large_string":  # which the library cannot turn into class ids
         rows = rows.cast_column(column, datasets.Value("string"))
     return rows.cast_column(column, feature)

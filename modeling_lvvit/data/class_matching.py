@@ -27,7 +27,6 @@ class ClassMap:
 
     Args:
         groups: One tuple of annotator class ids for each dataset class.
-        num_annotator_classes: Number of scores that the annotator gives.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -39,15 +38,9 @@ class ClassMap:
         return self.groups == tuple((index,) for index in range(self.num_annotator_classes))
 
     def apply(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (logits) of the dataset's classes from those of the annotator.
+        """Scores (logits) `(B, classes, rows, columns)` of the dataset's classes from those of the annotator's.
 
         Several annotator classes that stand for one class add their probabilities, `log sum exp` of their logits.
-
-        Args:
-            scores: `(B, annotator classes, rows, columns)`.
-
-        Returns:
-            `(B, classes, rows, columns)`.
         """
         if self.is_identity:
             return scores
@@ -120,7 +113,7 @@ def match_classes(
 
     Args:
         annotator_names, dataset_names: Class names in the order of their ids.
-        wordnet: WordNet ids to comma-separated names.
+        wordnet: WordNet ids to comma-separated names; default: none.
         ignore_extra_classes: Whether the annotator may have classes that the dataset lacks; their scores are dropped.
 
     Raises:
@@ -150,20 +143,16 @@ def match_classes(
             + ("" if missing else ", or drop the annotator's other classes with `ignore_extra_classes`")
             + "."
         )
-    contested = _contested(extra, dataset_names, wordnet)
+    # classes whose whole name is also one of a class that would be dropped: "cardigan" is a garment and a dog, and a dataset with
+    # one of the two may mean either
+    dropped = {name for extra_name in extra for name in all_names(extra_name, wordnet)}
+    contested = [name for name in dataset_names if not WORDNET_ID.search(name) and normalized(name) in dropped]
     if contested:
         raise ValueError(
             f"Several classes of the annotator have the names of classes of the dataset{_listed('', contested)}. Say which "
             "is meant with `class_map` FILE."
         )
     return ClassMap(tuple((partner[index],) for index in range(len(dataset_names))), len(annotator_names))
-
-
-def _contested(extra: Sequence[str], dataset_names: Sequence[str], wordnet: Mapping[str, str]) -> list[str]:
-    """Classes of the dataset whose whole name is also one of a class that would be dropped: "cardigan" is a garment and
-    a dog, and a dataset with one of the two may mean either."""
-    dropped = set().union(*(all_names(name, wordnet) for name in extra)) if extra else set()
-    return [name for name in dataset_names if not WORDNET_ID.search(name) and normalized(name) in dropped]
 
 
 def _partners(
@@ -177,21 +166,18 @@ def _partners(
         theirs = _unique_names(annotator_names, part, wordnet, set(partner.values()))
         partner |= {ours[name]: theirs[name] for name in ours.keys() & theirs.keys()}
     holders = defaultdict(set)
-    taken = set(partner.values())
-    for index, name in enumerate(annotator_names):
-        if index not in taken:
-            for synonym in all_names(name, wordnet):
-                holders[synonym].add(index)
-    open_classes = [index for index in range(len(dataset_names)) if index not in partner]
+    for index in set(range(len(annotator_names))) - set(partner.values()):
+        for synonym in all_names(annotator_names[index], wordnet):
+            holders[synonym].add(index)
     candidates = {}
-    for index in open_classes:
+    for index in sorted(set(range(len(dataset_names))) - partner.keys()):
         names = all_names(dataset_names[index], wordnet)
         synsets = {name for name in names if WORDNET_ID.fullmatch(name)} & holders.keys()
         candidates[index] = set().union(*(holders[name] for name in (synsets or names) if name in holders))
     wanted = Counter(candidate for matches in candidates.values() for candidate in matches)
     for index, matches in candidates.items():
-        if len(matches) == 1 and wanted[next(iter(matches))] == 1:
-            partner[index] = next(iter(matches))
+        if len(matches) == 1 and wanted[candidate := next(iter(matches))] == 1:
+            partner[index] = candidate
     return partner | _namesakes(candidates, partner)
 
 
@@ -236,7 +222,6 @@ def read_class_map(path: Path, annotator_names: Sequence[str], dataset_names: Se
     Args:
         path: JSON object, dataset class to annotator class or to a list of them; or CSV rows `dataset class, annotator
             class` without a header, where a dataset class may come more than once. Classes are names or ids.
-        annotator_names, dataset_names: Class names in the order of their ids.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -271,9 +256,6 @@ def _class_id(value: object, names: Sequence[str], source: str) -> int:
         return matches[0]
     if not matches and str(value).isdecimal() and int(value) < len(names):
         return int(value)
-    reason = (
-        "more than one class has this name; give its id"
-        if matches
-        else f"no class of {len(names)} has this name or id"
-    )
-    raise ValueError(f"{source}: {value!r}: {reason}.")
+    if matches:
+        raise ValueError(f"{source}: {value!r}: more than one class has this name; give its id.")
+    raise ValueError(f"{source}: {value!r}: no class of {len(names)} has this name or id.")

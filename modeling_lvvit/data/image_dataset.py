@@ -80,11 +80,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.decode(self.rows[index][self.image_column][0].as_py(), index)
 
     def decode(self, value: dict[str, Any] | None, index: int) -> Image.Image:
-        """The RGB image of an image column's value.
-
-        Raises:
-            SampleError: If there is none or it cannot be read; the message names row and file.
-        """
+        """The RGB image of an image column's value; raises a `SampleError` that names row and file if it cannot be read."""
         if value is None:
             raise SampleError(f"Row {index} of the {self.name} data has no image.")
         try:

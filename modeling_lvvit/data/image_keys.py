@@ -36,12 +36,8 @@ def row_keys(start: int, stop: int) -> pa.StringArray:
 def path_keys(paths: Strings, start: int = 0) -> Strings:
     """Keys of images with paths; `zip://a/b/1.jpg::https://...` counts as `a/b/1.jpg`.
 
-    Args:
-        paths: Paths of rows that follow each other.
-        start: Number of the first.
-
     Raises:
-        ValueError: If one has no path.
+        ValueError: If one of the rows, which follow each other from number `start`, has no path.
     """
     innermost = pc.list_element(pc.split_pattern(paths, "::", max_splits=1), 0)
     keys = pc.replace_substring(_matched_part(innermost, LAST_TWO_PARTS), "\\", "/")
@@ -55,11 +51,7 @@ def path_keys(paths: Strings, start: int = 0) -> Strings:
 
 
 def value_keys(values: pa.Array | pa.ChunkedArray, column: str, start: int = 0) -> Strings:
-    """Keys from a column of rows that follow each other; `start` is the number of the first.
-
-    Raises:
-        ValueError: If one has no value.
-    """
+    """Keys from a column of rows that follow each other from number `start`; a `ValueError` if one has no value."""
     if values.null_count:
         row = start + pc.index(values.is_null(), True).as_py()
         raise ValueError(f"Row {row} has no value in column {column!r}: there is no key to tell it by.")
@@ -76,7 +68,6 @@ def read_keys(
 
     Args:
         dataset: Images, or a label set with the name of its key column.
-        image_column: Name of the image column.
         key_column: Column whose values are the keys; default: paths where images have them, else row numbers.
         number_rows: Whether rows are known by their number even where images have paths.
 

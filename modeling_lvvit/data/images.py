@@ -40,11 +40,7 @@ def pillow_errors() -> Iterator[None]:
 
 
 def decode_stored(value: dict[str, Any]) -> Image.Image:
-    """The upright image of an image column's value, `{"bytes": ..., "path": ...}`, in the mode of its file.
-
-    Raises:
-        IMAGE_ERRORS: If it is no image, is damaged or too large.
-    """
+    """The upright image of an image column's value, in the mode of its file; errors as in `decode_image`."""
     with pillow_errors():
         return _DECODER.decode_example(value)
 
@@ -62,11 +58,7 @@ def decode_image(value: dict[str, Any]) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An 8-bit RGB image.
-
-    Raises:
-        ValueError: If its pixels are floating point.
-    """
+    """An 8-bit RGB image; a `ValueError` if the pixels are floating point."""
     if image.mode.startswith("I"):
         image = Image.fromarray(np.uint8(np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257))
     elif image.mode == "F":
@@ -78,8 +70,7 @@ def image_note(content: bytes) -> str:
     """What `decode_image` does to an image file beyond reading it, `""` for an upright RGB image."""
     with pillow_errors(), Image.open(io.BytesIO(content)) as image:
         notes = []
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1:
+        if getattr(image, "n_frames", 1) > 1:
             notes.append("animation, first frame used")
         if image.mode.startswith("I"):
             notes.append("16-bit, scaled to 8")
@@ -135,15 +126,14 @@ def find_image_problem(value: pa.StructScalar) -> str | None:
     Files are opened and checked for their end (JPEG) or their checksums (PNG); only other formats and doubtful files are
     decoded. Remote files are not looked at.
     """
-    if not value.is_valid:
-        return "no image"
-    content, path = value["bytes"], value["path"].as_py()
-    if not content.is_valid and path is None:
-        return "no image"
-    if not content.is_valid and "://" in path:
-        return None
-    if not content.is_valid and not os.path.isfile(path):
-        return "the image file does not exist"
+    content, path = (value["bytes"], value["path"].as_py()) if value.is_valid else (value, None)
+    if not content.is_valid:
+        if path is None:
+            return "no image"
+        if "://" in path:
+            return None
+        if not os.path.isfile(path):
+            return "the image file does not exist"
     try:
         with io.BytesIO(content.as_buffer()) if content.is_valid else open(path, "rb") as file:
             if _is_whole(file):
@@ -173,15 +163,10 @@ def _is_whole(file: BinaryIO) -> bool:
 def parse_image_size(
     numbers: list[int] | None, name: str, expected: str = "side or height and width"
 ) -> tuple[int, int] | None:
-    """Height and width in pixels of an option, `None` where it was not given.
-
-    Args:
-        numbers: One for both, or two.
-        name: What messages call the option.
-        expected: What messages say it is one of.
+    """Height and width in pixels of an option: one number for both, or two; `None` where it was not given.
 
     Raises:
-        ValueError: If there are other numbers.
+        ValueError: If there are other numbers; it calls the option `name`, and says what is `expected`.
     """
     if numbers is None:
         return None

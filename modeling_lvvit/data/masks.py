@@ -38,11 +38,11 @@ class MaskEncoding:
                 f"--ignore_index {self.ignore_index} is the value of one of the {self.num_labels} classes, which would never be learned; "
                 f"choose another one, for example {MAX_VALUE}."
             )
-        if self.values is not None and self.reduce_labels:
+        if self.values is None:
+            return
+        if self.reduce_labels:
             raise ValueError("Give --mask_values or --reduce_labels, not both.")
-        if self.values is not None and not (
-            len(set(self.values)) == self.num_labels and all(0 <= value <= MAX_VALUE for value in self.values)
-        ):
+        if len(set(self.values)) != self.num_labels or not all(0 <= value <= MAX_VALUE for value in self.values):
             raise ValueError(
                 f"--mask_values must be {self.num_labels} different values, one for each class, from 0 to {MAX_VALUE}; got "
                 f"{list(self.values)}."
@@ -77,11 +77,10 @@ class MaskEncoding:
         listed = ", ".join(map(str, values)) if len(values) <= 8 or self.values else f"{values[0]} to {values[-1]}"
         ignored = [0] if self.reduce_labels else []
         ignored += [self.ignore_index] if self.ignore_index not in values else []
-        return f"{listed} for {self.num_labels} classes" + (
-            f", and {' and '.join(map(str, ignored))}, which {'is' if len(ignored) == 1 else 'are'} ignored"
-            if ignored
-            else ""
-        )
+        text = f"{listed} for {self.num_labels} classes"
+        if ignored:
+            text += f", and {' and '.join(map(str, ignored))}, which {'is' if len(ignored) == 1 else 'are'} ignored"
+        return text
 
 
 def read_mask(value: dict[str, Any]) -> np.ndarray:

@@ -50,12 +50,7 @@ def seed_generators(seed: int) -> None:
 
 class ShardedEvalSampler(Sampler[int]):
     """The rows of one of several processes: every one of them once in all, in contrast to the samplers of PyTorch and accelerate, which
-    repeat rows to give all processes as many.
-
-    Args:
-        num_rows: Rows of the dataset.
-        process_index, num_processes: Which process.
-    """
+    repeat rows to give all processes as many."""
 
     def __init__(self, num_rows: int, process_index: int, num_processes: int):
         self.rows = range(process_index, num_rows, num_processes)

@@ -29,12 +29,10 @@ def open_splits(
     streaming: bool = False,
     split: str = "train",
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """All splits of a dataset.
+    """All splits of a dataset, prepared or, with `streaming`, read one row after another.
 
     Args:
         name: Hub name, a folder (image folder, or Parquet files), or one Parquet file.
-        config_name, revision: Configuration and revision on the Hub.
-        streaming: Whether to read rows one after another instead of preparing all of them first.
         split: What the rows of a single Parquet file are called.
 
     Raises:
@@ -64,11 +62,7 @@ def open_splits(
 
 
 def open_parquet(paths: list[str], split: str) -> datasets.Dataset:
-    """Rows of Parquet files.
-
-    Raises:
-        ValueError: If they cannot be read.
-    """
+    """Rows of Parquet files; a `ValueError` if they cannot be read."""
     try:
         return datasets.load_dataset("parquet", data_files={split: paths}, split=split)
     except (DatasetsError, pa.ArrowException, FileNotFoundError) as error:
@@ -91,8 +85,6 @@ def dataset_fingerprint(name: str, revision: str | None) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
-        about = file.stat()
-        digest.update(
-            f"{file.relative_to(path) if path.is_dir() else file.name}\0{about.st_size}\0{about.st_mtime_ns}\0".encode()
-        )
+        name, about = file.relative_to(path) if path.is_dir() else file.name, file.stat()
+        digest.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
     return digest.hexdigest()

@@ -17,9 +17,7 @@ def find_eval_split(
     """Name of the split to evaluate on, `None` if there is none and training rows must be held out.
 
     Args:
-        splits: All splits of the dataset.
         name: What messages call the dataset.
-        train_split: The split to train on.
         eval_split: The split that was asked for; default: the first of `EVALUATION_SPLITS` that is there.
 
     Raises:
@@ -37,19 +35,16 @@ def find_eval_split(
 def split_to_evaluate(splits: datasets.DatasetDict, wanted: str | None) -> str | None:
     """Name of the split that a trained model is evaluated on: the wanted one, else one that is called so, else the only one; `None` if
     there is none of these."""
-    candidates = [name for name in (EVALUATION_SPLITS if wanted is None else [wanted]) if name in splits]
-    if not candidates and wanted is None and len(splits) == 1:
-        candidates = list(splits)
-    return candidates[0] if candidates else None
+    only = list(splits) if len(splits) == 1 else []
+    candidates = [*EVALUATION_SPLITS, *only] if wanted is None else [wanted]
+    return next((name for name in candidates if name in splits), None)
 
 
 def hold_out(num_rows: int, fraction: float, seed: int, name: str, split: str) -> tuple[np.ndarray, np.ndarray, str]:
     """Training rows that stay, those that are held out for evaluation, and what the latter are called.
 
     Args:
-        num_rows: Number of training rows.
-        fraction: Share of them to evaluate on, in (0, 1).
-        seed: Of the random choice.
+        fraction: Share of the training rows to evaluate on, in (0, 1).
         name, split: What messages call the dataset, and its training split.
 
     Raises:

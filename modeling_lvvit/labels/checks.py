@@ -37,9 +37,7 @@ class LabelSetReport:
     Args:
         problems: Damage, each a line that names file and row.
         num_maps, num_empty: Rows, and those with an empty label.
-        class_names: Names of the classes.
         shape: `[K, rows, columns]`.
-        score_range: Smallest and largest score.
         stored_mass: Mean probability that a softmax of the scores gives to classes outside the K of a cell.
         annotator_mass: That of the annotator itself; `None` if it is not recorded.
         temperature: Proposed `label_temperature`, `None` if the targets need none.
@@ -74,10 +72,10 @@ class LabelSetReport:
             lines.append(f"maps of {rows} x {columns} cells, {k} of {len(self.class_names):,} classes in each")
         if self.stored_mass is not None:
             lines.append(f"scores from {self.score_range[0]:.2f} to {self.score_range[1]:.2f}")
-            reference = (
-                "" if self.annotator_mass is None else f" (the annotator's own: {100 * self.annotator_mass:.1f} %)"
-            )
-            lines.append(f"probability outside the classes of a cell: {100 * self.stored_mass:.1f} %{reference}")
+            line = f"probability outside the classes of a cell: {100 * self.stored_mass:.1f} %"
+            if self.annotator_mass is not None:
+                line += f" (the annotator's own: {100 * self.annotator_mass:.1f} %)"
+            lines.append(line)
         if self.temperature is not None:
             lines.append(
                 "WARNING: the targets are flat, because the scores are small next to the 0 of the classes that are not "
@@ -94,16 +92,11 @@ class LabelSetReport:
 
 
 def check_label_set(folder: Path, split: str = "train") -> LabelSetReport:
-    """Reads every shard of a label set.
-
-    Raises:
-        FileNotFoundError: If the folder has no Parquet file of the split.
-    """
+    """Reads every shard of a label set; a `FileNotFoundError` if the folder has none of the split."""
     paths = sorted((folder / DATA).glob(f"{split}-*.parquet"))
     if not paths:
         raise FileNotFoundError(f"{folder} has no label set of split {split!r}: there is no {DATA}/{split}-*.parquet.")
-    report, sample, masses, keys = LabelSetReport(), [], [], []
-    outside: list[np.ndarray] = []
+    report, sample, masses, keys, outside = LabelSetReport(), [], [], [], []
     for path, table in _tables(paths, report):
         keys += table[KEY_COLUMN].fill_null("").chunks
         if OUTSIDE_COLUMN in table.column_names:
@@ -115,8 +108,8 @@ def check_label_set(folder: Path, split: str = "train") -> LabelSetReport:
                 sample.append(scores)
     for key in repeated_keys(pa.chunked_array(keys, pa.string())):
         report.add_problem(f"key {key!r} comes more than once")
-    outside = np.concatenate(outside) if outside else np.zeros(0)
-    report.annotator_mass = float(outside.mean(dtype=np.float64)) if len(outside) else None
+    if sum(map(len, outside)):
+        report.annotator_mass = float(np.concatenate(outside).mean(dtype=np.float64))
     if masses:
         report.stored_mass = float(np.concatenate(masses).mean(dtype=np.float64))
         report.temperature = _proposed_temperature(report, np.concatenate(sample)[:SAMPLED_MAPS])
@@ -128,7 +121,6 @@ def agreement(label_maps: LabelMapReader, classes: np.ndarray) -> tuple[float, f
     """Share of label maps whose first class is that of their image, and share of maps that name it in any cell.
 
     Args:
-        label_maps: Maps.
         classes: Class ids of the images, as many as maps.
 
     Raises:
@@ -157,7 +149,7 @@ def _tables(paths: list[Path], report: LabelSetReport) -> Iterator[tuple[Path, p
                     continue
                 if first_schema is None:
                     first_schema = schema
-                    report.class_names = label_class_names(datasets.Dataset(file.schema_arrow.empty_table())) or []
+                    report.class_names = label_class_names(datasets.Dataset(schema.empty_table())) or []
                     report.shape = tuple(list_nesting(schema.field(INDEX_COLUMN).type)[1])
                 elif not schema.equals(first_schema, check_metadata=True):
                     report.add_problem(f"{path.name}: other columns, map size, K or classes than {paths[0].name}")
@@ -232,7 +224,6 @@ def _compare_with_record(folder: Path, paths: list[Path], split: str, report: La
         report.add_problem(
             f"{RECORD} says K {settings.get('k')} and map size {settings.get('map_size')}, maps are {report.shape}"
         )
-    names = {path.name for path in paths}
-    for shard in range(len(paths)):
-        if f"{split}-{shard:05d}.parquet" not in names:
-            report.add_problem(f"{split}-{shard:05d}.parquet is missing")
+    expected_names = {f"{split}-{shard:05d}.parquet" for shard in range(len(paths))}
+    for name in sorted(expected_names - {path.name for path in paths}):
+        report.add_problem(f"{name} is missing")

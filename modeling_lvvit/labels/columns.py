@@ -47,16 +47,11 @@ def to_arrow(maps: np.ndarray) -> pa.FixedSizeListArray:
 
 def list_nesting(column_type: pa.DataType) -> tuple[int, list[int | None], pa.DataType]:
     """Depth, lengths (`None` where they vary) and value type of a nested list type; Array3D columns included."""
-    lengths = []
     if isinstance(column_type, pa.ExtensionType):
-        lengths_of_extension = list(getattr(column_type, "shape", ()))
         depth, _, value_type = list_nesting(column_type.storage_type)
-        return depth, lengths_of_extension or [None] * depth, value_type
-    while (
-        pa.types.is_list(column_type)
-        or pa.types.is_large_list(column_type)
-        or pa.types.is_fixed_size_list(column_type)
-    ):
+        return depth, list(getattr(column_type, "shape", ())) or [None] * depth, value_type
+    lengths = []
+    while isinstance(column_type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
         lengths.append(column_type.list_size if pa.types.is_fixed_size_list(column_type) else None)
         column_type = column_type.value_type
     return len(lengths), lengths, column_type
@@ -69,26 +64,22 @@ def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
         LabelMapError: If a row is missing or has missing parts, or rows have different shapes; names the first such row.
     """
     array = column.combine_chunks()
-    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
     array = array.storage if isinstance(array, pa.ExtensionArray) else array
     shape, per_row = [len(array)], 1  # items of the present level that belong to one row
     while isinstance(array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
         _refuse_missing(array, per_row)
         if isinstance(array, pa.FixedSizeListArray):  # the type says that all lengths are equal
-            shape.append(array.type.list_size)
-            per_row *= array.type.list_size
-            array = array.flatten()
-            continue
-        lengths = pc.list_value_length(array)
-        first = lengths[0].as_py() if len(lengths) else 0
-        odd = pc.index(pc.not_equal(lengths, first), True).as_py()
-        if odd >= 0:
-            text = (
-                f"its label map has another shape than that of the first row (a length of {lengths[odd]}, not {first})"
-            )
-            raise LabelMapError(odd // per_row, text)
-        shape.append(first)
-        per_row *= first
+            length = array.type.list_size
+        else:
+            lengths = pc.list_value_length(array)
+            length = lengths[0].as_py() if len(lengths) else 0
+            odd = pc.index(pc.not_equal(lengths, length), True).as_py()
+            if odd >= 0:
+                difference = f"(a length of {lengths[odd]}, not {length})"
+                text = f"its label map has another shape than that of the first row {difference}"
+                raise LabelMapError(odd // per_row, text)
+        shape.append(length)
+        per_row *= length
         array = array.flatten()
     _refuse_missing(array, per_row)
     return array.to_numpy(zero_copy_only=False).reshape(shape)
@@ -127,32 +118,22 @@ def check_column_types(ids_type: pa.DataType, scores_type: pa.DataType) -> None:
 
 
 def label_map_problems(ids: np.ndarray, scores: np.ndarray, num_classes: int) -> list[tuple[int, str]]:
-    """Row offsets and descriptions of what is wrong in a batch of maps.
-
-    Args:
-        ids, scores: `(num_rows, K, rows, columns)`.
-        num_classes: Classes of the model.
-    """
+    """Row offsets and descriptions of what is wrong in a batch of maps, `(num_rows, K, rows, columns)` each."""
     if ids.shape != scores.shape:
         return [(0, f"ids have [K, rows, columns] {list(ids.shape[1:])}, scores {list(scores.shape[1:])}")]
     if not 1 <= ids.shape[1] <= num_classes or ids[0].size == 0:
         return [
             (0, f"a map of [K, rows, columns] {list(ids.shape[1:])} needs 1 <= K <= {num_classes} classes and cells")
         ]
-    problems = []
-    outside = (ids < 0) | (ids >= num_classes)
-    for row in _rows_with(outside):
-        problems.append((row, f"class id {ids[row][outside[row]][0]} is outside [0, {num_classes})"))
-    for row in _rows_with(~np.isfinite(scores)):
-        problems.append((row, "scores are NaN or infinite"))
-    for row in _rows_with(np.abs(scores, dtype=np.float32) > np.finfo(np.float16).max):
-        problems.append((row, "scores are beyond the float16 range (65504)"))
-    ranked = np.sort(ids, axis=1)
-    for row in _rows_with(ranked[:, 1:] == ranked[:, :-1]):
-        problems.append((row, "a cell names a class twice"))
-    return problems
-
-
-def _rows_with(flags: np.ndarray) -> list[int]:
-    """Rows in which any of the flags `(num_rows, ...)` is set."""
-    return np.flatnonzero(flags.reshape(len(flags), -1).any(axis=1)).tolist()
+    outside, ranked = (ids < 0) | (ids >= num_classes), np.sort(ids, axis=1)
+    flags = {
+        f"class id {{}} is outside [0, {num_classes})": outside,
+        "scores are NaN or infinite": ~np.isfinite(scores),
+        "scores are beyond the float16 range (65504)": np.abs(scores, dtype=np.float32) > np.finfo(np.float16).max,
+        "a cell names a class twice": ranked[:, 1:] == ranked[:, :-1],
+    }
+    return [
+        (row, text.format(*ids[row][outside[row]][:1]))
+        for text, flagged in flags.items()
+        for row in np.flatnonzero(flagged.any(axis=(1, 2, 3))).tolist()
+    ]

@@ -1,14 +1,14 @@
 """Label maps cut to crops: what each token of an augmented image, and its class token, should learn."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from .label_maps import pad_palettes
+from .label_maps import decode, pad_palettes
 from .sparse_targets import SparseTargets
 from .storage import PaletteMaps
 
@@ -52,14 +52,6 @@ class CropGeometry:
         """Which tokens have their center in the region that the map covers, bool `(batch_size, N)`, row-major."""
         points = self.points(grid_size, (1, 1))  # (B, rows, columns, 2)
         return ((points >= 0) & (points <= 1)).all(dim=-1).flatten(1)
-
-    def covered_part(self) -> "CropGeometry":
-        """The crops without what lies outside the maps; only without `label_affine`."""
-        return CropGeometry(self.crop_box.clamp(0, 1))
-
-    def with_exchanged_axes(self) -> "CropGeometry":
-        """The authors' boxes, whose corners are read in the wrong order."""
-        return CropGeometry(self.crop_box[:, [1, 0, 3, 2]], self.label_affine, self.image_box)
 
 
 def _centers(count: int, device: torch.device) -> torch.Tensor:
@@ -118,7 +110,6 @@ def pool_label_maps(
 
     Args:
         palette_scores: `(batch_size, U, rows, columns)` float32.
-        geometry: Where the crops lie.
         grid_size: Token rows and columns.
         label_crop: `"correct"`; or `"authors"`, which reproduces their exchange of rows and columns: their box is stored
             top first and handed to RoIAlign, which expects left first, so that the top half of an image gets the
@@ -132,12 +123,12 @@ def pool_label_maps(
     if label_crop not in ("correct", "authors"):
         raise ValueError(f"label_crop must be 'correct' or 'authors', got {label_crop!r}.")
     is_correct = label_crop == "correct"
-    geometry = geometry if is_correct else geometry.with_exchanged_axes()
+    if not is_correct:
+        geometry = replace(geometry, crop_box=geometry.crop_box[:, [1, 0, 3, 2]])
     if geometry.label_affine is not None:
         return _pool_warped(palette_scores, geometry, grid_size, covered_only)
-    if covered_only:
-        geometry = geometry.covered_part()
-    left, top, right, bottom = geometry.crop_box.float().unbind(1)
+    crop_box = geometry.crop_box.clamp(0, 1) if covered_only else geometry.crop_box
+    left, top, right, bottom = crop_box.float().unbind(1)
     min_cells = 0.0 if is_correct else 1.0
     rows, columns = palette_scores.shape[-2:]
     row_weights = axis_weights(top, bottom, rows, grid_size[0], min_cells)
@@ -155,9 +146,8 @@ def _pool_warped(
     to the nearest cell, as the authors do, moves labels by up to half a cell every time.
     """
     finer = 2 if covered_only else 1  # whole points are left out at the border of the covered part
-    points_per_token = tuple(
-        finer * math.ceil(cells / tokens) for cells, tokens in zip(palette_scores.shape[-2:], grid_size)
-    )
+    sizes = zip(palette_scores.shape[-2:], grid_size)
+    points_per_token = tuple(finer * math.ceil(cells / tokens) for cells, tokens in sizes)
     points = geometry.points(grid_size, points_per_token)  # (B, P, Q, 2)
     sampled = nn.functional.grid_sample(
         palette_scores, 2 * points - 1, mode="bilinear", padding_mode="border", align_corners=False
@@ -208,9 +198,7 @@ def crop_label_maps(
         palette: `(batch_size, U)` int64, the classes that each map names, padded with 0.
         palette_index: `(batch_size, K, rows, columns)` integers, positions in the palette.
         scores: `(batch_size, K, rows, columns)`.
-        geometry: Where the crops lie.
         grid_size: Token rows and columns of the model.
-        num_classes: Classes of the model.
         label_crop: See `pool_label_maps`.
         temperature: Divides the pooled scores before softmax; below 1 sharpens the targets of an annotator whose
             logits are small.
@@ -218,9 +206,7 @@ def crop_label_maps(
     Returns:
         Class-token targets (`excess` `(batch_size, U)`) and patch-token targets (`(batch_size, N, U)`, row-major).
     """
-    batch_size, _, rows, columns = palette_index.shape
-    palette_scores = scores.new_zeros(batch_size, palette.shape[1], rows, columns, dtype=torch.float32)
-    palette_scores.scatter_(1, palette_index.long(), scores.float())
+    palette_scores = decode(palette_index, scores, palette.shape[1])
     return crop_palette_scores(palette_scores, palette, geometry, grid_size, num_classes, label_crop, temperature)
 
 

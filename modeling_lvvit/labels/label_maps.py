@@ -30,7 +30,6 @@ def encode_top_k(score_maps: torch.Tensor, k: int = 5) -> tuple[np.ndarray, np.n
 
     Args:
         score_maps: Annotator scores (logits), `(..., num_classes, rows, columns)`, floating point.
-        k: Classes kept per cell, `1 <= k <= num_classes`.
 
     Returns:
         Ids `(..., k, rows, columns)` int16 or int32, and scores of the same shape, float16, descending along k.
@@ -49,7 +48,7 @@ def encode_top_k(score_maps: torch.Tensor, k: int = 5) -> tuple[np.ndarray, np.n
 
 
 def decode(ids: torch.Tensor, scores: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Score map over all classes, 0 where a cell does not name a class; for inspection, not for training.
+    """Score map over `num_classes` classes, 0 where a cell does not name a class; in training those of a palette, not all.
 
     Args:
         ids: `(..., K, rows, columns)` integers in `[0, num_classes)`.
@@ -93,16 +92,8 @@ def pad_palettes(palettes: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def mass_outside(scores: np.ndarray, num_classes: int, temperature: float = 1.0) -> np.ndarray:
-    """Probability that a softmax of stored scores gives to the classes that a cell does not name, score 0 each.
-
-    Args:
-        scores: `(n, K, rows, columns)`.
-        num_classes: Number of all classes.
-        temperature: Divides the scores.
-
-    Returns:
-        `(n, rows, columns)` float32.
-    """
+    """Probability that a softmax of stored scores `(n, K, rows, columns)`, divided by the temperature, gives to the classes that a
+    cell does not name, score 0 each: `(n, rows, columns)` float32."""
     if num_classes <= scores.shape[1]:
         return np.zeros((len(scores), *scores.shape[2:]), dtype=np.float32)
     named = np.logaddexp.reduce(scores.astype(np.float32) / temperature, axis=1)

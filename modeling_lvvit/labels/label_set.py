@@ -52,14 +52,7 @@ class JoinedLabels:
 
 
 class LabelSet:
-    """Label maps of the images of one split, each with the key of its image.
-
-    Args:
-        rows: Rows of the stored form (see `storage`).
-
-    Raises:
-        ValueError: If a column is missing.
-    """
+    """Label maps of the images of one split, rows of the stored form (see `storage`), each with the key of its image."""
 
     def __init__(self, rows: datasets.Dataset):
         if KEY_COLUMN not in rows.column_names:
@@ -69,12 +62,7 @@ class LabelSet:
 
     @classmethod
     def open(cls, name: str, split: str, revision: str | None = None) -> "LabelSet":
-        """The part of a label set that belongs to a split.
-
-        Args:
-            name: Folder or Hub name.
-            split: The split of the images.
-            revision: On the Hub.
+        """The part of a label set, a folder or Hub name, that belongs to a split of the images.
 
         Raises:
             FileNotFoundError, ValueError: If it does not exist, is unfinished, or has no such split.
@@ -125,14 +113,13 @@ class LabelSet:
 
         Args:
             dataset: Images, all rows of the split in their stored order.
-            image_column: Name of the image column.
             key_column: Column of `dataset` that holds the keys; default: see `image_keys`.
             key_pattern: Regular expression; its first group, or else what it matches, is the key on both sides.
 
         Raises:
             ValueError: If images have no label map, or keys are not unique; the message names them.
         """
-        label_maps, has_numbers, label_keys = LabelMapReader(self.rows), self.knows_numbers_only, self.keys
+        has_numbers, label_keys = self.knows_numbers_only, self.keys
         keys = read_keys(dataset, image_column, None if has_numbers else key_column, has_numbers)
         if has_numbers and len(keys) != len(label_keys):
             raise ValueError(
@@ -142,15 +129,15 @@ class LabelSet:
             keys, label_keys = (cut_keys(side, key_pattern) for side in (keys, label_keys))
         row_of = _find_rows(keys, label_keys)
         self._compare_files(dataset, image_column, row_of, is_strict=has_numbers)
-        is_empty = self.is_empty if row_of is None else self.is_empty[row_of]
+        label_maps, is_empty = LabelMapReader(self.rows, row_of=row_of), self.is_empty
+        is_empty = is_empty if row_of is None else is_empty[row_of]
         if not is_empty.any():
-            label_maps = label_maps if row_of is None else label_maps.select(row_of)
             return JoinedLabels(label_maps, None, self.class_names)
         _check_some_labels(is_empty)
         names = [repr(keys[row].as_py()) for row in np.flatnonzero(is_empty)[:MAX_NAMED].tolist()]
         logger.warning("%d images have an empty label and are left out: %s", is_empty.sum(), ", ".join(names))
         images = np.flatnonzero(~is_empty)
-        return JoinedLabels(label_maps.select(images if row_of is None else row_of[images]), images, self.class_names)
+        return JoinedLabels(label_maps.select(images), images, self.class_names)
 
     def _compare_files(
         self, dataset: datasets.Dataset, image_column: str, row_of: np.ndarray | None, is_strict: bool
@@ -179,21 +166,15 @@ class LabelSet:
                 f"not those that were annotated, first row {others[0]}. Was the data reordered or changed?"
             )
         if others:
-            logger.warning(
+            text = (
                 "%d of %d image files looked at are not byte for byte those that were annotated (first row %d). That is fine "
-                "for resized copies, and wrong if other images have the same names.",
-                len(others),
-                len(images),
-                others[0],
+                "for resized copies, and wrong if other images have the same names."
             )
+            logger.warning(text, len(others), len(images), others[0])
 
 
 class LabelLookup:
-    """Finds the label maps of images that come one after another.
-
-    Args:
-        labels: Label set.
-        key_pattern: As in `LabelSet.join`.
+    """Finds the label maps of images that come one after another; `key_pattern` as in `LabelSet.join`.
 
     Raises:
         ValueError: If keys come more than once, or are row numbers, which a stream does not know.

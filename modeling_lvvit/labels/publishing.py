@@ -36,13 +36,7 @@ def finish_label_set(writer: LabelSetWriter, num_shards: int, title: str, target
 
 
 def write_card(writer: LabelSetWriter, record: dict[str, Any], title: str) -> None:
-    """Writes README.md: how the set was made and how to use it.
-
-    Args:
-        writer: The set.
-        record: What `LabelSetWriter.finish` returned.
-        title: What the set is called.
-    """
+    """Writes README.md, with the record that `LabelSetWriter.finish` returned: how the set was made and how to use it."""
     # Named in the card, local files would share one cache entry with those of any other folder of the same name: the
     # library (5.2) then identifies them by their pattern alone. It finds these splits by itself.
     configs = None
@@ -88,11 +82,7 @@ def push_label_set(folder: Path, target: HubTarget) -> str:
 
 
 def open_label_set_target(repo_id: str, split: str, private: bool | None, revision: str | None) -> HubTarget:
-    """Where a label set will be published, opened before the long work.
-
-    Args:
-        repo_id, private, revision: See `HubTarget`.
-        split: Of the set.
+    """Where a label set will be published (see `HubTarget`), opened before the long work.
 
     Raises:
         HubError: If the Hub cannot be reached or refuses.
@@ -104,20 +94,16 @@ def open_label_set_target(repo_id: str, split: str, private: bool | None, revisi
 
 
 def _check_splits(target: HubTarget, split: str) -> None:
-    shards = [name for name in target.files() if matches(name, (f"{DATA}/*.parquet",))]
-    if others := [name for name in shards if not matches(name, (f"{DATA}/{split}-*.parquet",))]:
-        raise ValueError(
-            f"{target.repo_id} holds {others[0]}, of another split: its card and record speak of one set only. Publish the split "
-            f"{split!r} under another name."
-        )
+    for name in target.files():
+        if matches(name, (f"{DATA}/*.parquet",)) and not matches(name, (f"{DATA}/{split}-*.parquet",)):
+            raise ValueError(
+                f"{target.repo_id} holds {name}, of another split: its card and record speak of one set only. Publish the split "
+                f"{split!r} under another name."
+            )
 
 
 def check_finished(folder: Path) -> None:
-    """Makes sure that a folder holds a label set that was written to its end.
-
-    Raises:
-        ValueError: If it does not; the message says what is missing.
-    """
+    """Raises a `ValueError` that says what is missing if a folder holds no label set that was written to its end."""
     record = folder / RECORD
     report = json.loads(record.read_text(encoding="utf-8")).get("report") if record.is_file() else None
     if report is None or not (folder / CARD).is_file():

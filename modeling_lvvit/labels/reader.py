@@ -28,7 +28,6 @@ class LabelMapReader:
 
     Args:
         dataset: Rows with label maps: columns of ids and scores, or those of a label set (see `storage`).
-        num_classes: Number of classes that ids count; `None` for that of the palette.
         row_of: For each image, the row of its map, int64; `None` when image i has map i.
         ids_column, scores_column: Names of the columns of ids and scores. A label set has fixed names.
 
@@ -39,7 +38,6 @@ class LabelMapReader:
     def __init__(
         self,
         dataset: datasets.Dataset,
-        num_classes: int | None = None,
         row_of: np.ndarray | None = None,
         ids_column: str = IDS_COLUMN,
         scores_column: str = SCORES_COLUMN,
@@ -48,15 +46,14 @@ class LabelMapReader:
         columns = [PALETTE_COLUMN, INDEX_COLUMN, SCORES_COLUMN] if self.is_compact else [ids_column, scores_column]
         missing = [column for column in columns if column not in dataset.column_names]
         if missing:
-            raise ValueError(
-                f"There is no column {', '.join(map(repr, missing))}; the data has {dataset.column_names}."
-            )
+            names = ", ".join(map(repr, missing))
+            raise ValueError(f"There is no column {names}; the data has {dataset.column_names}.")
         if not self.is_compact:
             schema = dataset.features.arrow_schema
             check_column_types(schema.field(ids_column).type, schema.field(scores_column).type)
         self.ids_column, self.scores_column = ids_column, scores_column
         self.class_names = label_class_names(dataset)
-        self.num_classes = num_classes or (len(self.class_names) if self.class_names else 2**31)
+        self.num_classes = len(self.class_names) if self.class_names else 2**31
         if BOX_COLUMN in dataset.column_names:
             columns.append(BOX_COLUMN)
         self.rows = dataset.select_columns(columns).with_format("arrow")
@@ -139,37 +136,30 @@ class MmapLabelReader:
 
     def __init__(self, dataset: datasets.Dataset, id_type: np.dtype):
         self.id_type = id_type
-        self.is_usable = dataset._indices is None
+        self.is_usable, self.has_boxes = dataset._indices is None, False
         self.starts, self.parts = [0], []
-        self.has_boxes = False
         for batch in dataset.data.table.to_batches() if self.is_usable else []:
             if len(batch) and self.is_usable:
                 self._add(batch)
         self.starts = np.asarray(self.starts)
 
     def _add(self, batch: pa.RecordBatch) -> None:
-        palettes, maps = batch.column(PALETTE_COLUMN), [batch.column(INDEX_COLUMN), batch.column(SCORES_COLUMN)]
-        values = []
-        for column in maps:
-            shape = [len(column)]
+        palettes, maps = batch.column(PALETTE_COLUMN), []
+        self.is_usable = isinstance(palettes, pa.ListArray) and not palettes.null_count
+        for name in (INDEX_COLUMN, SCORES_COLUMN):
+            column, shape = batch.column(name), [len(batch)]
             while isinstance(column, pa.FixedSizeListArray) and not column.null_count:
                 shape.append(column.type.list_size)
                 column = column.flatten()
-            values.append((column, shape))
-        self.is_usable = isinstance(palettes, pa.ListArray) and not palettes.null_count
-        self.is_usable &= all(len(shape) == 4 and not column.null_count for column, shape in values)
-        if not self.is_usable:
-            return
-        index, scores = (column.to_numpy(zero_copy_only=False).reshape(shape) for column, shape in values)
-        boxes = (
-            read_map_boxes(pa.table({BOX_COLUMN: batch.column(BOX_COLUMN)}))
-            if BOX_COLUMN in batch.schema.names
-            else None
-        )
+            self.is_usable &= len(shape) == 4 and not column.null_count
+            if not self.is_usable:
+                return
+            maps.append(column.to_numpy(zero_copy_only=False).reshape(shape))
+        boxes = read_map_boxes(pa.Table.from_batches([batch]))
         if boxes is not None and (boxes == (0, 0, 1, 1)).all():
             boxes = None
         self.has_boxes |= boxes is not None
-        self.parts.append((index, scores, palettes.offsets.to_numpy(), palettes.values.to_numpy(), boxes))
+        self.parts.append((*maps, palettes.offsets.to_numpy(), palettes.values.to_numpy(), boxes))
         self.starts.append(self.starts[-1] + len(batch))
 
     def fetch(self, rows: np.ndarray) -> PaletteMaps | None:

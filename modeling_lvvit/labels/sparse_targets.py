@@ -31,10 +31,6 @@ class SparseTargets:
         excess = torch.ones(len(labels), 1, device=labels.device)
         return cls(labels.long().unsqueeze(1), excess, torch.zeros_like(excess[:, 0]), num_classes)
 
-    def as_single_token(self) -> "SparseTargets":
-        """Targets of images as those of one token each, `excess` `(batch_size, 1, U)`."""
-        return replace(self, excess=self.excess.unsqueeze(1), other=self.other.unsqueeze(1))
-
     def smooth(self, smoothing: float) -> "SparseTargets":
         """Mixes with the uniform distribution, `(1 - s) p + s / C`. The sum stays 1; the authors' code adds `s / C` to
         a target scaled by `1 - s + s / C` and so reaches `1 + s / C`."""

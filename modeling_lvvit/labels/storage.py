@@ -100,7 +100,6 @@ class LabelSetLayout:
     """What all rows of a label set share.
 
     Args:
-        class_names: Names of all classes, by id.
         k: Classes kept for each cell.
         map_size: Rows and columns of a map.
         score_type: `"float16"`, lossless; or `"int8"`, scores rounded to `SCORE_STEP`.
@@ -137,14 +136,7 @@ class LabelSetLayout:
         notes: Sequence[str],
         is_empty: Sequence[bool],
     ) -> pa.Table:
-        """Rows of the stored form.
-
-        Args:
-            keys, hashes, notes: One for each image.
-            maps: Label maps; those of empty labels are not looked at.
-            outside_mass: Probability outside the kept classes.
-            is_empty: Which images get an empty label.
-        """
+        """Rows of the stored form, all arguments with one entry for each image; maps of empty labels are not looked at."""
         palettes, index, scores = compact(maps.ids, maps.scores, is_empty)
         if self.score_type == "int8":
             if np.abs(scores + SCORE_STEP / 2).max(initial=0) > -SCORE_STEP * np.iinfo(np.int8).min:
@@ -176,12 +168,8 @@ class LabelSetLayout:
 def compact(
     ids: np.ndarray, scores: np.ndarray, is_empty: Sequence[bool]
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Palettes, positions in them, and scores; the classes of each cell in ascending order.
-
-    Args:
-        ids, scores: `(n, K, rows, columns)`.
-        is_empty: `(n,)`; these get an empty palette, positions and scores 0.
-    """
+    """Palettes, positions in them, and scores, from `(n, K, rows, columns)`; the classes of each cell in ascending order. Those of
+    `is_empty` `(n,)` get an empty palette, positions and scores 0."""
     order = np.argsort(ids, axis=1, kind="stable")
     ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
     index, palettes = np.zeros(ids.shape, dtype=np.uint16), []
@@ -199,11 +187,7 @@ def compact(
 
 
 def read_maps(table: pa.Table, num_classes: int) -> PaletteMaps:
-    """Label maps from rows of the stored form; the inverse of `LabelSetLayout.table`.
-
-    Args:
-        table: Rows.
-        num_classes: Decides the type of the class ids.
+    """Label maps from rows of the stored form; the inverse of `LabelSetLayout.table`. `num_classes` decides the type of the ids.
 
     Raises:
         LabelMapError: If a row has no map, an empty one, or one with positions outside its palette; names the first.
@@ -233,13 +217,8 @@ def decoded_scores(scores: np.ndarray) -> np.ndarray:
 
 
 def read_palettes(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Length of each palette, `(n,)`, and all their classes one after another.
-
-    Raises:
-        LabelMapError: If a palette is missing.
-    """
+    """Length of each palette, `(n,)`, and all their classes one after another; a `LabelMapError` if one is missing."""
     palettes = table[PALETTE_COLUMN].combine_chunks()
-    palettes = pa.concat_arrays(palettes.chunks) if isinstance(palettes, pa.ChunkedArray) else palettes
     if palettes.null_count:
         raise LabelMapError(palettes.is_null().to_pylist().index(True), "it has no palette")
     lengths = np.asarray(palettes.value_lengths()).astype(np.int64)
@@ -252,7 +231,6 @@ def read_map_boxes(table: pa.Table) -> np.ndarray | None:
         return None
     boxes = np.full((len(table), 4), np.nan, dtype=np.float32)
     column = table[BOX_COLUMN].combine_chunks()
-    column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
     boxes[np.asarray(column.is_valid())] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
     return boxes
 
@@ -276,24 +254,13 @@ def map_problems(table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
 
 
 def write_shard(path: Path, table: pa.Table) -> None:
-    """Writes a Parquet file whole or not at all, also when the program is killed.
-
-    Raises:
-        OSError: If it cannot be written; nothing is left behind.
-    """
+    """Writes a Parquet file whole or not at all, also when the program is killed."""
     nested = ".list.element" * 3
-    encodings = {name + nested: "BYTE_STREAM_SPLIT" for name in (INDEX_COLUMN, SCORES_COLUMN)}
-    dictionary = [f"{PALETTE_COLUMN}.list.element", f"{BOX_COLUMN}.list.element", NOTE_COLUMN]
-
-    def write(file) -> None:
-        pq.write_table(
-            table,
-            file,
-            row_group_size=ROWS_PER_GROUP,
-            compression="zstd",
-            compression_level=COMPRESSION_LEVEL,
-            use_dictionary=dictionary,
-            column_encoding=encodings,
-        )
-
-    write_atomically(path, write)
+    options = {
+        "row_group_size": ROWS_PER_GROUP,
+        "compression": "zstd",
+        "compression_level": COMPRESSION_LEVEL,
+        "use_dictionary": [f"{PALETTE_COLUMN}.list.element", f"{BOX_COLUMN}.list.element", NOTE_COLUMN],
+        "column_encoding": {name + nested: "BYTE_STREAM_SPLIT" for name in (INDEX_COLUMN, SCORES_COLUMN)},
+    }
+    write_atomically(path, lambda file: pq.write_table(table, file, **options))

@@ -38,8 +38,6 @@ class LabelSetWriter:
     """Shards of one split in a folder.
 
     Args:
-        folder: Folder of the label set.
-        split: Name of the split.
         layout: What the rows share.
         settings: Whatever the content of the shards depends on, JSON values. A run that continues must have the same.
         versions: Versions of the libraries, kept for the record.
@@ -56,25 +54,16 @@ class LabelSetWriter:
         rows_per_shard: int,
     ):
         self.folder, self.split, self.layout = folder, split, layout
+        self.versions, self.rows_per_shard = versions, rows_per_shard
         stored = {"split": split, "k": layout.k, "map_size": list(layout.map_size), "score_type": layout.score_type}
-        self.settings = {
-            **settings,
-            **stored,
-            "rows_per_shard": rows_per_shard,
-            "num_classes": len(layout.class_names),
-        }
-        self.versions = versions
-        self.rows_per_shard = rows_per_shard
+        stored |= {"rows_per_shard": rows_per_shard, "num_classes": len(layout.class_names)}
+        self.settings = {**settings, **stored}
+        self.record = folder / RECORD
         self._lock: FileLock | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The lock stays with the process that took it."""
         return {**self.__dict__, "_lock": None}
-
-    @property
-    def record(self) -> Path:
-        """The file that says how the set was made."""
-        return self.folder / RECORD
 
     def begin(self) -> None:
         """Makes the folder, or finds out that it holds an unfinished run of the same settings; in one process only.
@@ -99,7 +88,7 @@ class LabelSetWriter:
         for partial in [*data.glob(".*.partial"), *self.folder.glob(".*.partial")]:  # of a run that was killed
             partial.unlink()
         if not self.record.is_file():
-            self._write_record({"settings": self.settings, "versions": self.versions})
+            write_json(self.record, {"settings": self.settings, "versions": self.versions})
         else:  # a full disk or a read-only folder should show now, not after an hour
             write_atomically(data / ".probe", lambda file: file.write(b"."))
             (data / ".probe").unlink()
@@ -112,12 +101,9 @@ class LabelSetWriter:
 
     def _may_precede_record(self, path: Path) -> bool:
         """Whether a file may come from a run that was killed before it had written its record."""
-        is_empty_data = path.name == DATA and path.is_dir() and not any(path.iterdir())
-        return (
-            is_empty_data
-            or path.name == LOCK
-            or (path.name.startswith(f".{RECORD}.") and path.name.endswith(".partial"))
-        )
+        if path.name == DATA:
+            return path.is_dir() and not any(path.iterdir())
+        return path.name == LOCK or path.match(f".{RECORD}.*.partial")
 
     def _check_same_settings(self) -> None:
         try:
@@ -156,11 +142,7 @@ class LabelSetWriter:
             return False
 
     def write(self, shard: int, table: pa.Table) -> None:
-        """Writes a shard.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
+        """Writes a shard; raises an `OSError` that says what to do if it cannot be written."""
         try:
             write_shard(self.path(shard), table)
         except OSError as error:
@@ -177,9 +159,8 @@ class LabelSetWriter:
         """
         for extra in set((self.folder / DATA).glob("*.parquet")) - {self.path(shard) for shard in range(num_shards)}:
             raise ValueError(f"{extra} does not belong to this label set of {num_shards} shards.")
-        report = self._report(num_shards)
-        record = {"settings": self.settings, "versions": self.versions, "report": report}
-        self._write_record(record)
+        record = {"settings": self.settings, "versions": self.versions, "report": self._report(num_shards)}
+        write_json(self.record, record)
         return record
 
     def _report(self, num_shards: int) -> dict[str, Any]:
@@ -211,9 +192,6 @@ class LabelSetWriter:
             "mean_outside_mass": round(float(outside.mean(dtype=np.float64)), 5) if len(outside) else None,
             "notes": {note: {"count": counts[note], "first": examples[note]} for note in sorted(counts)},
         }
-
-    def _write_record(self, record: dict[str, Any]) -> None:
-        write_json(self.record, record)
 
 
 def package_versions(*modules: Any) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """Training arguments of token labeling."""
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from transformers.hf_argparser import HfArg
 
 from ..labels.label_crops import LabelCrop
 from ..training.base_arguments import BaseImageTrainingArguments
@@ -17,88 +19,66 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
     reference_images_per_step: ClassVar[int] = REFERENCE_IMAGES_PER_STEP
     alternatives: ClassVar[tuple[str, ...]] = ("ema_decay", "base_ema_decay")  # at most one of them is given
 
-    base_learning_rate: float = field(default=1.6e-3, metadata={"help": "Learning rate for 1024 images a step."})
-    lr_schedule: Literal["library", "published"] = field(
+    base_learning_rate: float = HfArg(default=1.6e-3, help="Learning rate for 1024 images a step.")
+    lr_schedule: Literal["library", "published"] = HfArg(
         default="library",
-        metadata={
-            "help": "library: that of lr_scheduler_type and warmup_steps; published: the authors' warm-up and cosine by epochs, with the "
-            "options that follow (schedule.published_factor)."
-        },
+        help="library: that of lr_scheduler_type and warmup_steps; published: the authors' warm-up and cosine by epochs, with the "
+        "options that follow (schedule.published_factor).",
     )
-    warmup_epochs: float = field(
-        default=5, metadata={"help": "Epochs of linear warm-up, part of num_train_epochs; published schedule."}
+    warmup_epochs: float = HfArg(
+        default=5, help="Epochs of linear warm-up, part of num_train_epochs; published schedule."
     )
-    cooldown_epochs: float = field(
-        default=10, metadata={"help": "Last epochs, at the minimum, part of num_train_epochs; published schedule."}
+    cooldown_epochs: float = HfArg(
+        default=10, help="Last epochs, at the minimum, part of num_train_epochs; published schedule."
     )
-    base_warmup_learning_rate: float = field(
-        default=1e-6, metadata={"help": "Start of warm-up for 1024 images a step, scaled like the peak."}
+    base_warmup_learning_rate: float = HfArg(
+        default=1e-6, help="Start of warm-up for 1024 images a step, scaled like the peak."
     )
-    base_min_learning_rate: float = field(
-        default=1e-5, metadata={"help": "Minimum for 1024 images a step, scaled like the peak."}
-    )
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices and convolutions."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    label_smoothing_factor: float = field(default=0.1, metadata={"help": "Smoothing of human and dense targets."})
-    cls_weight: float = field(default=1.0, metadata={"help": "Weight of the class-token loss."})
-    dense_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the patch-token loss (beta); 0 trains with plain labels."}
-    )
-    cls_target: Literal["dense", "label", "blend"] = field(
+    base_min_learning_rate: float = HfArg(default=1e-5, help="Minimum for 1024 images a step, scaled like the peak.")
+    weight_decay: float = HfArg(default=0.05, help="AdamW weight decay of matrices and convolutions.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="Learning-rate schedule.")
+    label_smoothing_factor: float = HfArg(default=0.1, help="Smoothing of human and dense targets.")
+    cls_weight: float = HfArg(default=1.0, help="Weight of the class-token loss.")
+    dense_weight: float = HfArg(default=1.0, help="Weight of the patch-token loss (beta); 0 trains with plain labels.")
+    cls_target: Literal["dense", "label", "blend"] = HfArg(
         default="dense",
-        metadata={
-            "help": "Target of the class token: dense, the label map pooled over the crop; label, the human label; blend, their mean "
-            "where both agree on the class, else 0.9 dense and 0.1 human (the authors' ground_truth option)."
-        },
+        help="Target of the class token: dense, the label map pooled over the crop; label, the human label; blend, their mean "
+        "where both agree on the class, else 0.9 dense and 0.1 human (the authors' ground_truth option).",
     )
-    patch_target: Literal["dense", "image"] = field(
+    patch_target: Literal["dense", "image"] = HfArg(
         default="dense",
-        metadata={
-            "help": "Target of the patch tokens: dense, the label map, each token its place; image, the human label by the mean of their "
-            "scores, so that labels of places emerge and the model can annotate for others (arXiv:2401.03844), without dense labels."
-        },
+        help="Target of the patch tokens: dense, the label map, each token its place; image, the human label by the mean of their "
+        "scores, so that labels of places emerge and the model can annotate for others (arXiv:2401.03844), without dense labels.",
     )
-    label_crop: LabelCrop = field(
+    label_crop: LabelCrop = HfArg(
         default="correct",
-        metadata={
-            "help": "authors reproduces the exchange of rows and columns in the authors' crops, for comparisons."
-        },
+        help="authors reproduces the exchange of rows and columns in the authors' crops, for comparisons.",
     )
-    label_temperature: float = field(default=1.0, metadata={"help": "Divides scores of label maps before softmax."})
-    uncovered_tokens: Literal["nearest", "ignore"] = field(
+    label_temperature: float = HfArg(default=1.0, help="Divides scores of label maps before softmax.")
+    uncovered_tokens: Literal["nearest", "ignore"] = HfArg(
         default="nearest",
-        metadata={
-            "help": "What a patch token learns whose place the label map does not cover (maps of the center square of an image): nearest, "
-            "the labels of the nearest cell; ignore, nothing: each micro-batch takes the mean over its own counted tokens."
-        },
+        help="What a patch token learns whose place the label map does not cover (maps of the center square of an image): nearest, "
+        "the labels of the nearest cell; ignore, nothing: each micro-batch takes the mean over its own counted tokens.",
     )
-    mix_probability: float = field(default=1.0, metadata={"help": "Probability that the images of a batch are mixed."})
-    mix_methods: list[str] = field(
+    mix_probability: float = HfArg(default=1.0, help="Probability that the images of a batch are mixed.")
+    mix_methods: list[str] = HfArg(
         default_factory=lambda: ["token"],
-        metadata={"help": "token (MixToken), cutmix, mixup; of several, one is drawn for each batch."},
+        help="token (MixToken), cutmix, mixup; of several, one is drawn for each batch.",
     )
-    mix_alpha: float = field(
-        default=1.0, metadata={"help": "Beta parameter of the share of a mixed box (MixToken, CutMix)."}
-    )
-    mixup_alpha: float = field(default=0.8, metadata={"help": "Beta parameter of Mixup."})
-    ema_decay: float | None = field(
+    mix_alpha: float = HfArg(default=1.0, help="Beta parameter of the share of a mixed box (MixToken, CutMix).")
+    mixup_alpha: float = HfArg(default=0.8, help="Beta parameter of Mixup.")
+    ema_decay: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Decay of the moving average of the weights, which is then evaluated and saved; default: off."
-        },
+        help="Decay of the moving average of the weights, which is then evaluated and saved; default: off.",
     )
-    base_ema_decay: float | None = field(
+    base_ema_decay: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Instead, the decay for 1024 images a step (published: 0.99992), adjusted to the batch size and, in a short run, to "
-            "its number of steps (schedule.scaled_ema_decay)."
-        },
+        help="Instead, the decay for 1024 images a step (published: 0.99992), adjusted to the batch size and, in a short run, to "
+        "its number of steps (schedule.scaled_ema_decay).",
     )
-    evaluate_raw_weights: bool = field(
+    evaluate_raw_weights: bool = HfArg(
         default=True,
-        metadata={
-            "help": "Also report the accuracy of the weights themselves, next to that of their average, in training."
-        },
+        help="Also report the accuracy of the weights themselves, next to that of their average, in training.",
     )
 
     @property
@@ -112,11 +92,8 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
         learning_rates = ("base_warmup_learning_rate", "base_min_learning_rate")
         self.check_numbers(0, "cls_weight", "dense_weight", "warmup_epochs", "cooldown_epochs", *learning_rates)
         self.check_numbers(positive=("label_temperature", "mix_alpha", "mixup_alpha"))
-        self.check_choice("cls_target", "dense", "label", "blend")
-        self.check_choice("label_crop", "correct", "authors")
-        self.check_choice("uncovered_tokens", "nearest", "ignore")
-        self.check_choice("lr_schedule", "library", "published")
-        self.check_choice("patch_target", "dense", "image")
+        for name in ("cls_target", "label_crop", "uncovered_tokens", "lr_schedule", "patch_target"):
+            self.check_choice(name, *get_args(type(self).__dataclass_fields__[name].type))
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"`label_smoothing_factor` must lie in [0, 1), got {self.label_smoothing_factor}.")
         if not 0 <= self.mix_probability <= 1:

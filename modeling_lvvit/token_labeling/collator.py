@@ -13,12 +13,9 @@ MIX_METHODS = ("token", "cutmix", "mixup")
 
 
 def draw_mix_box(grid_size: tuple[int, int], alpha: float) -> tuple[int, int, int, int]:
-    """Box to exchange: area share `1 - lambda` with `lambda ~ Beta(alpha, alpha)`, center uniform over the grid, clipped at
-    its border (the box rule of CutMix, Yun et al. 2019, which MixToken applies to tokens). It reaches half its size, rounded
-    down, to both sides of the center.
-
-    Args:
-        grid_size: Rows and columns of the grid of tokens, or of pixels.
+    """Box to exchange: area share `1 - lambda` with `lambda ~ Beta(alpha, alpha)`, center uniform over the grid of tokens or
+    pixels, clipped at its border (the box rule of CutMix, Yun et al. 2019, which MixToken applies to tokens). It reaches half
+    its size, rounded down, to both sides of the center.
 
     Returns:
         Left, top, right, bottom; right and bottom excluded. The box can be empty.
@@ -27,13 +24,9 @@ def draw_mix_box(grid_size: tuple[int, int], alpha: float) -> tuple[int, int, in
     share = 1.0 - torch.distributions.Beta(alpha, alpha).sample().item()
     box_rows, box_columns = int(rows * share**0.5), int(columns * share**0.5)
     row, column = torch.randint(rows, ()).item(), torch.randint(columns, ()).item()
-    left, top = column - box_columns // 2, row - box_rows // 2
-    return (
-        max(left, 0),
-        max(top, 0),
-        min(column + box_columns // 2, columns),
-        min(row + box_rows // 2, rows),
-    )
+    left, right = max(column - box_columns // 2, 0), min(column + box_columns // 2, columns)
+    top, bottom = max(row - box_rows // 2, 0), min(row + box_rows // 2, rows)
+    return left, top, right, bottom
 
 
 @dataclass

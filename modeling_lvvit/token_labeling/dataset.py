@@ -33,7 +33,6 @@ class TokenLabelDataset(ImageDataset):
         dataset: Rows with an image column and an integer or `ClassLabel` column.
         transform: Called with an image, and where there are maps with the palette positions, scores and region of its map;
             returns a dict of tensors (`TrainTransform`, `ImageProcessorTransform`).
-        image_column, label_column: Column names.
         ids_column, scores_column: Dense-label columns of the dataset itself, or `None` for both.
         label_maps: Instead of them, a label set joined to the rows (`LabelSet.join`).
         name: What messages call the dataset.
@@ -106,39 +105,25 @@ class TokenLabelDataset(ImageDataset):
             )
 
     def check_rows(self, num_classes: int) -> None:
-        """Looks at every row before training: labels and label maps wholly, image files as `check_all_rows` does.
-
-        Raises:
-            ValueError: With the first problems found, each with its row.
-        """
-        map_shape = None
+        """Looks at every row before training: labels and label maps wholly, image files and errors as `check_all_rows` does."""
+        expected_shape = None  # [K, rows, columns], which all blocks must share
 
         def find_problems(table: pa.Table, start: int) -> list[tuple[int, str]]:
-            nonlocal map_shape
-            problems = self._label_problems(table, num_classes)
-            if self.has_label_maps:
-                images = range(start, start + len(table))
-                map_problems, map_shape = self._map_problems(images, num_classes, map_shape)
-                problems += map_problems
-            return problems
+            nonlocal expected_shape
+            labels = table[self.label_column]
+            bad = pc.fill_null(pc.or_(pc.less(labels, 0), pc.greater_equal(labels, num_classes)), True)
+            offsets = np.flatnonzero(bad.to_numpy()).tolist()
+            problems = [(offset, f"class id {labels[offset]} is outside [0, {num_classes})") for offset in offsets]
+            if not self.has_label_maps:
+                return problems
+            map_problems, shape = self.label_maps.problems(range(start, start + len(table)), num_classes)
+            expected_shape = expected_shape or shape
+            if shape not in (None, expected_shape):
+                text = f"its label map has [K, rows, columns] {list(shape)}, earlier rows {list(expected_shape)}"
+                return [*problems, (0, text)]
+            return problems + map_problems
 
         self.check_all_rows(find_problems)
-
-    def _label_problems(self, table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
-        labels = table[self.label_column]
-        bad = pc.fill_null(pc.or_(pc.less(labels, 0), pc.greater_equal(labels, num_classes)), True)
-        offsets = np.flatnonzero(bad.to_numpy()).tolist()
-        return [(offset, f"class id {labels[offset]} is outside [0, {num_classes})") for offset in offsets]
-
-    def _map_problems(
-        self, images: range, num_classes: int, expected_shape: tuple[int, ...] | None
-    ) -> tuple[list[tuple[int, str]], tuple[int, ...] | None]:
-        """Problems of the label maps, and the `[K, rows, columns]` that all blocks must share."""
-        problems, shape = self.label_maps.problems(images, num_classes)
-        if None not in (shape, expected_shape) and shape != expected_shape:
-            text = f"its label map has [K, rows, columns] {list(shape)}, earlier rows {list(expected_shape)}"
-            return [(0, text)], expected_shape
-        return problems, expected_shape or shape
 
     def _fetch_maps(self, indices: list[int]) -> PaletteMaps:
         try:

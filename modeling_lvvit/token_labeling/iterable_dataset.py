@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import compress
+from itertools import compress, islice
 from typing import Any
 
 import datasets
@@ -39,13 +39,10 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         dataset: Rows with an image column and a `ClassLabel` column.
         transform: Called with an image, and where there are maps with the palette positions, scores and region of its map;
             returns a dict of tensors (`TrainTransform`).
-        image_column, label_column: Column names.
         labels: Label set; `None` for plain labels.
         key_column: Column of keys; default: paths.
         key_pattern: Regular expression that cuts the key out of both sides; see `LabelSet.join`.
         shuffle_buffer: Rows among which the next one is drawn; 0 keeps the stored order.
-        seed: Seed of that order.
-        process_index, num_processes: This process and their number.
 
     Raises:
         ValueError: If keys of the label set come more than once, or are row numbers, which a stream does not know.
@@ -93,18 +90,12 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         while True:
             self.rows.set_epoch(epoch)
             count = used = 0
-            waiting: list[dict[str, Any]] = []
-            for row in self.rows:
-                count += 1
-                waiting.append(row)
-                if len(waiting) == ROWS_AT_ONCE:
-                    for sample in self._samples(waiting, (*part, epoch, count)):
-                        used += 1
-                        yield sample
-                    waiting = []
-            for sample in self._samples(waiting, (*part, epoch, count)):
-                used += 1
-                yield sample
+            rows = iter(self.rows)
+            while waiting := list(islice(rows, ROWS_AT_ONCE)):
+                count += len(waiting)
+                for sample in self._samples(waiting, (*part, epoch, count)):
+                    used += 1
+                    yield sample
             if count and not used:
                 raise SampleError("No image of the stream has a label map that is not empty.")
             if not count:  # more workers than files: this one has nothing to read
@@ -112,8 +103,6 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
             epoch += 1
 
     def _samples(self, rows: list[dict[str, Any]], place: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-        if not rows:
-            return
         maps = None
         if self.has_label_maps:
             rows, places = self._with_labels(rows)

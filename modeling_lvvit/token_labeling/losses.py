@@ -1,5 +1,6 @@
 """Token-labeling losses: pure functions of logits and targets."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,12 +39,9 @@ def mixed_cross_entropy(
 
 
 def blend_weight(dense: SparseTargets, labels: torch.Tensor) -> torch.Tensor:
-    """Weight of the dense target when it is blended with the human label, `(batch_size,)`.
-
-    0.5 where both agree on the top class, else 0.9 (`ground_truth` option of the authors' `TokenLabelCrossEntropy`).
-    """
-    agree = dense.top_class() == labels
-    return torch.where(agree, 0.5, 0.9)
+    """Weight of the dense target when it is blended with the human label, `(batch_size,)`: 0.5 where both agree on the top class,
+    else 0.9 (`ground_truth` option of the authors' `TokenLabelCrossEntropy`)."""
+    return torch.where(dense.top_class() == labels, 0.5, 0.9)
 
 
 def token_cross_entropy(
@@ -101,11 +99,8 @@ def token_labeling_loss(
         token_loss = 0.0 * patch_logits.float().mean()
     else:
         token_loss = token_cross_entropy(patch_logits, token_targets, counted_tokens, partner_share)
-    return {
-        "loss": cls_weight * cls_loss + dense_weight * token_loss,
-        "cls_loss": cls_loss,
-        "token_loss": token_loss,
-    }
+    loss = cls_weight * cls_loss + dense_weight * token_loss
+    return {"loss": loss, "cls_loss": cls_loss, "token_loss": token_loss}
 
 
 # names that the collator adds for the losses and that no model takes
@@ -116,13 +111,7 @@ LABEL_FIELDS = (
 
 
 class TokenLabelingLoss:
-    """The loss of a training batch.
-
-    Args:
-        args: Weights, targets and smoothing.
-        grid_size: Token rows and columns of the model.
-        num_classes: Classes of the model.
-    """
+    """The loss of a training batch, for a model of `grid_size` (rows, columns) tokens."""
 
     def __init__(self, args: TokenLabelTrainingArguments, grid_size: tuple[int, int], num_classes: int):
         self.args, self.grid_size, self.num_classes = args, grid_size, num_classes
@@ -134,10 +123,9 @@ class TokenLabelingLoss:
         mix_mask: torch.Tensor | None = None,
         online_targets: tuple[SparseTargets, SparseTargets] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Named components of the loss (see `losses.token_labeling_loss`).
+        """Named components of the loss (see `token_labeling_loss`) from `cls_logits` and `patch_logits`.
 
         Args:
-            outputs: Output of the model, with `cls_logits` and `patch_logits`.
             labels: The fields of `LABEL_FIELDS` that the batch has.
             mix_mask: Bool `(B, rows, columns)`, or `None` where no tokens were mixed.
             online_targets: Instead of label maps, targets of class token and patch tokens from an annotator that saw the images of
@@ -159,44 +147,31 @@ class TokenLabelingLoss:
             geometry, cls_dense, token_targets = self.crop_targets(labels)
             if args.uncovered_tokens == "ignore":
                 counted = geometry.covered_tokens(self.grid_size)
-        cls_losses = sum(
-            mixed_cross_entropy(
-                outputs["cls_logits"],
-                target.smooth(smoothing),
-                weight,
-                dense_own_share if target is cls_dense else own_share,
+        cls_losses = 0
+        for target, weight in self._cls_targets(cls_dense, labels.get("labels")):
+            share = dense_own_share if target is cls_dense else own_share
+            cls_losses = cls_losses + mixed_cross_entropy(
+                outputs["cls_logits"], target.smooth(smoothing), weight, share
             )
-            for target, weight in self._cls_targets(cls_dense, labels.get("labels"))
-        )
         patch_logits = outputs["patch_logits"]
         if args.patch_target == "image":
             # exchanged tokens were put back, so that their mean belongs to one image; that of mixed pixels belongs to both
             patch_logits = patch_logits.float().mean(dim=1, keepdim=True)
-            token_targets = SparseTargets.from_labels(labels["labels"], self.num_classes).as_single_token()
+            image_targets = SparseTargets.from_labels(labels["labels"], self.num_classes)
+            token_targets = replace(
+                image_targets, excess=image_targets.excess.unsqueeze(1), other=image_targets.other.unsqueeze(1)
+            )
             partner_share = None if partner_share is None else partner_share.mean(dim=1, keepdim=True)
-        return token_labeling_loss(
-            patch_logits,
-            cls_losses,
-            None if token_targets is None else token_targets.smooth(smoothing),
-            args.cls_weight,
-            args.dense_weight,
-            counted,
-            partner_share,
-        )
+        token_targets = None if token_targets is None else token_targets.smooth(smoothing)
+        weights = (args.cls_weight, args.dense_weight)
+        return token_labeling_loss(patch_logits, cls_losses, token_targets, *weights, counted, partner_share)
 
     def crop_targets(self, labels: dict[str, torch.Tensor]) -> tuple[CropGeometry, SparseTargets, SparseTargets]:
         """Where the crops lie in the label maps, and the targets of class token and patch tokens, not smoothed."""
         geometry = CropGeometry(labels["crop_box"], labels.get("label_affine"), labels.get("image_box"))
-        return geometry, *crop_label_maps(
-            labels["token_label_palette"],
-            labels["token_label_index"],
-            labels["token_label_scores"],
-            geometry,
-            self.grid_size,
-            self.num_classes,
-            self.args.label_crop,
-            self.args.label_temperature,
-        )
+        maps = (labels[f"token_label_{part}"] for part in ("palette", "index", "scores"))
+        options = (self.args.label_crop, self.args.label_temperature)
+        return geometry, *crop_label_maps(*maps, geometry, self.grid_size, self.num_classes, *options)
 
     def _cls_targets(
         self, dense: SparseTargets | None, labels: torch.Tensor | None

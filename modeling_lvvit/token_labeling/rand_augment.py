@@ -15,11 +15,7 @@ POLICY = re.compile(r"rand(-(m\d+|n\d+|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mma
 
 
 class _AffineRecorder:
-    """Stands in for an image: takes PIL's geometric calls and composes them instead of resampling pixels.
-
-    Args:
-        size: Width and height in pixels.
-    """
+    """Stands in for an image of a width and height: takes PIL's geometric calls and composes them instead of resampling pixels."""
 
     def __init__(self, size: tuple[int, int]):
         self.size = size
@@ -66,10 +62,7 @@ class RandAugment:
         self.operations, self.num_operations = drawn.ops, drawn.num_layers
 
     def draw(self, size: tuple[int, int]) -> tuple[np.ndarray | None, list]:
-        """Draws the operations for an image.
-
-        Args:
-            size: Width and height of the image in pixels.
+        """Draws the operations for an image of a width and height in pixels.
 
         Returns:
             `[3, 3]` float64 that maps (x, y, 1) in pixels of the moved image to the given one, `None` if nothing moves; and

@@ -37,11 +37,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Softmax minus target, times the gradient of each row."""
-        logits = ctx.saved_tensors[0]
-        grad_logits = torch.empty_like(logits)
-        for grad, part, ids, extra, rest, log_sum, weight in zip(
-            *_chunks(grad_logits, *ctx.saved_tensors, grad_losses)
-        ):
+        grad_logits = torch.empty_like(ctx.saved_tensors[0])
+        chunks = _chunks(grad_logits, *ctx.saved_tensors, grad_losses)
+        for grad, part, ids, extra, rest, log_sum, weight in zip(*chunks):
             weight = weight.unsqueeze(-1)
             wide = grad if grad.dtype == torch.float32 else torch.empty_like(grad, dtype=torch.float32)
             torch.sub(part.float(), log_sum.unsqueeze(-1), out=wide).exp_().sub_(rest.unsqueeze(-1)).mul_(weight)

@@ -1,7 +1,6 @@
 """A `Trainer` that learns from dense labels."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,8 @@ class TokenLabelTrainer(BaseImageTrainer):
         if hasattr(train_dataset, "has_label_maps"):
             use_patch_head(model, trains_patches(args, train_dataset, annotator))
         if data_collator is None:
-            data_collator = TokenLabelCollator(
-                self.grid_size, args.mix_probability, args.mix_alpha, tuple(args.mix_methods), args.mixup_alpha
-            )
+            mixing = (args.mix_probability, args.mix_alpha, tuple(args.mix_methods), args.mixup_alpha)
+            data_collator = TokenLabelCollator(self.grid_size, *mixing)
         if compute_metrics is None:
             kwargs.setdefault("preprocess_logits_for_metrics", rank_classes)
             compute_metrics = compute_accuracy
@@ -89,10 +87,11 @@ class TokenLabelTrainer(BaseImageTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
 
         def factor(step: int) -> float:
+            epoch = int(
+                step * args.num_train_epochs / num_training_steps
+            )  # shorter ones where `max_steps` shortens a run
             return published_factor(
-                int(
-                    step * args.num_train_epochs / num_training_steps
-                ),  # a run that `max_steps` shortens has shorter epochs
+                epoch,
                 args.num_train_epochs - args.cooldown_epochs,
                 args.warmup_epochs,
                 args.base_warmup_learning_rate / args.base_learning_rate,
@@ -213,11 +212,9 @@ class TokenLabelTrainer(BaseImageTrainer):
         if is_checkpoint and self.ema is not None and self.ema.average is not None:
             self.ema.save(output_dir, self.args.should_save)
 
-    @contextmanager
-    def published_weights(self) -> Iterator[None]:
+    def published_weights(self) -> AbstractContextManager[None]:
         """Puts the weight average, where there is one, into the model."""
-        with nullcontext() if self.ema is None else self.ema.average_in_model():
-            yield
+        return nullcontext() if self.ema is None else self.ema.average_in_model()
 
     @property
     def published_kind(self) -> str:

@@ -19,9 +19,7 @@ logger = logging.get_logger(__name__)
 def with_patch_head(model: nn.Module, train_dataset: Any | None) -> nn.Module:
     """A model that takes `mix_mask` and has patch logits: itself, or any other classifier with a patch head added.
 
-    Args:
-        model: Model.
-        train_dataset: Training samples, whose transform tells the size of the images; without it the configuration does.
+    The transform of the training samples tells the size of the images; without it the configuration does.
 
     Raises:
         ValueError: If the size is unknown, or the model has no spatial features.
@@ -57,25 +55,17 @@ def check_fit(
 ) -> None:
     """Checks what would otherwise go wrong in training, or silently.
 
-    Args:
-        args: Training arguments.
-        train_dataset: Training samples.
-        num_classes: Classes of the model.
-        grid_size: Rows and columns of its patch logits.
-        annotator: Of training crops, if any.
-
     Raises:
         ValueError: If several GPUs would share one process, dense columns would be dropped, the data or the annotator has other
             classes, there are both stored labels and an annotator, or the model has fewer than 2 x 2 tokens to label.
     """
-    if annotator is not None and getattr(train_dataset, "has_label_maps", False):
-        raise ValueError("The training data has label maps; train with them or with an annotator, not with both.")
     if annotator is not None:
+        if getattr(train_dataset, "has_label_maps", False):
+            raise ValueError("The training data has label maps; train with them or with an annotator, not with both.")
         annotator.check_num_classes(num_classes)
-    if annotator is not None and args.patch_target == "image":
-        raise ValueError(
-            "Patch tokens learn from an annotator or the image label (`patch_target` 'image'), not from both."
-        )
+        if args.patch_target == "image":
+            text = "Patch tokens learn from an annotator or the image label (`patch_target` 'image'), not from both."
+            raise ValueError(text)
     if trains_patches(args, train_dataset, annotator) and min(grid_size) < 2:
         raise ValueError(
             f"The model has {grid_size[0]} x {grid_size[1]} tokens; token labels need at least 2 x 2. Give it larger images or "

@@ -68,11 +68,9 @@ def crop_of_warped_image(
     """A crop of an affinely moved image; only the part that the crop shows is ever computed.
 
     Args:
-        image: The image.
         matrix: `[3, 3]`, pixel of the moved image (x, y, 1) to pixel of the given one.
         box: The crop in pixels of the moved image, (left, top, right, bottom).
         size: Width and height of the result in pixels.
-        resample: Filter.
         fill: Color of what lies outside the image.
     """
     left, top, right, bottom = box
@@ -107,7 +105,6 @@ class TrainTransform:
     Args:
         image_size: Height and width of the result in pixels.
         image_mean, image_std: Per-channel normalization for images in [0, 1].
-        augmentation: Strengths.
     """
 
     def __init__(
@@ -211,8 +208,5 @@ class TrainTransform:
             [scale_y * d * width / height, scale_y * e, scale_y * (f / height - top)],
         ]
         image_box = [-left * scale_x, -top * scale_y, (1 - left) * scale_x, (1 - top) * scale_y]
-        return {
-            "crop_box": torch.tensor(crop),
-            "label_affine": torch.tensor(affine),
-            "image_box": torch.tensor(image_box),
-        }
+        places = {"crop_box": crop, "label_affine": affine, "image_box": image_box}
+        return {name: torch.tensor(values) for name, values in places.items()}
