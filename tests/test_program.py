@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pyarrow import parquet
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import modeling_lvvit  # noqa: F401  registers the model
+import train_tl
 from support.images import encode_image, labelled_table
 from support.local_hub import local_hub
 from support.programs import ROOT, TINY, options, run
@@ -160,10 +162,18 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_mistakes_stop_with_one_clear_line(case, data, tmp_path):
     extra, message = REFUSED[case]
-    result = run(["train_tl.py", *options(data, tmp_path / "run"), *extra], data)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    with pytest.raises(
+        SystemExit, match=re.escape(message)
+    ) as refusal:  # Python prints its text and ends with status 1
+        train_tl.main(options(data, tmp_path / "run", *extra))
+    assert str(refusal.value).startswith("train_tl.py: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_program_prints_its_line_and_ends_with_status_1(data, tmp_path):
+    result = run(["train_tl.py", *options(data, tmp_path / "run"), "--dataset_name", "./nowhere"], data)
+    assert (result.returncode, "Traceback" in result.stderr) == (1, False)
+    assert "train_tl.py: There is no dataset at" in result.stderr
     assert not (tmp_path / "run").exists()
 
 

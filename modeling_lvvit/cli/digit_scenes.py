@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import torch
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -43,6 +42,10 @@ MIN_CONTRAST = 0.25  # between a digit and what lies below it, mean over the cha
 
 def split_digits(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Disjoint digits for each split: images `(n, 8, 8)` in [0, 1] and labels `(n,)`."""
+    from sklearn.datasets import (
+        load_digits,
+    )  # not above: every program starts a second sooner
+
     digits = load_digits()
     rng = np.random.default_rng([seed, 0])
     test = np.zeros(len(digits.target), dtype=bool)

@@ -65,11 +65,11 @@ def crop_of_warped_image(
     resample: Image.Resampling,
     fill: tuple[int, ...],
 ) -> Image.Image:
-    """A crop of an affinely moved image; only the part that the crop shows is ever computed.
+    """A crop of an affinely warped image; only the part that the crop shows is ever computed.
 
     Args:
-        matrix: `[3, 3]`, pixel of the moved image (x, y, 1) to pixel of the given one.
-        box: The crop in pixels of the moved image, (left, top, right, bottom).
+        matrix: `[3, 3]`, pixel of the warped image (x, y, 1) to pixel of the given one.
+        box: The crop in pixels of the warped image, (left, top, right, bottom).
         size: Width and height of the result in pixels.
         fill: Color of what lies outside the image.
     """
@@ -143,7 +143,7 @@ class TrainTransform:
             `pixel_values` float32 `[3, height, width]`; where given, the flipped `token_label_index` and
             `token_label_scores`; and where the crop lies: `crop_box` float32 `[4]`, (left, top, right, bottom). Without
             RandAugment these are fractions of the region that the flipped map covers (below 0 or above 1 where the crop
-            leaves it). With it they are fractions of the moved image, and `label_affine` float32 `[2, 3]` and `image_box`
+            leaves it). With it they are fractions of the warped image, and `label_affine` float32 `[2, 3]` and `image_box`
             float32 `[4]` lead from there to the map (see `label_crops.CropGeometry`).
         """
         sample = {}
@@ -156,9 +156,9 @@ class TrainTransform:
             sample["token_label_index"] = torch.from_numpy(token_label_index.copy())
             sample["token_label_scores"] = torch.from_numpy(token_label_scores.copy())
         box = self._draw_crop(image)
-        moved, colors = self.rand_augment.draw(image.size) if self.rand_augment is not None else (None, [])
-        sample |= self._places(moved, box, image.size, map_box)
-        image = self._cut(image, moved, box)
+        warp, colors = self.rand_augment.draw(image.size) if self.rand_augment is not None else (None, [])
+        sample |= self._places(warp, box, image.size, map_box)
+        image = self._cut(image, warp, box)
         for operation in colors:
             image = operation(image)
         if self.color_jitter is not None:
@@ -178,17 +178,17 @@ class TrainTransform:
         left, top = min(left, image.width - width), min(top, image.height - height)
         return left, top, left + width, top + height
 
-    def _cut(self, image: Image.Image, moved: np.ndarray | None, box: tuple[int, int, int, int]) -> Image.Image:
+    def _cut(self, image: Image.Image, warp: np.ndarray | None, box: tuple[int, int, int, int]) -> Image.Image:
         bilinear = torch.rand(()).item() < 0.5  # the recipe draws the filter for each image
         resample = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
         size = self.image_size[::-1]
-        if moved is None:
+        if warp is None:
             return image.resize(size, resample, box=box)
-        return crop_of_warped_image(image, moved, box, size, resample, self.rand_augment.fill)
+        return crop_of_warped_image(image, warp, box, size, resample, self.rand_augment.fill)
 
     def _places(
         self,
-        moved: np.ndarray | None,
+        warp: np.ndarray | None,
         box: tuple[int, int, int, int],
         image_size: tuple[int, int],
         map_box: tuple[float, float, float, float],
@@ -201,8 +201,8 @@ class TrainTransform:
         if self.rand_augment is None:
             crop = ((x - o) * s for x, o, s in zip(crop, (left, top) * 2, (scale_x, scale_y) * 2))
             return {"crop_box": torch.tensor([*crop])}
-        a, b, c, d, e, f = (1, 0, 0, 0, 1, 0) if moved is None else moved[:2].flatten().tolist()
-        # pixels of the moved image -> of the image, between fractions of both and of the map
+        a, b, c, d, e, f = (1, 0, 0, 0, 1, 0) if warp is None else warp[:2].flatten().tolist()
+        # pixels of the warped image -> of the image, between fractions of both and of the map
         affine = [
             [scale_x * a, scale_x * b * height / width, scale_x * (c / width - left)],
             [scale_y * d * width / height, scale_y * e, scale_y * (f / height - top)],
