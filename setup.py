@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "huggingface-hub>=1.31,<3",
     "matplotlib>=3.9,<4",
     "numpy>=2.0,<3",
+    "pandas>=2.2",  # index of keys; `datasets` needs it too
     "pillow>=11,<13",
     "psutil",
     "pyarrow>=21",

@@ -24,7 +24,7 @@ from .throughput import Throughput
 
 class BaseImageTrainer(HubTrainer):
     """A `Trainer` that ends with a checkpoint when it is told to stop, writes checkpoints that are whole or known not to be, draws the
-    samples of a `ImageDataset` as functions of seed, epoch and row, trains sharded (FSDP2) on any device, and logs its speed."""
+    samples of an `ImageDataset` as functions of seed, epoch and row, trains sharded (FSDP2) on any device, and logs its speed."""
 
     # the losses are means over a micro-batch; the Trainer divides them by the number of accumulation steps
     loss_is_scaled_for_ga = False
