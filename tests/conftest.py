@@ -6,9 +6,8 @@ import time
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # also for the processes that tests start: more threads than cores wait for each other
+# also for the processes that tests start: more threads than cores wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
