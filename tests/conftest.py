@@ -3,6 +3,7 @@
 import copy
 import os
 import time
+from unittest import mock
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported
@@ -14,6 +15,7 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from huggingface_hub import constants
 
 from modeling_lvvit import LVViTForImageClassification
@@ -26,6 +28,14 @@ from support.models import tiny_config
 def _two_threads():
     """Two threads in all: more of them than cores would wait for each other."""
     torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_process_state():
+    """Every file starts without the device, precision and variables that others chose; with several workers their order varies."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
