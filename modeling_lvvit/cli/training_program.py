@@ -89,6 +89,7 @@ def run_program(program: Program, start: list[str], prepare: Callable[..., Train
         end_together()  # the others need not wait for an upload
     if is_trained:
         push_finished_run(trainer, program.name)
+    end_together()  # a process that leaves with its connections open may abort
 
 
 def describe_error(program: Program, error: Exception) -> str:
