@@ -58,7 +58,7 @@ class ClassifierRun(TrainingRun):
             duration = 1000 / trainer.annotator.images_per_second(args.train_batch_size)
             name = trainer.annotator.annotator.name
             text += f"\nlabels by {name}, which takes {duration:.3g} ms an image here"
-        return text
+        return "\n".join([text, *self.opened.describe(self.data_args.label_column)])
 
     def finish_model(self) -> None:
         """Leaves the patch head out of the saved model if that was asked for."""

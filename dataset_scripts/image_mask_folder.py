@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modeling_lvvit.data.class_names import read_class_names
+from modeling_lvvit.data.class_labels import read_class_names
 from modeling_lvvit.data.images import pillow_errors
 from modeling_lvvit.data.masks import IGNORED
 from modeling_lvvit.launching import name_options

@@ -10,6 +10,7 @@ import hashlib
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from ..data.class_matching import ClassMap
 from ..data.image_keys import hash_keys, read_keys, repeated_keys
 from ..data.images import parse_image_size
 from ..data.sources import dataset_fingerprint, open_splits
+from ..data.splits import take_subset
 from ..hub.repository import HubError
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelSetLayout
@@ -62,7 +64,10 @@ class AnnotateArguments:
     )
     key_column: str | None = HfArg(default=None, help="Column that tells images apart; default: paths.")
     number_rows: bool = HfArg(default=False, help="Tell images apart by their row number.")
-    max_samples: int | None = HfArg(default=None, help="Annotate the first images only.")
+    max_samples: int | None = HfArg(
+        default=None,
+        help="Images of a subset, drawn over all classes as train_tl.py draws it; in a stream the first ones.",
+    )
     annotator_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
     trust_remote_code: bool = HfArg(default=False, help="Allow code of a Hub repository to run.")
     random_weights: bool = HfArg(default=False, help="Architecture without weights; to try things out.")
@@ -114,7 +119,8 @@ def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.Iterable
             f"{args.dataset} has no column {args.image_column!r}; it has {rows.column_names}. Name it with --image_column."
         )
     if args.max_samples is not None:
-        rows = rows.take(args.max_samples) if args.streaming else rows.select(range(min(args.max_samples, len(rows))))
+        take = rows.take if args.streaming else partial(take_subset, rows, label_column=args.label_column or "label")
+        rows = take(args.max_samples)
     if not args.streaming and not len(rows):
         raise ValueError(f"{args.dataset} has no rows in split {args.split}.")
     return rows

@@ -43,8 +43,8 @@ class DataArguments(AnnotatorArguments):
         help="Read training images one after another, without preparing all; needs --max_steps, a ClassLabel column and an evaluation split.",
     )
     shuffle_buffer: int = HfArg(default=1000, help="Images among which a stream draws the next one.")
-    max_train_samples: int | None = HfArg(default=None, help="Keep the first rows only.")
-    max_eval_samples: int | None = HfArg(default=None, help="Keep the first rows only.")
+    max_train_samples: int | None = HfArg(default=None, help="Images of a subset, drawn over all classes.")
+    max_eval_samples: int | None = HfArg(default=None, help="Images of a subset, drawn over all classes.")
     check_data: bool = HfArg(default=True, help="Look at every row before training.")
     crop_scale_min: float = HfArg(default=0.08, help="Smallest area share of a training crop.")
     horizontal_flip: float = HfArg(default=0.5, help="Probability of a mirror image.")

@@ -6,9 +6,16 @@ import datasets
 import numpy as np
 from transformers.utils import logging
 
-from ..data.class_labels import check_class_names, check_columns, with_class_ids
+from ..data.class_labels import (
+    check_class_names,
+    check_columns,
+    class_ids,
+    describe_classes,
+    warn_of_missing_classes,
+    with_class_ids,
+)
 from ..data.sources import dataset_fingerprint, open_splits, streamed_rows
-from ..data.splits import find_eval_split, hold_out
+from ..data.splits import find_eval_split, hold_out, select_subset, take_subset
 from ..labels.checks import agreement
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
 from ..labels.label_set import LabelSet
@@ -36,6 +43,15 @@ class OpenedData:
     label_maps: LabelMapReader | None = None
     labels: LabelSet | None = None
 
+    def describe(self, label_column: str) -> list[str]:
+        """A line for each part: images, classes, smallest and largest class; the images of a stream are not counted."""
+        parts = {"training": self.train, f"evaluation ({self.eval_name})": self.evaluation}
+        return [
+            describe_classes(rows, name, label_column)
+            for name, rows in parts.items()
+            if isinstance(rows, datasets.Dataset)
+        ]
+
 
 def open_datasets(args: DataArguments, seed: int) -> OpenedData:
     """Opens training and evaluation rows, and the label maps of the former.
@@ -50,7 +66,7 @@ def open_datasets(args: DataArguments, seed: int) -> OpenedData:
     """
     name = args.dataset_name
     splits = open_splits(name, args.dataset_config_name, args.dataset_revision, args.streaming, args.train_split)
-    eval_name = find_eval_split(splits, name, args.train_split, args.eval_split)
+    eval_name = find_eval_split(splits, name, args.train_split, args.eval_split, args.label_column)
     labels = None
     if args.token_labels is not None and args.use_token_labels:
         labels = LabelSet.open(args.token_labels, args.train_split, args.token_labels_revision)
@@ -66,9 +82,9 @@ def _open_rows(
     name, columns = args.dataset_name, (args.image_column, args.label_column)
     train = splits[args.train_split]
     check_columns(train, name, *columns)
-    if eval_name is not None:  # labels may be there for the first rows only
-        train = _first_rows(train, args.max_train_samples)
     train = with_class_ids(train, name, args.label_column, class_names=None if labels is None else labels.class_names)
+    if eval_name is not None:  # labels may be there for a subset only
+        train = take_subset(train, args.max_train_samples, args.label_column)
     evaluation = label_maps = None
     if eval_name is not None:
         check_columns(splits[eval_name], name, *columns)
@@ -81,15 +97,16 @@ def _open_rows(
     elif args.use_token_labels and has_dense_columns(train, args.dense_columns):
         label_maps = LabelMapReader(train, None, *args.dense_columns)
     if evaluation is None:
-        rows, held_out, eval_name = hold_out(len(train), args.eval_fraction, seed, name, args.train_split)
+        classes = class_ids(train, args.label_column)
+        rows, held_out, eval_name = hold_out(len(train), args.eval_fraction, seed, name, args.train_split, classes)
         evaluation = train.select(held_out)
-        if args.max_train_samples is not None:
-            rows = rows[: max(args.max_train_samples, 0)]
+        rows = rows[select_subset(len(rows), args.max_train_samples, classes[rows])]
         train, label_maps = train.select(rows), label_maps and label_maps.select(rows)
-    evaluation = _first_rows(evaluation, args.max_eval_samples)
+    evaluation = take_subset(evaluation, args.max_eval_samples, args.label_column)
     for part, rows in (("training", train), ("evaluation", evaluation)):
         if not len(rows):
             raise ValueError(f"There are no {part} rows in {name}.")
+    warn_of_missing_classes(train, evaluation, args.label_column)
     return OpenedData(train, evaluation, eval_name, label_maps)
 
 
@@ -113,6 +130,9 @@ def _open_stream(
     elif args.use_token_labels and has_dense_columns(train, args.dense_columns):
         raise ValueError("With --streaming dense labels come from a label set (--token_labels), not from two columns.")
     if args.max_train_samples is not None:
+        logger.warning(
+            "A stream is read from its start: the training images are its first %d.", args.max_train_samples
+        )
         train = train.take(args.max_train_samples)
     # processes that come later find what the first one prepared: the arguments of the generator name the content
     location = (name, args.dataset_config_name, args.dataset_revision)
@@ -153,7 +173,3 @@ def has_dense_columns(rows: datasets.Dataset | datasets.IterableDataset, columns
             f"Dense labels need both {columns[0]!r} and {columns[1]!r}; the data has {rows.column_names}."
         )
     return all(present)
-
-
-def _first_rows(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
-    return rows if count is None else rows.select(range(min(max(count, 0), len(rows))))

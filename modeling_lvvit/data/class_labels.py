@@ -1,16 +1,20 @@
 """The label column of image data: class names, class ids or `ClassLabel`, in the end always `ClassLabel`; and which of an
 annotator's classes are those of the data."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from transformers.utils import logging
 
 from .class_matching import ClassMap, match_classes, read_class_map, same_classes, wordnet_names
 
 
+logger = logging.get_logger(__name__)
 MAX_CLASSES = 1_000_000  # ids beyond are no class ids
 MAX_NAMED = 10
 
@@ -19,11 +23,54 @@ def check_columns(rows: datasets.Dataset | datasets.IterableDataset, name: str, 
     """Raises a `ValueError` if image data, which messages call by `name`, lacks one of the two columns."""
     for column, parameter in ((image, "image_column"), (label, "label_column")):
         if column not in rows.column_names:
-            folders = " (An image folder gets labels only when it has two or more class folders.)"
+            folders = f" In an image folder the class folders are the labels (train/cat/1.jpg); {_images_of(rows)} lie in none."
             raise ValueError(
                 f"{name} has no column {column!r}; it has {rows.column_names}. Name it with `{parameter}`."
                 + (folders if column == "label" else "")
             )
+
+
+def _images_of(rows: datasets.Dataset | datasets.IterableDataset) -> str:
+    """How many rows of a split there are, for a message."""
+    split = f" of split {rows.split}" if rows.split else ""
+    return f"the {len(rows):,} rows{split}" if isinstance(rows, datasets.Dataset) else f"the rows{split}"
+
+
+def class_counts(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """Rows of each class of a `ClassLabel` column, `(classes,)` int64."""
+    ids = class_ids(rows, column)
+    return np.bincount(ids[ids >= 0], minlength=rows.features[column].num_classes)
+
+
+def class_ids(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """Values of a column of class ids, `(n,)` int64."""
+    return rows.select_columns(column).with_format("arrow")[:][column].to_numpy()
+
+
+def describe_classes(rows: datasets.Dataset, split: str, column: str) -> str:
+    """One line: images, classes, smallest and largest class of a split with a `ClassLabel` column."""
+    names, counts = rows.features[column].names, class_counts(rows, column)
+    present = np.flatnonzero(counts)
+    if not len(present):
+        return f"{split}: no images"
+    least, most = present[counts[present].argmin()], present[counts[present].argmax()]
+    return (
+        f"{split}: {len(rows):,} images of {len(present):,} classes, "
+        f"from {counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]})"
+    )
+
+
+def warn_of_missing_classes(train: datasets.Dataset, evaluation: datasets.Dataset, column: str) -> None:
+    """Warns of classes that have no training image, which cannot be learned, or no evaluation image, which are not evaluated."""
+    names = train.features[column].names
+    for rows, part in ((train, "training"), (evaluation, "evaluation")):
+        missing = [names[index] for index in np.flatnonzero(class_counts(rows, column) == 0)]
+        if missing:
+            more = ", ..." if len(missing) > MAX_NAMED else ""
+            logger.warning(
+                "%d of %d classes have no %s image: %s%s.",
+                len(missing), len(names), part, ", ".join(missing[:MAX_NAMED]), more,
+            )  # fmt: skip
 
 
 def names_in_data(
@@ -142,29 +189,64 @@ def with_class_ids(
     if values.null_count:
         row = pc.index(values.is_null().combine_chunks(), True).as_py()
         raise ValueError(f"Row {row} of {name}, split {rows.split}, has no label in column {column!r}.")
-    if like is not None:
-        names = like.features[column].names
-        if is_text and (foreign := sorted(set(pc.unique(values).to_pylist()) - set(names))):
-            raise ValueError(f"Split {rows.split} of {name} has classes that training lacks: {foreign[:MAX_NAMED]}.")
-    elif isinstance(rows.features[column], datasets.ClassLabel):
-        names = rows.features[column].names
-    elif is_text:
-        names = sorted(set(pc.unique(values).to_pylist()))
-    else:
-        lowest, highest = (value.as_py() for value in pc.min_max(pc.cast(values, pa.int64())).values())
-        if not 0 <= lowest <= highest < MAX_CLASSES:
-            raise ValueError(
-                f"Column {column!r} of {name} has ids from {lowest} to {highest}; class ids count from 0 "
-                f"and stay below {MAX_CLASSES:,}."
-            )
-        names = [str(index) for index in range(highest + 1)]
-        if class_names is not None and highest < len(class_names):
-            names = class_names
+    present = rows.features[column].names if isinstance(rows.features[column], datasets.ClassLabel) else None
+    if present is None:
+        present = sorted(set(pc.unique(values).to_pylist())) if is_text else _numbered_names(values, name, column)
+    names = present if like is None else like.features[column].names
+    if like is None and class_names is not None and not is_text and len(present) <= len(class_names):
+        names = present if isinstance(rows.features[column], datasets.ClassLabel) else class_names
     if len(names) < 2:
         raise ValueError(f"{name} has {len(names)} class in column {column!r}; a classifier needs two.")
     feature = datasets.ClassLabel(names=names)
     if rows.features[column] == feature:
         return rows
-    if rows.features[column].dtype == "large_string":  # which the library cannot turn into class ids
-        rows = rows.cast_column(column, datasets.Value("string"))
-    return rows.cast_column(column, feature)
+    ids = pc.index_in(values.cast(pa.string()), pa.array(present)) if is_text else values.cast(pa.int64())
+    if (
+        isinstance(rows.features[column], datasets.ClassLabel) or is_text
+    ):  # by name: files may number classes differently
+        used = [present[index] for index in sorted(pc.unique(ids).to_pylist()) if index >= 0]
+        if foreign := sorted(set(used) - set(names)):
+            raise ValueError(f"Split {rows.split} of {name} has classes that training lacks: {foreign[:MAX_NAMED]}.")
+        places = {value: index for index, value in enumerate(names)}
+        new_ids = np.array([*(places.get(value, -1) for value in present), -1])  # -1, no class, stays so
+        ids = new_ids[ids.to_numpy()]
+    elif len(present) > len(names):
+        raise ValueError(
+            f"Split {rows.split} of {name} has class ids up to {len(present) - 1}, but there are {len(names)} classes."
+        )
+    return rows.remove_columns(column).add_column(column, np.asarray(ids), feature=feature)
+
+
+def _numbered_names(ids: pa.ChunkedArray, name: str, column: str) -> list[str]:
+    """Names of the classes that plain integers count, "0" to the highest; a `ValueError` if they are no class ids."""
+    lowest, highest = (value.as_py() for value in pc.min_max(ids.cast(pa.int64())).values())
+    if not 0 <= lowest <= highest < MAX_CLASSES:
+        raise ValueError(
+            f"Column {column!r} of {name} has ids from {lowest} to {highest}; class ids count from 0 and stay below {MAX_CLASSES:,}."
+        )
+    return [str(index) for index in range(highest + 1)]
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Class names in the order of their ids: of a JSON file (a list, or ids to names), or of a text file with one in a line.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file of class names {path}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".json":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        names = json.loads(text)
+        if isinstance(names, dict):
+            names = [names[str(index)] for index in range(len(names))]
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} holds no class names: expected ids from 0 to names, got an error at {error}."
+        ) from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} holds no class names: expected a list of names, or ids to names.")
+    return names

@@ -4,21 +4,30 @@ import math
 
 import datasets
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+SUBSET_SEED = 0
 EVALUATION_SPLITS = ("validation", "val", "valid", "dev", "test")
 
 
 def find_eval_split(
-    splits: datasets.DatasetDict | datasets.IterableDatasetDict, name: str, train_split: str, eval_split: str | None
+    splits: datasets.DatasetDict | datasets.IterableDatasetDict,
+    name: str,
+    train_split: str,
+    eval_split: str | None,
+    label_column: str | None = None,
 ) -> str | None:
     """Name of the split to evaluate on, `None` if there is none and training rows must be held out.
 
     Args:
         name: What messages call the dataset.
         eval_split: The split that was asked for; default: the first of `EVALUATION_SPLITS` that is there.
+        label_column: Column of class labels; splits without labels are passed over with a warning.
 
     Raises:
         ValueError: If a split that was asked for is not there, or both are the same.
@@ -29,7 +38,43 @@ def find_eval_split(
     if eval_split == train_split:
         raise ValueError(f"Split {train_split!r} cannot serve both training and evaluation.")
     others = [split for split in EVALUATION_SPLITS if split in splits and split != train_split]
-    return eval_split or next(iter(others), None)
+    if eval_split is not None:
+        return eval_split
+    for split in others:
+        if label_column is None or _has_labels(splits[split], label_column):
+            return split
+        logger.warning("Split %s of %s has no labels, so it cannot be evaluated on.", split, name)
+    return None
+
+
+def _has_labels(rows: datasets.Dataset | datasets.IterableDataset, column: str) -> bool:
+    """Whether a column is there, and holds any label: hidden labels are null, or class -1."""
+    if not isinstance(rows, datasets.Dataset):
+        return rows.column_names is None or column in rows.column_names
+    if column not in rows.column_names:
+        return False
+    values = rows.select_columns(column).with_format("arrow")[:][column].drop_null()
+    return len(values) > 0 and not (pa.types.is_integer(values.type) and pc.max(values).as_py() < 0)
+
+
+def select_subset(num_rows: int, count: int | None, classes: np.ndarray | None = None) -> np.ndarray:
+    """Rows of a subset to try things out on, ascending int64. The draw is the same in every program and for every seed, and a smaller
+    subset is part of a larger one.
+
+    Args:
+        count: Size of the subset; `None` for all rows.
+        classes: Class of each row: each class gets its share, and at least one row where there are enough.
+    """
+    if count is None or count >= num_rows:
+        return np.arange(num_rows)
+    order = np.random.default_rng(SUBSET_SEED).permutation(num_rows)
+    if classes is not None:
+        by_class = np.argsort(classes[order], kind="stable")
+        _, starts, sizes = np.unique(classes[order][by_class], return_index=True, return_counts=True)
+        rank = np.arange(num_rows) - np.repeat(starts, sizes)
+        # the first row of each class, then rows by the part of their class that comes before them, else by chance
+        order = order[by_class[np.lexsort((by_class, rank / np.repeat(sizes, sizes), rank > 0))]]
+    return np.sort(order[: max(count, 0)])
 
 
 def split_to_evaluate(splits: datasets.DatasetDict, wanted: str | None) -> str | None:
@@ -40,12 +85,26 @@ def split_to_evaluate(splits: datasets.DatasetDict, wanted: str | None) -> str |
     return next((name for name in candidates if name in splits), None)
 
 
-def hold_out(num_rows: int, fraction: float, seed: int, name: str, split: str) -> tuple[np.ndarray, np.ndarray, str]:
+def take_subset(rows: datasets.Dataset | None, count: int | None, label_column: str | None = None) -> datasets.Dataset:
+    """The rows of `select_subset`, by the classes in a column (ids or names) if it is there; all without a `count`."""
+    if rows is None or count is None:
+        return rows
+    classes = None
+    if label_column in rows.column_names:
+        labels = rows.select_columns(label_column).with_format("arrow")[:][label_column].to_pandas()
+        classes = pd.factorize(labels, sort=True)[0]
+    return rows.select(select_subset(len(rows), count, classes))
+
+
+def hold_out(
+    num_rows: int, fraction: float, seed: int, name: str, split: str, classes: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, str]:
     """Training rows that stay, those that are held out for evaluation, and what the latter are called.
 
     Args:
         fraction: Share of the training rows to evaluate on, in (0, 1).
         name, split: What messages call the dataset, and its training split.
+        classes: Class of each row; no class is held out wholly.
 
     Raises:
         ValueError: If there are too few.
@@ -55,4 +114,8 @@ def hold_out(num_rows: int, fraction: float, seed: int, name: str, split: str) -
         raise ValueError(f"{name} has {num_rows} rows, too few for training and evaluation.")
     order = np.random.default_rng(seed).permutation(num_rows)
     count = math.ceil(fraction * num_rows)
+    if classes is not None:  # the first row of a class that would not be trained
+        is_lost = ~np.isin(classes[order[:count]], classes[order[count:]])
+        lost = np.flatnonzero(is_lost)[np.unique(classes[order[:count]][is_lost], return_index=True)[1]]
+        order, count = np.concatenate([np.delete(order, lost), order[lost]]), count - len(lost)
     return order[count:], order[:count], f"{100 * fraction:.0f} % of {split}, held out"

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from ..data.class_labels import describe_classes
 from ..data.images import SampleError, parse_image_size
 from ..data.sampling import ShardedEvalSampler
 from ..deployment import prepare_for_cpu
@@ -86,7 +87,9 @@ class EvaluationArguments:
     batch_size: int = field(default=64, metadata={"help": "Images that a device takes at a time."})
     num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
-    max_samples: int | None = field(default=None, metadata={"help": "First rows of each test set only."})
+    max_samples: int | None = field(
+        default=None, metadata={"help": "Images of a subset of each test set, drawn over all classes."}
+    )
     output: str | None = field(
         default=None,
         metadata={"help": "JSON file for all results and settings; the table is always printed."},
@@ -234,6 +237,12 @@ def main(arguments: list[str]) -> None:
     except (ValueError, OSError) as error:
         message = name_options(error, EvaluationArguments)
         sys.exit(f"{MODULE}: {message}" if is_main_process() else 1)
+    if state.is_main_process:
+        print(
+            "\n".join(
+                describe_classes(part.rows, f"{part.name} ({part.split})", args.label_column) for part in test_sets
+            )
+        )
     try:
         results = evaluate_all(args, state, classifiers, test_sets, real, folders)
     except SampleError as error:

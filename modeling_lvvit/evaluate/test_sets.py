@@ -11,7 +11,7 @@ import numpy as np
 from ..data.class_labels import check_columns, names_in_data, pair_classes, with_class_ids
 from ..data.class_matching import ClassMap
 from ..data.sources import open_splits
-from ..data.splits import split_to_evaluate
+from ..data.splits import split_to_evaluate, take_subset
 
 
 VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -32,7 +32,7 @@ class TestSet:
         class_names: Names of its classes, by id.
         are_named: Whether they are more than numbers.
         split: Name of the split.
-        num_rows: Rows of the split, also where only the first of them are evaluated.
+        num_rows: Rows of the split, also where a subset is evaluated.
     """
 
     __test__ = False  # not a test of pytest
@@ -61,7 +61,7 @@ def open_test_set(
         split: Default: the first of validation, val, valid, dev, test, or the only one.
         config_name, revision: On the Hub.
         image_column, label_column: Column names.
-        max_samples: Keep the first rows only.
+        max_samples: Size of a subset, see `select_subset`.
 
     Raises:
         FileNotFoundError: If there is no such data.
@@ -80,8 +80,7 @@ def open_test_set(
     _, are_named = names_in_data(rows, name, label_column)
     rows = with_class_ids(rows, name, label_column)
     class_names, num_rows = rows.features[label_column].names, len(rows)
-    if max_samples is not None:
-        rows = rows.select(range(min(max(max_samples, 0), len(rows))))
+    rows = take_subset(rows, max_samples, label_column)
     if not len(rows):
         raise ValueError(f"{name} has no rows in split {split_name}.")
     return TestSet(name, rows, class_names, are_named, split_name, num_rows)
@@ -144,7 +143,8 @@ def reassessed_labels(
     if all(matches):
         numbers = [int(match.group(1)) - 1 for match in matches]
     elif len(labels) == test_set.num_rows:
-        numbers = list(range(len(paths)))
+        indices = test_set.rows._indices  # of a subset
+        numbers = list(range(len(paths))) if indices is None else indices.column(0).to_pylist()
     else:
         raise ValueError(
             f"{test_set.name} has {test_set.num_rows} images, there are {len(labels)} re-assessed labels, and files are not called "

@@ -21,8 +21,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from ..data.class_labels import read_class_names
 from ..data.class_matching import imagenet_class_names
-from ..data.class_names import read_class_names
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelMaps, LabelSetLayout
 from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_versions

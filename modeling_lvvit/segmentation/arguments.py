@@ -70,8 +70,8 @@ class SegmentationDataArguments:
     ignore_index: int = HfArg(default=IGNORED, help="Mask value of pixels that do not count.")
     reduce_labels: bool = HfArg(default=False, help="0 in masks is no class, 1 the first one (ADE20K).")
     mask_values: list[int] | None = HfArg(default=None, help="Mask value of each class; default: the class ids.")
-    max_train_samples: int | None = HfArg(default=None, help="Keep the first rows only, to try out.")
-    max_eval_samples: int | None = HfArg(default=None, help="Keep the first rows only, to try out.")
+    max_train_samples: int | None = HfArg(default=None, help="Images of a random subset, to try out.")
+    max_eval_samples: int | None = HfArg(default=None, help="Images of a random subset, to try out.")
     check_data: bool = HfArg(default=True, help="Look at every row before training.")
     class_weights: list[str] | None = HfArg(
         default=None, help="Weight of each class in the loss, or median_frequency, from the training masks."

@@ -9,10 +9,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
-from ..data.class_names import read_class_names
+from ..data.class_labels import read_class_names
 from ..data.masks import MaskEncoding
 from ..data.sources import looks_local, open_splits
-from ..data.splits import EVALUATION_SPLITS, find_eval_split, hold_out, split_to_evaluate
+from ..data.splits import EVALUATION_SPLITS, find_eval_split, hold_out, split_to_evaluate, take_subset
 from .arguments import SegmentationDataArguments
 from .dataset import ClassCounts, SegmentationDataset, values_in_masks
 from .transforms import SegmentationEvalTransform, SegmentationTrainTransform
@@ -86,9 +86,9 @@ def open_segmentation_data(
         )
         train, evaluation = train.select(training), train.select(held_out)
     rows = {
-        "training": _first(train, args.max_train_samples),
-        "evaluation": _first(evaluation, args.max_eval_samples),
-        "test": _first(splits.get(args.test_split), args.max_eval_samples),
+        "training": take_subset(train, args.max_train_samples),
+        "evaluation": take_subset(evaluation, args.max_eval_samples),
+        "test": take_subset(splits.get(args.test_split), args.max_eval_samples),
     }
     for name, part in rows.items():
         if part is not None and not len(part):
@@ -170,10 +170,6 @@ def _names_next_to_data(args: SegmentationDataArguments) -> list[str] | None:
     except (EntryNotFoundError, LocalEntryNotFoundError):
         return None
     return read_class_names(Path(file))
-
-
-def _first(rows: datasets.Dataset | None, count: int | None) -> datasets.Dataset | None:
-    return rows if rows is None or count is None else rows.select(range(min(max(count, 0), len(rows))))
 
 
 def build_samples(

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 from ..annotators.annotate import AnnotateArguments
 from ..data.class_labels import check_class_names, check_columns, with_class_ids
 from ..data.sources import open_splits
+from ..data.splits import take_subset
 from ..labels.checks import LabelSetReport, agreement, check_label_set
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader, covered_region
@@ -40,7 +41,7 @@ class CheckArguments:
     key_pattern: str | None = field(default=None, metadata={"help": "Expression that cuts the key out of both sides."})
     contact_sheet: str | None = field(default=None, metadata={"help": "PNG to draw; needs --dataset."})
     num_pictures: int = field(default=12, metadata={"help": "Images on it."})
-    max_samples: int | None = field(default=None, metadata={"help": "Join the first images only, as annotated."})
+    max_samples: int | None = field(default=None, metadata={"help": "Join a subset only, as annotated."})
 
     def __post_init__(self):
         if self.contact_sheet is not None and self.dataset is None:
@@ -66,8 +67,7 @@ def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
     if args.split not in splits:
         raise ValueError(f"{args.dataset} has no split {args.split!r}; it has {list(splits)}.")
     images = splits[args.split]
-    if args.max_samples is not None:
-        images = images.select(range(min(args.max_samples, len(images))))
+    images = take_subset(images, args.max_samples, args.label_column)
     check_columns(images, args.dataset, args.image_column, args.label_column)
     images = with_class_ids(images, args.dataset, args.label_column, class_names=labels.class_names)
     check_class_names(labels.class_names, images.features[args.label_column].names)

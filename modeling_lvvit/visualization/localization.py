@@ -46,7 +46,7 @@ class LocalizationArguments:
     image_column: str = HfArg(default="image", help="Column of images.")
     label_column: str = HfArg(default="label", help="Column of class ids.")
     mask_column: str = HfArg(default="mask", help="Column of masks, which hold the ids of the label column.")
-    max_samples: int | None = HfArg(default=None, help="First rows only.")
+    max_samples: int | None = HfArg(default=None, help="Images of a subset, drawn over all classes.")
     crop_pct: float | None = HfArg(
         default=None,
         aliases=["--crop_fraction"],
