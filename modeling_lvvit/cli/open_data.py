@@ -1,6 +1,7 @@
 """What a training run reads: training and evaluation rows, and the label maps of the former."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -135,7 +136,8 @@ def _open_stream(
         )
         train = train.take(args.max_train_samples)
     # processes that come later find what the first one prepared: the arguments of the generator name the content
-    location = (name, args.dataset_config_name, args.dataset_revision)
+    place = str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
+    location = (place, args.dataset_config_name, args.dataset_revision)
     source = (*location, eval_name, args.image_column, args.max_eval_samples)
     evaluation = datasets.Dataset.from_generator(
         streamed_rows,
