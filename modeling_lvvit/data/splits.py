@@ -104,7 +104,7 @@ def hold_out(
     Args:
         fraction: Share of the training rows to evaluate on, in (0, 1).
         name, split: What messages call the dataset, and its training split.
-        classes: Class of each row; no class is held out wholly.
+        classes: Class of each row; no class is held out wholly, unless all have a single row.
 
     Raises:
         ValueError: If there are too few.
@@ -114,8 +114,19 @@ def hold_out(
         raise ValueError(f"{name} has {num_rows} rows, too few for training and evaluation.")
     order = np.random.default_rng(seed).permutation(num_rows)
     count = math.ceil(fraction * num_rows)
-    if classes is not None:  # the first row of a class that would not be trained
-        is_lost = ~np.isin(classes[order[:count]], classes[order[count:]])
-        lost = np.flatnonzero(is_lost)[np.unique(classes[order[:count]][is_lost], return_index=True)[1]]
-        order, count = np.concatenate([np.delete(order, lost), order[lost]]), count - len(lost)
-    return order[count:], order[:count], f"{100 * fraction:.0f} % of {split}, held out"
+    held_out, training = order[:count], order[count:]
+    if classes is not None:
+        _keep_all_classes(training, held_out, classes)
+    return training, held_out, f"{100 * fraction:.0f} % of {split}, held out"
+
+
+def _keep_all_classes(training: np.ndarray, held_out: np.ndarray, classes: np.ndarray) -> None:
+    """Exchanges held-out rows of classes without a training row for training rows of classes that have several, in place."""
+    left = np.bincount(classes[training], minlength=classes.max() + 1)
+    for place, row in enumerate(held_out):
+        if left[classes[row]] or not (left > 1).any():
+            continue
+        other = np.argmax(left[classes[training]] > 1)
+        held_out[place], training[other] = training[other], row
+        left[classes[row]] += 1
+        left[classes[held_out[place]]] -= 1

@@ -70,7 +70,9 @@ def test_a_class_may_be_called_like_a_split(tmp_path):
     assert split_counts(tmp_path / "flat") == {"train": dict.fromkeys(classes, 5)}
 
 
-@pytest.mark.parametrize("names", [("dev-board", "eval-board"), ("test_a", "test_b"), ("validation rules", "train set")])
+@pytest.mark.parametrize(
+    "names", [("dev-board", "eval-board"), ("test_a", "test_b"), ("validation rules", "train set")]
+)
 def test_classes_whose_names_begin_with_a_split(names, tmp_path):
     for name in names:
         add_images(tmp_path / name, 5)
@@ -88,7 +90,19 @@ def test_splits_in_any_case(folders, tmp_path):
 
 
 def test_endings_in_any_case_and_all_that_pillow_opens(tmp_path):
-    names = ["{}.jpg", "{}.Jpg", "{}.JPEG", "{}.jfif", "{}a.Png", "{}.GIF", "{}.webp", "{}.avif", "{}.BMP", "{}.tif", "{}"]
+    names = [
+        "{}.jpg",
+        "{}.Jpg",
+        "{}.JPEG",
+        "{}.jfif",
+        "{}a.Png",
+        "{}.GIF",
+        "{}.webp",
+        "{}.avif",
+        "{}.BMP",
+        "{}.tif",
+        "{}",
+    ]
     for name in names:
         add_images(tmp_path / "train" / "cat", 2, name)
         add_images(tmp_path / "train" / "dog", 1, name)

@@ -103,7 +103,9 @@ def test_the_cache_knows_folders_of_the_same_name_and_changed_files(card, tmp_pa
     shapes = [("a", 6, ["cat", "dog"], 0), ("b", 8, ["owl", "fox", "elk"], 1)]
     for parent, num_rows, names, seed in shapes:
         for split in ("train", "val"):
-            write_parquet(tmp_path / parent / "set" / "data" / f"{split}-00000-of-00001.parquet", num_rows, names, seed)
+            write_parquet(
+                tmp_path / parent / "set" / "data" / f"{split}-00000-of-00001.parquet", num_rows, names, seed
+            )
         if card:
             (tmp_path / parent / "set" / "README.md").write_text(card)
     for parent, num_rows, names, seed in shapes:

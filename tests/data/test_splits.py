@@ -10,7 +10,9 @@ from modeling_lvvit.data.splits import find_eval_split, hold_out, select_subset,
 SORTED = np.repeat([0, 1, 2], [50, 40, 10])
 
 
-@pytest.mark.parametrize(("count", "expected"), [(3, [1, 1, 1]), (10, [5, 4, 1]), (30, [15, 12, 3]), (100, [50, 40, 10])])
+@pytest.mark.parametrize(
+    ("count", "expected"), [(3, [1, 1, 1]), (10, [5, 4, 1]), (30, [15, 12, 3]), (100, [50, 40, 10])]
+)
 def test_a_subset_has_its_share_of_every_class(count, expected):
     rows = select_subset(100, count, SORTED)
     assert np.all(np.diff(rows) > 0)
@@ -43,7 +45,13 @@ def test_no_class_is_held_out_wholly(seed):
     assert sorted([*train, *held_out]) == list(range(len(classes)))
     assert set(classes[train]) == set(range(12))
     plain = hold_out(len(classes), 0.4, seed, "data", "train")[1]
-    assert set(held_out) <= set(plain)  # the rest as it always was
+    assert len(held_out) == len(plain)
+    assert len(set(held_out) & set(plain)) >= len(plain) - 11  # only single rows of the 11 small classes are exchanged
+    assert np.array_equal(
+        hold_out(len(SORTED), 0.4, seed, "data", "train", SORTED)[1], hold_out(100, 0.4, seed, "", "")[1]
+    )
+    singles = hold_out(4, 0.5, seed, "data", "train", np.arange(4))
+    assert len(singles[0]) == len(singles[1]) == 2
 
 
 @pytest.mark.parametrize("label", [None, -1])
