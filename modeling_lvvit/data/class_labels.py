@@ -54,10 +54,10 @@ def describe_classes(rows: datasets.Dataset, split: str, column: str) -> str:
     if not len(present):
         return f"{split}: no images"
     least, most = present[counts[present].argmin()], present[counts[present].argmax()]
-    return (
-        f"{split}: {len(rows):,} images of {len(present):,} classes, "
-        f"from {counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]})"
-    )
+    sizes = f"from {counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]})"
+    if counts[least] == counts[most]:
+        sizes = f"{counts[most]:,} each"
+    return f"{split}: {len(rows):,} images of {len(present):,} classes, {sizes}"
 
 
 def warn_of_missing_classes(train: datasets.Dataset, evaluation: datasets.Dataset, column: str) -> None:

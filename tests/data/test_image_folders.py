@@ -219,7 +219,7 @@ def test_empty_class_folders_and_classes_of_one_split_are_named(tmp_path, caplog
     assert "1 of 4 classes have no evaluation image: fish." in caplog.text
     assert opened.describe("label") == [
         "training: 13 images of 3 classes, from 3 (fish) to 5 (cat)",
-        "evaluation (validation): 6 images of 3 classes, from 2 (bird) to 2 (bird)",
+        "evaluation (validation): 6 images of 3 classes, 2 each",
     ]
 
 
