@@ -316,7 +316,8 @@ def _metadata_columns(folder: Path, rows: pd.DataFrame) -> tuple[dict[str, pa.Ar
 
 def _image_column(folder: Path, paths: Iterable[str]) -> pa.StructArray:
     """Storage of an image column: the files stay where they are."""
-    files = pa.array([os.path.join(folder, path) for path in paths], pa.string())
+    start = os.path.join(folder, "")
+    files = pa.array([start + path for path in paths], pa.string())
     return pa.StructArray.from_arrays([pa.nulls(len(files), pa.binary()), files], ["bytes", "path"])
 
 

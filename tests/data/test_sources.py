@@ -8,6 +8,7 @@ import pytest
 from modeling_lvvit.data.class_labels import with_class_ids
 from modeling_lvvit.data.sources import open_splits, parquet_splits
 from support.images import labelled_table
+from support.programs import ROOT
 
 
 CARD = """---
@@ -117,6 +118,13 @@ def test_the_cache_knows_folders_of_the_same_name_and_changed_files(card, tmp_pa
         write_parquet(tmp_path / "a" / "set" / "data" / f"{split}-00000-of-00001.parquet", 4, ["ant", "bee"], 2)
     rows = open_splits(str(tmp_path / "a" / "set"))["train"]
     assert (len(rows), rows.features["label"].names) == (4, ["ant", "bee"])
+
+
+def test_programs_open_data_with_one_function():
+    """No other file of the project calls the library's loader."""
+    files = [*(ROOT / "modeling_lvvit").rglob("*.py"), *(ROOT / "dataset_scripts").glob("*.py"), ROOT / "train_tl.py"]
+    callers = {file.name for file in files if "load_dataset(" in file.read_text(encoding="utf-8")}
+    assert callers == {"sources.py"}
 
 
 def test_files_that_a_card_forgets_or_repeats(tmp_path, caplog):
