@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
 from ..data.class_names import read_class_names
-from ..data.masks import MaskEncoding
+from ..data.masks import MANY_VALUES, NEAREST_VALUES, MaskEncoding, list_values
 from ..data.sources import looks_local, open_splits
 from ..data.splits import EVALUATION_SPLITS, find_eval_split, hold_out, split_to_evaluate
 from .arguments import SegmentationDataArguments
-from .dataset import ClassCounts, SegmentationDataset, values_in_masks
+from .dataset import ClassCounts, SegmentationDataset, count_mask_values
 from .transforms import SegmentationEvalTransform, SegmentationTrainTransform
 
 
@@ -30,6 +31,11 @@ MASK_COLUMNS = (
     "annotations",
 )
 NAMES_FILE = "id2label.json"
+LARGE_IGNORED_SHARE = 0.25  # of the pixels, from which on a class may be among them
+MIN_PRESENT_SHARE = (
+    0.25  # of the numbers up to the largest value, below which masks of unnamed classes do not count them
+)
+MAX_SOFT_SHARE = 0.3  # of the pixels between the two values of a mask with soft borders
 
 
 @dataclass
@@ -94,7 +100,8 @@ def open_segmentation_data(
         if part is not None and not len(part):
             raise ValueError(f"There are no {name} rows in {args.dataset_name}.")
     mask_column = find_mask_column(evaluation, args)
-    class_names, encoding = _find_classes(args, rows["training"] or rows["evaluation"], mask_column, model_names)
+    parts = [part for part in rows.values() if part is not None]
+    class_names, encoding = _find_classes(args, parts, mask_column, model_names)
     weights = args.given_class_weights()
     if weights is not None and len(weights) != len(class_names):
         raise ValueError(f"`class_weights` has {len(weights)} numbers; the data has {len(class_names)} classes.")
@@ -126,28 +133,55 @@ def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) ->
 
 
 def _find_classes(
-    args: SegmentationDataArguments, rows: datasets.Dataset, mask_column: str, model_names: list[str] | None
+    args: SegmentationDataArguments, parts: list[datasets.Dataset], mask_column: str, model_names: list[str] | None
 ) -> tuple[list[str], MaskEncoding]:
-    """Names of the classes, and how mask values stand for them."""
+    """Names of the classes, and how mask values stand for them. `parts`: all rows that will be read."""
     names = _given_names(args) or _names_next_to_data(args)
     if names is not None and (len(names) < 2 or len(set(names)) != len(names)):
         raise ValueError(f"Class names must be two or more different names, got {names}.")
     names = model_names if names is None else names
     values = tuple(args.mask_values) if args.mask_values else None
     if names is None:
-        count = 0 if values is None else len(values)
-        if values is None:
-            present = values_in_masks(rows, mask_column)
-            present = present[present != args.ignore_index]
-            count = int(present.max(initial=-1)) + 1 - args.reduce_labels
-            if count < 2:
-                raise ValueError(
-                    f"The masks of {args.dataset_name} have the values {present.tolist()} besides {args.ignore_index}, which is ignored "
-                    "(`ignore_index`): that is a single class. `mask_values` names the value of each class, for example 0 255."
-                )
+        count = _count_classes(args, parts, mask_column) if values is None else len(values)
         names = [str(index) for index in range(count)]
         logger.warning("The classes have no names: they are numbered 0 to %d. `class_names` names them.", count - 1)
     return names, MaskEncoding(len(names), args.ignore_index, args.reduce_labels, values)
+
+
+def _count_classes(args: SegmentationDataArguments, parts: list[datasets.Dataset], mask_column: str) -> int:
+    """The number of classes of masks whose classes nobody has named: the largest value tells.
+
+    Raises:
+        ValueError: If it does not, because there is one value, values are far apart, or they are gray levels.
+    """
+    pixels, jpegs = count_mask_values(parts, mask_column)
+    values = np.flatnonzero(pixels)
+    present = values[values != args.ignore_index]
+    count = int(present.max(initial=-1)) + 1 - args.reduce_labels
+    if count < 2:
+        raise ValueError(
+            f"The masks of {args.dataset_name} have the values {present.tolist()} besides {args.ignore_index}, which is ignored "
+            "(`ignore_index`): that is a single class. `mask_values` names the value of each class, for example 0 255."
+        )
+    ends = pixels[values[[0, -1]]].sum()
+    others = pixels[values[1:-1]]
+    is_soft = len(others) > MANY_VALUES and ends > 0 and others.sum() < MAX_SOFT_SHARE * pixels.sum()
+    is_soft = is_soft and others.max() < pixels[values[[0, -1]]].min()
+    if jpegs or is_soft:
+        cause = (
+            f"{jpegs} of them are JPEG files, which change values" if jpegs else "most in between are of few pixels"
+        )
+        raise ValueError(
+            f"The masks of {args.dataset_name} have {len(values)} values from {values[0]} to {values[-1]}, and {cause}: they do not tell "
+            f"the classes. Instead {NEAREST_VALUES}; or name the classes: `class_names`."
+        )
+    if len(present) < MIN_PRESENT_SHARE * count:
+        raise ValueError(
+            f"The masks of {args.dataset_name} have the values {list_values(present)} only, and {args.ignore_index} is ignored "
+            f"(`ignore_index`): too few to count {count} classes by. `mask_values` {' '.join(map(str, values[:MANY_VALUES]))} makes a class "
+            "of each value; `class_names` names all classes."
+        )
+    return count
 
 
 def _given_names(args: SegmentationDataArguments) -> list[str] | None:
@@ -198,11 +232,40 @@ def build_samples(
 
 
 def check_samples(samples: dict[str, SegmentationDataset | None], class_names: list[str]) -> ClassCounts | None:
-    """Looks at all rows; returns the pixels of the training classes, and warns of classes that cannot be learned."""
+    """Looks at all rows; returns the pixels of the training classes, and warns of classes that cannot be learned and of many ignored
+    pixels. Raises a `ValueError` if the training masks have a single class."""
     counts = {name: part.check_rows() for name, part in samples.items() if part is not None}
+    for name, part in counts.items():
+        is_single, text = np.count_nonzero(part.pixels) == 1, _describe_ignored(name, part, samples[name].encoding)
+        if is_single:
+            only = class_names[int(part.pixels.argmax())]
+            text = f"All pixels of the {name} masks that count are of the class {only!r}. {text}"
+        if is_single and name == "training":
+            raise ValueError(f"{text} A model of a single class is no result.")
+        if is_single or part.ignored_share > LARGE_IGNORED_SHARE:
+            logger.warning("%s", text)
     training = counts.get("training")
     if training is not None and not training.pixels.all():
-        absent = [name for name, pixels in zip(class_names, training.pixels) if not pixels]
+        is_absent = training.pixels == 0
+        absent = [name for name, there_is_none in zip(class_names, is_absent) if there_is_none]
         listed = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
-        logger.warning("No training mask has %s: the model cannot learn them.", listed)
+        evaluated = sum(part.pixels for part in counts.values())[is_absent] > 0
+        text = (
+            f" {evaluated.sum()} of them are in masks of the evaluation, where they score 0."
+            if evaluated.any()
+            else ""
+        )
+        logger.warning("No training mask has %s: the model cannot learn them.%s", listed, text)
     return training
+
+
+def _describe_ignored(name: str, counts: ClassCounts, encoding: MaskEncoding) -> str:
+    """How many pixels are ignored, and how they would become a class."""
+    if not counts.ignored:
+        return "None is ignored."
+    about = f"{100 * counts.ignored_share:.0f} % of the pixels of the {name} masks are ignored"
+    if encoding.reduce_labels:
+        return f"{about}: 0 is no class with `reduce_labels`. If it is one, leave that out."
+    values = sorted({*np.array(encoding.class_values)[counts.pixels > 0].tolist(), encoding.ignore_index})
+    listed = " ".join(map(str, values[:MANY_VALUES])) + (" ..." * (len(values) > MANY_VALUES))
+    return f"{about} (`ignore_index` {encoding.ignore_index}). If {encoding.ignore_index} is a class, give `mask_values` {listed}."
