@@ -77,6 +77,12 @@ def open_segmentation_data(
     train = None if evaluate_only else splits.get(args.train_split)
     if evaluate_only:
         eval_name = split_to_evaluate(splits, args.eval_split)
+        if args.eval_split is None and eval_name == args.train_split:
+            logger.warning(
+                "%s has no evaluation split: all of %s is evaluated, also what was trained on.",
+                args.dataset_name,
+                eval_name,
+            )
         if eval_name is None:
             wanted = args.eval_split or " or ".join(EVALUATION_SPLITS)
             raise ValueError(
@@ -145,7 +151,7 @@ def _find_classes(
         count = _count_classes(args, parts, mask_column) if values is None else len(values)
         names = [str(index) for index in range(count)]
         logger.warning("The classes have no names: they are numbered 0 to %d. `class_names` names them.", count - 1)
-    return names, MaskEncoding(len(names), args.ignore_index, args.reduce_labels, values)
+    return names, MaskEncoding(len(names), args.ignored_value, args.reduce_labels, values)
 
 
 def _count_classes(args: SegmentationDataArguments, parts: list[datasets.Dataset], mask_column: str) -> int:
@@ -156,11 +162,11 @@ def _count_classes(args: SegmentationDataArguments, parts: list[datasets.Dataset
     """
     pixels, jpegs = count_mask_values(parts, mask_column)
     values = np.flatnonzero(pixels)
-    present = values[values != args.ignore_index]
+    present = values[values != args.ignored_value]
     count = int(present.max(initial=-1)) + 1 - args.reduce_labels
     if count < 2:
         raise ValueError(
-            f"The masks of {args.dataset_name} have the values {present.tolist()} besides {args.ignore_index}, which is ignored "
+            f"The masks of {args.dataset_name} have the values {present.tolist()} besides {args.ignored_value}, which is ignored "
             "(`ignore_index`): that is a single class. `mask_values` names the value of each class, for example 0 255."
         )
     ends = pixels[values[[0, -1]]].sum()
@@ -177,7 +183,7 @@ def _count_classes(args: SegmentationDataArguments, parts: list[datasets.Dataset
         )
     if len(present) < MIN_PRESENT_SHARE * count:
         raise ValueError(
-            f"The masks of {args.dataset_name} have the values {list_values(present)} only, and {args.ignore_index} is ignored "
+            f"The masks of {args.dataset_name} have the values {list_values(present)} only, and {args.ignored_value} is ignored "
             f"(`ignore_index`): too few to count {count} classes by. `mask_values` {' '.join(map(str, values[:MANY_VALUES]))} makes a class "
             "of each value; `class_names` names all classes."
         )
@@ -250,11 +256,7 @@ def check_samples(samples: dict[str, SegmentationDataset | None], class_names: l
         absent = [name for name, there_is_none in zip(class_names, is_absent) if there_is_none]
         listed = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
         evaluated = sum(part.pixels for part in counts.values())[is_absent] > 0
-        text = (
-            f" {evaluated.sum()} of them are in masks of the evaluation, where they score 0."
-            if evaluated.any()
-            else ""
-        )
+        text = f" The evaluation has {evaluated.sum()} of them, which will score 0." if evaluated.any() else ""
         logger.warning("No training mask has %s: the model cannot learn them.%s", listed, text)
     return training
 
