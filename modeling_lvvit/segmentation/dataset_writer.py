@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..data.atomic_files import atomic_directory
 from ..data.images import IMAGE_ERRORS, read_image_size
-from ..data.masks import read_mask
+from ..data.masks import read_file_facts, read_mask, size_problem
 from ..hub.file_checks import CARD
 
 
@@ -72,13 +72,13 @@ def check_pairs(pairs: Sequence[Pair], allows_colors: bool) -> None:
     channel."""
     problems = []
     for pair in tqdm(pairs, desc="Looking at the files", unit="image"):
-        sizes = [read_image_size({"bytes": None, "path": str(path)}) for path in (pair.image, pair.mask)]
+        values = [{"bytes": None, "path": str(path)} for path in (pair.image, pair.mask)]
+        sizes = [read_image_size(value) for value in values]
         broken = [str(path) for path, size in zip((pair.image, pair.mask), sizes) if size is None]
         if broken:
             problems.append(f"{' and '.join(broken)} cannot be opened as an image")
         elif sizes[0] != sizes[1]:
-            shown = [f"{width} x {height}" for height, width in sizes]
-            problems.append(f"{pair.mask} is {shown[1]} pixels (width x height), its image {shown[0]}")
+            problems.append(f"{pair.mask} {size_problem(sizes[1], sizes[0], read_file_facts(values[0]).orientation)}")
         elif not allows_colors and (problem := _color_problem(pair.mask)):
             problems.append(f"{pair.mask}: {problem}")
         if len(problems) >= MAX_REPORTED_PROBLEMS:
