@@ -35,6 +35,7 @@ LARGE_IGNORED_SHARE = 0.25  # of the pixels, from which on a class may be among 
 MIN_PRESENT_SHARE = (
     0.25  # of the numbers up to the largest value, below which masks of unnamed classes do not count them
 )
+WHITE = 250  # or more: the brightest value of masks that were smoothed
 MAX_SOFT_SHARE = 0.3  # of the pixels between the two values of a mask with soft borders
 
 
@@ -169,10 +170,7 @@ def _count_classes(args: SegmentationDataArguments, parts: list[datasets.Dataset
             f"The masks of {args.dataset_name} have the values {present.tolist()} besides {args.ignored_value}, which is ignored "
             "(`ignore_index`): that is a single class. `mask_values` names the value of each class, for example 0 255."
         )
-    ends = pixels[values[[0, -1]]].sum()
-    others = pixels[values[1:-1]]
-    is_soft = len(others) > MANY_VALUES and ends > 0 and others.sum() < MAX_SOFT_SHARE * pixels.sum()
-    is_soft = is_soft and others.max() < pixels[values[[0, -1]]].min()
+    is_soft = _has_soft_borders(pixels)
     if jpegs or is_soft:
         cause = (
             f"{jpegs} of them are JPEG files, which change values" if jpegs else "most in between are of few pixels"
@@ -188,6 +186,18 @@ def _count_classes(args: SegmentationDataArguments, parts: list[datasets.Dataset
             "of each value; `class_names` names all classes."
         )
     return count
+
+
+def _has_soft_borders(pixels: np.ndarray) -> bool:
+    """Whether masks look like black and white with a few pixels of all grays in between; `pixels` of each value. Class ids would be
+    dense among the small values, and 255 alone."""
+    values = np.flatnonzero(pixels)
+    between = values[1:-1]
+    if values[-1] < WHITE or (between > values[-1] // 2).sum() < MANY_VALUES // 2:
+        return False
+    return (
+        pixels[between].sum() < MAX_SOFT_SHARE * pixels.sum() and pixels[between].max() < pixels[values[[0, -1]]].min()
+    )
 
 
 def _given_names(args: SegmentationDataArguments) -> list[str] | None:
