@@ -14,6 +14,8 @@ IGNORED = 255  # what masks usually have where no class is marked
 UNKNOWN = -1  # id of a mask value that stands for nothing
 MAX_VALUE = 65_535  # of a 16-bit mask
 MAX_LISTED_VALUES = 10
+WHITE = 250  # or more: the brightest value of masks that were smoothed
+MAX_SOFT_SHARE = 0.3  # of the pixels between the two values of a mask with soft borders
 MANY_VALUES = 16  # more than anyone forgets to name: values in between
 
 
@@ -134,6 +136,18 @@ def unknown_values_problem(unknown: np.ndarray, encoding: MaskEncoding, is_jpeg:
     if encoding.values is None and not encoding.reduce_labels and unknown.tolist() == [encoding.num_labels]:
         return f"{text}. Where 0 is no class and 1 the first one, give --reduce_labels true"
     return text
+
+
+def has_soft_borders(pixels: np.ndarray) -> bool:
+    """Whether masks look like black and white with a few pixels of all grays in between; `pixels` of each value. Class ids would be
+    dense among the small values, and 255 alone."""
+    values = np.flatnonzero(pixels)
+    between = values[1:-1]
+    if values[-1] < WHITE or (between > values[-1] // 2).sum() < MANY_VALUES // 2:
+        return False
+    return (
+        pixels[between].sum() < MAX_SOFT_SHARE * pixels.sum() and pixels[between].max() < pixels[values[[0, -1]]].min()
+    )
 
 
 NEAREST_VALUES = (

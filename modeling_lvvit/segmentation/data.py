@@ -1,5 +1,6 @@
 """What a segmentation run reads: the rows of its splits, which column holds masks, and what the classes are called."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
 from ..data.class_names import read_class_names
-from ..data.masks import MANY_VALUES, NEAREST_VALUES, MaskEncoding, list_values
+from ..data.masks import MANY_VALUES, NEAREST_VALUES, MaskEncoding, has_soft_borders, list_values
 from ..data.sources import looks_local, open_splits
 from ..data.splits import EVALUATION_SPLITS, find_eval_split, hold_out, split_to_evaluate
 from .arguments import SegmentationDataArguments
@@ -30,13 +31,11 @@ MASK_COLUMNS = (
     "semantic",
     "annotations",
 )
-NAMES_FILE = "id2label.json"
+NAMES_FILE, MASKS_FILE = "id2label.json", "mask_settings.json"
 LARGE_IGNORED_SHARE = 0.25  # of the pixels, from which on a class may be among them
 MIN_PRESENT_SHARE = (
     0.25  # of the numbers up to the largest value, below which masks of unnamed classes do not count them
 )
-WHITE = 250  # or more: the brightest value of masks that were smoothed
-MAX_SOFT_SHARE = 0.3  # of the pixels between the two values of a mask with soft borders
 
 
 @dataclass
@@ -143,7 +142,9 @@ def _find_classes(
     args: SegmentationDataArguments, parts: list[datasets.Dataset], mask_column: str, model_names: list[str] | None
 ) -> tuple[list[str], MaskEncoding]:
     """Names of the classes, and how mask values stand for them. `parts`: all rows that will be read."""
-    names = _given_names(args) or _names_next_to_data(args)
+    _check_stated_settings(args)
+    file = None if args.class_names else _file_next_to_data(args, NAMES_FILE)
+    names = _given_names(args) if file is None else read_class_names(file)
     if names is not None and (len(names) < 2 or len(set(names)) != len(names)):
         raise ValueError(f"Class names must be two or more different names, got {names}.")
     names = model_names if names is None else names
@@ -170,7 +171,7 @@ def _count_classes(args: SegmentationDataArguments, parts: list[datasets.Dataset
             f"The masks of {args.dataset_name} have the values {present.tolist()} besides {args.ignored_value}, which is ignored "
             "(`ignore_index`): that is a single class. `mask_values` names the value of each class, for example 0 255."
         )
-    is_soft = _has_soft_borders(pixels)
+    is_soft = has_soft_borders(pixels)
     if jpegs or is_soft:
         cause = (
             f"{jpegs} of them are JPEG files, which change values" if jpegs else "most in between are of few pixels"
@@ -188,18 +189,6 @@ def _count_classes(args: SegmentationDataArguments, parts: list[datasets.Dataset
     return count
 
 
-def _has_soft_borders(pixels: np.ndarray) -> bool:
-    """Whether masks look like black and white with a few pixels of all grays in between; `pixels` of each value. Class ids would be
-    dense among the small values, and 255 alone."""
-    values = np.flatnonzero(pixels)
-    between = values[1:-1]
-    if values[-1] < WHITE or (between > values[-1] // 2).sum() < MANY_VALUES // 2:
-        return False
-    return (
-        pixels[between].sum() < MAX_SOFT_SHARE * pixels.sum() and pixels[between].max() < pixels[values[[0, -1]]].min()
-    )
-
-
 def _given_names(args: SegmentationDataArguments) -> list[str] | None:
     if args.class_names is None:
         return None
@@ -209,17 +198,27 @@ def _given_names(args: SegmentationDataArguments) -> list[str] | None:
     return names
 
 
-def _names_next_to_data(args: SegmentationDataArguments) -> list[str] | None:
-    """The names in `id2label.json` of a local folder or a repository of the Hub, `None` if it has none."""
+def _check_stated_settings(args: SegmentationDataArguments) -> None:
+    """Raises a `ValueError` if the data says in `mask_settings.json` that its masks are read otherwise: classes would be shifted."""
+    file = _file_next_to_data(args, MASKS_FILE)
+    stated = json.loads(file.read_text(encoding="utf-8")).get("reduce_labels") if file is not None else None
+    if stated is not None and stated != args.reduce_labels and args.mask_values is None:
+        raise ValueError(
+            f"{args.dataset_name} says in {MASKS_FILE} that 0 in its masks is {'no class and 1 the first one' if stated else 'a class'}: "
+            f"give `reduce_labels` {str(stated).lower()}."
+        )
+
+
+def _file_next_to_data(args: SegmentationDataArguments, name: str) -> Path | None:
+    """A file of a local folder or a repository of the Hub, `None` if it has no such file."""
     path = Path(args.dataset_name).expanduser()
     if path.exists() or looks_local(args.dataset_name):
-        file = (path if path.is_dir() else path.parent) / NAMES_FILE
-        return read_class_names(file) if file.is_file() else None
+        file = (path if path.is_dir() else path.parent) / name
+        return file if file.is_file() else None
     try:
-        file = hf_hub_download(args.dataset_name, NAMES_FILE, repo_type="dataset", revision=args.dataset_revision)
+        return Path(hf_hub_download(args.dataset_name, name, repo_type="dataset", revision=args.dataset_revision))
     except (EntryNotFoundError, LocalEntryNotFoundError):
         return None
-    return read_class_names(Path(file))
 
 
 def _first(rows: datasets.Dataset | None, count: int | None) -> datasets.Dataset | None:

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from dataset_scripts import ade20k, image_mask_folder
+from modeling_lvvit.segmentation.arguments import SegmentationDataArguments
+from modeling_lvvit.segmentation.data import open_segmentation_data
 
 
 @dataclass
@@ -127,6 +129,18 @@ def test_colors_become_class_ids(run, tmp_path):
     assert done.returncode == 0, done.stderr
     row = datasets.load_dataset(str(tmp_path / "out"), split="train")[0]
     assert np.asarray(row["annotation"]).tolist() == [[0, 1], [1, 255]]
+
+
+def test_ade20k_is_not_trained_with_shifted_classes(run, release, tmp_path):
+    """A part of it may lack the class 150, whose value would be refused."""
+    run(ade20k, release, "--output_dir", tmp_path / "ade20k")
+    options = {"dataset_name": str(tmp_path / "ade20k"), "max_train_samples": 2, "max_eval_samples": 1}
+    with pytest.raises(
+        ValueError, match="says in mask_settings.json that 0 .* is no class .* give `reduce_labels` true"
+    ):
+        open_segmentation_data(SegmentationDataArguments(**options), seed=0)
+    opened = open_segmentation_data(SegmentationDataArguments(**options, reduce_labels=True), seed=0)
+    assert len(opened.class_names) == 150 and opened.encoding.reduce_labels
 
 
 def binary_folders(folder: Path, file_format: str = "png") -> tuple[Path, Path]:
