@@ -82,7 +82,7 @@ class SegmentationRun(TrainingRun):
         crop = " x ".join(map(str, config.image_height_width))
         text += f", {len(trainer.train_dataset):,} training images, crops of {crop}, {args.images_per_step} a step"
         if self.counts is not None and self.counts.ignored:
-            text += f", {100 * self.counts.ignored_share:.2g} % of their pixels ignored"
+            text += f", {100 * self.counts.ignored_share:.2g} % of the mask pixels ignored"
         scaled = f" ({args.base_learning_rate:g} for 16 images, scaled)" if args.is_learning_rate_scaled else ""
         return f"{text}, peak learning rate {args.learning_rate:.3g}{scaled}"
 
