@@ -68,7 +68,8 @@ class ClassifierRun(TrainingRun):
     def evaluate(self) -> None:
         """Accuracy on the evaluation images."""
         self.metrics = self.trainer.evaluate()
-        self.trainer.save_metrics("eval", self.metrics)
+        about = {"eval_split": self.opened.eval_name, "eval_samples": len(self.opened.evaluation)}
+        self.trainer.save_metrics("eval", self.metrics | about)
 
     def report(self) -> None:
         """Writes figure and model card, and prints the accuracy."""
@@ -79,7 +80,9 @@ class ClassifierRun(TrainingRun):
             return
         names = (data_args.dataset_name, data_args.token_labels)
         provenance = find_provenance(self.model_args, *names, EMBEDDED_RECIPE)
-        write_model_card(CARD_TEMPLATE, trainer, provenance, opened.eval_name, self.metrics, figure)
+        is_part = data_args.max_eval_samples is not None
+        split = f"{len(opened.evaluation):,} images of {opened.eval_name}" if is_part else opened.eval_name
+        write_model_card(CARD_TEMPLATE, trainer, provenance, split, self.metrics, figure)
         if "eval_accuracy" in self.metrics:
             accuracy = 100 * self.metrics["eval_accuracy"]
             print(f"top-1 on {len(opened.evaluation):,} evaluation images: {accuracy:.2f} %")

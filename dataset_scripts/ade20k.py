@@ -4,7 +4,7 @@
 
 The folder is that of the release (MIT Scene Parsing Benchmark, 2016): `images/` and `annotations/` with `training` and `validation`,
 `objectInfo150.txt`, `sceneCategories.txt`. Files are stored as they are: in masks 0 is no class and 1 to 150 are the classes, so that
-training needs `--reduce_labels true`, which the recipes have.
+training needs `--reduce_labels true`, which the recipes have; `mask_settings.json` says so, and training without it is refused.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def build(release: Path, output_dir: Path) -> dict[str, int]:
         ]
     for pairs in splits.values():
         check_pairs(pairs, allows_colors=False)
-    return write_segmentation_set(output_dir, splits, names, NOTES, extra_features=features)
+    return write_segmentation_set(output_dir, splits, names, NOTES, extra_features=features, reduce_labels=True)
 
 
 def main() -> None:

@@ -2,25 +2,28 @@
 
     python dataset_scripts/image_mask_folder.py IMAGES MASKS --output_dir my_data --class_names names.txt
     python dataset_scripts/image_mask_folder.py IMAGES MASKS --output_dir my_data --colors colors.json
+    python dataset_scripts/image_mask_folder.py IMAGES MASKS --output_dir my_data --nearest_values 0 255
 
 A mask has the name of its image, whatever its ending. Where both folders have the same sub-folders and all are named after splits
 (train, training, val, validation, test, ...), these become splits; else everything is `train`, of which the training program holds out
-a share. Masks hold class ids; or colors, of which `--colors` names the classes: a JSON file `{"road": [128, 64, 128], ...}`.
+a share. Masks hold class ids; or colors, of which `--colors` names the classes: a JSON file `{"road": [128, 64, 128], ...}`; or gray levels
+between a few values (JPEG files, soft borders), each of which becomes the nearest one of `--nearest_values`.
 """
 
 import argparse
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
 from modeling_lvvit.data.class_labels import read_class_names
-from modeling_lvvit.data.images import pillow_errors
-from modeling_lvvit.data.masks import IGNORED
+from modeling_lvvit.data.images import IMAGE_ERRORS, pillow_errors
+from modeling_lvvit.data.masks import IGNORED, MAX_VALUE, list_values, read_mask
 from modeling_lvvit.launching import name_options
 from modeling_lvvit.segmentation.dataset_writer import (
     Pair,
@@ -36,6 +39,7 @@ FOLDER_SPLITS = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 MAX_LISTED = 5
+MAX_CLASSES_TO_SUGGEST = 16
 
 
 def split_pairs(pairs: dict[str, Pair]) -> dict[str, list[Pair]]:
@@ -72,7 +76,8 @@ def colors_to_ids(colors: dict[str, tuple[int, int, int]], ignores_others: bool)
 
     def content(path: Path) -> bytes:
         with pillow_errors(), Image.open(path) as image:
-            channels = np.asarray(image.convert("RGB")).astype(np.uint32)
+            upright = ImageOps.exif_transpose(image)  # as images and other masks are read
+            channels = np.asarray(upright.convert("RGB")).astype(np.uint32)
         codes = channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
         ids = table[codes]
         if not ignores_others and (ids == IGNORED).any():
@@ -82,26 +87,65 @@ def colors_to_ids(colors: dict[str, tuple[int, int, int]], ignores_others: bool)
             raise ValueError(
                 f"it has {len(others)} colors that no class has: {listed}{more} (--ignore_other_colors marks them 255)"
             )
-        buffer = io.BytesIO()
-        Image.fromarray(ids).save(buffer, format="PNG")
-        return buffer.getvalue()
+        return as_png(ids)
 
     return content
 
 
-def build(args: argparse.Namespace) -> dict[str, int]:
-    """Writes the dataset and returns the number of images of each split."""
-    if args.colors is not None and args.class_names is not None:
-        raise ValueError("Give --colors, which names the classes, or --class_names, not both.")
+def nearest_ids(values: Sequence[int]) -> Callable[[Path], bytes]:
+    """From a file with gray levels to a PNG of class ids: of the nearest of some values, of two the first."""
+    if not 2 <= len(set(values)) == len(values) <= IGNORED or not all(0 <= value <= MAX_VALUE for value in values):
+        raise ValueError(
+            f"`nearest_values` must be 2 to {IGNORED} different values from 0 to {MAX_VALUE}, got {list(values)}."
+        )
+    table = np.abs(np.arange(MAX_VALUE + 1)[:, None] - np.array(values)).argmin(axis=1).astype(np.uint8)
+    return lambda path: as_png(table[read_mask({"bytes": None, "path": str(path)})])
+
+
+def as_png(ids: np.ndarray) -> bytes:
+    """A PNG file of class ids, uint8 `(height, width)`."""
+    buffer = io.BytesIO()
+    Image.fromarray(ids).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def values_note(pairs: Sequence[Pair]) -> str:
+    """Which values the masks hold, and the option that they need in training where they do not count classes."""
+    is_there = np.zeros(MAX_VALUE + 1, dtype=bool)
+    for pair in tqdm(pairs, desc="Counting values", unit="mask"):
+        try:
+            is_there[np.unique(read_mask({"bytes": None, "path": str(pair.mask)}))] = True
+        except IMAGE_ERRORS as error:
+            raise ValueError(f"{pair.mask} cannot be used: {error}") from error
+    values = np.flatnonzero(is_there)
+    note = f"Masks are stored as they were, with the values {list_values(values)}."
+    others = values[values != IGNORED]
+    if 1 < len(values) <= MAX_CLASSES_TO_SUGGEST and (len(others) < 2 or others[-1] >= len(others)):
+        note += (
+            f" If each is a class, train with `--mask_values {' '.join(map(str, values))}`; else {IGNORED} is ignored."
+        )
+    return note
+
+
+def build(args: argparse.Namespace) -> tuple[dict[str, int], str]:
+    """Writes the dataset; returns the number of images of each split and what there is to say of the masks."""
+    if args.colors is not None and (args.class_names or args.nearest_values):
+        raise ValueError("Give --colors, which names the classes, or --class_names and --nearest_values, not both.")
     colors = read_colors(args.colors) if args.colors is not None else None
     names = read_class_names(args.class_names) if args.class_names is not None else colors and list(colors)
+    contents, notes = {}, f"Masks hold class ids; {IGNORED} does not count."
+    if args.nearest_values is not None:
+        contents = {"mask_content": nearest_ids(args.nearest_values)}
+        notes = f"Masks hold class ids, of the nearest of the values {args.nearest_values}."
+        if names is not None and len(names) != len(args.nearest_values):
+            raise ValueError(f"There are {len(names)} class names and {len(args.nearest_values)} `nearest_values`.")
     pairs = pair_files(list_images(args.images), list_images(args.masks), args.mask_suffix)
     check_pairs(list(pairs.values()), allows_colors=colors is not None)
-    contents, notes = {}, "Masks are stored as they were."
     if colors is not None:
         contents = {"mask_content": colors_to_ids(colors, args.ignore_other_colors)}
-        notes = f"Masks hold class ids; {IGNORED} does not count."
-    return write_segmentation_set(args.output_dir, split_pairs(pairs), names, notes, **contents)
+    elif not contents:
+        notes = values_note(list(pairs.values()))
+    return write_segmentation_set(args.output_dir, split_pairs(pairs), names, notes, **contents), notes
 
 
 def main() -> None:
@@ -115,12 +159,18 @@ def main() -> None:
     parser.add_argument("--class_names", type=Path, help="JSON or text file with the names of the classes")
     parser.add_argument("--colors", type=Path, help="JSON file with the color of each class")
     parser.add_argument("--ignore_other_colors", action="store_true", help="colors of no class do not count")
+    parser.add_argument(
+        "--nearest_values",
+        type=int,
+        nargs="+",
+        help="values of the classes; every pixel takes the nearest, e.g. 0 255",
+    )
     args = parser.parse_args()
     try:
-        counts = build(args)
+        counts, notes = build(args)
     except (OSError, ValueError) as error:
         parser.exit(1, f"image_mask_folder.py: {name_options(error, *vars(args))}\n")
-    print(f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} images -> {args.output_dir}")
+    print(f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} images -> {args.output_dir}. {notes}")
 
 
 if __name__ == "__main__":

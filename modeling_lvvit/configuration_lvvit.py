@@ -91,6 +91,8 @@ class LVViTConfig(PretrainedConfig):
         auxiliary_loss_weight (`float`, defaults to 0.4): Weight of the auxiliary head's loss; with 0 there is no head.
         semantic_loss_ignore_index (`int`, defaults to 255): Label of the pixels that the loss ignores.
         semantic_loss_class_weights (`list[float]`, *optional*): Weight of each class in the loss, at least 0. Defaults to 1 for all.
+        segmentation_inference (`dict`, *optional*): How whole images were segmented and masks read in the evaluation of the training:
+            window, stride, sides, scales and mirror images, values of masks. The model does not read it; evaluations follow it.
 
     Raises:
         ValueError: If a value has the wrong type, a size is not positive, `patch_size` is odd, a side of `image_size` is not a multiple of
@@ -133,6 +135,7 @@ class LVViTConfig(PretrainedConfig):
         auxiliary_loss_weight: float | int = 0.4,
         semantic_loss_ignore_index: int = 255,
         semantic_loss_class_weights: list[float] | None = None,
+        segmentation_inference: dict | None = None,
         out_features: list[str] | None = None,
         out_indices: list[int] | None = None,
         **kwargs,
@@ -155,6 +158,7 @@ class LVViTConfig(PretrainedConfig):
         self.auxiliary_loss_weight = auxiliary_loss_weight
         self.semantic_loss_ignore_index = semantic_loss_ignore_index
         self.semantic_loss_class_weights = semantic_loss_class_weights
+        self.segmentation_inference = segmentation_inference
         self._check_types()
         self._set_stages(out_features, out_indices)
         self.validate_architecture()

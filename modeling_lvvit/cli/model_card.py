@@ -28,7 +28,7 @@ REPORTED_OPTIONS = (
 )  # fmt: skip
 SHARED_OPTIONS = ("images_per_step", "weight_decay", "lr_schedule", "batch_norm", "max_grad_norm", "bf16", "fp16")
 MAX_TABLE_ROWS = 30
-NOT_SCORES = ("runtime", "per_second")  # endings of logged figures
+NOT_SCORES = ("runtime", "per_second", "_classes")  # endings of logged figures
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,22 @@
 """Reading masks: from the value of an image column to class ids."""
 
+import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import ExifTags, Image
 
-from .images import decode_stored
+from .images import IMAGE_ERRORS, LYING, decode_stored, pillow_errors
 
 
 IGNORED = 255  # what masks usually have where no class is marked
 UNKNOWN = -1  # id of a mask value that stands for nothing
 MAX_VALUE = 65_535  # of a 16-bit mask
+MAX_LISTED_VALUES = 10
+WHITE = 250  # or more: the brightest value of masks that were smoothed
+MAX_SOFT_SHARE = 0.3  # of the pixels between the two values of a mask with soft borders
+MANY_VALUES = 16  # more than anyone forgets to name: values in between
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,11 @@ class MaskEncoding:
             raise ValueError(
                 f"--ignore_index {self.ignore_index} is the value of one of the {self.num_labels} classes, which would never be learned; "
                 f"choose another one, for example {MAX_VALUE}."
+                + (
+                    " Where 0 is no class and 1 the first one, give --reduce_labels true."
+                    if not self.ignore_index
+                    else ""
+                )
             )
         if self.values is None:
             return
@@ -108,3 +119,78 @@ def read_mask(value: dict[str, Any]) -> np.ndarray:
         f"it is an image of mode {image.mode}; expected one channel with class ids. "
         "dataset_scripts/image_mask_folder.py --colors turns colors into ids"
     )
+
+
+def list_values(values: np.ndarray) -> str:
+    """The first of some values, for messages."""
+    more = ", ..." if len(values) > MAX_LISTED_VALUES else ""
+    return ", ".join(map(str, values[:MAX_LISTED_VALUES].tolist())) + more
+
+
+def unknown_values_problem(unknown: np.ndarray, encoding: MaskEncoding, is_jpeg: bool) -> str:
+    """What to say of a mask with values that stand for nothing, and how to mend it."""
+    text = f"has the values {list_values(unknown)}; expected {encoding.describe()}"
+    if is_jpeg or len(unknown) > MANY_VALUES:
+        cause = "the compression of JPEG" if is_jpeg else "resizing with a smooth filter, or drawing with soft borders"
+        return f"{text}. Values in between come from {cause}: {NEAREST_VALUES}"
+    if encoding.values is None and not encoding.reduce_labels and unknown.tolist() == [encoding.num_labels]:
+        return f"{text}. Where 0 is no class and 1 the first one, give --reduce_labels true"
+    return text
+
+
+def has_soft_borders(pixels: np.ndarray) -> bool:
+    """Whether masks look like black and white with a few pixels of all grays in between; `pixels` of each value. Class ids would be
+    dense among the small values, and 255 alone."""
+    values = np.flatnonzero(pixels)
+    between = values[1:-1]
+    if values[-1] < WHITE or (between > values[-1] // 2).sum() < MANY_VALUES // 2:
+        return False
+    return (
+        pixels[between].sum() < MAX_SOFT_SHARE * pixels.sum() and pixels[between].max() < pixels[values[[0, -1]]].min()
+    )
+
+
+NEAREST_VALUES = (
+    "save masks as PNG and resize them to the nearest pixel; dataset_scripts/image_mask_folder.py --nearest_values 0 255 takes the nearer "
+    "one of the values that you name"
+)
+
+
+class FileFacts(NamedTuple):
+    """What the header of an image file says; defaults where it cannot be opened, or is remote."""
+
+    is_jpeg: bool = False
+    orientation: int = 1  # Exif
+    palette: bytes | None = None  # red, green and blue of each value
+
+
+def read_file_facts(value: dict[str, Any]) -> FileFacts:
+    """Facts of the file behind an image column's value, which is not decoded."""
+    content, path = value["bytes"], value["path"]
+    if content is None and (path is None or "://" in path):
+        return FileFacts()
+    try:
+        with pillow_errors(), Image.open(io.BytesIO(content) if content is not None else path) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            palette = image.palette.palette if image.mode == "P" and image.palette.mode == "RGB" else None
+            return FileFacts(image.format in ("JPEG", "MPO"), orientation, palette and bytes(palette))
+    except IMAGE_ERRORS:
+        return FileFacts()
+
+
+def size_problem(mask_size: tuple[int, int], image_size: tuple[int, int], image_orientation: int) -> str:
+    """What to say of a mask whose height and width are not those of the upright image."""
+    shown = [f"{width} x {height}" for height, width in (mask_size, image_size)]
+    text = f"is {shown[0]} pixels (width x height), its image {shown[1]}"
+    if image_orientation in LYING and tuple(mask_size) == tuple(image_size)[::-1]:
+        text += (
+            f" once turned upright, as its Exif orientation ({image_orientation}) says: the mask was made of the image as it is stored. "
+            "Turn the mask too, or take the orientation out of the image file"
+        )
+    return text
+
+
+def is_turning_unclear(image: FileFacts, mask: FileFacts, size: tuple[int, int]) -> bool:
+    """Whether Exif turns an image of a height and width otherwise than its mask, and their sizes would be equal in any case."""
+    sizes_tell = (image.orientation in LYING) != (mask.orientation in LYING) and size[0] != size[1]
+    return image.orientation != mask.orientation and not sizes_tell

@@ -9,12 +9,11 @@ from ..backbones.loading import LOADING_ERRORS, library_errors, load_image_proce
 from ..data.images import Normalization
 from ..modeling_lvvit import LVViTForSemanticSegmentation
 from ..segmentation.build_model import is_segmenter
-from ..segmentation.inference import InferenceSettings, predict_classes
+from ..segmentation.inference import predict_classes, trained_inference
 from .explanation import Annotated, annotated
 
 
 MAX_SIDE = 1024  # pixels of an image on the page
-STRIDE_SHARE = 2 / 3  # of the window, as in the published evaluation
 
 
 def is_segmentation_model(name: str) -> bool:
@@ -26,7 +25,7 @@ def is_segmentation_model(name: str) -> bool:
 
 
 class Segmenter:
-    """A segmentation model that is asked about single images, in windows of the size it was trained on.
+    """A segmentation model that is asked about single images, in the windows of the evaluation of its training (`trained_inference`).
 
     Args:
         name: Hub name or folder.
@@ -43,14 +42,7 @@ class Segmenter:
         except ValueError as error:
             raise ValueError(f"{name} cannot be loaded: {error}") from error
         self.normalize = Normalization(processor.image_mean, processor.image_std)
-        window = tuple(self.model.config.image_height_width)
-        size = processor.size if processor.do_resize else {}
-        self.settings = InferenceSettings(
-            window=window,
-            stride=tuple(max(1, round(STRIDE_SHARE * side)) for side in window),
-            short_side=size.get("shortest_edge"),
-            long_side=size.get("longest_edge"),
-        )
+        self.settings = trained_inference(self.model.config, processor)
 
     @property
     def class_names(self) -> list[str]:
@@ -60,10 +52,10 @@ class Segmenter:
     @property
     def description(self) -> str:
         """Kind and size of the model in one line."""
-        height, width = self.settings.window
+        window, stride = (" x ".join(map(str, pair)) for pair in (self.settings.window, self.settings.stride))
         return (
             f"{type(self.model).__name__}, {self.model.num_parameters() / 1e6:.1f} million parameters, "
-            f"{len(self.class_names)} classes, windows of {height} x {width} pixels"
+            f"{len(self.class_names)} classes, windows of {window} pixels every {stride}"
         )
 
     def segment(self, image: Image.Image) -> Annotated:

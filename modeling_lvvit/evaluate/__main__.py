@@ -34,7 +34,7 @@ from ..launching import (
 )
 from ..token_labeling.dataset import TokenLabelDataset
 from .classifier import Classifier, InputOptions, load_classifier
-from .report import markdown_table, save_results
+from .report import markdown_table, notes_on, notes_on_corruptions, save_results
 from .scores import ClassificationScores, find_real_labels, mean_corruption_error
 from .test_sets import TestSet, corruption_folders, model_class_map, open_test_set, reassessed_labels
 
@@ -188,13 +188,18 @@ def evaluate_corruptions(
 ) -> dict[str, Any]:
     """Error rates of a classifier on every corruption and severity, and what follows from them."""
     errors: dict[str, list[float]] = {}
+    images: dict[str, int] = {}
     for corruption, severities in folders.items():
         for severity, folder in severities.items():
             test_set = open_test_set(str(folder), max_samples=args.max_samples)
             test_set.name = f"{corruption}/{severity}"
             scores = evaluate(classifier, test_set, args, state, FOLDER_COLUMNS)
             errors.setdefault(corruption, []).append(1 - scores["accuracy"])
-    return {**mean_corruption_error(errors), "errors": errors}
+            images[test_set.name] = scores["images"]
+    notes = notes_on_corruptions(errors, images)
+    if args.max_samples is not None:
+        notes.append(f"at most {args.max_samples:,} images of each set")
+    return {**mean_corruption_error(errors), "errors": errors, "notes": notes}
 
 
 def prepare(args: EvaluationArguments) -> tuple[list[Classifier], list[TestSet], Any, dict[str, dict[str, Path]]]:
@@ -243,6 +248,8 @@ def main(arguments: list[str]) -> None:
                 describe_classes(part.rows, f"{part.name} ({part.split})", args.label_column) for part in test_sets
             )
         )
+    for note in notes_on_corruptions(folders, {}) if folders and state.is_main_process else ():
+        print(f"{MODULE}: {args.corruptions}: {note}", file=sys.stderr)
     try:
         results = evaluate_all(args, state, classifiers, test_sets, real, folders)
     except SampleError as error:
@@ -273,8 +280,10 @@ def evaluate_all(
         record = {"model": classifier.name, **classifier.facts, "results": {}}
         results.append(record)
         for test_set in test_sets:
-            scores = evaluate(classifier, test_set, args, state, columns, real if test_set is test_sets[0] else None)
-            facts = {"split": test_set.split, "classes": len(test_set.class_names)}
+            seen = real if test_set is test_sets[0] else None
+            scores = evaluate(classifier, test_set, args, state, columns, seen)
+            notes = notes_on(scores, test_set, args.label_column, len(classifier.class_names), seen is not None)
+            facts = {"split": test_set.split, "classes": len(test_set.class_names), "notes": notes}
             record["results"][test_set.name] = {**facts, **scores}
             save()
         if folders:

@@ -3,11 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from ..cli.model_card import library_versions
 from ..data.atomic_files import write_json
 from ..data.sources import short_name
+from .scores import ALEXNET_ERRORS, missing_corruptions
+from .test_sets import TestSet
 
 
 MEASURES = {"accuracy": "top-1", "top5_accuracy": "top-5", "real_accuracy": "ReaL"}
@@ -26,7 +29,66 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
         if "corruptions" in record:
             number = len(record["corruptions"]["errors"])
             lines.append(f"{head} | {number} corruptions | | | | | {_percent(record['corruptions'].get('mce'))} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes_below(results)])
+
+
+def notes_below(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What the table does not say, a line each: see `notes_on`, and why there is no mean corruption error."""
+    notes = {  # each once for all models
+        f"- {short_name(name)}: {note}": None
+        for record in results
+        for name, scores in [*record["results"].items(), ("corruptions", record.get("corruptions", {}))]
+        for note in scores.get("notes", ())
+    }
+    return ["", *notes] if notes else []
+
+
+def notes_on(
+    scores: dict[str, Any], test_set: TestSet, label_column: str, num_model_classes: int, has_real: bool
+) -> list[str]:
+    """What a reader of some scores must know: measures that are missing and why, and of which images and classes they are.
+
+    Args:
+        label_column: Column of class ids.
+        num_model_classes: Number of classes of the model.
+        has_real: Whether there were re-assessed labels.
+    """
+    images, classes = scores["images"], len(test_set.class_names)
+    shown = len(test_set.rows.select_columns([label_column]).unique(label_column))
+    notes = []
+    if images < test_set.num_rows:
+        notes.append(f"{images:,} of its {test_set.num_rows:,} images")
+    if shown < classes:
+        notes.append(f"images of {shown:,} of its {classes:,} classes")
+    if classes < num_model_classes:
+        notes.append(f"predictions are the best of its {classes:,} classes, of {num_model_classes:,} of the model")
+    if "top5_accuracy" not in scores:
+        notes.append(f"no top-5 accuracy, which says little of {classes} classes")
+    if has_real and scores.get("real_images", 0) < images:
+        about = "accuracy is" if "real_accuracy" in scores else "accuracy would be"
+        notes.append(
+            f"ReaL {about} of {scores.get('real_images', 0):,} of {images:,} images: the others have no such label"
+        )
+    return notes
+
+
+def notes_on_corruptions(errors: dict[str, Any], images: dict[str, int]) -> list[str]:
+    """Why there is no mean corruption error, and whether it is one of equal sets.
+
+    Args:
+        errors: By corruption.
+        images: Number of images of each corruption and severity.
+    """
+    notes = []
+    if missing := missing_corruptions(errors):
+        absent = f"{len(missing)} of {len(ALEXNET_ERRORS)} are missing, {', '.join(missing)}"
+        notes.append(f"no mean corruption error (mCE): {absent}")
+    usual = mode(images.values()) if images else 0
+    if others := [f"{name} {count:,}" for name, count in images.items() if count != usual]:
+        notes.append(
+            f"{len(others)} of {len(images)} sets have not {usual:,} images as the others: {', '.join(others[:5])}"
+        )
+    return notes
 
 
 def save_results(path: Path, results: Sequence[dict[str, Any]], args: Any) -> None:

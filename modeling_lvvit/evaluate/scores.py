@@ -112,6 +112,11 @@ def read_real_labels(path: Path) -> list[list[int]]:
     return labels
 
 
+def missing_corruptions(names: Collection[str]) -> list[str]:
+    """Those of the 15 corruptions that the mean corruption error is the mean of which are not among some names."""
+    return [name for name in ALEXNET_ERRORS if name not in names]
+
+
 def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Corruption errors relative to AlexNet's, and their mean.
 
@@ -130,6 +135,6 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> dict[str, fl
         name: float(np.mean(errors[name])) / alexnet for name, alexnet in ALEXNET_ERRORS.items() if name in errors
     }
     result = {f"ce_{name}": value for name, value in relative.items()}
-    if len(relative) == len(ALEXNET_ERRORS):
+    if not missing_corruptions(errors):
         result["mce"] = float(np.mean(list(relative.values())))
     return result

@@ -174,21 +174,40 @@ def corruption_folders(root: Path) -> dict[str, dict[str, Path]]:
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If there are no corruptions, or one lacks severities.
+        ValueError: If there are no corruptions, one lacks severities, or a severity lacks classes that others have.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder of corruptions {root}.")
     folders: dict[str, dict[str, Path]] = {}
-    first_severities = [*root.glob("*/1"), *root.glob("*/*/1")]  # no deeper: there are a million files
-    for folder in sorted({path.parent for path in first_severities if path.is_dir()}):
+    patterns = [
+        f"{above}/{severity}" for above in ("*", "*/*") for severity in SEVERITIES
+    ]  # no deeper: there are a million files
+    for folder in sorted({path.parent for pattern in patterns for path in root.glob(pattern) if path.is_dir()}):
         severities = {severity: folder / severity for severity in SEVERITIES if (folder / severity).is_dir()}
         if any(name.name not in SEVERITIES for name in folder.iterdir() if name.is_dir()):
             continue  # a class folder that is called 1
         if len(severities) != len(SEVERITIES):
-            raise ValueError(f"{folder} has the severities {', '.join(severities)}; expected {', '.join(SEVERITIES)}.")
+            raise ValueError(
+                f"{folder} has the severities {', '.join(severities)}; expected {', '.join(SEVERITIES)}: complete it, or move it away "
+                "(without all 15 corruptions there is no mean corruption error)."
+            )
         if folder.name in folders:
             raise ValueError(f"{root} has {folder.name} twice: {folders[folder.name]['1'].parent} and {folder}.")
         folders[folder.name] = severities
     if not folders:
         raise ValueError(f"{root} has no folders CORRUPTION/SEVERITY/CLASS.")
+    _check_same_classes([folder for severities in folders.values() for folder in severities.values()])
     return folders
+
+
+def _check_same_classes(folders: Sequence[Path]) -> None:
+    """Raises a `ValueError` if a folder lacks class folders of another: decisions among fewer classes are easier."""
+    classes = {folder: {path.name for path in folder.iterdir() if path.is_dir()} for folder in folders}
+    everywhere = set().union(*classes.values())
+    incomplete = [folder for folder in folders if len(classes[folder]) < len(everywhere)]
+    if incomplete:
+        absent = ", ".join(sorted(everywhere - classes[incomplete[0]])[:3])
+        raise ValueError(
+            f"{len(incomplete)} of {len(folders)} folders of corruptions lack classes that others have; {incomplete[0]} has "
+            f"{len(classes[incomplete[0]])} of {len(everywhere)} and lacks {absent}, for example. Complete the copy."
+        )

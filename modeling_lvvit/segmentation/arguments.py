@@ -10,7 +10,7 @@ from ..cli.model_arguments import ModelSourceArguments
 from ..data.images import parse_image_size
 from ..data.masks import IGNORED
 from ..training.base_arguments import BaseImageTrainingArguments
-from .inference import SCALES, InferenceSettings
+from .inference import SCALES, InferenceSettings, default_stride
 from .transforms import SegmentationAugmentation
 
 
@@ -67,9 +67,13 @@ class SegmentationDataArguments:
         help="Names of the classes in the order of their ids, or one JSON or text file with them; default: id2label.json next to the "
         "data, then numbers.",
     )
-    ignore_index: int = HfArg(default=IGNORED, help="Mask value of pixels that do not count.")
+    ignore_index: int | None = HfArg(
+        default=None, help="Mask value of pixels that do not count; default: that of the evaluated model, else 255."
+    )
     reduce_labels: bool = HfArg(default=False, help="0 in masks is no class, 1 the first one (ADE20K).")
-    mask_values: list[int] | None = HfArg(default=None, help="Mask value of each class; default: the class ids.")
+    mask_values: list[int] | None = HfArg(
+        default=None, help="Mask value of each class; default: those of the evaluated model, else the class ids."
+    )
     max_train_samples: int | None = HfArg(default=None, help="Images of a random subset, to try out.")
     max_eval_samples: int | None = HfArg(default=None, help="Images of a random subset, to try out.")
     check_data: bool = HfArg(default=True, help="Look at every row before training.")
@@ -79,7 +83,7 @@ class SegmentationDataArguments:
     scale_min: float = HfArg(default=0.5, help="Smallest factor of the size of training images.")
     scale_max: float = HfArg(default=2.0, help="Largest factor of the size of training images.")
     max_class_share: float = HfArg(default=0.75, help="Crops filled more by a class are drawn again.")
-    horizontal_flip: float = HfArg(default=0.5, help="Probability of a mirror image.")
+    horizontal_flip: float | None = HfArg(default=None, help="Probability of a mirror image; default: 0.5.")
     photometric: float = HfArg(default=0.5, help="Probability of each color change.")
     short_side: int | None = HfArg(
         default=None,
@@ -89,7 +93,7 @@ class SegmentationDataArguments:
     window: list[int] | None = HfArg(
         default=None,
         help="Windows of evaluation in pixels, a side or height and width; default: the size of the training crops. Windows as large "
-        "as the images see them whole.",
+        "as the images see them whole. With evaluate_only sides, windows and scales default to those of the model's training.",
     )
     stride: list[int] | None = HfArg(
         default=None,
@@ -99,7 +103,9 @@ class SegmentationDataArguments:
         default=False,
         help="In the evaluation at the end also average over sizes of the image and, unless horizontal_flip is 0, mirror images.",
     )
-    scales: list[float] = HfArg(default_factory=lambda: list(SCALES), help="Those sizes, as factors.")
+    scales: list[float] | None = HfArg(
+        default=None, help=f"Those sizes, as factors; default: {' '.join(map(str, SCALES))}."
+    )
 
     def __post_init__(self):
         if not 0 < self.eval_fraction < 1:
@@ -113,14 +119,13 @@ class SegmentationDataArguments:
             raise ValueError(f"`long_side` ({self.long_side}) needs a `short_side` that is not larger.")
         for name in ("window", "stride"):
             parse_image_size(getattr(self, name), f"`{name}`", "length or two in pixels")
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+        if self.scales is not None and not (self.scales and all(0 < scale < math.inf for scale in self.scales)):
             raise ValueError(f"`scales` must be positive factors, got {self.scales}.")
 
     def augmentation(self) -> SegmentationAugmentation:
         """Strengths of the training augmentation."""
-        return SegmentationAugmentation(
-            (self.scale_min, self.scale_max), self.max_class_share, self.horizontal_flip, self.photometric
-        )
+        flip = SegmentationAugmentation.horizontal_flip if self.horizontal_flip is None else self.horizontal_flip
+        return SegmentationAugmentation((self.scale_min, self.scale_max), self.max_class_share, flip, self.photometric)
 
     def given_class_weights(self) -> list[float] | None:
         """The weights that were given as numbers; a `ValueError` if they are neither that nor `"median_frequency"`."""
@@ -136,15 +141,20 @@ class SegmentationDataArguments:
             )
         return weights
 
-    def inference(self, crop_size: tuple[int, int]) -> tuple[InferenceSettings, InferenceSettings | None]:
+    @property
+    def ignored_value(self) -> int:
+        """`ignore_index`, or its default."""
+        return IGNORED if self.ignore_index is None else self.ignore_index
+
+    def inference(self, crop_size: tuple[int, int]) -> tuple[InferenceSettings, InferenceSettings]:
         """How images are segmented at a single scale and, with `multi_scale`, at several; `crop_size` is in pixels."""
         window = parse_image_size(self.window, "`window`") or tuple(crop_size)
-        stride = parse_image_size(self.stride, "`stride`") or tuple(max(1, 2 * side // 3) for side in window)
+        stride = parse_image_size(self.stride, "`stride`") or default_stride(window)
         if any(step > side for step, side in zip(stride, window)):
             raise ValueError(f"`stride` {stride} is larger than the windows, {window}: pixels would be left out.")
         single = InferenceSettings(window, stride, self.short_side, self.long_side)
-        multiple = replace(single, scales=tuple(self.scales), flip=self.horizontal_flip > 0)
-        return single, multiple if self.multi_scale else None
+        flip = self.augmentation().horizontal_flip > 0
+        return single, replace(single, scales=tuple(map(float, self.scales or SCALES)), flip=flip)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from ..modeling_lvvit import LVViTForSemanticSegmentation
 from ..variants import variant_config
 from .arguments import BALANCED, SegmentationDataArguments, SegmentationModelArguments
 from .dataset import ClassCounts
+from .inference import trained_inference
 
 
 logger = logging.get_logger(__name__)
@@ -137,24 +138,58 @@ def pretrained_processor(args: SegmentationModelArguments) -> Any | None:
         return None
 
 
-def as_trained(data_args: SegmentationDataArguments, processor: Any) -> SegmentationDataArguments:
-    """Options for evaluating a segmentation model as it was trained: the size of images, unless another is given.
+def as_trained(
+    data_args: SegmentationDataArguments,
+    config: LVViTConfig,
+    processor: Any | None,
+    image_size: tuple[int, int] | None,
+) -> SegmentationDataArguments:
+    """Options for evaluating a segmentation model as in its training: those that are not given are what its configuration says, or
+    where that is silent its image processor. A window without a stride, and a short side without a long one, go without the saved one.
+
+    Args:
+        image_size: Another size of the crops, which is that of the windows too; `None` keeps it.
 
     Raises:
         ValueError: If masks would be read in another way.
     """
     reduced = bool(getattr(processor, "do_reduce_labels", False))
-    if reduced != data_args.reduce_labels:
+    if processor is not None and reduced != data_args.reduce_labels:
         raise ValueError(
             f"The model was trained with `reduce_labels` {str(reduced).lower()}, so that its class ids mean other mask values. Add that "
             "option."
         )
-    size = processor.size if processor.do_resize else None
-    if data_args.short_side is not None or not size or "shortest_edge" not in size:
-        return data_args
-    return dataclasses.replace(
-        data_args, short_side=size["shortest_edge"], long_side=data_args.long_side or size.get("longest_edge")
-    )
+    saved, trained, options = config.segmentation_inference or {}, trained_inference(config, processor), {}
+    keeps_size = image_size is None or tuple(image_size) == tuple(config.image_height_width)
+    if data_args.window is None and (saved or data_args.stride is None) and keeps_size:
+        options |= {"window": list(trained.window), "stride": data_args.stride or list(trained.stride)}
+    if data_args.short_side is None:
+        options |= {"short_side": trained.short_side, "long_side": trained.long_side}
+    if data_args.ignore_index is None:
+        options["ignore_index"] = saved.get("ignore_index")
+    if data_args.mask_values is None and not data_args.reduce_labels:
+        options["mask_values"] = saved.get("mask_values")
+    if data_args.scales is None:
+        options["scales"] = saved.get("scales")
+    if data_args.horizontal_flip is None and saved:
+        options["horizontal_flip"] = float(saved["flip"])
+    return dataclasses.replace(data_args, **options)
+
+
+def warn_of_other_inference(name: str, saved: dict[str, Any] | None, record: dict[str, Any]) -> None:
+    """Says what an evaluation does otherwise than that of the training, or that the model `name` does not tell. Both are results of
+    `InferenceSettings.record`, with the scales that several would be."""
+    if saved is None:
+        logger.warning(
+            "%s does not say how it was evaluated in its training (by another `window` or `stride` scores differ): here in windows of %s "
+            "pixels every %s.", name, record["window"], record["stride"],
+        )  # fmt: skip
+    elif differing := [
+        f"{key} {value} (not {saved.get(key)})" for key, value in record.items() if value != saved.get(key)
+    ]:
+        logger.warning(
+            "Otherwise than in the evaluation of its training: %s. Scores may differ.", ", ".join(differing)
+        )
 
 
 def build_processor(

@@ -1,20 +1,22 @@
 """What a segmentation run reads: the rows of its splits, which column holds masks, and what the classes are called."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
 from ..data.class_labels import read_class_names
-from ..data.masks import MaskEncoding
+from ..data.masks import MANY_VALUES, NEAREST_VALUES, MaskEncoding, has_soft_borders, list_values
 from ..data.sources import looks_local, open_splits
 from ..data.splits import EVALUATION_SPLITS, find_eval_split, hold_out, split_to_evaluate, take_subset
 from .arguments import SegmentationDataArguments
-from .dataset import ClassCounts, SegmentationDataset, values_in_masks
+from .dataset import ClassCounts, SegmentationDataset, count_mask_values
 from .transforms import SegmentationEvalTransform, SegmentationTrainTransform
 
 
@@ -29,7 +31,11 @@ MASK_COLUMNS = (
     "semantic",
     "annotations",
 )
-NAMES_FILE = "id2label.json"
+NAMES_FILE, MASKS_FILE = "id2label.json", "mask_settings.json"
+LARGE_IGNORED_SHARE = 0.25  # of the pixels, from which on a class may be among them
+MIN_PRESENT_SHARE = (
+    0.25  # of the numbers up to the largest value, below which masks of unnamed classes do not count them
+)
 
 
 @dataclass
@@ -71,6 +77,12 @@ def open_segmentation_data(
     train = None if evaluate_only else splits.get(args.train_split)
     if evaluate_only:
         eval_name = split_to_evaluate(splits, args.eval_split)
+        if args.eval_split is None and eval_name == args.train_split:
+            logger.warning(
+                "%s has no evaluation split: all of %s is evaluated, also what was trained on.",
+                args.dataset_name,
+                eval_name,
+            )
         if eval_name is None:
             wanted = args.eval_split or " or ".join(EVALUATION_SPLITS)
             raise ValueError(
@@ -94,7 +106,8 @@ def open_segmentation_data(
         if part is not None and not len(part):
             raise ValueError(f"There are no {name} rows in {args.dataset_name}.")
     mask_column = find_mask_column(evaluation, args)
-    class_names, encoding = _find_classes(args, rows["training"] or rows["evaluation"], mask_column, model_names)
+    parts = [part for part in rows.values() if part is not None]
+    class_names, encoding = _find_classes(args, parts, mask_column, model_names)
     weights = args.given_class_weights()
     if weights is not None and len(weights) != len(class_names):
         raise ValueError(f"`class_weights` has {len(weights)} numbers; the data has {len(class_names)} classes.")
@@ -126,28 +139,54 @@ def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) ->
 
 
 def _find_classes(
-    args: SegmentationDataArguments, rows: datasets.Dataset, mask_column: str, model_names: list[str] | None
+    args: SegmentationDataArguments, parts: list[datasets.Dataset], mask_column: str, model_names: list[str] | None
 ) -> tuple[list[str], MaskEncoding]:
-    """Names of the classes, and how mask values stand for them."""
-    names = _given_names(args) or _names_next_to_data(args)
+    """Names of the classes, and how mask values stand for them. `parts`: all rows that will be read."""
+    _check_stated_settings(args)
+    file = None if args.class_names else _file_next_to_data(args, NAMES_FILE)
+    names = _given_names(args) if file is None else read_class_names(file)
     if names is not None and (len(names) < 2 or len(set(names)) != len(names)):
         raise ValueError(f"Class names must be two or more different names, got {names}.")
     names = model_names if names is None else names
     values = tuple(args.mask_values) if args.mask_values else None
     if names is None:
-        count = 0 if values is None else len(values)
-        if values is None:
-            present = values_in_masks(rows, mask_column)
-            present = present[present != args.ignore_index]
-            count = int(present.max(initial=-1)) + 1 - args.reduce_labels
-            if count < 2:
-                raise ValueError(
-                    f"The masks of {args.dataset_name} have the values {present.tolist()} besides {args.ignore_index}, which is ignored "
-                    "(`ignore_index`): that is a single class. `mask_values` names the value of each class, for example 0 255."
-                )
+        count = _count_classes(args, parts, mask_column) if values is None else len(values)
         names = [str(index) for index in range(count)]
         logger.warning("The classes have no names: they are numbered 0 to %d. `class_names` names them.", count - 1)
-    return names, MaskEncoding(len(names), args.ignore_index, args.reduce_labels, values)
+    return names, MaskEncoding(len(names), args.ignored_value, args.reduce_labels, values)
+
+
+def _count_classes(args: SegmentationDataArguments, parts: list[datasets.Dataset], mask_column: str) -> int:
+    """The number of classes of masks whose classes nobody has named: the largest value tells.
+
+    Raises:
+        ValueError: If it does not, because there is one value, values are far apart, or they are gray levels.
+    """
+    pixels, jpegs = count_mask_values(parts, mask_column)
+    values = np.flatnonzero(pixels)
+    present = values[values != args.ignored_value]
+    count = int(present.max(initial=-1)) + 1 - args.reduce_labels
+    if count < 2:
+        raise ValueError(
+            f"The masks of {args.dataset_name} have the values {present.tolist()} besides {args.ignored_value}, which is ignored "
+            "(`ignore_index`): that is a single class. `mask_values` names the value of each class, for example 0 255."
+        )
+    is_soft = has_soft_borders(pixels)
+    if jpegs or is_soft:
+        cause = (
+            f"{jpegs} of them are JPEG files, which change values" if jpegs else "most in between are of few pixels"
+        )
+        raise ValueError(
+            f"The masks of {args.dataset_name} have {len(values)} values from {values[0]} to {values[-1]}, and {cause}: they do not tell "
+            f"the classes. Instead {NEAREST_VALUES}; or name the classes: `class_names`."
+        )
+    if len(present) < MIN_PRESENT_SHARE * count:
+        raise ValueError(
+            f"The masks of {args.dataset_name} have the values {list_values(present)} only, and {args.ignored_value} is ignored "
+            f"(`ignore_index`): too few to count {count} classes by. `mask_values` {' '.join(map(str, values[:MANY_VALUES]))} makes a class "
+            "of each value; `class_names` names all classes."
+        )
+    return count
 
 
 def _given_names(args: SegmentationDataArguments) -> list[str] | None:
@@ -159,17 +198,27 @@ def _given_names(args: SegmentationDataArguments) -> list[str] | None:
     return names
 
 
-def _names_next_to_data(args: SegmentationDataArguments) -> list[str] | None:
-    """The names in `id2label.json` of a local folder or a repository of the Hub, `None` if it has none."""
+def _check_stated_settings(args: SegmentationDataArguments) -> None:
+    """Raises a `ValueError` if the data says in `mask_settings.json` that its masks are read otherwise: classes would be shifted."""
+    file = _file_next_to_data(args, MASKS_FILE)
+    stated = json.loads(file.read_text(encoding="utf-8")).get("reduce_labels") if file is not None else None
+    if stated is not None and stated != args.reduce_labels and args.mask_values is None:
+        raise ValueError(
+            f"{args.dataset_name} says in {MASKS_FILE} that 0 in its masks is {'no class and 1 the first one' if stated else 'a class'}: "
+            f"give `reduce_labels` {str(stated).lower()}."
+        )
+
+
+def _file_next_to_data(args: SegmentationDataArguments, name: str) -> Path | None:
+    """A file of a local folder or a repository of the Hub, `None` if it has no such file."""
     path = Path(args.dataset_name).expanduser()
     if path.exists() or looks_local(args.dataset_name):
-        file = (path if path.is_dir() else path.parent) / NAMES_FILE
-        return read_class_names(file) if file.is_file() else None
+        file = (path if path.is_dir() else path.parent) / name
+        return file if file.is_file() else None
     try:
-        file = hf_hub_download(args.dataset_name, NAMES_FILE, repo_type="dataset", revision=args.dataset_revision)
+        return Path(hf_hub_download(args.dataset_name, name, repo_type="dataset", revision=args.dataset_revision))
     except (EntryNotFoundError, LocalEntryNotFoundError):
         return None
-    return read_class_names(Path(file))
 
 
 def build_samples(
@@ -194,11 +243,36 @@ def build_samples(
 
 
 def check_samples(samples: dict[str, SegmentationDataset | None], class_names: list[str]) -> ClassCounts | None:
-    """Looks at all rows; returns the pixels of the training classes, and warns of classes that cannot be learned."""
+    """Looks at all rows; returns the pixels of the training classes, and warns of classes that cannot be learned and of many ignored
+    pixels. Raises a `ValueError` if the training masks have a single class."""
     counts = {name: part.check_rows() for name, part in samples.items() if part is not None}
+    for name, part in counts.items():
+        is_single, text = np.count_nonzero(part.pixels) == 1, _describe_ignored(name, part, samples[name].encoding)
+        if is_single:
+            only = class_names[int(part.pixels.argmax())]
+            text = f"All pixels of the {name} masks that count are of the class {only!r}. {text}"
+        if is_single and name == "training":
+            raise ValueError(f"{text} A model of a single class is no result.")
+        if is_single or part.ignored_share > LARGE_IGNORED_SHARE:
+            logger.warning("%s", text)
     training = counts.get("training")
     if training is not None and not training.pixels.all():
-        absent = [name for name, pixels in zip(class_names, training.pixels) if not pixels]
+        is_absent = training.pixels == 0
+        absent = [name for name, there_is_none in zip(class_names, is_absent) if there_is_none]
         listed = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
-        logger.warning("No training mask has %s: the model cannot learn them.", listed)
+        evaluated = sum(part.pixels for part in counts.values())[is_absent] > 0
+        text = f" The evaluation has {evaluated.sum()} of them, which will score 0." if evaluated.any() else ""
+        logger.warning("No training mask has %s: the model cannot learn them.%s", listed, text)
     return training
+
+
+def _describe_ignored(name: str, counts: ClassCounts, encoding: MaskEncoding) -> str:
+    """How many pixels are ignored, and how they would become a class."""
+    if not counts.ignored:
+        return "None is ignored."
+    about = f"{100 * counts.ignored_share:.0f} % of the pixels of the {name} masks are ignored"
+    if encoding.reduce_labels:
+        return f"{about}: 0 is no class with `reduce_labels`. If it is one, leave that out."
+    values = sorted({*np.array(encoding.class_values)[counts.pixels > 0].tolist(), encoding.ignore_index})
+    listed = " ".join(map(str, values[:MANY_VALUES])) + (" ..." * (len(values) > MANY_VALUES))
+    return f"{about} (`ignore_index` {encoding.ignore_index}). If {encoding.ignore_index} is a class, give `mask_values` {listed}."

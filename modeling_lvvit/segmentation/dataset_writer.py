@@ -14,10 +14,11 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.atomic_files import atomic_directory
+from ..data.atomic_files import atomic_directory, write_json
 from ..data.images import IMAGE_ERRORS, read_image_size
-from ..data.masks import read_mask
+from ..data.masks import read_file_facts, read_mask, size_problem
 from ..hub.file_checks import CARD
+from .data import MASKS_FILE, NAMES_FILE
 
 
 ROWS_PER_SHARD, ROWS_PER_GROUP = 2000, 100
@@ -72,13 +73,13 @@ def check_pairs(pairs: Sequence[Pair], allows_colors: bool) -> None:
     channel."""
     problems = []
     for pair in tqdm(pairs, desc="Looking at the files", unit="image"):
-        sizes = [read_image_size({"bytes": None, "path": str(path)}) for path in (pair.image, pair.mask)]
+        values = [{"bytes": None, "path": str(path)} for path in (pair.image, pair.mask)]
+        sizes = [read_image_size(value) for value in values]
         broken = [str(path) for path, size in zip((pair.image, pair.mask), sizes) if size is None]
         if broken:
             problems.append(f"{' and '.join(broken)} cannot be opened as an image")
         elif sizes[0] != sizes[1]:
-            shown = [f"{width} x {height}" for height, width in sizes]
-            problems.append(f"{pair.mask} is {shown[1]} pixels (width x height), its image {shown[0]}")
+            problems.append(f"{pair.mask} {size_problem(sizes[1], sizes[0], read_file_facts(values[0]).orientation)}")
         elif not allows_colors and (problem := _color_problem(pair.mask)):
             problems.append(f"{pair.mask}: {problem}")
         if len(problems) >= MAX_REPORTED_PROBLEMS:
@@ -95,6 +96,7 @@ def write_segmentation_set(
     notes: str,
     mask_content: Callable[[Path], bytes] = Path.read_bytes,
     extra_features: Mapping[str, Any] | None = None,
+    reduce_labels: bool = False,
 ) -> dict[str, int]:
     """Writes `data/SPLIT-*.parquet` with the columns `image` and `annotation`, `id2label.json` and a card; returns the number of images of each split.
 
@@ -103,6 +105,7 @@ def write_segmentation_set(
         notes: Markdown text for the card.
         mask_content: From a mask file to the PNG that is stored.
         extra_features: Features of the columns in `Pair.extra`.
+        reduce_labels: Whether 0 in masks is no class; then a file says so, and training without that option is refused.
 
     Raises:
         FileExistsError: If `output_dir` is there and not empty.
@@ -116,7 +119,9 @@ def write_segmentation_set(
             _write_split(partial / "data", split, pairs, schema, mask_content)
         if class_names is not None:
             names = json.dumps(dict(enumerate(class_names)), indent=1, ensure_ascii=False)
-            (partial / "id2label.json").write_text(names + "\n", encoding="utf-8")
+            (partial / NAMES_FILE).write_text(names + "\n", encoding="utf-8")
+        if reduce_labels:
+            write_json(partial / MASKS_FILE, {"reduce_labels": True})
         counts = {split: len(pairs) for split, pairs in splits.items()}
         listed = ", ".join(f"{split} {count:,}" for split, count in counts.items())
         card = DatasetCardData(task_categories=["image-segmentation"], pretty_name=output_dir.name)

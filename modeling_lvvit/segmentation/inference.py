@@ -1,11 +1,14 @@
 """Segmentation of whole images by a model that was trained on crops: in overlapping windows, at one or several scales."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
+from ..data.masks import MaskEncoding
 from .transforms import evaluation_size
 
 
@@ -29,6 +32,31 @@ class InferenceSettings:
     long_side: int | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+
+    def record(self, encoding: MaskEncoding) -> dict[str, Any]:
+        """These settings and how masks are read, for a configuration or results: whatever changes the score of a model."""
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        values = None if encoding.values is None else list(encoding.values)
+        masks = {"ignore_index": encoding.ignore_index, "reduce_labels": encoding.reduce_labels, "mask_values": values}
+        return settings | masks
+
+
+def trained_inference(config: PretrainedConfig, processor: Any | None) -> InferenceSettings:
+    """How the evaluation of its training segmented images at a single scale, by the configuration of a model; where that does not say
+    it, in the size of the image processor, in windows of the size of its training crops, every two thirds of them."""
+    saved = getattr(config, "segmentation_inference", None)
+    if saved is not None:
+        window, stride = tuple(saved["window"]), tuple(saved["stride"])
+        return InferenceSettings(window, stride, saved["short_side"], saved["long_side"])
+    size = processor.size if processor is not None and processor.do_resize else {}
+    window = tuple(config.image_height_width)
+    sides = (size.get("shortest_edge"), size.get("longest_edge"))
+    return InferenceSettings(window, default_stride(window), *sides)
+
+
+def default_stride(window: Sequence[int]) -> tuple[int, ...]:
+    """Two thirds of a window, as in the published evaluation."""
+    return tuple(max(1, 2 * side // 3) for side in window)
 
 
 def resized(maps: torch.Tensor, size: tuple[int, int], antialias: bool = False) -> torch.Tensor:

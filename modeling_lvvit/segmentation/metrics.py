@@ -41,7 +41,8 @@ def scores_of(confusion: np.ndarray) -> dict[str, Any]:
     """Measures of a confusion matrix `(C, C)`, rows true classes.
 
     Returns:
-        `mean_iou`, `pixel_accuracy` and `mean_accuracy` in [0, 1], and lists of C values `class_iou` and `class_accuracy`. The
+        `mean_iou`, `pixel_accuracy` and `mean_accuracy` in [0, 1], `measured_classes`, the number of classes that the mean IoU is the
+        mean of, and lists of C values `class_iou` and `class_accuracy`. The
         intersection over union of a class is `hits / (true + predicted - hits)`; a class that is neither true nor predicted
         anywhere has `nan` and does not enter the mean, and so has the accuracy of one that is nowhere true.
 
@@ -57,6 +58,7 @@ def scores_of(confusion: np.ndarray) -> dict[str, Any]:
         "mean_iou": _mean(iou),
         "pixel_accuracy": float(pixel_accuracy),
         "mean_accuracy": _mean(accuracy),
+        "measured_classes": int((~np.isnan(iou)).sum()),
         "class_iou": iou.tolist(),
         "class_accuracy": accuracy.tolist(),
     }

@@ -71,9 +71,18 @@ def draw_predictions(trainer: SegmentationTrainer, class_names: list[str]) -> st
 
 
 def headline(metrics: Mapping[str, float], prefix: str) -> str:
-    """The scores of an evaluation in words."""
+    """The scores of an evaluation in words; where classes were nowhere, of how many the mean IoU is, which of one is none."""
     iou, pixel, mean = (100 * metrics[f"{prefix}_{name}"] for name in SCORES)
-    return f"mean IoU {iou:.2f} %, pixel accuracy {pixel:.2f} %, mean accuracy {mean:.2f} %"
+    over = _over(metrics, prefix)
+    if metrics[f"{prefix}_measured_classes"] < 2:
+        return f"no mean IoU{over}, pixel accuracy {pixel:.2f} %"
+    return f"mean IoU{over} {iou:.2f} %, pixel accuracy {pixel:.2f} %, mean accuracy {mean:.2f} %"
+
+
+def _over(metrics: Mapping[str, float], prefix: str) -> str:
+    """Of how many classes a mean IoU is, empty where of all."""
+    measured, number = (metrics[f"{prefix}_{name}"] for name in ("measured_classes", "num_classes"))
+    return f" over {measured} of {number} classes" if measured < number else ""
 
 
 def write_segmentation_card(
@@ -96,10 +105,12 @@ def write_segmentation_card(
     results = [
         EvalResult(
             "image-segmentation", provenance.data, provenance.data, "mean_iou" if score == "mean_iou" else "accuracy",
-            round(metrics[f"{prefix}_{score}"], 4), metric_name=f"{_inference_name(prefix)} {score}".strip(), dataset_split=split,
+            round(metrics[f"{prefix}_{score}"], 4), dataset_split=split,
+            metric_name=f"{_inference_name(prefix)} {score}{_over(metrics, prefix) if score == 'mean_iou' else ''}".strip(),
         )
         for prefix, (split, metrics) in evaluations.items()
         for score in SCORES
+        if metrics[f"{prefix}_measured_classes"] > 1 or score == "pixel_accuracy"
     ]  # fmt: skip
     tags = ["lvvit", "semantic-segmentation"]
     card = ModelCard.from_template(
@@ -114,7 +125,7 @@ def write_segmentation_card(
         class_table=table,
         image=figure,
         num_train=len(trainer.train_dataset),
-        inference=_describe_inference(trainer),
+        inference=_describe_inference(trainer, any(map(_inference_name, evaluations))),
         config=trainer.model.config,
         num_parameters=trainer.model.num_parameters(),
         **training_facts(trainer),
@@ -126,10 +137,13 @@ def _inference_name(prefix: str) -> str:
     return "multi-scale" if prefix.endswith("multi_scale") else ""
 
 
-def _describe_inference(trainer: SegmentationTrainer) -> str:
+def _describe_inference(trainer: SegmentationTrainer, is_multi_scale: bool) -> str:
     settings = trainer.inference
     window, stride = (" x ".join(map(str, pair)) for pair in (settings.window, settings.stride))
     size = (
         "in their own size" if settings.short_side is None else f"with a shorter side of {settings.short_side} pixels"
     )
-    return f"images {size}, windows of {window} pixels every {stride}"
+    masks = f"mask values {trainer.eval_dataset.encoding.describe()}"
+    saved = trainer.model.config.segmentation_inference
+    several = f"; multi-scale: sizes {' '.join(map(str, saved['scales']))}{', mirror images' if saved['flip'] else ''}"
+    return f"images {size}, windows of {window} pixels every {stride}{several if is_multi_scale else ''}; {masks}"

@@ -31,9 +31,10 @@ from .build_model import (
     pretrained_config,
     pretrained_processor,
     set_class_weights,
+    warn_of_other_inference,
 )
 from .data import OpenedSegmentationData, build_samples, check_samples, open_segmentation_data
-from .dataset import SegmentationDataset
+from .dataset import ClassCounts, SegmentationDataset
 from .inference import InferenceSettings
 from .report import class_table, draw_predictions, headline, save_class_scores, write_segmentation_card
 from .trainer import SegmentationTrainer
@@ -54,6 +55,7 @@ class SegmentationRun(TrainingRun):
     """Training or evaluation of a segmentation model. `test` samples and `multi_scale` inference are `None` unless asked for.
 
     Args:
+        counts: Pixels of the training masks, in the main process; `None` where they were not looked at.
         evaluations: Prefix of the metrics -> split in words, and metrics.
         class_scores: What was evaluated, in words -> scores of the classes.
     """
@@ -64,6 +66,7 @@ class SegmentationRun(TrainingRun):
     trainer: SegmentationTrainer
     test: SegmentationDataset | None
     multi_scale: InferenceSettings | None
+    counts: ClassCounts | None = None
     evaluations: dict[str, tuple[str, dict[str, float]]] = field(default_factory=dict)
     class_scores: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -78,6 +81,8 @@ class SegmentationRun(TrainingRun):
             return f"{text}: evaluation on {len(trainer.eval_dataset):,} images ({self.opened.eval_name})"
         crop = " x ".join(map(str, config.image_height_width))
         text += f", {len(trainer.train_dataset):,} training images, crops of {crop}, {args.images_per_step} a step"
+        if self.counts is not None and self.counts.ignored:
+            text += f", {100 * self.counts.ignored_share:.2g} % of the mask pixels ignored"
         scaled = f" ({args.base_learning_rate:g} for 16 images, scaled)" if args.is_learning_rate_scaled else ""
         return f"{text}, peak learning rate {args.learning_rate:.3g}{scaled}"
 
@@ -87,16 +92,26 @@ class SegmentationRun(TrainingRun):
         parts = [("eval", self.opened.eval_name, trainer.eval_dataset), ("test", self.data_args.test_split, self.test)]
         single = trainer.inference
         for prefix, split, samples in parts if self.test is not None else parts[:1]:
+            if self.data_args.max_eval_samples is not None:
+                split = f"{len(samples):,} images of {split}"
             for settings in filter(None, (single, self.multi_scale)):
                 is_multi_scale = settings is self.multi_scale
                 name, title = (f"{prefix}_multi_scale", f"{split}, multi-scale") if is_multi_scale else (prefix, split)
                 trainer.inference = settings
                 metrics = trainer.evaluate(samples, metric_key_prefix=name)
-                trainer.save_metrics(name, metrics)
+                trainer.save_metrics(name, metrics | self.facts(name, split, samples, settings))
                 self.evaluations[name], self.class_scores[title] = (split, metrics), trainer.class_scores
                 if trainer.is_world_process_zero():
-                    print(f"{title} ({len(samples):,} images): {headline(metrics, name)}", flush=True)
+                    number = "" if self.data_args.max_eval_samples is not None else f" ({len(samples):,} images)"
+                    print(f"{title}{number}: {headline(metrics, name)}", flush=True)
         trainer.inference = single
+
+    def facts(
+        self, name: str, split: str, samples: SegmentationDataset, settings: InferenceSettings
+    ) -> dict[str, Any]:
+        """What the file of metrics called `name` says of their measurement."""
+        inference = settings.record(self.opened.encoding) | {"precision": self.trainer.accelerator.mixed_precision}
+        return {f"{name}_split": split, f"{name}_samples": len(samples), f"{name}_inference": inference}
 
     def report(self) -> None:
         """Writes scores of the classes, figure and model card, and prints the table of the classes."""
@@ -123,8 +138,8 @@ def prepare(
     with training_args.main_process_first(desc="opening the data"):
         args = with_embedded_data(data_args)
         config, processor = pretrained_config(model_args), pretrained_processor(model_args)
-        if model_args.evaluate_only and is_segmenter(config) and processor is not None:
-            args = as_trained(args, processor)
+        if model_args.evaluate_only and is_segmenter(config):
+            args = as_trained(args, config, processor, model_args.image_height_width)
         model_names = list(config.id2label.values()) if is_segmenter(config) else None
         opened = open_segmentation_data(args, training_args.seed, model_names, model_args.evaluate_only)
         model = build_segmenter(model_args, config, opened.class_names, opened.encoding.label_ignore_index)
@@ -132,6 +147,10 @@ def prepare(
     processor = build_processor(processor, args, opened.encoding.reduce_labels)
     samples = build_samples(args, opened, model.config.image_height_width, processor)
     single, multi_scale = args.inference(model.config.image_height_width)
+    record = multi_scale.record(opened.encoding)
+    if model_args.evaluate_only:
+        warn_of_other_inference(model_args.model_name_or_path, config.segmentation_inference, record)
+    model.config.segmentation_inference = record
     trainer = SegmentationTrainer(
         model, training_args, samples["training"], samples["evaluation"], single, processing_class=processor
     )
@@ -141,7 +160,8 @@ def prepare(
             counts = check_samples(samples, opened.class_names) if training_args.should_save else None
     if trainer.train_dataset is not None:
         set_class_weights(model, args, counts)
-    return SegmentationRun(model_args, data_args, opened, trainer, samples["test"], multi_scale)
+    multi_scale = multi_scale if args.multi_scale else None
+    return SegmentationRun(model_args, data_args, opened, trainer, samples["test"], multi_scale, counts)
 
 
 def main(arguments: list[str]) -> None:

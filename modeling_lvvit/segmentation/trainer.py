@@ -59,7 +59,8 @@ class SegmentationTrainer(BaseImageTrainer):
     """Trains a model that returns `loss` and `logits` for `pixel_values` and `labels` (`LVViTForSemanticSegmentation`), and evaluates it
     on whole images in windows. No logits are kept or gathered: pixels are counted as images come.
 
-    `evaluate` gives `mean_iou`, `pixel_accuracy` and `mean_accuracy`; those of each class are in `class_scores` after it.
+    `evaluate` gives `mean_iou`, `pixel_accuracy` and `mean_accuracy`, and of how many classes the first is the mean
+    (`measured_classes` of `num_classes`); those of each class are in `class_scores` after it.
 
     Args:
         eval_dataset: With `SegmentationEvalTransform`.
@@ -145,7 +146,10 @@ class SegmentationTrainer(BaseImageTrainer):
             model.train(was_training)
         results = scores.compute()
         self.class_scores = {name: results[f"class_{name}"] for name in ("iou", "accuracy")}
-        metrics = {f"{metric_key_prefix}_{name}": results[name] for name in SCORES}
+        results["num_classes"] = encoding.num_labels
+        metrics = {
+            f"{metric_key_prefix}_{name}": results[name] for name in (*SCORES, "measured_classes", "num_classes")
+        }
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
 
     def _predictions(

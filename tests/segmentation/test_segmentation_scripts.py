@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from dataset_scripts import ade20k, image_mask_folder
+from modeling_lvvit.segmentation.arguments import SegmentationDataArguments
+from modeling_lvvit.segmentation.data import open_segmentation_data
 
 
 @dataclass
@@ -127,3 +129,70 @@ def test_colors_become_class_ids(run, tmp_path):
     assert done.returncode == 0, done.stderr
     row = datasets.load_dataset(str(tmp_path / "out"), split="train")[0]
     assert np.asarray(row["annotation"]).tolist() == [[0, 1], [1, 255]]
+
+
+def test_ade20k_is_not_trained_with_shifted_classes(run, release, tmp_path):
+    """A part of it may lack the class 150, whose value would be refused."""
+    run(ade20k, release, "--output_dir", tmp_path / "ade20k")
+    options = {"dataset_name": str(tmp_path / "ade20k"), "max_train_samples": 2, "max_eval_samples": 1}
+    with pytest.raises(
+        ValueError, match="says in mask_settings.json that 0 .* is no class .* give `reduce_labels` true"
+    ):
+        open_segmentation_data(SegmentationDataArguments(**options), seed=0)
+    opened = open_segmentation_data(SegmentationDataArguments(**options, reduce_labels=True), seed=0)
+    assert len(opened.class_names) == 150 and opened.encoding.reduce_labels
+
+
+def binary_folders(folder: Path, file_format: str = "png") -> tuple[Path, Path]:
+    """Images of 16 x 16 pixels and masks whose left half is 255; as JPEG with values near both."""
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, :8] = 255
+    save(folder / "images" / "a.png", np.zeros((16, 16, 3), np.uint8))
+    save(folder / "masks" / f"a.{file_format}", mask)
+    return folder / "images", folder / "masks"
+
+
+def test_values_that_count_no_classes_are_said(run, tmp_path):
+    done = run(image_mask_folder, *binary_folders(tmp_path), "--output_dir", tmp_path / "out")
+    assert "with the values 0, 255. If each is a class, train with `--mask_values 0 255`" in done.stdout
+    assert "--mask_values 0 255" in (tmp_path / "out" / "README.md").read_text()
+    images, masks = binary_folders(tmp_path / "counted")
+    save(masks / "a.png", np.arange(256, dtype=np.uint8).reshape(16, 16) % 3)
+    done = run(image_mask_folder, images, masks, "--output_dir", tmp_path / "counted" / "out")
+    assert "with the values 0, 1, 2." in done.stdout and "--mask_values" not in done.stdout
+
+
+def test_gray_levels_become_the_nearest_class(run, tmp_path):
+    images, masks = binary_folders(tmp_path, "jpg")
+    noisy = np.full((16, 16), 251, np.uint8)
+    noisy[:, 8:] = np.random.default_rng(0).integers(0, 40, (16, 8))
+    save(masks / "a.jpg", noisy)
+    arguments = (images, masks, "--output_dir", tmp_path / "out", "--nearest_values", 0, 255)
+    done = run(image_mask_folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    row = datasets.load_dataset(str(tmp_path / "out"), split="train")[0]
+    assert row["annotation"].format == "PNG"
+    assert np.asarray(row["annotation"]).tolist() == [[1] * 8 + [0] * 8] * 16
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    done = run(image_mask_folder, *arguments, "--class_names", tmp_path / "names.txt")
+    assert "3 class names and 2 --nearest_values" in done.stderr
+    assert "2 to 255 different values" in run(image_mask_folder, *arguments[:-2], 3, 3).stderr
+
+
+def test_colors_are_read_upright_and_lying_masks_are_explained(run, tmp_path):
+    """Image and mask are stored lying, 2 x 3 pixels, and Exif turns both."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colors = np.zeros((2, 3, 3), np.uint8)
+    colors[0, 0] = 9
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(colors).save(tmp_path / name / "a.png", exif=exif)
+    (tmp_path / "colors.json").write_text('{"a": [0, 0, 0], "b": [9, 9, 9]}')
+    arguments = (tmp_path / "images", tmp_path / "masks", "--colors", tmp_path / "colors.json", "--output_dir")
+    assert run(image_mask_folder, *arguments, tmp_path / "out").returncode == 0
+    row = datasets.load_dataset(str(tmp_path / "out"), split="train")[0]
+    assert np.asarray(row["annotation"]).tolist() == [[0, 1], [0, 0], [0, 0]]
+    Image.fromarray(colors).save(tmp_path / "masks" / "a.png")
+    done = run(image_mask_folder, *arguments, tmp_path / "b")
+    assert "its image 2 x 3 once turned upright, as its Exif orientation (6) says" in done.stderr

@@ -54,10 +54,11 @@ def masked_rows(count: int = 12, seed: int = 0, sizes: tuple[tuple[int, int], ..
     return rows_of([image for image, _ in scenes], [mask_bytes(mask) for _, mask in scenes])
 
 
-def rows_of(arrays: list[np.ndarray], masks: list[bytes | None]) -> datasets.Dataset:
-    """Rows of images and of files of masks."""
+def rows_of(arrays: list[np.ndarray | bytes], masks: list[bytes | None]) -> datasets.Dataset:
+    """Rows of images (or their files) and of files of masks."""
     kind = datasets.Image().pa_type
-    images = [{"bytes": encode_image(array, "PNG"), "path": f"{row}.png"} for row, array in enumerate(arrays)]
+    contents = [array if isinstance(array, bytes) else encode_image(array, "PNG") for array in arrays]
+    images = [{"bytes": content, "path": f"{row}.png"} for row, content in enumerate(contents)]
     files = [None if mask is None else {"bytes": mask, "path": f"{row}_mask.png"} for row, mask in enumerate(masks)]
     features = datasets.Features({"image": datasets.Image(), "annotation": datasets.Image()})
     columns = [pa.array(images, kind), pa.array(files, kind)]
