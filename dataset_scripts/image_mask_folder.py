@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from modeling_lvvit.data.class_labels import read_class_names
+from modeling_lvvit.data.image_folder import SPLIT_FOLDERS
 from modeling_lvvit.data.images import IMAGE_ERRORS, pillow_errors
 from modeling_lvvit.data.masks import IGNORED, MAX_VALUE, list_values, read_mask
 from modeling_lvvit.launching import name_options
@@ -34,10 +35,6 @@ from modeling_lvvit.segmentation.dataset_writer import (
 )
 
 
-FOLDER_SPLITS = {
-    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 MAX_LISTED = 5
 MAX_CLASSES_TO_SUGGEST = 16
 
@@ -47,9 +44,9 @@ def split_pairs(pairs: dict[str, Pair]) -> dict[str, list[Pair]]:
     splits = defaultdict(list)
     for key, pair in pairs.items():
         folder, has_folder, _ = key.lower().partition("/")
-        if not has_folder or folder not in FOLDER_SPLITS:
+        if not has_folder or folder not in SPLIT_FOLDERS:
             return {"train": list(pairs.values())}
-        splits[FOLDER_SPLITS[folder]].append(pair)
+        splits[SPLIT_FOLDERS[folder]].append(pair)
     return dict(splits)
 
 

@@ -67,12 +67,20 @@ class Layout:
 
 
 @dataclass
-class _Scan:
-    """All files of a folder: images with what identifies them, metadata files, and folders without files."""
+class FolderContent:
+    """All files of a folder and those below it, links followed, hidden and system files ignored. Paths as in `Layout`.
+
+    Args:
+        images: Files that Pillow can open, with device and inode, which are those of the target of a link.
+        metadata: Metadata files.
+        empty: Folders without files.
+        left_out: See `Layout`.
+    """
 
     images: dict[str, tuple[int, int]] = field(default_factory=dict)
     metadata: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 def image_suffixes() -> set[str]:
@@ -91,11 +99,18 @@ def read_layout(folder: Path) -> tuple[Layout, pd.DataFrame | None]:
         ValueError: If folders are partly called after splits, two are the same split, an image is in two splits or classes, or metadata
             does not fit the files.
     """
-    layout, scan = Layout(), _Scan()
-    _scan(folder, "", scan, layout.left_out, image_suffixes(), ())
-    rows = _read_metadata(folder, scan, layout) if scan.metadata else None
-    _arrange(layout, scan.images if rows is None else {path: scan.images[path] for path in rows.index}, scan.empty)
+    content = list_folder(folder)
+    layout = Layout(left_out=content.left_out, notes=[f"The folder {path} is empty." for path in content.empty])
+    rows = _read_metadata(folder, content, layout) if content.metadata else None
+    _arrange(layout, content.images if rows is None else {path: content.images[path] for path in rows.index})
     return layout, rows
+
+
+def list_folder(folder: Path) -> FolderContent:
+    """All files of a folder and those below it."""
+    content = FolderContent()
+    _list_folder(folder, "", content, image_suffixes(), ())
+    return content
 
 
 def image_rows(folder: Path, layout: Layout, metadata: pd.DataFrame | None) -> datasets.DatasetDict:
@@ -123,9 +138,7 @@ def image_rows(folder: Path, layout: Layout, metadata: pd.DataFrame | None) -> d
     return datasets.DatasetDict(splits)
 
 
-def _scan(
-    root: Path, path: str, scan: _Scan, left_out: dict[str, list[str]], suffixes: set[str], above: tuple[int, ...]
-) -> None:
+def _list_folder(root: Path, path: str, content: FolderContent, suffixes: set[str], above: tuple) -> None:
     """Adds the files below `path`; `above` has device and inode of the folders on the way, so that links in circles end."""
     status = os.stat(root / path)
     above = (*above, (status.st_dev, status.st_ino))
@@ -139,20 +152,20 @@ def _scan(
         if entry.is_dir():
             target = entry.stat()
             if (target.st_dev, target.st_ino) in above:
-                left_out[LOOP].append(name)
+                content.left_out[LOOP].append(name)
             else:
-                _scan(root, name, scan, left_out, suffixes, above)
+                _list_folder(root, name, content, suffixes, above)
         elif not entry.is_file():
-            left_out[NO_FILE].append(name)
+            content.left_out[NO_FILE].append(name)
         elif entry.name.casefold() in METADATA_FILES:
-            scan.metadata.append(name)
+            content.metadata.append(name)
         elif _is_image(entry, suffixes):
             target = entry.stat() if entry.is_symlink() else None
-            scan.images[name] = (target.st_dev, target.st_ino) if target else (status.st_dev, entry.inode())
+            content.images[name] = (target.st_dev, target.st_ino) if target else (status.st_dev, entry.inode())
         else:
-            left_out[NO_IMAGE].append(name)
+            content.left_out[NO_IMAGE].append(name)
     if path and not has_files:
-        scan.empty.append(path)
+        content.empty.append(path)
 
 
 def _is_image(entry: os.DirEntry, suffixes: set[str]) -> bool:
@@ -166,7 +179,7 @@ def _is_image(entry: os.DirEntry, suffixes: set[str]) -> bool:
         return False
 
 
-def _arrange(layout: Layout, images: dict[str, tuple[int, int]], empty: list[str]) -> None:
+def _arrange(layout: Layout, images: dict[str, tuple[int, int]]) -> None:
     """Sorts images into splits and classes."""
     prefix = _only_folder(images)
     if prefix:
@@ -185,7 +198,6 @@ def _arrange(layout: Layout, images: dict[str, tuple[int, int]], empty: list[str
     elif images:
         layout.splits = {"train": _with_classes(layout, sorted(images), prefix)}
     _drop_repeated(layout, images)
-    layout.notes += [f"The folder {path} is empty." for path in empty]
     layout.left_out = {reason: paths for reason, paths in layout.left_out.items() if paths}
 
 
@@ -266,10 +278,10 @@ def _drop_repeated(layout: Layout, images: dict[str, tuple[int, int]]) -> None:
         layout.splits[split] = once
 
 
-def _read_metadata(folder: Path, scan: _Scan, layout: Layout) -> pd.DataFrame:
+def _read_metadata(folder: Path, content: FolderContent, layout: Layout) -> pd.DataFrame:
     """Rows of all metadata files, by the path of their image."""
     parts = []
-    for name in scan.metadata:
+    for name in content.metadata:
         place = name.rpartition("/")[0]
         try:
             part = _READERS[PurePosixPath(name).suffix.lower()](folder / name)
@@ -288,10 +300,10 @@ def _read_metadata(folder: Path, scan: _Scan, layout: Layout) -> pd.DataFrame:
     rows = pd.concat(parts, ignore_index=True)
     if repeated := rows[FILE_NAME][rows[FILE_NAME].duplicated()].tolist():
         raise ValueError(f"The metadata of {folder} has several rows for {_first(repeated)}.")
-    if foreign := [path for path in rows[FILE_NAME] if path not in scan.images]:
+    if foreign := [path for path in rows[FILE_NAME] if path not in content.images]:
         raise ValueError(f"The metadata of {folder} names files that are no images: {_first(foreign)}.")
     used = {path for column in rows if column.endswith(FILE_NAME) for path in rows[column]}
-    layout.left_out[NO_ROW] += [path for path in scan.images if path not in used]
+    layout.left_out[NO_ROW] += [path for path in content.images if path not in used]
     return rows.set_index(FILE_NAME)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
@@ -13,17 +13,19 @@ import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..data.atomic_files import atomic_directory, write_json
+from ..data.image_folder import Layout, list_folder
 from ..data.images import IMAGE_ERRORS, read_image_size
 from ..data.masks import read_file_facts, read_mask, size_problem
 from ..hub.file_checks import CARD
 from .data import MASKS_FILE, NAMES_FILE
 
 
+logger = logging.get_logger(__name__)
 ROWS_PER_SHARD, ROWS_PER_GROUP = 2000, 100
 MAX_REPORTED_PROBLEMS = 10
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,19 @@ class Pair:
 
 
 def list_images(folder: Path) -> dict[str, Path]:
-    """Image files of a folder and those below it: path without ending, relative to the folder -> file. Two files may not differ only
-    in their ending (`ValueError`)."""
+    """Image files of a folder and those below it, see `list_folder`: path without ending, relative to the folder -> file. Two files may
+    not differ only in their ending (`ValueError`); other files are named in a warning."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
+    content = list_folder(folder)
     files: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() not in IMAGE_SUFFIXES or not file.is_file():
-            continue
-        key = file.relative_to(folder).with_suffix("").as_posix()
+    for path in sorted(content.images):
+        key = PurePosixPath(path).with_suffix("").as_posix()
         if key in files:
-            raise ValueError(f"{files[key]} and {file} differ only in their ending; keep one of them.")
-        files[key] = file
+            raise ValueError(f"{files[key]} and {folder / path} differ only in their ending; keep one of them.")
+        files[key] = folder / path
+    for line in Layout(left_out=content.left_out).warnings():
+        logger.warning("%s: %s", folder, line)
     return files
 
 

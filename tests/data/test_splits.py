@@ -1,5 +1,7 @@
 """Subsets and held-out rows."""
 
+from itertools import pairwise
+
 import datasets
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ def test_a_subset_has_its_share_of_every_class(count, expected):
 
 def test_subsets_are_nested_the_same_everywhere_and_drawn(tmp_path):
     subsets = [set(select_subset(100, count, SORTED).tolist()) for count in range(0, 101, 10)]
-    assert all(small < large for small, large in zip(subsets, subsets[1:]))
+    assert all(small < large for small, large in pairwise(subsets))
     assert subsets[1] != set(range(10))
     names = np.array(["bird", "cat", "dog"])[SORTED].tolist()
     by_name = datasets.Dataset.from_dict({"row": range(100), "label": names})

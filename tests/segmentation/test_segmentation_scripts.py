@@ -115,6 +115,21 @@ def test_folders_with_split_names_become_splits(run, tmp_path):
     assert "have no partner" in run(image_mask_folder, *arguments).stderr  # without the suffix
 
 
+def test_links_are_followed_and_files_of_any_image_ending_paired(run, tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for number, ending in enumerate(("jpg", "GIF", "avif", "Png")):
+        image = rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)
+        save(tmp_path / "store" / f"{number}.{ending}", image)
+        save(tmp_path / "masks" / "a" / f"{number}.png", np.full((8, 12), number % 2, np.uint8))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "notes.txt").write_text("notes")
+    done = run(image_mask_folder, tmp_path / "images", tmp_path / "masks", "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(datasets.load_dataset(str(tmp_path / "out"))["train"]) == 4
+    assert "Left out, no image files: 1 (1 .txt): a/notes.txt." in caplog.text
+
+
 def test_colors_become_class_ids(run, tmp_path):
     colors = np.array([[[128, 64, 128], [0, 0, 255]], [[0, 0, 255], [1, 2, 3]]], dtype=np.uint8)
     save(tmp_path / "images" / "a.png", np.zeros((2, 2, 3), np.uint8))
