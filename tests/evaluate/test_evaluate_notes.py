@@ -90,14 +90,14 @@ def test_incomplete_corruptions_are_named_before_any_work(missing, message, tmp_
         corruption_folders(tmp_path)
 
 
-def notes_of(model: Path, tmp_path: Path, *options) -> list[str]:
+def evaluated_notes(model: Path, tmp_path: Path, *options) -> list[str]:
     (scores,) = evaluated(model, tmp_path, "--dataset", tmp_path / "set", *options)["results"].values()
     return scores["notes"]
 
 
 def test_a_whole_test_set_needs_no_words(model, tmp_path, capsys):
     fill(tmp_path / "set" / "test", NAMES)
-    assert notes_of(model, tmp_path) == []
+    assert evaluated_notes(model, tmp_path) == []
     assert "\n- " not in capsys.readouterr().out
 
 
@@ -105,10 +105,10 @@ def test_missing_re_assessed_labels_are_counted(model, tmp_path, capsys):
     fill(tmp_path / "set" / "test", NAMES)
     (tmp_path / "real.json").write_text(json.dumps([[0], [2], *[[]] * 6]))
     note = "ReaL accuracy is of 2 of 8 images: the others have no such label"
-    assert notes_of(model, tmp_path, "--real_labels", tmp_path / "real.json") == [note]
+    assert evaluated_notes(model, tmp_path, "--real_labels", tmp_path / "real.json") == [note]
     assert f"- set: {note}" in capsys.readouterr().out
     (tmp_path / "real.json").write_text(json.dumps([[]] * 8))
-    (note,) = notes_of(model, tmp_path, "--real_labels", tmp_path / "real.json")
+    (note,) = evaluated_notes(model, tmp_path, "--real_labels", tmp_path / "real.json")
     assert "would be of 0 of 8 images" in note
 
 
@@ -118,10 +118,10 @@ def test_fewer_classes_are_said(model, tmp_path):
         "predictions are the best of its 3 classes, of 8 of the model",
         "no top-5 accuracy, which says little of 3 classes",
     ]
-    assert notes_of(model, tmp_path) == expected
+    assert evaluated_notes(model, tmp_path) == expected
 
 
 def test_a_part_of_a_test_set_is_said(model, tmp_path):
     fill(tmp_path / "set" / "test", NAMES, 3)
-    notes = notes_of(model, tmp_path, "--max_samples", 4)
+    notes = evaluated_notes(model, tmp_path, "--max_samples", 4)
     assert notes[0] == "4 of its 24 images" and len(notes) <= 2
