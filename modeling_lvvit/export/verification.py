@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..finite import check_scores
 from ..modeling_lvvit import LVViTPreTrainedModel
 from .onnx_file import INPUT, export_onnx, require
 
@@ -79,7 +80,11 @@ def program_runner(path: Path) -> Run:
 @torch.no_grad()
 def compare(run: Run, model: LVViTPreTrainedModel, dtype: torch.dtype) -> Agreement:
     """Compares an exported file, which computes in `dtype`, with its model (float32, evaluation mode, on the CPU) on random images:
-    batches of 1 and 3, each in the model's size, a patch larger, and as a rectangle of half the height."""
+    batches of 1 and 3, each in the model's size, a patch larger, and as a rectangle of half the height.
+
+    Raises:
+        NotFiniteError: If one of them gives NaN or infinite values.
+    """
     rows, columns = model.config.grid_size
     side = model.config.patch_size
     grids = ((rows, columns), (rows + 1, columns + 1), (max(2, rows // 2), columns + 1))
@@ -90,6 +95,11 @@ def compare(run: Run, model: LVViTPreTrainedModel, dtype: torch.dtype) -> Agreem
         images = torch.randn(batch_size, model.config.num_channels, *size, generator=generator)
         expected, outputs = model(images, interpolate_pos_encoding=True), run(images)
         for name, values in outputs.items():
+            images_of_size = [f"random images of {size[0]} x {size[1]} pixels"] * batch_size
+            check_scores(expected[name], images_of_size, f"`{name}` of the model")
+            check_scores(
+                values, images_of_size, f"`{name}` of the exported file ({str(dtype).removeprefix('torch.')})"
+            )
             distances.append((values - expected[name]).abs().max())
             magnitudes.append(expected[name].abs().max())
         same.append((outputs["logits"].argmax(1) == expected["logits"].argmax(1)).float().flatten())

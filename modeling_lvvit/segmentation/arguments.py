@@ -177,11 +177,11 @@ class SegmentationTrainingArguments(BaseImageTrainingArguments):
             raise ValueError(f"`lr_scheduler_type` ({self.lr_scheduler_type}) needs `lr_schedule` library.")
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` has no meaning here: the loss is that of the model.")
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = SCORES[0]
-        metric = (self.metric_for_best_model or SCORES[0]).removeprefix("eval_")
-        if metric not in SCORES:
-            raise ValueError(f"`metric_for_best_model` must be one of {', '.join(SCORES)}, got {metric}.")
+        needs_metric = self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if needs_metric and self.metric_for_best_model is None:
+            self.metric_for_best_model = SCORES[
+                0
+            ]  # that of the library is the loss, which an evaluation does not give
 
 
 def check_options(
