@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -124,10 +125,20 @@ def load_image_processor(name: str, source: dict[str, Any]) -> Any:
     """The image processor of a model of transformers.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded, or would not give finite pixels.
     """
     with library_errors(LOADING_ERRORS):
-        return AutoImageProcessor.from_pretrained(name, **source)
+        processor = AutoImageProcessor.from_pretrained(name, **source)
+    statistics = getattr(processor, "data_config", None) or {
+        "mean": getattr(processor, "image_mean", None),
+        "std": getattr(processor, "image_std", None),
+    }
+    mean, std = (statistics.get(part) or () for part in ("mean", "std"))
+    if not all(map(math.isfinite, (*mean, *std))) or 0 in std:
+        raise ValueError(
+            f"the image processor of {name} normalizes with mean {mean} and std {std}, which gives no finite pixels."
+        )
+    return processor
 
 
 def timm_class_names(model: nn.Module) -> list[str]:

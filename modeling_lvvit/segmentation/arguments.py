@@ -10,6 +10,7 @@ from ..cli.model_arguments import ModelSourceArguments
 from ..data.images import parse_image_size
 from ..data.masks import IGNORED
 from ..training.base_arguments import BaseImageTrainingArguments
+from ..training.metrics import check_best_metric
 from .inference import SCALES, InferenceSettings
 from .transforms import SegmentationAugmentation
 
@@ -179,9 +180,9 @@ class SegmentationTrainingArguments(BaseImageTrainingArguments):
             raise ValueError("`label_smoothing_factor` has no meaning here: the loss is that of the model.")
         needs_metric = self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         if needs_metric and self.metric_for_best_model is None:
-            self.metric_for_best_model = SCORES[
-                0
-            ]  # that of the library is the loss, which an evaluation does not give
+            # the default of the library is the loss, which an evaluation does not give
+            self.metric_for_best_model = SCORES[0]
+        check_best_metric(self, SCORES)
 
 
 def check_options(

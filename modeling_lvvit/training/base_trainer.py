@@ -138,6 +138,7 @@ class BaseImageTrainer(HubTrainer):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self.is_in_train = False  # also where it ended with an error
             self.stop_on_signal.restore_handlers()
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
@@ -162,8 +163,6 @@ class BaseImageTrainer(HubTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`, but a checkpoint is written before the evaluation, which takes long, unless it depends on the result."""
         control = self.control
-        if control.should_save or control.should_evaluate:
-            self.check_weights()
         if control.should_save and control.should_evaluate and self.args.metric_for_best_model is None:
             control.should_evaluate = False
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -172,8 +171,10 @@ class BaseImageTrainer(HubTrainer):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """What holds during an evaluation: it is no time of training, draws nothing from the random generators of training, and all
-        processes have the same statistics."""
+        """What holds during an evaluation: weights are finite, it is no time of training, draws nothing from the random generators of
+        training, and all processes have the same statistics."""
+        if self.is_in_train:
+            self.check_weights()
         with self.throughput.paused(), temporary_seed(self.args.seed):
             broadcast_buffers(self.accelerator, self.accelerator.unwrap_model(self.model))
             yield
@@ -209,6 +210,7 @@ class BaseImageTrainer(HubTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in `Trainer`. A checkpoint is whole once its `trainer_state.json` is: that is written last."""
+        self.check_weights()
         state = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE_NAME
         if self.args.should_save:
             state.unlink(missing_ok=True)  # of an earlier run that is written over

@@ -53,7 +53,7 @@ class DivergenceCheck(TrainerCallback):
         bad = self._bad_tensors(weights)
         is_tolerated = self.accelerator.scaler is not None and self.skipped_steps < MAX_SKIPPED_STEPS
         if bad or not (is_finite or is_tolerated):
-            self._fail(f"the loss is {loss}", bad, state)
+            self._fail("weights are not finite" if is_finite else f"the loss is {loss}", bad, state)
 
     def check_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], state: TrainerState, of_all_processes: bool = True
@@ -65,7 +65,7 @@ class DivergenceCheck(TrainerCallback):
             of_all_processes: Whether those of the other processes count too; all must call it then.
         """
         if bad := self._bad_tensors(weights, of_all_processes):
-            self._fail("weights are NaN or infinite", bad, state)
+            self._fail("weights are not finite", bad, state)
 
     def _bad_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]], of_all_processes: bool = True) -> list[str]:
         local = ((name, tensor.to_local() if isinstance(tensor, DTensor) else tensor) for name, tensor in tensors)
@@ -77,7 +77,7 @@ class DivergenceCheck(TrainerCallback):
 
     def _fail(self, what: str, bad: list[str], state: TrainerState) -> None:
         args = self.args
-        where = f" (in {listed(bad)})" if bad else ""
+        where = f" (NaN or infinite: {listed(bad)})" if bad else ""
         if not state.global_step:
             raise DivergenceError(f"Before the first step {what}{where}: start from other weights.")
         advice = f"Try a smaller `learning_rate` (it is {args.learning_rate:g}), a longer warm-up"
