@@ -112,11 +112,14 @@ class TopKAccuracy(AccumulatingMetric):
 
 
 def check_best_metric(args: TrainingArguments, names: Sequence[str] | None) -> None:
-    """Raises a `ValueError` if the metric that chooses the best checkpoint, and stops training early, is none that an evaluation gives.
+    """Raises a `ValueError` if the metric that chooses the best checkpoint, and stops training early, is none that an evaluation gives, or there
+    is no evaluation to save after.
 
     Args:
         names: Those that it gives, without prefix; `None` if they are not known.
     """
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        raise ValueError("`save_strategy` best saves after evaluations, of which there are none: set `eval_strategy`.")
     if args.metric_for_best_model is None or names is None:
         return
     metric = args.metric_for_best_model.removeprefix("eval_")

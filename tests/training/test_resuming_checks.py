@@ -135,6 +135,8 @@ def test_unknown_metrics_are_refused_with_the_list(labelled_rows, tmp_path):
         trainer(metric_for_best_model="accuracy", greater_is_better=False)
     with pytest.raises(ValueError, match="must be one of loss, accuracy, top5_accuracy, got raw_accuracy"):
         trainer(metric_for_best_model="raw_accuracy", evaluate_raw_weights=False)
+    with pytest.raises(ValueError, match="`save_strategy` best saves after evaluations, of which there are none"):
+        trainer(metric_for_best_model="accuracy", save_strategy="best", eval_strategy="no")
     ready = trainer(metric_for_best_model="eval_raw_top5_accuracy")
     ready.train()  # every name of the list is given
     metrics = ready.state.log_history
