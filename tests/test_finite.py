@@ -131,9 +131,7 @@ def test_float16_exports_that_overflow_name_the_output(tmp_path):
     model.patch_classifier.bias.data.fill_(1e5)  # a half holds 65504
     model.save_pretrained(tmp_path / "model")
     evaluation_image_processor((32, 48), 0.9).save_pretrained(tmp_path / "model")
-    with pytest.raises(
-        ValueError, match=r"`\w+` of the exported file \(float16\) gives scores that are NaN or infinite"
-    ):
+    with pytest.raises(ValueError, match="gives NaN or infinite values in logits, patch_logits; not saved"):
         export_folder(str(tmp_path / "model"), tmp_path / "exported", "torch", "float16")
     assert not (tmp_path / "exported").exists()
 

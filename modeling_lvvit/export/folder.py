@@ -78,6 +78,11 @@ def export_folder(
         model.config.to_json_file(partial / "config.json")  # without the code that `save_pretrained` puts next to it
         processor.save_pretrained(partial)
         agreement = compare(run, model, DTYPES[dtype])
+        if agreement.not_finite:
+            raise ValueError(
+                f"The exported file or {name} gives NaN or infinite values in {', '.join(agreement.not_finite)}; not saved. Weights or "
+                "activations may be too large for `dtype` float16."
+            )
         if not agreement.is_near:
             raise ValueError(
                 f"The outputs of the exported file differ from the model's by up to {agreement.difference:.1e}, more "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..finite import check_scores
+from ..finite import finite_flags
 from ..modeling_lvvit import LVViTPreTrainedModel
 from .onnx_file import INPUT, export_onnx, require
 
@@ -33,12 +33,14 @@ class Agreement:
         bound: What it may be.
         same_class: Share of the predictions (of images, or cells of a segmentation) whose best class is the same.
         sizes: Height and width of the images in pixels.
+        not_finite: Outputs with NaN or infinite values, of the file or the model.
     """
 
     difference: float
     bound: float
     same_class: float
     sizes: tuple[tuple[int, int], ...]
+    not_finite: tuple[str, ...] = ()
 
     @property
     def is_near(self) -> bool:
@@ -80,26 +82,20 @@ def program_runner(path: Path) -> Run:
 @torch.no_grad()
 def compare(run: Run, model: LVViTPreTrainedModel, dtype: torch.dtype) -> Agreement:
     """Compares an exported file, which computes in `dtype`, with its model (float32, evaluation mode, on the CPU) on random images:
-    batches of 1 and 3, each in the model's size, a patch larger, and as a rectangle of half the height.
-
-    Raises:
-        NotFiniteError: If one of them gives NaN or infinite values.
-    """
+    batches of 1 and 3, each in the model's size, a patch larger, and as a rectangle of half the height."""
     rows, columns = model.config.grid_size
     side = model.config.patch_size
     grids = ((rows, columns), (rows + 1, columns + 1), (max(2, rows // 2), columns + 1))
     sizes = tuple((side * height, side * width) for height, width in grids)
     generator = torch.Generator().manual_seed(0)
     distances, magnitudes, same = [], [], []
+    not_finite: dict[str, None] = {}  # in this order
     for batch_size, size in product(BATCH_SIZES, sizes):
         images = torch.randn(batch_size, model.config.num_channels, *size, generator=generator)
         expected, outputs = model(images, interpolate_pos_encoding=True), run(images)
+        both = [(name, torch.stack([values, expected[name]])) for name, values in outputs.items()]
+        not_finite |= {name: None for name, is_finite in zip(*finite_flags(both)) if not is_finite}
         for name, values in outputs.items():
-            images_of_size = [f"random images of {size[0]} x {size[1]} pixels"] * batch_size
-            check_scores(expected[name], images_of_size, f"`{name}` of the model")
-            check_scores(
-                values, images_of_size, f"`{name}` of the exported file ({str(dtype).removeprefix('torch.')})"
-            )
             distances.append((values - expected[name]).abs().max())
             magnitudes.append(expected[name].abs().max())
         same.append((outputs["logits"].argmax(1) == expected["logits"].argmax(1)).float().flatten())
@@ -108,4 +104,4 @@ def compare(run: Run, model: LVViTPreTrainedModel, dtype: torch.dtype) -> Agreem
         bound = MAX_DIFFERENCE * max(1.0, largest / USUAL_LOGIT)
     else:
         bound = MAX_HALF_DIFFERENCE * largest
-    return Agreement(difference, bound, torch.cat(same).mean().item(), sizes)
+    return Agreement(difference, bound, torch.cat(same).mean().item(), sizes, tuple(not_finite))
