@@ -30,6 +30,7 @@ from ..backbones.resize import must_interpolate, native_image_size, resize_class
 from ..data.class_matching import ClassMap
 from ..data.sources import looks_local
 from ..deployment import prepare_for_cpu
+from ..finite import check_scores
 
 
 logger = logging.get_logger(__name__)
@@ -148,7 +149,8 @@ def _make_dense(
             return DenseClassifier(model, image_size, options)
         dense = PatchClassifier(model, grid_size, options)
         with torch.inference_mode(), library_errors(FORWARD_ERRORS):
-            dense(torch.zeros(1, 3, *image_size, device=next(model.parameters()).device))
+            scores = dense(torch.zeros(1, 3, *image_size, device=next(model.parameters()).device))
+        check_scores(scores, ["a gray image"], "its patch head")
         return dense
     except ValueError as error:
         size = f"{image_size[0]} x {image_size[1]}"

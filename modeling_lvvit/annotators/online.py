@@ -13,6 +13,7 @@ from torch import nn
 
 from ..data.class_labels import pair_classes
 from ..data.images import parse_image_size
+from ..finite import check_weights
 from ..labels.label_crops import CropGeometry, crop_palette_scores
 from ..labels.sparse_targets import SparseTargets
 from .annotator import Annotator, load_annotator
@@ -105,7 +106,7 @@ class OnlineAnnotator:
         draws_classes: Whether the target of a patch token is one class, drawn from the annotator's probabilities.
 
     Raises:
-        ValueError: If its map has fewer than 2 x 2 cells.
+        ValueError: If its map has fewer than 2 x 2 cells, or weights are not finite in this type.
     """
 
     def __init__(
@@ -127,6 +128,8 @@ class OnlineAnnotator:
         self.annotator, self.dtype, self.device = annotator, dtype, torch.device(device)
         self.draws_classes = draws_classes
         annotator.dense.to(self.device, dtype)
+        check_weights(annotator.dense, f"the annotator {annotator.name} in {str(dtype).removeprefix('torch.')}")
+        self.bad_images = torch.zeros((), dtype=torch.int64, device=self.device)
         self.image_mean, self.image_std = (
             torch.tensor(values, device=self.device).view(3, 1, 1) for values in (image_mean, image_std)
         )
@@ -161,6 +164,7 @@ class OnlineAnnotator:
         with self.clock.running():
             with torch.inference_mode():
                 scores = self.score_map(pixel_values)
+                self.bad_images += (~scores.flatten(1).isfinite().all(dim=1)).sum()  # read when the loss is logged
             batch_size, num_classes = scores.shape[:2]
             palette = torch.arange(num_classes, device=scores.device).expand(batch_size, -1)
             whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=scores.device).expand(batch_size, -1)

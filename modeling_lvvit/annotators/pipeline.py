@@ -15,6 +15,7 @@ import torch
 from datasets.utils import logging
 
 from ..data.images import IMAGE_ERRORS, content_hash, decode_image, image_note, read_content
+from ..finite import check_scores
 from ..labels.label_maps import encode_top_k, mass_outside
 from ..labels.storage import LabelMaps, LabelSetLayout
 
@@ -193,10 +194,12 @@ class Scorer:
         self.warned = False
 
     @torch.inference_mode()
-    def __call__(self, pixels: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, scores and outside mass (see `encode_scores`)."""
+    def __call__(self, pixels: torch.Tensor, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, scores and outside mass (see `encode_scores`); a `NotFiniteError` with the keys of images whose scores are NaN or
+        infinite."""
         with self.autocast():
             score_maps = self.score_map(pixels.to(self.device, non_blocking=True))
+        check_scores(score_maps, keys, "the annotator")
         maps = encode_scores(score_maps, self.layout.k, self.score_kind)
         if not self.warned:
             self._warn_of_flat_labels(maps[1], maps[2])
@@ -231,7 +234,7 @@ class ShardBuilder:
         """Annotates a batch; returns the shard when it is complete.
 
         Raises:
-            ValueError: If an image cannot be read and none may be.
+            ValueError: If an image cannot be read and none may be, or its scores are NaN or infinite.
         """
         damaged = [f"{key} is {image.note}" for key, image in zip(keys, images) if image.pixels is None]
         if damaged and not self.keep_damaged:
@@ -245,7 +248,7 @@ class ShardBuilder:
         readable = [offset for offset, image in enumerate(images) if image.pixels is not None]
         if readable:
             pixels = torch.stack([images[offset].pixels for offset in readable])
-            maps = self.scorer(pixels)
+            maps = self.scorer(pixels, [keys[offset] for offset in readable])
             boxes = [images[offset].box for offset in readable]
             ids[readable], scores[readable] = (spread_to_borders(values, boxes) for values in maps[:2])
             outside[readable] = maps[2]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..finite import check_scores
 from .feature_layout import FeatureMap, candidate_maps
 from .loading import FORWARD_ERRORS, library_errors
 
@@ -70,6 +71,7 @@ class FeatureSearch:
             ValueError: If there is none.
         """
         outputs, grids, logits = self._record()
+        check_scores(logits, ["images of random pixels"] * len(logits), type(self.model).__name__)
         spread = (logits[0] - logits[1]).abs().max().item()
         if not spread > 1e-4 * logits.abs().max().item():
             raise ValueError("It gives every image the same scores: it is not trained, or its head is empty.")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from ..data.sampling import temporary_seed
+from ..finite import check_weights
 
 
 TIMM_PREFIX = "timm/"
@@ -67,7 +69,7 @@ def create_transformers_model(
         random_weights: Whether to build the architecture only, with weights of seed 0.
 
     Raises:
-        ValueError: If it cannot be loaded, or weights are missing.
+        ValueError: If it cannot be loaded, or weights are missing, NaN or infinite.
     """
     with library_errors(LOADING_ERRORS), temporary_seed(0 if random_weights else None):
         if random_weights:
@@ -80,6 +82,7 @@ def create_transformers_model(
         )
     if info["missing_keys"]:
         raise ValueError(f"it is no trained image classifier, its weights lack {sorted(info['missing_keys'])}.")
+    check_weights(model)
     return model, list(info["unexpected_keys"])
 
 
@@ -100,7 +103,7 @@ def create_timm_model(
         source, random_weights: See `create_transformers_model`.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded, or has weights that are NaN or infinite.
     """
     if name.startswith(TIMM_PREFIX):
         revision = f"@{source['revision']}" if source["revision"] else ""
@@ -109,20 +112,33 @@ def create_timm_model(
         location = f"local-dir:{Path(name).expanduser()}"
     create = {"model_name": location, "pretrained": not random_weights}
     with library_errors((*LOADING_ERRORS, *BUILDING_ERRORS)), temporary_seed(0 if random_weights else None):
+        model = None
         if image_size is not None:
             with suppress(TypeError):  # a network without a fixed input size
-                return timm.create_model(**create, img_size=image_size)
-        return timm.create_model(**create)
+                model = timm.create_model(**create, img_size=image_size)
+        model = timm.create_model(**create) if model is None else model
+    check_weights(model)
+    return model
 
 
 def load_image_processor(name: str, source: dict[str, Any]) -> Any:
     """The image processor of a model of transformers.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded, or would not give finite pixels.
     """
     with library_errors(LOADING_ERRORS):
-        return AutoImageProcessor.from_pretrained(name, **source)
+        processor = AutoImageProcessor.from_pretrained(name, **source)
+    statistics = getattr(processor, "data_config", None) or {
+        "mean": getattr(processor, "image_mean", None),
+        "std": getattr(processor, "image_std", None),
+    }
+    mean, std = (statistics.get(part) or () for part in ("mean", "std"))
+    if not all(map(math.isfinite, (*mean, *std))) or 0 in std:
+        raise ValueError(
+            f"the image processor of {name} normalizes with mean {mean} and std {std}, which gives no finite pixels."
+        )
+    return processor
 
 
 def timm_class_names(model: nn.Module) -> list[str]:

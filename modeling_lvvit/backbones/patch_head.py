@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 
+from ..finite import check_weights
 from .feature_hook import FeatureHook, find_features, unused_parameters
 from .feature_search import probe_images
 from .resize import must_interpolate
@@ -205,6 +206,9 @@ def load_patch_head(model: PreTrainedModel, path: str, revision: str | None = No
 
     Returns:
         Whether there were any.
+
+    Raises:
+        ValueError: If they are NaN or infinite.
     """
     head = get_patch_head(model)
     expected, weights = head.state_dict(), {}
@@ -216,6 +220,7 @@ def load_patch_head(model: PreTrainedModel, path: str, revision: str | None = No
                     weights[name] = tensors.get_tensor(key)
     if weights.keys() != expected.keys() or any(weights[name].shape != expected[name].shape for name in expected):
         return False
+    check_weights({PATCH_HEAD + name: tensor for name, tensor in weights.items()}, path)
     head.load_state_dict(weights)
     return True
 

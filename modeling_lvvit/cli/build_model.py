@@ -20,6 +20,7 @@ from ..backbones.loading import BUILDING_ERRORS, LOADING_ERRORS, load_image_proc
 from ..backbones.patch_head import PATCH_HEAD
 from ..configuration_lvvit import LVViTConfig
 from ..data.sources import looks_local
+from ..finite import check_weights
 from ..modeling_lvvit import LVViTForImageClassification
 from ..variants import DEFAULT_CROP_PCT, VARIANTS, evaluation_image_processor, variant_config
 from .build_backbone import finish_pretrained, random_classifier
@@ -98,6 +99,7 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
         model, loading = AutoModelForImageClassification.from_pretrained(
             path, ignore_mismatched_sizes=args.ignore_mismatched_sizes, output_loading_info=True, **options
         )
+        check_weights(model)
     except errors as error:
         raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
     if hasattr(model.config, "label_names"):  # timm's own list, which would be saved next to the new names

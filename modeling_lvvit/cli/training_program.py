@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
 from ..data.images import SampleError
+from ..finite import NotFiniteError
 from ..hub.hub_trainer import push_finished_run
 from ..launching import (
     end_together,
@@ -24,6 +25,7 @@ from ..training.base_arguments import BaseImageTrainingArguments
 from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import end_after_signal
 from ..training.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
+from ..training.divergence import DivergenceError
 from ..training.fsdp import is_fsdp_requested
 from . import digit_scenes
 from .model_arguments import ModelSourceArguments
@@ -78,7 +80,10 @@ def run_program(program: Program, start: list[str], prepare: Callable[..., Train
         if is_trained:
             train(run)
         run.evaluate()
-    except SampleError as error:
+    except DivergenceError as error:  # in all processes
+        end_together()
+        sys.exit(describe_error(program, error) if is_main else 1)
+    except (SampleError, NotFiniteError) as error:
         sys.exit(describe_error(program, error))  # only the process that has the row knows of it
     if is_trained:
         trainer.save_state()
@@ -113,12 +118,13 @@ def set_up(model_args: ModelSourceArguments, training_args: BaseImageTrainingArg
 
     Raises:
         FileNotFoundError: If there is no template of its model card.
-        ValueError: See `prepare_output_dir`.
+        ValueError: See `prepare_output_dir`; or if something to log to is unknown or not installed.
     """
     if not card_template.is_file():
         raise FileNotFoundError(
             f"There is no {card_template}: install the project from its folder (pip install -e .)."
         )
+    training_args.check_reporting()
     prepare_output_dir(training_args, model_args.model_name_or_path, model_args.overwrite_output_dir)
     set_up_cpu(training_args.device)
     set_seed(training_args.seed)

@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from ..backbones.loading import LOADING_ERRORS, library_errors, load_image_processor, transformers_class_names
 from ..data.images import Normalization
+from ..finite import check_weights
 from ..modeling_lvvit import LVViTForSemanticSegmentation
 from ..segmentation.build_model import is_segmenter
 from ..segmentation.inference import predict_classes, trained_inference
@@ -38,6 +39,7 @@ class Segmenter:
         try:
             with library_errors(LOADING_ERRORS):
                 self.model = LVViTForSemanticSegmentation.from_pretrained(name).eval().requires_grad_(False)
+            check_weights(self.model)
             processor = load_image_processor(name, {"trust_remote_code": False})
         except ValueError as error:
             raise ValueError(f"{name} cannot be loaded: {error}") from error

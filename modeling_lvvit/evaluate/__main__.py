@@ -24,6 +24,7 @@ from ..data.class_labels import describe_classes
 from ..data.images import SampleError, parse_image_size
 from ..data.sampling import ShardedEvalSampler
 from ..deployment import prepare_for_cpu
+from ..finite import NotFiniteError, check_scores
 from ..launching import (
     end_together,
     end_with_launcher,
@@ -136,6 +137,9 @@ def evaluate(
         state: Which process this is.
         columns: Names of the columns of images and labels.
         real: Re-assessed labels of the rows.
+
+    Raises:
+        NotFiniteError: If scores of an image are NaN or infinite.
     """
     class_map = model_class_map(classifier.class_names, test_set, args.class_map)
     samples = TokenLabelDataset(
@@ -158,6 +162,7 @@ def evaluate(
     for batch in tqdm(loader, desc=title, unit="batch", disable=not state.is_main_process):
         with autocast:
             logits = classifier.logits(batch["pixel_values"].to(state.device, non_blocking=True))
+        check_scores(logits, [f"row {index}" for index in batch["index"].tolist()], title)
         if class_map is not None:
             logits = class_map.apply(logits[..., None, None])[..., 0, 0]  # (B, classes of the data)
         ranked = logits.topk(min(RANKS, logits.shape[-1]), dim=-1).indices
@@ -252,7 +257,7 @@ def main(arguments: list[str]) -> None:
         print(f"{MODULE}: {args.corruptions}: {note}", file=sys.stderr)
     try:
         results = evaluate_all(args, state, classifiers, test_sets, real, folders)
-    except SampleError as error:
+    except (SampleError, NotFiniteError) as error:
         sys.exit(f"{MODULE}: {error}")  # only the process that has the row knows of it
     if state.is_main_process:
         print(markdown_table(results))

@@ -29,6 +29,7 @@ from ..backbones.loading import (
 from ..backbones.resize import must_interpolate, native_image_size, resize_classifier
 from ..configuration_lvvit import LVViTConfig
 from ..data.sources import looks_local
+from ..finite import check_scores
 
 
 TRIAL_SIZE = (320, 200)  # of the image that every classifier is tried with
@@ -105,7 +106,8 @@ def load_classifier(
         random_weights: Builds the architecture without its weights (seed 0), to try things out.
 
     Raises:
-        ValueError: If it cannot be loaded, or does not take images of the size that was asked for.
+        ValueError: If it cannot be loaded, does not take images of the size that was asked for, or has weights or gives scores that
+            are NaN or infinite.
     """
     if looks_local(name) and not Path(name).expanduser().is_dir():
         raise ValueError(f"There is no model folder {name} (seen from {Path.cwd()}).")
@@ -120,12 +122,15 @@ def load_classifier(
     pixel_values = classifier.transform(Image.new("RGB", TRIAL_SIZE))[None]
     try:
         with torch.inference_mode(), library_errors(FORWARD_ERRORS):
-            num_scores = classifier.logits(pixel_values).shape[-1]
+            scores = classifier.logits(pixel_values)
     except ValueError as error:
         size = classifier.facts["input_size"]
         raise ValueError(f"{name} cannot be evaluated on images of {size} pixels: {error}") from error
-    if num_scores != len(classifier.class_names):
-        raise ValueError(f"{name} gives {num_scores} scores and has names for {len(classifier.class_names)} classes.")
+    check_scores(scores, ["a black image"], name)
+    if scores.shape[-1] != len(classifier.class_names):
+        raise ValueError(
+            f"{name} gives {scores.shape[-1]} scores and has names for {len(classifier.class_names)} classes."
+        )
     classifier.facts = {
         "library": "timm" if is_timm else "transformers",
         "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),

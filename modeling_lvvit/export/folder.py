@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from ..backbones.loading import LOADING_ERRORS, first_line, load_image_processor
 from ..data.atomic_files import atomic_directory, check_new_directory
 from ..data.sources import looks_local
+from ..finite import NotFiniteError, check_weights
 from ..modeling_lvvit import LVViTForSemanticSegmentation, LVViTPreTrainedModel
 from .onnx_file import export_onnx, require
 from .torch_program import DTYPES, MIN_PATCHES, OUTPUTS, export_program
@@ -77,6 +78,11 @@ def export_folder(
         model.config.to_json_file(partial / "config.json")  # without the code that `save_pretrained` puts next to it
         processor.save_pretrained(partial)
         agreement = compare(run, model, DTYPES[dtype])
+        if agreement.not_finite:
+            raise ValueError(
+                f"The exported file or {name} gives NaN or infinite values in {', '.join(agreement.not_finite)}; not saved. Weights or "
+                "activations may be too large for `dtype` float16."
+            )
         if not agreement.is_near:
             raise ValueError(
                 f"The outputs of the exported file differ from the model's by up to {agreement.difference:.1e}, more "
@@ -89,7 +95,7 @@ def load(name: str, revision: str | None, trust_remote_code: bool) -> tuple[LVVi
     """A model in float32 for evaluation, and its image processor.
 
     Raises:
-        ValueError: If there is none, it is no LV-ViT with a head, weights are missing, or there is no image processor.
+        ValueError: If there is none, it is no LV-ViT with a head, weights are missing, NaN or infinite, or there is no image processor.
     """
     if looks_local(name) and not Path(name).expanduser().is_dir():
         raise ValueError(f"There is no model folder {name} (seen from {Path.cwd()}).")
@@ -117,6 +123,10 @@ def load(name: str, revision: str | None, trust_remote_code: bool) -> tuple[LVVi
         raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
     if report["missing_keys"]:
         raise ValueError(f"{name} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])} ...")
+    try:
+        check_weights(model)
+    except NotFiniteError as error:
+        raise ValueError(f"{name} cannot be exported: {error}") from error
     return model.eval().requires_grad_(False), processor
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..finite import finite_flags
 from ..modeling_lvvit import LVViTPreTrainedModel
 from .onnx_file import INPUT, export_onnx, require
 
@@ -32,12 +33,14 @@ class Agreement:
         bound: What it may be.
         same_class: Share of the predictions (of images, or cells of a segmentation) whose best class is the same.
         sizes: Height and width of the images in pixels.
+        not_finite: Outputs with NaN or infinite values, of the file or the model.
     """
 
     difference: float
     bound: float
     same_class: float
     sizes: tuple[tuple[int, int], ...]
+    not_finite: tuple[str, ...] = ()
 
     @property
     def is_near(self) -> bool:
@@ -86,9 +89,12 @@ def compare(run: Run, model: LVViTPreTrainedModel, dtype: torch.dtype) -> Agreem
     sizes = tuple((side * height, side * width) for height, width in grids)
     generator = torch.Generator().manual_seed(0)
     distances, magnitudes, same = [], [], []
+    not_finite: dict[str, None] = {}  # in this order
     for batch_size, size in product(BATCH_SIZES, sizes):
         images = torch.randn(batch_size, model.config.num_channels, *size, generator=generator)
         expected, outputs = model(images, interpolate_pos_encoding=True), run(images)
+        both = [(name, torch.stack([values, expected[name]])) for name, values in outputs.items()]
+        not_finite |= {name: None for name, is_finite in zip(*finite_flags(both)) if not is_finite}
         for name, values in outputs.items():
             distances.append((values - expected[name]).abs().max())
             magnitudes.append(expected[name].abs().max())
@@ -98,4 +104,4 @@ def compare(run: Run, model: LVViTPreTrainedModel, dtype: torch.dtype) -> Agreem
         bound = MAX_DIFFERENCE * max(1.0, largest / USUAL_LOGIT)
     else:
         bound = MAX_HALF_DIFFERENCE * largest
-    return Agreement(difference, bound, torch.cat(same).mean().item(), sizes)
+    return Agreement(difference, bound, torch.cat(same).mean().item(), sizes, tuple(not_finite))

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from ..finite import check_weight_files
 from .file_checks import CARD, REPLACED, published_files
 from .repository import HubTarget
 
@@ -31,7 +32,7 @@ def check_model_folder(folder: Path) -> None:
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If something is missing or damaged; the message says what.
+        ValueError: If something is missing or damaged, or weights are NaN or infinite; the message says what.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
@@ -47,6 +48,7 @@ def check_model_folder(folder: Path) -> None:
         missing += sorted(_code_files(_read(folder / CONFIG_NAME)) - set(names))
     if missing:
         raise ValueError(f"{folder} is no complete model: it lacks {', '.join(missing)}.")
+    check_weight_files(folder, "model*.safetensors")
     if not set(PROCESSORS) & set(names):
         text = "%s has no image processor (%s): no one will know how to prepare images."
         logger.warning(text, folder, PROCESSORS[0])

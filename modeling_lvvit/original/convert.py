@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from ..configuration_lvvit import LVViTConfig
 from ..data.atomic_files import atomic_directory, check_new_directory
+from ..finite import check_weights
 from ..hub.file_checks import CARD
 from ..hub.folders import add_target_options, publish_model_folder
 from ..hub.repository import HubTarget
@@ -96,11 +97,12 @@ def convert_checkpoint(
 
     Raises:
         FileExistsError: If `output_dir` exists and is not empty; nothing in it is touched.
-        ValueError: If the checkpoint does not fit, is no such row, or the logits differ by more than
+        ValueError: If the checkpoint does not fit, holds NaN or infinite values, is no such row, or the logits differ by more than
             `MAX_LOGITS_DIFFERENCE`.
     """
     check_new_directory(output_dir)
     state_dict, class_names = load_original_checkpoint(checkpoint, use_ema)
+    check_weights(state_dict, checkpoint)
     config = config_from_state_dict(state_dict, num_attention_heads, residual_divisor)
     if class_names is not None and len(class_names) == config.num_labels:
         config.id2label = dict(enumerate(class_names))

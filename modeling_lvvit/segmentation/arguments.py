@@ -10,6 +10,7 @@ from ..cli.model_arguments import ModelSourceArguments
 from ..data.images import parse_image_size
 from ..data.masks import IGNORED
 from ..training.base_arguments import BaseImageTrainingArguments
+from ..training.metrics import check_best_metric
 from .inference import SCALES, InferenceSettings, default_stride
 from .transforms import SegmentationAugmentation
 
@@ -187,11 +188,11 @@ class SegmentationTrainingArguments(BaseImageTrainingArguments):
             raise ValueError(f"`lr_scheduler_type` ({self.lr_scheduler_type}) needs `lr_schedule` library.")
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` has no meaning here: the loss is that of the model.")
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        needs_metric = self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if needs_metric and self.metric_for_best_model is None:
+            # the default of the library is the loss, which an evaluation does not give
             self.metric_for_best_model = SCORES[0]
-        metric = (self.metric_for_best_model or SCORES[0]).removeprefix("eval_")
-        if metric not in SCORES:
-            raise ValueError(f"`metric_for_best_model` must be one of {', '.join(SCORES)}, got {metric}.")
+        check_best_metric(self, SCORES)
 
 
 def check_options(

@@ -12,6 +12,7 @@ from ..backbones.loading import LOADING_ERRORS
 from ..cli.build_model import read_config
 from ..cli.model_arguments import check_config_fields
 from ..configuration_lvvit import LVViTConfig
+from ..finite import check_weights
 from ..modeling_lvvit import LVViTForSemanticSegmentation
 from ..variants import variant_config
 from .arguments import BALANCED, SegmentationDataArguments, SegmentationModelArguments
@@ -99,6 +100,7 @@ def _load(
             path, output_loading_info=True, dtype=torch.float32,
             ignore_mismatched_sizes=args.ignore_mismatched_sizes, **args.source, **settings,
         )  # fmt: skip
+        check_weights(model)
     except LOADING_ERRORS as error:
         raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
     missing = sorted(loading["missing_keys"])

@@ -12,6 +12,7 @@ from torch.utils.data import default_collate as stack
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.sampling import ShardedEvalSampler
+from ..finite import check_scores
 from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import leave_signals_to_main_process
 from ..training.fsdp import is_fsdp_requested
@@ -94,6 +95,11 @@ class SegmentationTrainer(BaseImageTrainer):
         self.inference = inference or InferenceSettings()
         self.class_scores: dict[str, list[float]] = {}
 
+    @property
+    def metric_names(self) -> list[str]:
+        """Metrics of an evaluation, without prefix."""
+        return list(SCORES)
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As in `Trainer`, or with `lr_schedule="published"` the authors' schedule (`polynomial_factor`)."""
         args = self.args
@@ -169,6 +175,9 @@ class SegmentationTrainer(BaseImageTrainer):
 
         def forward(pixel_values: torch.Tensor) -> torch.Tensor:
             with self.accelerator.autocast():
-                return model(pixel_values=pixel_values).logits
+                logits = model(pixel_values=pixel_values).logits
+            size = " x ".join(map(str, pixel_values.shape[-2:]))
+            check_scores(logits, [f"a window of {size} pixels"] * len(logits), type(model).__name__)
+            return logits
 
         return predict_classes(forward, pixel_values.to(self.args.device, non_blocking=True), self.inference)

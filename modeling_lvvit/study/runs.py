@@ -155,6 +155,6 @@ class Runner:
 
 def _continuation(run: Run) -> list[str]:
     """Options that let a run go on from its last whole checkpoint, or begin again where there is none."""
-    if last_whole_checkpoint(run.folder, needs_average=False) is not None:
+    if last_whole_checkpoint(run.folder) is not None:
         return ["--resume_from_checkpoint", "last"]
     return ["--overwrite_output_dir", "true"]

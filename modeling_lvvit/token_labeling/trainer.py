@@ -1,5 +1,6 @@
 """A `Trainer` that learns from dense labels."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..annotators.online import OnlineAnnotator
 from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import leave_signals_to_main_process
+from ..training.divergence import DivergenceError
 from ..training.ema import EMACallback
-from ..training.metrics import compute_accuracy, rank_classes
+from ..training.metrics import TOP_K, compute_accuracy, rank_classes
 from ..training.schedule import published_factor
 from ..training.throughput import LossComponents
 from .arguments import TokenLabelTrainingArguments
@@ -79,6 +81,21 @@ class TokenLabelTrainer(BaseImageTrainer):
     def trains_patches(self) -> bool:
         """Whether patch tokens learn anything."""
         return trains_patches(self.args, self.train_dataset, self.annotator)
+
+    @property
+    def metric_names(self) -> list[str] | None:
+        """Metrics of an evaluation, without prefix; `None` if they are not known."""
+        if self.compute_metrics is not compute_accuracy or isinstance(self.eval_dataset, dict):
+            return None
+        names = ["accuracy", *(["top5_accuracy"] if self.num_classes >= TOP_K else [])]
+        has_raw = self.args.has_ema and self.args.evaluate_raw_weights
+        return ["loss", *names, *(f"raw_{name}" for name in names if has_raw)]
+
+    def tensors_to_save(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As in `BaseImageTrainer`, and the weight average."""
+        yield from super().tensors_to_save()
+        if self.ema is not None and self.ema.average is not None:
+            yield from ((f"weight average of {name}", tensor) for name, tensor in self.ema.average.items())
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As in `Trainer`, or with `lr_schedule="published"` the authors' schedule (`schedule.published_factor`)."""
@@ -163,6 +180,17 @@ class TokenLabelTrainer(BaseImageTrainer):
             outputs = convert_to_fp32(outputs)
             loss = nn.functional.cross_entropy(outputs["logits"], labels["labels"])
         return (loss, outputs) if return_outputs else loss
+
+    def check_loss(self, loss: float) -> None:
+        """As in `BaseImageTrainer`; scores of the annotator that are not finite are a reason of their own."""
+        if self.annotator is not None:
+            bad = int(self.accelerator.reduce(self.annotator.bad_images.clone(), reduction="sum"))
+            if bad:
+                raise DivergenceError(
+                    f"The annotator {self.annotator.annotator.name} gave scores that are NaN or infinite for {bad:,} training images up to "
+                    f"step {self.state.global_step:,}. Choose `annotator_dtype` float32, or another annotator."
+                )
+        super().check_loss(loss)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean loss components since the last log, over all processes, and the speed."""

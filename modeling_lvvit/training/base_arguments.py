@@ -1,14 +1,19 @@
 """What the training arguments of all programs share."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import HubStrategy
 
 from .batch_norm import BatchNormMode
+
+
+RESUME_WORDS = {"true": "last", "yes": "last", "false": None, "no": None, "none": None}
 
 
 @dataclass
@@ -80,6 +85,13 @@ class BaseImageTrainingArguments(TrainingArguments):
 
     def check_options(self) -> None:
         """Raises a `ValueError` if an option is outside its range; before anything of the library is set up."""
+        word = str(self.resume_from_checkpoint)
+        if not os.path.isdir(word):  # what others call it
+            self.resume_from_checkpoint = RESUME_WORDS.get(word.lower(), self.resume_from_checkpoint)
+        self.check_numbers(0, "weight_decay", "max_grad_norm", positive=("adam_epsilon",))
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         self.check_numbers(1, *sizes, positive=("base_learning_rate", "num_train_epochs"))
         self.check_choice("batch_norm", "local", "synchronized", "frozen")
@@ -91,11 +103,20 @@ class BaseImageTrainingArguments(TrainingArguments):
         if self.learning_rate is not None:
             self.check_numbers(0, "learning_rate")
 
+    def check_reporting(self) -> None:
+        """Raises a `ValueError` if something to log to is unknown or not installed."""
+        for name in self.report_to:
+            try:
+                for callback in get_reporting_integration_callbacks([name]):
+                    callback()
+            except (ValueError, RuntimeError, ImportError) as error:  # which says what to install
+                raise ValueError(f"`report_to` {name}: {error}") from error
+
     def check_numbers(self, smallest: float = 0, *names: str, positive: tuple[str, ...] = ()) -> None:
-        """Raises a `ValueError` if one of the fields is smaller than `smallest`, or, of those of `positive`, not above 0."""
+        """Raises a `ValueError` if one of the fields is not finite or smaller than `smallest`, or, of those of `positive`, not above 0."""
         for name in (*names, *positive):
             value = getattr(self, name)
-            if not (value > 0 if name in positive else value >= smallest):  # also refuses NaN
+            if not math.isfinite(value) or not (value > 0 if name in positive else value >= smallest):
                 wanted = "positive" if name in positive else f"at least {smallest}"
                 raise ValueError(f"`{name}` must be {wanted}, got {value}.")
 

@@ -1,5 +1,6 @@
 """What the trainers of all programs share: runs that can be stopped, continued and killed."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
 from ..backbones.patch_head import weights_by_own_names
 from ..data.image_dataset import ImageDataset
@@ -17,14 +19,23 @@ from ..hub.hub_trainer import HubTrainer
 from .base_arguments import BaseImageTrainingArguments
 from .batch_norm import set_batch_norm
 from .callbacks import EpochCallback, StopOnSignal, leave_signals_to_main_process
+from .checkpoints import check_resumable
+from .divergence import DivergenceCheck, DivergenceError
 from .fsdp import broadcast_buffers, configure_fsdp2, own_class
+from .metrics import check_best_metric
 from .schedule import decayed_parameters
 from .throughput import Throughput
 
 
+logger = logging.get_logger(__name__)
+
+
 class BaseImageTrainer(HubTrainer):
     """A `Trainer` that ends with a checkpoint when it is told to stop, writes checkpoints that are whole or known not to be, draws the
-    samples of an `ImageDataset` as functions of seed, epoch and row, trains sharded (FSDP2) on any device, and logs its speed."""
+    samples of an `ImageDataset` as functions of seed, epoch and row, trains sharded (FSDP2) on any device, and logs its speed.
+
+    Training that diverges ends with a `DivergenceError`, and nothing that is NaN or infinite is saved.
+    """
 
     # the losses are means over a micro-batch; the Trainer divides them by the number of accumulation steps
     loss_is_scaled_for_ga = False
@@ -38,7 +49,13 @@ class BaseImageTrainer(HubTrainer):
         self.throughput = Throughput()
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
+        self.divergence = DivergenceCheck(self.accelerator, args)
+        self.num_overflows = torch.zeros((), dtype=torch.int64, device=args.device)
+        self.add_callback(self.divergence)
+        check_best_metric(args, self.metric_names)
         set_batch_norm(model, args.batch_norm, args.device, args.world_size)
+        if args.resume_from_checkpoint is not None:
+            check_resumable(Path(args.resume_from_checkpoint), model)
         if isinstance(self.train_dataset, ImageDataset):
             self.add_callback(EpochCallback(self.train_dataset))
 
@@ -64,25 +81,76 @@ class BaseImageTrainer(HubTrainer):
         self.throughput.count(images * self.args.world_size)
         return batches, images
 
+    @property
+    def metric_names(self) -> list[str] | None:
+        """Metrics of an evaluation, without prefix; `None` if they are not known."""
+        return None
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the speed since the last log."""
+        """Adds the speed since the last log; a `DivergenceError` if the loss is not finite."""
         if "loss" in logs:
+            self.check_loss(logs["loss"])
             logs |= self.speed()
         super().log(logs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in `Trainer`. A loss that overflows in float16 counts as 0, as the gradient scaler leaves its step out: a NaN would stay in
+        the sum of the losses."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.scaler is None:
+            return loss
+        is_finite = loss.isfinite()
+        self.num_overflows = self.num_overflows + (~is_finite)
+        return torch.where(is_finite, loss, 0.0)
+
+    def check_loss(self, loss: float) -> None:
+        """See `DivergenceCheck.check_loss`; all processes call it with the same mean loss since the last log."""
+        overflows = int(self.accelerator.reduce(self.num_overflows, reduction="sum"))
+        self.num_overflows = torch.zeros_like(self.num_overflows)
+        self.divergence.check_loss(math.nan if overflows else loss, self.tensors_to_save(), self.state)
+        if overflows:
+            logger.warning(
+                "The loss overflowed in float16 %d times since the last log; it counts as 0 there.", overflows
+            )
+
+    def tensors_to_save(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weights and statistics of the model by name, sharded where they are."""
+        yield from self.accelerator.unwrap_model(self.model, keep_torch_compile=False).state_dict().items()
+
+    def check_weights(self) -> None:
+        """Raises a `DivergenceError` in all processes if something that would be saved is NaN or infinite."""
+        self.divergence.check_weights(self.tensors_to_save(), self.state)
 
     def speed(self) -> dict[str, float]:
         """Figures of the time since the last log: see `Throughput.report`."""
         return self.throughput.report()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """As in `Trainer`. After SIGTERM or Ctrl-C it returns early, with a checkpoint: see `stop_on_signal.received`."""
+        """As in `Trainer`. After SIGTERM or Ctrl-C it returns early, with a checkpoint: see `stop_on_signal.received`.
+
+        Raises:
+            DivergenceError: If loss or weights become NaN or infinite.
+            ValueError: If the checkpoint is one of another model or other classes.
+        """
+        if isinstance(resume_from_checkpoint, str):
+            check_resumable(Path(resume_from_checkpoint), self.model)
         self.throughput.start()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self.is_in_train = False  # also where it ended with an error
             self.stop_on_signal.restore_handlers()
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.check_weights()
+        return prepared
+
     def _finalize_training(self, *args: Any):
+        self.check_loss(
+            self.accelerator.reduce(self._tr_loss, reduction="mean").item()
+        )  # of the steps since the last log
+        self.check_weights()
         if self.stop_on_signal.is_stopping:
             # the run is not over: its best checkpoint is not loaded, and the one just written not deleted next to it
             self.state.best_model_checkpoint = None
@@ -103,8 +171,10 @@ class BaseImageTrainer(HubTrainer):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """What holds during an evaluation: it is no time of training, draws nothing from the random generators of training, and all
-        processes have the same statistics."""
+        """What holds during an evaluation: weights are finite, it is no time of training, draws nothing from the random generators of
+        training, and all processes have the same statistics."""
+        if self.is_in_train:
+            self.check_weights()
         with self.throughput.paused(), temporary_seed(self.args.seed):
             broadcast_buffers(self.accelerator, self.accelerator.unwrap_model(self.model))
             yield
@@ -113,10 +183,19 @@ class BaseImageTrainer(HubTrainer):
         """As in `Trainer`; see `evaluating`."""
         is_several = isinstance(eval_dataset or self.eval_dataset, dict)  # the library calls this for each of them
         with nullcontext() if is_several else self.evaluating():
-            return super().evaluate(eval_dataset, *args, **kwargs)
+            metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        for name, value in metrics.items():
+            if name.endswith("_loss") and not math.isfinite(value):
+                raise DivergenceError(
+                    f"`{name}` is {value}: the model gives scores that are NaN or infinite. Evaluate in float32; if that does not help, "
+                    "take an earlier checkpoint."
+                )
+        return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`, with whole weights where they are sharded."""
+        """As in `Trainer`, with whole weights where they are sharded; a `DivergenceError` in place of weights that are not finite."""
+        # whole weights are the same in all processes, of which one may save alone
+        self.divergence.check_weights(self.tensors_to_save(), self.state, of_all_processes=self.is_fsdp_enabled)
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -131,6 +210,7 @@ class BaseImageTrainer(HubTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in `Trainer`. A checkpoint is whole once its `trainer_state.json` is: that is written last."""
+        self.check_weights()
         state = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE_NAME
         if self.args.should_save:
             state.unlink(missing_ok=True)  # of an earlier run that is written over

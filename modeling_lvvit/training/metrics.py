@@ -1,5 +1,6 @@
 """Metrics whose measures follow from counts: they need no memory for images, and add up over processes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -7,6 +8,7 @@ import evaluate
 import numpy as np
 import torch
 from torch import distributed
+from transformers import TrainingArguments
 
 
 TOP_K = 5
@@ -107,6 +109,26 @@ class TopKAccuracy(AccumulatingMetric):
         images, *hits = counts[:3].tolist()
         names = ("accuracy", "top5_accuracy") if self.has_top5 else ("accuracy",)
         return {name: count / images if images else float("nan") for name, count in zip(names, hits)}
+
+
+def check_best_metric(args: TrainingArguments, names: Sequence[str] | None) -> None:
+    """Raises a `ValueError` if the metric that chooses the best checkpoint, and stops training early, is none that an evaluation gives, or there
+    is no evaluation to save after.
+
+    Args:
+        names: Those that it gives, without prefix; `None` if they are not known.
+    """
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        raise ValueError("`save_strategy` best saves after evaluations, of which there are none: set `eval_strategy`.")
+    if args.metric_for_best_model is None or names is None:
+        return
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    if metric not in names:
+        raise ValueError(f"`metric_for_best_model` must be one of {', '.join(names)}, got {metric}.")
+    if args.greater_is_better == metric.endswith("loss"):
+        raise ValueError(
+            f"`greater_is_better` {args.greater_is_better} would keep the checkpoint with the worst {metric}; leave it out."
+        )
 
 
 def rank_classes(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:

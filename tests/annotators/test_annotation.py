@@ -464,8 +464,8 @@ def test_scorer_warns_once_of_labels_that_get_flat(monkeypatch):
     pixels = torch.stack([image.pixels for image in ready(1, 2)])
     for kind, expected in (("relative", 0), ("logits", 1)):
         low = scorer(lambda pixels: 8 * scores_of_pixels(pixels) - 30, kind)
-        low(pixels)
-        low(pixels)
+        low(pixels, ["1.jpg", "2.jpg"])
+        low(pixels, ["1.jpg", "2.jpg"])
         assert len(messages) == expected
     assert "labels get flat" in messages[0]
 

@@ -19,7 +19,7 @@ from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.backbones.image_processors import read_settings
 from modeling_lvvit.evaluate import ClassificationScores, mean_corruption_error, read_real_labels
 from modeling_lvvit.evaluate.__main__ import MODULE, main
-from modeling_lvvit.evaluate.classifier import InputOptions, load_classifier
+from modeling_lvvit.evaluate.classifier import Classifier, InputOptions, load_classifier
 from modeling_lvvit.evaluate.scores import ALEXNET_ERRORS, find_real_labels, imagenet_real_labels
 from modeling_lvvit.evaluate.test_sets import corruption_folders, model_class_map, open_test_set, reassessed_labels
 from modeling_lvvit.variants import evaluation_image_processor
@@ -304,6 +304,20 @@ def test_what_was_measured_is_kept_when_a_later_image_is_broken(model, data, tmp
         results_of(tmp_path, "--model", model, "--dataset", data, tmp_path / "broken.parquet")
     (record,) = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [found["images"] for found in record["results"].values()] == [11]
+
+
+def test_scores_that_are_not_finite_name_the_row(model, data, monkeypatch):
+    original = Classifier.logits
+
+    def logits(self, pixel_values):
+        scores = original(self, pixel_values)
+        if len(scores) > 2:  # else it is the trial
+            scores[2, 0] = float("nan")
+        return scores
+
+    monkeypatch.setattr(Classifier, "logits", logits)
+    with pytest.raises(SystemExit, match=r"gives scores that are NaN or infinite for row 2\. Look at these images"):
+        main(["--model", str(model), "--dataset", str(data), "--batch_size", "4"])
 
 
 def test_models_that_do_not_take_their_images_are_refused(tmp_path):

@@ -93,6 +93,14 @@ def test_damaged_and_foreign_files_are_refused(tiny_original, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pth"]
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(tiny_original, tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({**tiny_original[1], "head.bias": torch.tensor([0.0, torch.nan, 0.0, 0.0, 0.0])}, path)
+    with pytest.raises(ValueError, match=r"model.pth: the weights hold NaN or infinite values, in head.bias"):
+        convert_checkpoint(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_existing_output_is_left_alone(tiny_original, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")

@@ -20,6 +20,7 @@ from modeling_lvvit.token_labeling import (
     TokenLabelTrainer,
     TokenLabelTrainingArguments,
 )
+from modeling_lvvit.training.divergence import DivergenceError
 from support.models import NUM_CLASSES
 from support.samples import samples_of
 from support.trainers import StopAfter, arguments, image_processor, trainer_for
@@ -395,12 +396,13 @@ def test_patch_logits_stay_in_half_precision(tiny_model, labelled_rows, tmp_path
     assert projected == [torch.bfloat16] * 2
 
 
-def test_infinite_losses_are_logged(tiny_model, labelled_rows, tmp_path):
+def test_infinite_losses_end_training(tiny_model, labelled_rows, tmp_path):
     """They are not replaced by the mean of earlier ones."""
     trainer = trainer_for(tiny_model, labelled_rows, tmp_path, learning_rate=1e30, max_steps=4, logging_steps=1)
-    trainer.train()
+    with pytest.raises(DivergenceError, match="the loss is nan at step 2"):
+        trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert not math.isfinite(losses[-1])
+    assert len(losses) == 1 and math.isfinite(losses[0])
 
 
 def test_the_compiled_model_has_no_graph_breaks(tiny_model, labelled_rows, tmp_path):

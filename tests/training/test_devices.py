@@ -95,6 +95,34 @@ def test_two_processes_have_the_loss_curve_of_one(data, one_process, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [["--cpu"], ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--mixed_precision", "no"]]
+)
+def test_all_processes_end_when_training_diverges(launcher, data, tmp_path):
+    """Nothing is logged: it is found before a save. Earlier checkpoints stay, and are finite."""
+    output = tmp_path / "run"
+    more = [
+        "--learning_rate",
+        "1600",
+        "--warmup_steps",
+        "0",
+        "--max_steps",
+        "60",
+        "--logging_steps",
+        "100",
+        "--ema_decay",
+        "0.9",
+    ]
+    command = options(data, output, "--save_strategy", "steps", "--save_steps", "1", *more)
+    result = run([*LAUNCH, *launcher, "--num_processes", "2", "train_tl.py", *command], data)
+    assert result.returncode != 0
+    assert result.stderr.count("train_tl.py: Training diverged: weights are not finite at step") == 1
+    assert not (output / "model.safetensors").exists() and not (output / "README.md").exists()
+    for path in output.rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+@pytest.mark.slow
 def test_two_processes_continue_within_an_epoch_as_if_never_stopped(data, tmp_path):
     """Everything random is on; step 7 is the second of the second epoch."""
     launch = [*LAUNCH, "--cpu", "--num_processes", "2"]

@@ -82,12 +82,12 @@ def test_a_save_that_broke_off_is_passed_over(part, tiny_model, labelled_rows, t
     monkeypatch.setattr(TokenLabelTrainer, part, dying)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert last_whole_checkpoint(tmp_path, needs_average=True).name == "checkpoint-2"
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-2"
 
 
 def test_writing_over_a_checkpoint_first_makes_it_unwhole(tiny_model, labelled_rows, tmp_path, monkeypatch):
     trainer_of(copy.deepcopy(tiny_model), labelled_rows, tmp_path, max_steps=2).train()
-    assert is_whole_checkpoint(tmp_path / "checkpoint-2", needs_average=True)
+    assert is_whole_checkpoint(tmp_path / "checkpoint-2")
 
     def dying(self, *args):
         raise KeyboardInterrupt
@@ -95,14 +95,14 @@ def test_writing_over_a_checkpoint_first_makes_it_unwhole(tiny_model, labelled_r
     monkeypatch.setattr(TokenLabelTrainer, "_save_optimizer_and_scheduler", dying)
     with pytest.raises(KeyboardInterrupt):
         trainer_of(tiny_model, labelled_rows, tmp_path, save_steps=2).train()
-    assert not is_whole_checkpoint(tmp_path / "checkpoint-2", needs_average=True)
+    assert not is_whole_checkpoint(tmp_path / "checkpoint-2")
 
 
 def test_checkpoints_with_cut_weights_are_passed_over(tiny_model, labelled_rows, tmp_path):
     trainer_of(tiny_model, labelled_rows, tmp_path, max_steps=2).train()
     weights = tmp_path / "checkpoint-2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert last_whole_checkpoint(tmp_path, needs_average=True) == tmp_path / "checkpoint-1"
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_run_killed_five_times_equals_an_uninterrupted_one(data, tmp_path):
         time.sleep(rng.uniform(0, 0.4))
         process.kill()
         process.communicate()
-        if last_whole_checkpoint(output, True) is None:  # killed in the first save
+        if last_whole_checkpoint(output) is None:  # killed in the first save
             output.rename(tmp_path / "nothing saved")
             pytest.fail("the first checkpoint was never whole")
         steps.append(newest_step(output))
@@ -177,5 +177,5 @@ def test_sigterm_ends_the_program_and_says_how_to_go_on(launch, data, tmp_path):
     assert process.returncode == (-signal.SIGTERM if launch else 143)
     assert "stopped by SIGTERM after step" in errors and "--resume_from_checkpoint last" in errors
     assert "Traceback" not in errors
-    assert last_whole_checkpoint(tmp_path / "run", True) is not None
+    assert last_whole_checkpoint(tmp_path / "run") is not None
     assert not (tmp_path / "run" / "model.safetensors").exists()  # an unfinished run is not passed off as a model

@@ -58,7 +58,7 @@ def test_sigterm_in_the_middle_of_a_save_loses_nothing(tiny_model, labelled_rows
     monkeypatch.setattr(TokenLabelTrainer, "save_model", interrupted_save)
     stopped.train()
     monkeypatch.undo()
-    last = last_whole_checkpoint(tmp_path / "parts", needs_average=True)
+    last = last_whole_checkpoint(tmp_path / "parts")
     assert last.name == "checkpoint-4"  # the save went on, and the next step ended with its own
     trainer_of(second, labelled_rows, tmp_path / "parts").train(resume_from_checkpoint=str(last))
     assert_same_weights(second, whole)
@@ -101,7 +101,7 @@ class Evaluated(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if self.seen is None:
-            self.seen = last_whole_checkpoint(self.folder, True)
+            self.seen = last_whole_checkpoint(self.folder)
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -130,7 +130,7 @@ def test_further_sigterms_do_not_break_off_the_save(tiny_model, labelled_rows, t
     trainer = trainer_of(tiny_model, labelled_rows, tmp_path, save_strategy="no")
     trainer.add_callback(SignalsAt(2))
     trainer.train()
-    assert last_whole_checkpoint(tmp_path, True).name == "checkpoint-3"
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
 
 
 def test_second_interrupt_a_while_later_has_its_usual_effect(monkeypatch):
