@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from modeling_lvvit.data.class_names import read_class_names
-from modeling_lvvit.data.images import pillow_errors
+from modeling_lvvit.data.images import MAX_PIXELS_HELP, PixelLimit, decode_image
 from modeling_lvvit.data.masks import IGNORED
 from modeling_lvvit.launching import name_options
 from modeling_lvvit.segmentation.dataset_writer import (
@@ -71,8 +71,7 @@ def colors_to_ids(colors: dict[str, tuple[int, int, int]], ignores_others: bool)
         table[red << 16 | green << 8 | blue] = index
 
     def content(path: Path) -> bytes:
-        with pillow_errors(), Image.open(path) as image:
-            channels = np.asarray(image.convert("RGB")).astype(np.uint32)
+        channels = np.asarray(decode_image({"bytes": None, "path": str(path)})).astype(np.uint32)
         codes = channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
         ids = table[codes]
         if not ignores_others and (ids == IGNORED).any():
@@ -91,6 +90,7 @@ def colors_to_ids(colors: dict[str, tuple[int, int, int]], ignores_others: bool)
 
 def build(args: argparse.Namespace) -> dict[str, int]:
     """Writes the dataset and returns the number of images of each split."""
+    PixelLimit(args.max_image_pixels)
     if args.colors is not None and args.class_names is not None:
         raise ValueError("Give --colors, which names the classes, or --class_names, not both.")
     colors = read_colors(args.colors) if args.colors is not None else None
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--class_names", type=Path, help="JSON or text file with the names of the classes")
     parser.add_argument("--colors", type=Path, help="JSON file with the color of each class")
     parser.add_argument("--ignore_other_colors", action="store_true", help="colors of no class do not count")
+    parser.add_argument("--max_image_pixels", type=int, help=MAX_PIXELS_HELP)
     args = parser.parse_args()
     try:
         counts = build(args)

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from .images import decode_stored
+from .images import MAX_VALUE, decode_stored
 
 
 IGNORED = 255  # what masks usually have where no class is marked
 UNKNOWN = -1  # id of a mask value that stands for nothing
-MAX_VALUE = 65_535  # of a 16-bit mask
 
 
 @dataclass(frozen=True)

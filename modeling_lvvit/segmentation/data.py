@@ -1,5 +1,6 @@
 """What a segmentation run reads: the rows of its splits, which column holds masks, and what the classes are called."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,9 +198,11 @@ def build_samples(
     return samples
 
 
-def check_samples(samples: dict[str, SegmentationDataset | None], class_names: list[str]) -> ClassCounts | None:
-    """Looks at all rows; returns the pixels of the training classes, and warns of classes that cannot be learned."""
-    counts = {name: part.check_rows() for name, part in samples.items() if part is not None}
+def check_samples(
+    samples: dict[str, SegmentationDataset | None], class_names: list[str], decode: Callable[[int], bool]
+) -> ClassCounts | None:
+    """Looks at all rows, and decodes all images of parts where `decode`, given their number, says so; returns the pixels of the training classes, and warns of classes that cannot be learned."""
+    counts = {name: part.check_rows(decode(len(part))) for name, part in samples.items() if part is not None}
     training = counts.get("training")
     if training is not None and not training.pixels.all():
         absent = [name for name, pixels in zip(class_names, training.pixels) if not pixels]

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.atomic_files import atomic_directory
-from ..data.images import IMAGE_ERRORS, read_image_size
+from ..data.images import IMAGE_ERRORS, upright_size
 from ..data.masks import read_mask
 from ..hub.file_checks import CARD
 
@@ -72,10 +72,14 @@ def check_pairs(pairs: Sequence[Pair], allows_colors: bool) -> None:
     channel."""
     problems = []
     for pair in tqdm(pairs, desc="Looking at the files", unit="image"):
-        sizes = [read_image_size({"bytes": None, "path": str(path)}) for path in (pair.image, pair.mask)]
-        broken = [str(path) for path, size in zip((pair.image, pair.mask), sizes) if size is None]
+        sizes, broken = [], []
+        for path in (pair.image, pair.mask):
+            try:
+                sizes.append(upright_size(path))
+            except IMAGE_ERRORS as error:
+                broken.append(f"{path} cannot be opened as an image ({error})")
         if broken:
-            problems.append(f"{' and '.join(broken)} cannot be opened as an image")
+            problems += broken
         elif sizes[0] != sizes[1]:
             shown = [f"{width} x {height}" for height, width in sizes]
             problems.append(f"{pair.mask} is {shown[1]} pixels (width x height), its image {shown[0]}")
