@@ -39,17 +39,17 @@ FEW_IMAGES, MANY_PASSES = (
     10,
 )  # up to so many images, or from so many passes on, all are decoded before training
 DECODE_HELP = (
-    "Decode every image once before training, in all cores, and report what libjpeg says of damage; default: where training reads "
+    "Decode every image once before training, on all cores, and report what libjpeg says of damage; default: where training reads "
     f"every image at least {MANY_PASSES} times, and for up to {FEW_IMAGES:,} images."
 )
-# how other readers differ from `decode_image`, and what to do
+# how other readers differ from `decode_image`, and what to do; {} is how many images it is about
 OTHER_READERS = {
-    SIXTEEN_BITS: "have 16-bit grayscale, scaled to 8 bits here; the pipelines and image processors of transformers clip it to white. "
-    "Save these images with 8 bits, or give them `Image.fromarray(numpy.uint8(numpy.asarray(image) // 257))`",
-    TRANSPARENT: "have transparency, dropped here and in pipelines; image processors of transformers blend it with white. Give them "
+    SIXTEEN_BITS: "16-bit grayscale ({}) is scaled to 8 bits here; the pipelines and image processors of transformers clip it to white. "
+    "Save these images with 8 bits, or give those `Image.fromarray(numpy.uint8(numpy.asarray(image) // 257))`",
+    TRANSPARENT: "Transparency ({}) is dropped here and in pipelines; image processors of transformers blend it with white. Give those "
     '`image.convert("RGB")`',
-    ROTATED: "are turned upright as their Exif orientation says, here and in pipelines; image processors of transformers do not turn "
-    "them. Give them `ImageOps.exif_transpose(image)`",
+    ROTATED: "The Exif orientation ({}) turns images upright here and in pipelines; image processors of transformers do not turn them. "
+    "Give those `ImageOps.exif_transpose(image)`",
 }
 
 
@@ -185,8 +185,8 @@ class ImageDataset(torch.utils.data.Dataset):
             listed = damaged[:MAX_REPORTED_PROBLEMS]
             listed += [f"... and {len(damaged) - len(listed)} more"] if len(damaged) > len(listed) else []
             logger.warning(
-                "%d of the %d %s images are damaged inside. They can be read, but parts of them may show something else; replace them, "
-                "or leave them out:\n  %s",
+                "libjpeg reports damage (%d of %d %s images). They can be read, but parts of them may show something else: replace "
+                "them, or leave them out.\n  %s",
                 len(damaged), len(self), self.name, "\n  ".join(listed),
             )  # fmt: skip
         for text in self.differences():
@@ -202,12 +202,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def differences(self) -> list[str]:
         """How other readers would read some of the images, each with their number; after `check_all_rows`."""
-        number = len(self)
-        return [
-            f"{self.notes[note]:,} of the {number:,} {self.name} images {text}"
-            for note, text in OTHER_READERS.items()
-            if self.notes[note]
-        ]
+        counts = {note: f"{self.notes[note]:,} of {len(self):,} {self.name} images" for note in OTHER_READERS}
+        return [text.format(counts[note]) for note, text in OTHER_READERS.items() if self.notes[note]]
 
 
 class _ExaminedBlocks(torch.utils.data.Dataset):
