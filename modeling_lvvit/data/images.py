@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import decode_jpeg
 
 
@@ -42,9 +42,11 @@ class SampleError(ValueError):
 
 @contextmanager
 def pillow_errors() -> Iterator[None]:
-    """Turns what Pillow raises for unusable files into a `ValueError`; for calls of Pillow alone, as it would hide errors of ours."""
+    """Turns what Pillow raises for unusable files into `IMAGE_ERRORS`; for calls of Pillow alone, as it would hide errors of ours."""
     try:
         yield
+    except UnidentifiedImageError as error:
+        raise OSError(str(error).partition(" <")[0]) from error  # without the address of a buffer
     except Image.DecompressionBombError as error:
         reason = str(error).partition(",")[0]
         raise ValueError(f"{reason}; `max_image_pixels` allows more, or save the image smaller") from error
@@ -75,11 +77,14 @@ class PixelLimit:
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
     def __reduce__(self):
-        return PixelLimit, (Image.MAX_IMAGE_PIXELS and 2 * Image.MAX_IMAGE_PIXELS,)
+        return PixelLimit, (2 * (Image.MAX_IMAGE_PIXELS or 1 << 40),)
 
 
 def decode_stored(value: dict[str, Any]) -> Image.Image:
     """The upright image of an image column's value, in the mode of its file; errors as in `decode_image`."""
+    if value["bytes"] is None and value["path"] and "://" not in value["path"]:
+        # Pillow maps files that it opens by name into memory, and mixes up the pixels of TIFF files that lie on their side
+        value = {**value, "bytes": read_content(value)}
     with pillow_errors():
         return _DECODER.decode_example(value)
 

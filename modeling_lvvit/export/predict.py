@@ -71,12 +71,12 @@ def read_image(path: Path, max_pixels: int | None = None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                return to_rgb(ImageOps.exif_transpose(file))
+            # not by its name: Pillow would map the file, and mixes up the pixels of TIFF files that lie on their side
+            return to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(path.read_bytes()))))
     except Image.DecompressionBombError as error:
         raise ValueError(f"{str(error).partition(',')[0]}; --max_image_pixels allows more") from error
     except IMAGE_ERRORS as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(str(error).partition(" <")[0]) from error  # without the address of a buffer
 
 
 def prepare(image: Image.Image, processor: dict[str, Any]) -> np.ndarray:
