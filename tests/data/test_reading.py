@@ -1,6 +1,7 @@
 """Every reader sees the same pixels of a file; where those of other libraries do not, it is said before training."""
 
 import pickle
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -25,7 +26,10 @@ from modeling_lvvit.data.images import (
     libjpeg_reports_damage,
     read_image_size,
 )
+from modeling_lvvit.data.masks import MaskEncoding
 from modeling_lvvit.export import predict
+from modeling_lvvit.segmentation.dataset import SegmentationDataset
+from modeling_lvvit.segmentation.dataset_writer import Pair, check_pairs
 from modeling_lvvit.training.base_arguments import BaseImageTrainingArguments
 from support.image_files import COLORS, DEEP, encode, raw_tiff, refused_files, unusual_files
 from support.images import encode_image
@@ -209,3 +213,34 @@ def test_limit_reaches_processes_that_load(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)  # as in a process that starts
     assert pickle.loads(samples).read_image(0).size == (36, 24)
     assert Image.MAX_IMAGE_PIXELS == 500
+
+
+def test_images_that_lie_on_their_side_fit_upright_masks():
+    """TIFF says its orientation though Pillow gives the upright size."""
+    file = raw_tiff(COLORS, photometric=2, orientation=6)
+    masks = [encode_image(np.zeros(shape, dtype=np.uint8), "PNG") for shape in ((36, 24), (24, 36))]
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    rows = {"image": [stored(file)] * 2, "mask": [stored(mask) for mask in masks]}
+    samples = SegmentationDataset(datasets.Dataset.from_dict(rows, features), dict, MaskEncoding(2))
+    with pytest.raises(ValueError) as caught:
+        samples.check_rows()
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.strip().startswith("row 1: its mask is 36 x 24 pixels (width x height), its image 24 x 36")
+
+
+def test_files_that_cannot_be_opened_say_why(tmp_path, monkeypatch):
+    (tmp_path / "large.png").write_bytes(FILES["grayscale"])
+    (tmp_path / "text.png").write_text("hello")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    pair = Pair(tmp_path / "large.png", tmp_path / "text.png")
+    with pytest.raises(ValueError, match=r"(?s)large.png.*`max_image_pixels` allows more.*text.png.*cannot identify"):
+        check_pairs([pair], allows_colors=False)
+
+
+def test_page_names_the_option_for_large_images(tmp_path, monkeypatch):
+    page = pytest.importorskip("modeling_lvvit.demo.page")
+    monkeypatch.setattr(page, "get_upload_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    (tmp_path / "large.png").write_bytes(FILES["grayscale"])
+    with pytest.raises(page.gr.Error, match=r"cannot be read as an image: .* --max_image_pixels allows more"):
+        page.read_image(SimpleNamespace(path=str(tmp_path / "large.png"), orig_name=None))
