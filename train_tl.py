@@ -16,7 +16,8 @@ from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.model_card import find_provenance, write_model_card
 from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_datasets
 from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, TRAIN_TL
-from modeling_lvvit.cli.training_program import TrainingRun, run_program, set_up, with_embedded_data
+from modeling_lvvit.cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
+from modeling_lvvit.data.images import PixelLimit
 from modeling_lvvit.deployment import prepare_for_cpu
 from modeling_lvvit.hub.folders import CARD_TEMPLATES
 from modeling_lvvit.token_labeling import (
@@ -127,6 +128,7 @@ def prepare(
     """Everything that can go wrong before training: output folder, data, model."""
     if data_args.streaming and training_args.max_steps < 1:
         raise ValueError("A stream has no end: give `streaming` together with `max_steps`.")
+    PixelLimit(data_args.max_image_pixels)
     set_up(model_args, training_args, CARD_TEMPLATE)
     with training_args.main_process_first(desc="opening the data"):
         opened_args = with_embedded_data(data_args)
@@ -152,7 +154,8 @@ def prepare(
     if data_args.check_data:
         with training_args.main_process_first(desc="checking the data"):
             for part in samples[data_args.streaming :] if training_args.should_save else ():
-                part.check_rows(model.config.num_labels)  # a stream is looked at while it is read
+                decode = decodes_all(data_args.decode_data, training_args, len(part))
+                part.check_rows(model.config.num_labels, decode)  # a stream is looked at while it is read
     return ClassifierRun(model_args, data_args, opened, trainer)
 
 

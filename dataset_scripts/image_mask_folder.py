@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_lvvit.data.class_labels import read_class_names
 from modeling_lvvit.data.image_folder import SPLIT_FOLDERS
-from modeling_lvvit.data.images import IMAGE_ERRORS, pillow_errors
+from modeling_lvvit.data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image
 from modeling_lvvit.data.masks import IGNORED, MAX_VALUE, list_values, read_mask
 from modeling_lvvit.launching import name_options
 from modeling_lvvit.segmentation.dataset_writer import (
@@ -72,9 +72,7 @@ def colors_to_ids(colors: dict[str, tuple[int, int, int]], ignores_others: bool)
         table[red << 16 | green << 8 | blue] = index
 
     def content(path: Path) -> bytes:
-        with pillow_errors(), Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)  # as images and other masks are read
-            channels = np.asarray(upright.convert("RGB")).astype(np.uint32)
+        channels = np.asarray(decode_image({"bytes": None, "path": str(path)})).astype(np.uint32)
         codes = channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
         ids = table[codes]
         if not ignores_others and (ids == IGNORED).any():
@@ -126,6 +124,7 @@ def values_note(pairs: Sequence[Pair]) -> str:
 
 def build(args: argparse.Namespace) -> tuple[dict[str, int], str]:
     """Writes the dataset; returns the number of images of each split and what there is to say of the masks."""
+    PixelLimit(args.max_image_pixels)
     if args.colors is not None and (args.class_names or args.nearest_values):
         raise ValueError("Give --colors, which names the classes, or --class_names and --nearest_values, not both.")
     colors = read_colors(args.colors) if args.colors is not None else None
@@ -162,6 +161,7 @@ def main() -> None:
         nargs="+",
         help="values of the classes; every pixel takes the nearest, e.g. 0 255",
     )
+    parser.add_argument("--max_image_pixels", type=int, help=MAX_PIXELS_HELP)
     args = parser.parse_args()
     try:
         counts, notes = build(args)

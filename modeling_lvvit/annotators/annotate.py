@@ -29,7 +29,7 @@ from transformers.utils import logging
 from ..data.class_labels import names_in_data, pair_classes
 from ..data.class_matching import ClassMap
 from ..data.image_keys import hash_keys, read_keys, repeated_keys
-from ..data.images import parse_image_size
+from ..data.images import MAX_PIXELS_HELP, PixelLimit, parse_image_size
 from ..data.sources import dataset_fingerprint, open_splits
 from ..data.splits import take_subset
 from ..hub.repository import HubError
@@ -88,6 +88,7 @@ class AnnotateArguments:
     num_workers: int | None = HfArg(default=None, help="Threads that read and resize images.")
     bf16: bool = HfArg(default=False, help="Run the annotator in bfloat16.")
     on_error: Literal["stop", "empty"] = HfArg(default="stop", help="Damaged image: stop, or an empty label.")
+    max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     rows_per_shard: int | None = HfArg(default=None, help="Rows of a Parquet file.")
     push_to_hub: str | None = HfArg(default=None, help="Hub name to upload the finished set to.")
     private: bool | None = HfArg(default=None, help="Whether that repository, if it is new, is private.")
@@ -179,6 +180,7 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | Streamed
 def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     """Writes the shards of this process; the main process completes the set."""
     main = accelerator.is_main_process
+    PixelLimit(args.max_image_pixels)
     dataset = open_images(args)
     image_size = parse_image_size(args.image_size, "--image_size")
     source = (args.annotator_revision, args.trust_remote_code, args.random_weights)

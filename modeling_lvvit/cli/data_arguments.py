@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from transformers.hf_argparser import HfArg
 
 from ..annotators.online import AnnotatorArguments
+from ..data.image_dataset import DECODE_HELP
+from ..data.images import MAX_PIXELS_HELP
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN
 from ..token_labeling.transforms import AugmentationConfig
 
@@ -46,6 +48,8 @@ class DataArguments(AnnotatorArguments):
     max_train_samples: int | None = HfArg(default=None, help="Images of a subset, drawn over all classes.")
     max_eval_samples: int | None = HfArg(default=None, help="Images of a subset, drawn over all classes.")
     check_data: bool = HfArg(default=True, help="Look at every row before training.")
+    decode_data: bool | None = HfArg(default=None, help=DECODE_HELP)
+    max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     crop_scale_min: float = HfArg(default=0.08, help="Smallest area share of a training crop.")
     horizontal_flip: float = HfArg(default=0.5, help="Probability of a mirror image.")
     rand_augment: str = HfArg(default="rand-m9-mstd0.5-inc1", help="RandAugment in timm's notation, or none.")

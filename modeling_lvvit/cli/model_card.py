@@ -14,6 +14,7 @@ from huggingface_hub.errors import HTTPError
 from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer, make_markdown_table
 
+from ..data.image_dataset import ImageDataset
 from ..data.sources import looks_local
 from ..hub.file_checks import CARD
 from ..hub.hub_trainer import HubTrainer
@@ -108,7 +109,8 @@ def run_name(trainer: HubTrainer) -> str:
 
 
 def training_facts(trainer: Trainer, options: Sequence[str] = ()) -> dict[str, Any]:
-    """What the cards of all programs say of the training: options, also those of the program, table, machine, time and versions."""
+    """What the cards of all programs say of the training: options, also those of the program, table, images that other readers read in
+    another way, machine, time and versions."""
     args, history, best = trainer.args, trainer.state.log_history, trainer.state.best_model_checkpoint
     hyperparameters = extract_hyperparameters_from_trainer(trainer)
     if args.lr_schedule == "published":  # it does not follow this option
@@ -117,6 +119,9 @@ def training_facts(trainer: Trainer, options: Sequence[str] = ()) -> dict[str, A
     return {
         "hyperparameters": hyperparameters | {option: getattr(args, option) for option in (*SHARED_OPTIONS, *options)},
         "training_table": training_table(history),
+        "other_readers": trainer.train_dataset.differences()
+        if isinstance(trainer.train_dataset, ImageDataset)
+        else [],
         "hardware": describe_hardware(trainer),
         "duration": None if seconds is None else duration_in_words(seconds),
         "is_continued": args.resume_from_checkpoint is not None,

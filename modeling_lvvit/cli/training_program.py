@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
+from ..data.image_dataset import FEW_IMAGES, MANY_PASSES
 from ..data.images import SampleError
 from ..finite import NotFiniteError
 from ..hub.hub_trainer import push_finished_run
@@ -128,6 +129,16 @@ def set_up(model_args: ModelSourceArguments, training_args: BaseImageTrainingArg
     prepare_output_dir(training_args, model_args.model_name_or_path, model_args.overwrite_output_dir)
     set_up_cpu(training_args.device)
     set_seed(training_args.seed)
+
+
+def decodes_all(asked: bool | None, training_args: BaseImageTrainingArguments, num_images: int) -> bool:
+    """Whether the look at so many images before training decodes all of them, see `DECODE_HELP`."""
+    if asked is not None:
+        return asked
+    passes = training_args.num_train_epochs
+    if training_args.max_steps > 0:
+        passes = training_args.max_steps * training_args.images_per_step / num_images
+    return num_images <= FEW_IMAGES or passes >= MANY_PASSES
 
 
 def with_embedded_data(data_args: Any) -> Any:

@@ -1,22 +1,56 @@
 """What all views of a `datasets.Dataset` with images share: rows read in batches, randomness that belongs to a row, and the check
 of all rows before training."""
 
-from collections.abc import Callable
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
-from .images import IMAGE_ERRORS, SampleError, decode_image, find_image_problem
+from ..launching import num_cpu_cores
+from .images import (
+    IMAGE_ERRORS,
+    MAX_VALUE,
+    ROTATED,
+    SIXTEEN_BITS,
+    TRANSPARENT,
+    ImageReport,
+    PixelLimit,
+    SampleError,
+    decode_image,
+    examine_image,
+    libjpeg_reports_damage,
+)
 from .sampling import fold_in, preserve_rng_state, seed_generators
 
 
+logger = logging.get_logger(__name__)
 MAX_REPORTED_PROBLEMS = 10
-ROWS_PER_CHECK = 512
+ROWS_PER_CHECK = 128
+FEW_IMAGES, MANY_PASSES = (
+    10_000,
+    10,
+)  # up to so many images, or from so many passes on, all are decoded before training
+DECODE_HELP = (
+    "Decode every image once before training, on all cores, and report what libjpeg says of damage; default: where training reads "
+    f"every image at least {MANY_PASSES} times, and for up to {FEW_IMAGES:,} images."
+)
+# how other readers differ from `decode_image`, and what to do; {} is how many images it is about
+OTHER_READERS = {
+    SIXTEEN_BITS: "16-bit grayscale ({}) is scaled to 8 bits here; the pipelines and image processors of transformers clip it to white. "
+    "Save these images with 8 bits, or give those `Image.fromarray(numpy.uint8(numpy.asarray(image) // 257))`",
+    TRANSPARENT: "Transparency ({}) is dropped here and in pipelines; image processors of transformers blend it with white. Give those "
+    '`image.convert("RGB")`',
+    ROTATED: "The Exif orientation ({}) turns images upright here and in pipelines; image processors of transformers do not turn them. "
+    "Give those `ImageOps.exif_transpose(image)`",
+}
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -37,6 +71,8 @@ class ImageDataset(torch.utils.data.Dataset):
     def __init__(self, dataset: datasets.Dataset, columns: list[str], name: str):
         check_has_columns(dataset, columns, name)
         self.image_column, self.name = columns[0], name
+        self.pixel_limit = PixelLimit()  # for the processes that load
+        self.notes: Counter[str] = Counter()  # how many images have each of `reading_notes`, once all were looked at
         self.rows = dataset.select_columns(columns).with_format("arrow")
         # shared, so that workers that outlive an epoch see it change
         self._seed_and_epoch = torch.full((2,), -1, dtype=torch.int64).share_memory_()
@@ -90,24 +126,37 @@ class ImageDataset(torch.utils.data.Dataset):
                 f"Row {index} of the {self.name} data{file_hint(value)}: the image cannot be decoded ({error})."
             ) from error
 
-    def check_all_rows(self, find_problems: Callable[[pa.Table, int], list[tuple[int, str]]]) -> None:
-        """Looks at every row: image files for being there and whole, and what `find_problems` looks at.
-
-        Image files are opened and checked for their end (JPEG) or their checksums (PNG); only other formats and doubtful
-        files are decoded.
+    def check_all_rows(
+        self, find_problems: Callable[[pa.Table, int], list[tuple[int, str]]], decode: bool = False
+    ) -> None:
+        """Looks at every row: image files as `examine_image` does, and what `find_problems` looks at. Warns of damage with which an
+        image can be read, and of images that other readers read in another way.
 
         Args:
             find_problems: Called with some rows and the number of the first; returns what is wrong with them: offsets and texts.
+            decode: Decodes every image.
 
         Raises:
             ValueError: With the first problems found, each with its row.
         """
-        problems: list[str] = []
-        for start in tqdm(range(0, len(self), ROWS_PER_CHECK), desc=f"Checking {self.name} data", unit="batch"):
+        problems, damaged, brightest = [], [], 0
+        self.notes.clear()
+        if decode and not libjpeg_reports_damage():
+            logger.warning(
+                "This build of torchvision says nothing of damage inside a JPEG: only what Pillow refuses is noticed."
+            )
+        starts = tqdm(range(0, len(self), ROWS_PER_CHECK), desc=f"Checking {self.name} data", unit="batch")
+        for start, reports in zip(starts, self._examined(decode)):
             table = self.rows[start : start + ROWS_PER_CHECK]
             images = table[self.image_column]
             row_problems = find_problems(table, start)
-            row_problems += [(offset, text) for offset, text in enumerate(map(find_image_problem, images)) if text]
+            for offset, report in enumerate(reports):
+                self.notes.update(report.notes)
+                brightest = max(brightest, report.brightest or 0)
+                if report.problem:
+                    row_problems.append((offset, report.problem))
+                elif report.damage:
+                    damaged.append(f"row {start + offset}{file_hint(images[offset].as_py())}: {report.damage}")
             for offset, text in sorted(row_problems):
                 problems.append(f"row {start + offset}{file_hint(images[offset].as_py())}: {text}")
             if len(problems) >= MAX_REPORTED_PROBLEMS:
@@ -115,6 +164,61 @@ class ImageDataset(torch.utils.data.Dataset):
                 break
         if problems:
             raise ValueError(f"The {self.name} data has rows that cannot be used:\n  " + "\n  ".join(problems))
+        self._warn(damaged, brightest)
+
+    def _examined(self, decode: bool) -> Iterator[list[ImageReport]]:
+        """Reports of all images, `ROWS_PER_CHECK` at a time."""
+        blocks = _ExaminedBlocks(self.rows, self.image_column, decode, self.pixel_limit)
+        # libjpeg is listened to in processes of their own
+        number = min(num_cpu_cores(), len(blocks)) if decode or len(self) > FEW_IMAGES else 0
+        starts_fast = number and "fork" in multiprocessing.get_all_start_methods()
+        yield from torch.utils.data.DataLoader(
+            blocks,
+            batch_size=None,
+            num_workers=number,
+            multiprocessing_context="fork" if starts_fast else None,
+            generator=torch.Generator(),  # the run's own draws stay as they are
+        )
+
+    def _warn(self, damaged: list[str], brightest: int) -> None:
+        if damaged:
+            listed = damaged[:MAX_REPORTED_PROBLEMS]
+            listed += [f"... and {len(damaged) - len(listed)} more"] if len(damaged) > len(listed) else []
+            logger.warning(
+                "libjpeg reports damage (%d of %d %s images). They can be read, but parts of them may show something else: replace "
+                "them, or leave them out.\n  %s",
+                len(damaged), len(self), self.name, "\n  ".join(listed),
+            )  # fmt: skip
+        for text in self.differences():
+            logger.warning("%s.", text)
+        if 0 < brightest <= MAX_VALUE // 2:
+            logger.warning(
+                "The largest value of the %s images with 16-bit grayscale is %d of %d: as 8-bit images they are nearly black. Save them "
+                "with 8 bits, scaled to 0 to 255.",
+                self.name, brightest, MAX_VALUE,
+            )  # fmt: skip
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            logger.warning("Pillow's LOAD_TRUNCATED_IMAGES is set: what files lack becomes gray, without a message.")
+
+    def differences(self) -> list[str]:
+        """How other readers would read some of the images, each with their number; after `check_all_rows`."""
+        counts = {note: f"{self.notes[note]:,} of {len(self):,} {self.name} images" for note in OTHER_READERS}
+        return [text.format(counts[note]) for note, text in OTHER_READERS.items() if self.notes[note]]
+
+
+class _ExaminedBlocks(torch.utils.data.Dataset):
+    """Reports of `ROWS_PER_CHECK` images each."""
+
+    def __init__(self, rows: datasets.Dataset, image_column: str, decode: bool, pixel_limit: PixelLimit):
+        self.rows, self.decode, self.pixel_limit = rows.select_columns(image_column), decode, pixel_limit
+        self.image_column = image_column
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // ROWS_PER_CHECK)
+
+    def __getitem__(self, block: int) -> list[ImageReport]:
+        images = self.rows[block * ROWS_PER_CHECK : (block + 1) * ROWS_PER_CHECK][self.image_column]
+        return [examine_image(image, self.decode) for image in images]
 
 
 def check_has_columns(dataset: datasets.Dataset, columns: list[str], name: str) -> None:

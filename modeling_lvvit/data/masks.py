@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from .images import IMAGE_ERRORS, LYING, decode_stored, pillow_errors
+from .images import IMAGE_ERRORS, LYING, MAX_VALUE, decode_stored, pillow_errors
 
 
 IGNORED = 255  # what masks usually have where no class is marked
 UNKNOWN = -1  # id of a mask value that stands for nothing
-MAX_VALUE = 65_535  # of a 16-bit mask
 MAX_LISTED_VALUES = 10
 WHITE = 250  # or more: the brightest value of masks that were smoothed
 MAX_SOFT_SHARE = 0.3  # of the pixels between the two values of a mask with soft borders

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ..launching import set_up_cpu
+from ..data.images import MAX_PIXELS_HELP, PixelLimit
+from ..launching import name_options, set_up_cpu
 
 
 MODULE = "modeling_lvvit.demo"
@@ -26,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="folder or Hub name of a classifier, or timm/NAME")
     parser.add_argument("--export_space", type=Path, metavar="DIR", help="write a Space there instead")
+    parser.add_argument("--max_image_pixels", type=int, help=MAX_PIXELS_HELP)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: %(default)s, this machine")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument(
@@ -48,6 +50,7 @@ def main(arguments: list[str]) -> None:
     except ImportError as error:
         sys.exit(f'{MODULE}: {error}. Install what the page needs: pip install -e ".[demo]"')
     try:
+        PixelLimit(args.max_image_pixels)
         if is_segmentation_model(args.model):
             build, model = build_segmentation_page, Segmenter(args.model)
         else:
@@ -59,7 +62,7 @@ def main(arguments: list[str]) -> None:
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
         build(model).launch(server_name=args.host, server_port=args.port, share=args.share, theme=theme)
     except (ValueError, OSError, OverflowError) as error:  # the last for impossible ports
-        sys.exit(f"{MODULE}: {error}")
+        sys.exit(f"{MODULE}: {name_options(error, 'max_image_pixels')}")
 
 
 if __name__ == "__main__":

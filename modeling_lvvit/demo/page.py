@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..backbones.loading import first_line
 from ..data.images import IMAGE_ERRORS, decode_image
+from ..launching import name_options
 from .explanation import Explainer
 from .segmentation import Segmenter
 
@@ -36,7 +37,8 @@ def read_image(payload: Any) -> Image.Image | None:
         return decode_image({"bytes": Path(payload.path).read_bytes(), "path": None})
     except IMAGE_ERRORS as error:
         reason = first_line(error).partition("<")[0].rstrip()
-        raise gr.Error(f"{name} cannot be read as an image: {reason}", print_exception=False) from error
+        message = name_options(f"{name} cannot be read as an image: {reason}", "max_image_pixels")
+        raise gr.Error(message, print_exception=False) from error
 
 
 def build_segmentation_page(segmenter: Segmenter) -> gr.Blocks:

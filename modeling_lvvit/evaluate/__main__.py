@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from ..data.class_labels import describe_classes
-from ..data.images import SampleError, parse_image_size
+from ..data.images import MAX_PIXELS_HELP, PixelLimit, SampleError, parse_image_size
 from ..data.sampling import ShardedEvalSampler
 from ..deployment import prepare_for_cpu
 from ..finite import NotFiniteError, check_scores
@@ -91,6 +91,7 @@ class EvaluationArguments:
     max_samples: int | None = field(
         default=None, metadata={"help": "Images of a subset of each test set, drawn over all classes."}
     )
+    max_image_pixels: int | None = field(default=None, metadata={"help": MAX_PIXELS_HELP})
     output: str | None = field(
         default=None,
         metadata={"help": "JSON file for all results and settings; the table is always printed."},
@@ -209,6 +210,7 @@ def evaluate_corruptions(
 
 def prepare(args: EvaluationArguments) -> tuple[list[Classifier], list[TestSet], Any, dict[str, dict[str, Path]]]:
     """Loads everything and pairs the classes, so that what does not fit is found before any work."""
+    PixelLimit(args.max_image_pixels)
     classifiers = [
         load_classifier(name, args.input_options(), args.model_revision, args.trust_remote_code, args.random_weights)
         for name in args.model
@@ -258,7 +260,8 @@ def main(arguments: list[str]) -> None:
     try:
         results = evaluate_all(args, state, classifiers, test_sets, real, folders)
     except (SampleError, NotFiniteError) as error:
-        sys.exit(f"{MODULE}: {error}")  # only the process that has the row knows of it
+        # only the process that has the row knows of it
+        sys.exit(f"{MODULE}: {name_options(error, EvaluationArguments)}")
     if state.is_main_process:
         print(markdown_table(results))
     end_together()

@@ -4,6 +4,7 @@ import importlib
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def export_onnx(
         (logits,) = session.run(["logits"], {"pixel_values": pixel_values})
 
     Needs the extra `export`. Input and outputs are those of `export_program`, with the axes `batch`, `P*rows` and
-    `P*columns` (P: patch size). The file holds the weights; those of more than 2 GB lie next to it.
+    `P*columns` (P: patch size); images with other sides are refused. The file holds the weights; those of more than 2 GB lie next to it.
 
     Args:
         model: Classifier or segmentation model; stays as it is.
@@ -62,6 +63,23 @@ def export_onnx(
         str(axis).removeprefix(factor): name for axis, name in ((batch, "batch"), (height, "rows"), (width, "columns"))
     }
     converted.rename_axes(names)
+    _refuse_other_sides(converted.model.graph, model.config.patch_size)
     for node in converted.model.graph.all_nodes():
         node.metadata_props.clear()  # lines of source code, with paths of this machine
     converted.save(path)
+
+
+def _refuse_other_sides(graph: Any, patch_size: int) -> None:
+    """Cuts images into blocks of a patch and puts them together again, which only works for sides that are multiples of it. ONNX Runtime
+    does not compare sizes with the names of the axes, and convolutions drop the rest of an image."""
+    import onnx_ir
+
+    image = graph.inputs[0]
+    readers = list(image.uses())
+    block = {"blocksize": patch_size}
+    cut = onnx_ir.node("SpaceToDepth", [image], block)
+    whole = onnx_ir.node("DepthToSpace", cut.outputs, block)
+    whole.outputs[0].shape, whole.outputs[0].type = image.shape, image.type
+    graph.insert_before(graph[0], [cut, whole])
+    for node, position in readers:
+        node.replace_input_with(position, whole.outputs[0])

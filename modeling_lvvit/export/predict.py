@@ -9,7 +9,10 @@ prepared.
 
 import argparse
 import colorsys
+import io
 import json
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ from PIL import Image, ImageOps
 
 
 FOLDER = Path(__file__).parent
+# what Pillow raises for files that are no images or damaged
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, RuntimeError, struct.error)
+MAX_VALUE = 65_535  # of a pixel: 16 bits
 COLORS = 256  # of a palette
 GOLDEN_RATIO = 0.618033988749895  # of the circle of hues from class to class, so that neighbours differ
 
@@ -37,10 +43,46 @@ def resized_size(height: int, width: int, size: dict[str, int]) -> tuple[int, in
     return (new_short, new_long) if height <= width else (new_long, new_short)
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An 8-bit RGB image, as in training: transparency is dropped, 16-bit grayscale is scaled, where Pillow alone would turn all but
+    the darkest tones white; a `ValueError` if the pixels are floating point, or integers beyond 16 bits."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save the image with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > MAX_VALUE:
+            raise ValueError(
+                f"its values are {values.min()} to {values.max()}, expected 0 to {MAX_VALUE}; save the image with 8 or 16 bits"
+            )
+        image = Image.fromarray(np.uint8(values // 257))
+    return image.convert("RGB")
+
+
+def read_image(path: Path, max_pixels: int | None = None) -> Image.Image:
+    """The upright 8-bit RGB image of a file, of an animation the first frame.
+
+    Args:
+        max_pixels: Width times height that it may have; default: 178,956,970, the limit of Pillow.
+
+    Raises a `ValueError` if it is no image, is damaged or too large.
+    """
+    if max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)  # Pillow warns from there on, and refuses twice as many
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # not by its name: Pillow would map the file, and mixes up the pixels of TIFF files that lie on their side
+            return to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(path.read_bytes()))))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{str(error).partition(',')[0]}; --max_image_pixels allows more") from error
+    except IMAGE_ERRORS as error:
+        raise ValueError(str(error).partition(" <")[0]) from error  # without the address of a buffer
+
+
 def prepare(image: Image.Image, processor: dict[str, Any]) -> np.ndarray:
     """What the image processor (content of `preprocessor_config.json`) makes of an image of any size and mode: resized,
     cropped at its center, normalized, float32 `(1, 3, height, width)`."""
-    image = image.convert("RGB")
+    image = to_rgb(image)
     if processor["do_resize"]:
         height, width = resized_size(image.height, image.width, processor["size"])
         image = image.resize((width, height), Image.Resampling(processor["resample"]))
@@ -118,25 +160,52 @@ class Model:
         return class_map(logits, field, (image.height, image.width))
 
 
+def check_output(output: Path, image: Path) -> None:
+    """Raises a `ValueError` if an image of classes cannot be written there."""
+    if not output.parent.is_dir():
+        raise ValueError(f"there is no folder {output.parent}")
+    if output.is_dir() or output.resolve() == image.resolve():
+        raise ValueError("name a new file, for example classes.png")
+    try:
+        Image.new("P", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[output.suffix.lower()])
+    except (KeyError, OSError) as error:
+        raise ValueError(f"images of classes are saved as .png, got {output.suffix or 'no ending'}") from error
+
+
+def positive(word: str) -> int:
+    """A number of an option, at least 1."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {word}")
+    return int(word)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path, help="file of an image")
-    parser.add_argument("--top", type=int, default=5, help="classes to print; default: %(default)s")
+    parser.add_argument("--top", type=positive, default=5, help="classes to print; default: %(default)s")
     parser.add_argument("--output", type=Path, help="image of classes; default: NAME_classes.png where it is called")
+    parser.add_argument(
+        "--max_image_pixels", type=positive, help="width times height that an image may have; default: 178,956,970"
+    )
     args = parser.parse_args()
-    try:
-        with Image.open(args.image) as file:
-            image = ImageOps.exif_transpose(file)
-    except OSError as error:
-        parser.exit(1, f"{args.image}: {error}\n")
     model = Model(FOLDER)
+    if model.is_classifier and args.output is not None:
+        parser.exit(1, "--output: the model is a classifier, which paints no classes; leave it out\n")
+    output = args.output or Path(f"{args.image.stem}_classes.png")
+    named = args.image
+    try:
+        image = read_image(args.image, args.max_image_pixels)
+        if not model.is_classifier:
+            named = "--output"
+            check_output(output, args.image)
+    except ValueError as error:
+        parser.exit(1, f"{named}: {error}\n")
     if model.is_classifier:
         shares = model.best_classes(image, args.top)
     else:
         classes = model.classes_of_pixels(image)
         painted = Image.fromarray(classes)
         painted.putpalette(palette())
-        output = args.output or Path(f"{args.image.stem}_classes.png")
         painted.save(output)
         print(f"saved {output}")
         ids, counts = np.unique(classes, return_counts=True)

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 from transformers.hf_argparser import HfArg
 
 from ..cli.model_arguments import ModelSourceArguments
-from ..data.images import parse_image_size
+from ..data.image_dataset import DECODE_HELP
+from ..data.images import MAX_PIXELS_HELP, parse_image_size
 from ..data.masks import IGNORED
 from ..training.base_arguments import BaseImageTrainingArguments
 from ..training.metrics import check_best_metric
@@ -78,6 +79,8 @@ class SegmentationDataArguments:
     max_train_samples: int | None = HfArg(default=None, help="Images of a random subset, to try out.")
     max_eval_samples: int | None = HfArg(default=None, help="Images of a random subset, to try out.")
     check_data: bool = HfArg(default=True, help="Look at every row before training.")
+    decode_data: bool | None = HfArg(default=None, help=DECODE_HELP)
+    max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     class_weights: list[str] | None = HfArg(
         default=None, help="Weight of each class in the loss, or median_frequency, from the training masks."
     )

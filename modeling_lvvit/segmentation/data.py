@@ -1,6 +1,7 @@
 """What a segmentation run reads: the rows of its splits, which column holds masks, and what the classes are called."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,10 +243,13 @@ def build_samples(
     return samples
 
 
-def check_samples(samples: dict[str, SegmentationDataset | None], class_names: list[str]) -> ClassCounts | None:
-    """Looks at all rows; returns the pixels of the training classes, and warns of classes that cannot be learned and of many ignored
-    pixels. Raises a `ValueError` if the training masks have a single class."""
-    counts = {name: part.check_rows() for name, part in samples.items() if part is not None}
+def check_samples(
+    samples: dict[str, SegmentationDataset | None], class_names: list[str], decode: Callable[[int], bool]
+) -> ClassCounts | None:
+    """Looks at all rows, and decodes all images of parts where `decode`, given their number, says so; returns the pixels of the training
+    classes, and warns of classes that cannot be learned and of many ignored pixels. Raises a `ValueError` if the training masks have a
+    single class."""
+    counts = {name: part.check_rows(decode(len(part))) for name, part in samples.items() if part is not None}
     for name, part in counts.items():
         is_single, text = np.count_nonzero(part.pixels) == 1, _describe_ignored(name, part, samples[name].encoding)
         if is_single:

@@ -156,7 +156,7 @@ class SegmentationDataset(ImageDataset):
         """Class ids of a row, int32 `(height, width)`."""
         return self._table[read_mask(self.rows[index][self.mask_column][0].as_py())]
 
-    def check_rows(self) -> ClassCounts:
+    def check_rows(self, decode: bool = False) -> ClassCounts:
         """Looks at every row before training: masks wholly, images as `check_all_rows` does; counts the pixels of the classes. Warns of
         what is doubtful (`MaskSurvey`). Raises a `ValueError` with the first problems found, each with its row, or if no pixel has a
         class."""
@@ -176,7 +176,7 @@ class SegmentationDataset(ImageDataset):
                 counts.add(np.bincount(counted, minlength=len(counts.pixels)), ids.size - len(counted))
             return problems
 
-        self.check_all_rows(find_problems)
+        self.check_all_rows(find_problems, decode)
         if not counts.pixels.any():
             raise ValueError(
                 f"No pixel of the {self.name} masks has a class: all are ignored. Masks may hold {self.encoding.describe()}; "

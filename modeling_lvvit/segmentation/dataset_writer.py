@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..data.atomic_files import atomic_directory, write_json
 from ..data.image_folder import Layout, list_folder
-from ..data.images import IMAGE_ERRORS, read_image_size
+from ..data.images import IMAGE_ERRORS, upright_size
 from ..data.masks import read_file_facts, read_mask, size_problem
 from ..hub.file_checks import CARD
 from .data import MASKS_FILE, NAMES_FILE
@@ -76,13 +76,18 @@ def check_pairs(pairs: Sequence[Pair], allows_colors: bool) -> None:
     channel."""
     problems = []
     for pair in tqdm(pairs, desc="Looking at the files", unit="image"):
-        values = [{"bytes": None, "path": str(path)} for path in (pair.image, pair.mask)]
-        sizes = [read_image_size(value) for value in values]
-        broken = [str(path) for path, size in zip((pair.image, pair.mask), sizes) if size is None]
+        sizes, broken = [], []
+        for path in (pair.image, pair.mask):
+            try:
+                sizes.append(upright_size(path))
+            except IMAGE_ERRORS as error:
+                broken.append(f"{path} cannot be opened as an image ({error})")
         if broken:
-            problems.append(f"{' and '.join(broken)} cannot be opened as an image")
+            problems += broken
         elif sizes[0] != sizes[1]:
-            problems.append(f"{pair.mask} {size_problem(sizes[1], sizes[0], read_file_facts(values[0]).orientation)}")
+            problems.append(
+                f"{pair.mask} {size_problem(sizes[1], sizes[0], read_file_facts({'bytes': None, 'path': str(pair.image)}).orientation)}"
+            )
         elif not allows_colors and (problem := _color_problem(pair.mask)):
             problems.append(f"{pair.mask}: {problem}")
         if len(problems) >= MAX_REPORTED_PROBLEMS:

@@ -9,12 +9,14 @@ accelerate launch -m modeling_lvvit.segmentation.train --dataset_name path/to/da
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..cli.model_card import find_provenance
 from ..cli.parser import EMBEDDED_RECIPE, Program
-from ..cli.training_program import TrainingRun, run_program, set_up, with_embedded_data
+from ..cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
+from ..data.images import PixelLimit
 from ..deployment import prepare_for_cpu
 from ..hub.folders import CARD_TEMPLATES
 from .arguments import (
@@ -134,6 +136,7 @@ def prepare(
 ) -> SegmentationRun:
     """Everything that can go wrong before training: output folder, data, model."""
     check_options(model_args, data_args, training_args)
+    PixelLimit(data_args.max_image_pixels)
     set_up(model_args, training_args, CARD_TEMPLATE)
     with training_args.main_process_first(desc="opening the data"):
         args = with_embedded_data(data_args)
@@ -157,7 +160,8 @@ def prepare(
     counts = None
     if args.check_data:
         with training_args.main_process_first(desc="checking the data"):
-            counts = check_samples(samples, opened.class_names) if training_args.should_save else None
+            decode = partial(decodes_all, args.decode_data, training_args)
+            counts = check_samples(samples, opened.class_names, decode) if training_args.should_save else None
     if trainer.train_dataset is not None:
         set_class_weights(model, args, counts)
     multi_scale = multi_scale if args.multi_scale else None

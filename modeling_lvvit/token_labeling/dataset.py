@@ -104,7 +104,7 @@ class TokenLabelDataset(ImageDataset):
                 "`ignore_mismatched_sizes=True`, which makes new heads)."
             )
 
-    def check_rows(self, num_classes: int) -> None:
+    def check_rows(self, num_classes: int, decode: bool = False) -> None:
         """Looks at every row before training: labels and label maps wholly, image files and errors as `check_all_rows` does."""
         expected_shape = None  # [K, rows, columns], which all blocks must share
 
@@ -123,7 +123,7 @@ class TokenLabelDataset(ImageDataset):
                 return [*problems, (0, text)]
             return problems + map_problems
 
-        self.check_all_rows(find_problems)
+        self.check_all_rows(find_problems, decode)
 
     def _fetch_maps(self, indices: list[int]) -> PaletteMaps:
         try:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import seed_worker
 
 from ..annotators.image_batches import column_values
 from ..data.image_keys import path_keys, value_keys
-from ..data.images import IMAGE_ERRORS, SampleError, decode_image
+from ..data.images import IMAGE_ERRORS, PixelLimit, SampleError, decode_image
 from ..data.sampling import fold_in, temporary_seed
 from ..labels.columns import LabelMapError
 from ..labels.label_set import LabelLookup, LabelSet
@@ -64,6 +64,7 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
     ):
         self.label_feature = dataset.features[label_column]
         self.seed, self.process_index = seed, process_index
+        self.pixel_limit = PixelLimit()  # for the processes that load
         rows = dataset.cast_column(image_column, datasets.Image(decode=False))
         if shuffle_buffer:
             rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)

@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 
 from ..annotators.annotator import load_annotator
 from ..data.class_matching import normalized
-from ..data.images import IMAGE_ERRORS, decode_image, parse_image_size
+from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import name_options, set_up_cpu
 from .figures import heat, save_relevance_figure
@@ -39,6 +39,7 @@ class VisualizationArguments:
         classes: Names or ids of classes to explain; default: the two best ones of each model.
         annotator: A classifier whose scores of the cells are shown as dense labels; see `load_annotator`.
         image_size: Side of the input in pixels, or height and width; default: that of each model.
+        max_image_pixels: See `PixelLimit`.
         output: PNG to write.
         trust_remote_code: See `from_pretrained`.
     """
@@ -47,6 +48,7 @@ class VisualizationArguments:
     classes: list[str] | None = field(default=None, metadata={"help": "Names or ids of classes to explain."})
     annotator: str | None = field(default=None, metadata={"help": "Classifier that makes dense labels."})
     image_size: list[int] | None = field(default=None, metadata={"help": "Input side in pixels, or height and width."})
+    max_image_pixels: int | None = field(default=None, metadata={"help": MAX_PIXELS_HELP})
     output: str = field(default="relevance.png", metadata={"help": "PNG to write."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
 
@@ -120,6 +122,7 @@ def main(arguments: list[str]) -> None:
         (args,) = parser.parse_args_into_dataclasses(arguments)
         if path is None:
             raise ValueError(f"Name an image first: {usage}.")
+        PixelLimit(args.max_image_pixels)
         try:
             image = decode_image({"bytes": None, "path": str(path)})
         except IMAGE_ERRORS as error:

@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from ..cli import digit_scenes
-from ..data.images import IMAGE_ERRORS, decode_image
+from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image
 from ..data.masks import read_mask
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..evaluate.test_sets import model_class_map, open_test_set
@@ -53,6 +53,7 @@ class LocalizationArguments:
         help="Share of the resized image that the center crop of the models keeps; default: theirs, which must be 1.",
     )
     batch_size: int = HfArg(default=50, help="Images at a time.")
+    max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     trust_remote_code: bool = HfArg(default=False, help="Allow code of a Hub repository to run.")
 
 
@@ -174,6 +175,7 @@ def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     try:
         (args,) = HfArgumentParser(LocalizationArguments, prog=MODULE).parse_args_into_dataclasses(arguments)
+        PixelLimit(args.max_image_pixels)
         results = {}
         for name in args.model:
             classifier = load_classifier(

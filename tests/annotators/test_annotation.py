@@ -25,7 +25,7 @@ from modeling_lvvit.annotators.pipeline import (
     prepared_ahead,
 )
 from modeling_lvvit.data.image_keys import read_keys
-from modeling_lvvit.data.images import content_hash, decode_image, find_image_problem
+from modeling_lvvit.data.images import content_hash, decode_image, examine_image
 from modeling_lvvit.labels.label_maps import decode, mass_outside
 from modeling_lvvit.labels.storage import LabelSetLayout, read_maps
 
@@ -349,7 +349,7 @@ def test_image_with_changed_bytes_is_read_or_told_by_its_note(file_format):
 def test_check_before_training_and_annotation_refuse_the_same_files(what):
     value = {"bytes": UNREADABLE[what], "path": None}
     scalar = pa.scalar(value, datasets.Image().pa_type)
-    assert "cannot be decoded" in find_image_problem(scalar)
+    assert "cannot be decoded" in examine_image(scalar).problem
     with pytest.raises((OSError, SyntaxError)):
         decode_image(value)
 

@@ -150,6 +150,14 @@ def test_onnx_file_says_what_the_model_says(exported):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [(61, 64), (64, 61), (4, 8)])
+def test_onnx_file_refuses_other_sizes(size, exported):
+    """Not the answer for the 56 x 64 pixels above the rest."""
+    with pytest.raises(Exception, match="multiple of block_size"):
+        onnx_runner(exported / "model.onnx")(torch.zeros(1, 3, *size))
+
+
+@pytest.mark.slow
 def test_script_predicts_what_processor_and_model_predict(exported, saved, tmp_path):
     model, image = classifier(), photograph()
     image.save(tmp_path / "image.png")
