@@ -244,7 +244,9 @@ def build_samples(
 
 
 def check_samples(
-    samples: dict[str, SegmentationDataset | None], class_names: list[str], decode: Callable[[int], bool]
+    samples: dict[str, SegmentationDataset | None],
+    class_names: list[str],
+    decode: Callable[[int], bool] = lambda num_rows: False,
 ) -> ClassCounts | None:
     """Looks at all rows, and decodes all images of parts where `decode`, given their number, says so; returns the pixels of the training
     classes, and warns of classes that cannot be learned and of many ignored pixels. Raises a `ValueError` if the training masks have a

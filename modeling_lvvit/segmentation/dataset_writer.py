@@ -85,9 +85,8 @@ def check_pairs(pairs: Sequence[Pair], allows_colors: bool) -> None:
         if broken:
             problems += broken
         elif sizes[0] != sizes[1]:
-            problems.append(
-                f"{pair.mask} {size_problem(sizes[1], sizes[0], read_file_facts({'bytes': None, 'path': str(pair.image)}).orientation)}"
-            )
+            facts = read_file_facts({"bytes": None, "path": str(pair.image)})
+            problems.append(f"{pair.mask} {size_problem(sizes[1], sizes[0], facts.orientation)}")
         elif not allows_colors and (problem := _color_problem(pair.mask)):
             problems.append(f"{pair.mask}: {problem}")
         if len(problems) >= MAX_REPORTED_PROBLEMS:
