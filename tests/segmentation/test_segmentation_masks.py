@@ -14,7 +14,7 @@ from modeling_lvvit.segmentation.data import check_samples, open_segmentation_da
 from modeling_lvvit.segmentation.metrics import SegmentationScores
 from modeling_lvvit.segmentation.report import headline
 from support.programs import TINY
-from support.segmentation_rows import masked_rows, rows_of, samples_of
+from support.segmentation_rows import rows_of, samples_of
 
 
 TWO = ["background", "thing"]
