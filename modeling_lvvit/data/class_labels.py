@@ -5,12 +5,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from transformers.utils import logging
 
-from .class_matching import ClassMap, match_classes, read_class_map, same_classes, wordnet_names
+from .class_matching import (
+    ClassMap,
+    find_namesakes,
+    has_names,
+    match_classes,
+    read_class_map,
+    same_classes,
+    wordnet_names,
+)
 
 
+logger = logging.get_logger(__name__)
 MAX_CLASSES = 1_000_000  # ids beyond are no class ids
 MAX_NAMED = 10
 
@@ -115,6 +126,20 @@ def check_class_names(label_names: Sequence[str] | None, dataset_names: Sequence
     )
 
 
+def _renumbered(rows: datasets.Dataset, name: str, column: str, feature: datasets.ClassLabel) -> datasets.Dataset:
+    """Rows whose classes, paired by name, have the ids of another `ClassLabel`; errors as in `with_class_ids`."""
+    names = rows.features[column].names
+    partners = find_namesakes(feature.names, names)
+    ids = rows.select_columns(column).with_format("numpy")[:][column]
+    if foreign := [names[index] for index in np.unique(ids) if index >= 0 and index not in partners]:
+        raise ValueError(f"Split {rows.split} of {name} has classes that training lacks: {foreign[:MAX_NAMED]}.")
+    new_ids = np.array([partners.get(index, -1) for index in range(len(names))])
+    if any(old != new for old, new in partners.items()):
+        text = "Split %s of %s counts its classes in another order than training; they are paired by their names."
+        logger.warning(text, rows.split, name)
+    return rows.remove_columns(column).add_column(column, np.where(ids < 0, ids, new_ids[ids]), feature=feature)
+
+
 def with_class_ids(
     rows: datasets.Dataset,
     name: str,
@@ -146,6 +171,9 @@ def with_class_ids(
         names = like.features[column].names
         if is_text and (foreign := sorted(set(pc.unique(values).to_pylist()) - set(names))):
             raise ValueError(f"Split {rows.split} of {name} has classes that training lacks: {foreign[:MAX_NAMED]}.")
+        others = getattr(rows.features[column], "names", names)
+        if others != names and has_names(names) and has_names(others):
+            return _renumbered(rows, name, column, like.features[column])
     elif isinstance(rows.features[column], datasets.ClassLabel):
         names = rows.features[column].names
     elif is_text:
