@@ -80,10 +80,10 @@ class ClassRows:
             )
         if self.is_identity:
             return None
-        left_out = len(self.old_names) - len(self.new_names)
+        left_out = [name for index, name in enumerate(self.old_names) if index not in self.sources]
         return (
-            f"the rows of the heads follow the class names: {self.new_names[0]!r} was class {self.sources[0]}, ..."
-            + (f"; those of {left_out} other classes are left out" if left_out else "")
+            f"the rows of the heads follow the class names ({self.new_names[0]!r} was class {self.sources[0]}, ...)"
+            + listed("; left out", left_out)
         )
 
 
