@@ -128,10 +128,10 @@ def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.Iterable
 
 
 def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...]:
-    """Gives the annotator the classes of the data, and returns their names.
+    """Gives the annotator the classes of the data, and returns their names. `args.top_k` becomes their number where it is more.
 
     Raises:
-        ValueError: If the classes of both do not match, cannot be compared, or are fewer than --top_k.
+        ValueError: If the classes of both do not match or cannot be compared.
     """
     names, column = annotator.class_names, args.label_column or "label"
     data_names, are_named = names_in_data(rows, args.dataset, column)
@@ -146,7 +146,10 @@ def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...
         choice = (args.class_map, args.ignore_extra_classes, f"Column {column!r} of {args.dataset}")
         annotator.class_map, data_names = pair_classes(names, data_names, are_named, *choice)
     if args.top_k > len(data_names):
-        raise ValueError(f"--top_k {args.top_k} is more than the {len(data_names)} classes.")
+        logger.warning(
+            "--top_k %d is more than the %d classes: every cell keeps all of them.", args.top_k, len(data_names)
+        )
+        args.top_k = len(data_names)
     groups = annotator.class_map or ClassMap(tuple((index,) for index in range(len(names))), len(names))
     annotator.provenance["class_map_sha256"] = hashlib.sha256(repr(groups.groups).encode()).hexdigest()
     return tuple(data_names)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImage
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 
 from ..finite import check_weights
+from .class_rows import ClassRows
 from .feature_hook import FeatureHook, find_features, unused_parameters
 from .feature_search import probe_images
 from .resize import must_interpolate
@@ -196,16 +197,19 @@ def add_patch_head(model: nn.Module, image_size: tuple[int, int]) -> PreTrainedM
     return model
 
 
-def load_patch_head(model: PreTrainedModel, path: str, revision: str | None = None) -> bool:
+def load_patch_head(
+    model: PreTrainedModel, path: str, revision: str | None = None, rows: ClassRows | None = None
+) -> bool:
     """Takes the weights of the patch head over from a saved model that had one of the same shape.
 
     Args:
         model: With a patch head.
         path: Folder or Hub name of the saved model.
         revision: On the Hub.
+        rows: Which of its classes become those of the model; default: it has the same ones.
 
     Returns:
-        Whether there were any.
+        Whether there were any for one of the classes.
 
     Raises:
         ValueError: If they are NaN or infinite.
@@ -218,6 +222,12 @@ def load_patch_head(model: PreTrainedModel, path: str, revision: str | None = No
                 _, is_head, name = key.rpartition(PATCH_HEAD)
                 if is_head and name in expected:
                     weights[name] = tensors.get_tensor(key)
+    if rows is not None and not rows.is_identity:
+        if rows.are_new:
+            return False
+        for name in {"1.weight", "1.bias"} & weights.keys():
+            if len(weights[name]) == len(rows.old_names) and weights[name].shape[1:] == expected[name].shape[1:]:
+                weights[name] = rows.merged(weights[name], expected[name])
     if weights.keys() != expected.keys() or any(weights[name].shape != expected[name].shape for name in expected):
         return False
     check_weights({PATCH_HEAD + name: tensor for name, tensor in weights.items()}, path)

@@ -16,6 +16,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging
 
+from ..backbones.class_rows import ClassRows
 from ..backbones.image_processors import fitted_processor, read_settings
 from ..backbones.loading import BUILDING_ERRORS, TIMM_PREFIX, library_errors, load_image_processor
 from ..backbones.patch_head import load_patch_head
@@ -97,7 +98,7 @@ def _random_transformers(args: ModelArguments, names: dict[str, Any]) -> tuple[P
 
 
 def finish_pretrained(
-    model: PreTrainedModel, args: ModelArguments, source: dict[str, Any], has_patch_head: bool
+    model: PreTrainedModel, args: ModelArguments, source: dict[str, Any], has_patch_head: bool, rows: ClassRows
 ) -> tuple[PreTrainedModel, Any]:
     """A loaded classifier made ready for the asked-for size, with a patch head; and its image processor.
 
@@ -106,6 +107,7 @@ def finish_pretrained(
         args: Its name, image size and crop.
         source: Revision, and whether remote code may run.
         has_patch_head: Whether the checkpoint has weights of one.
+        rows: Which of its classes are those of the data.
     """
     path, default_size = args.model_name_or_path, native_image_size(model)
     processor = fitted_processor(
@@ -117,7 +119,7 @@ def finish_pretrained(
             "%s was made for images of %d x %d pixels, and is made to take %d x %d.", path, *default_size, *image_size
         )
     model = add_patch_head(resize_classifier(model, image_size), image_size)
-    if not load_patch_head(model, path, source["revision"]) and has_patch_head:
+    if not load_patch_head(model, path, source["revision"], rows) and has_patch_head:
         logger.warning(
             "The patch head of %s is not taken over: it has other classes, or is not stored as safetensors.", path
         )

@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..backbones.class_rows import ClassRows, fit_heads
 from ..backbones.image_processors import fitted_processor
 from ..backbones.loading import BUILDING_ERRORS, LOADING_ERRORS, load_image_processor
 from ..backbones.patch_head import PATCH_HEAD
@@ -88,7 +89,7 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
     if config.num_labels != len(class_names) and not args.ignore_mismatched_sizes:
         raise ValueError(
             f"{path} has {config.num_labels} classes, the data has {len(class_names)}. "
-            "`ignore_mismatched_sizes` makes new heads for the classes of the data."
+            "`ignore_mismatched_sizes` makes heads for the classes of the data: new ones, but for classes of the same name."
         )
     is_lvvit = config.model_type == LVViTConfig.model_type
     options = {**source, **names, **(args.config_overrides or {}), "dtype": torch.float32}
@@ -104,14 +105,23 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
         raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
     if hasattr(model.config, "label_names"):  # timm's own list, which would be saved next to the new names
         model.config.label_names = list(class_names)
-    changes = _changes(config, loading, class_names)
+    old_names = [(config.id2label or {}).get(index, f"LABEL_{index}") for index in range(config.num_labels)]
+    rows = ClassRows.match(old_names, class_names)
+    trained_options = {name: value for name, value in options.items() if name not in (*names, "num_labels")}
+    about_heads, heads = fit_heads(
+        model,
+        rows,
+        loading["missing_keys"],
+        lambda: AutoModelForImageClassification.from_pretrained(path, **trained_options),
+    )
+    changes = _changes(loading, heads, about_heads)
     processor = _fit_resolution(model, args, config, source, changes) if is_lvvit else None
     if changes:
         logger.warning("Loaded %s; %s.", path, "; ".join(changes))
     if is_lvvit:
         return model, processor
     has_patch_head = any(PATCH_HEAD in key for key in loading["unexpected_keys"])
-    return finish_pretrained(model, args, source, has_patch_head)
+    return finish_pretrained(model, args, source, has_patch_head, rows)
 
 
 def _fit_resolution(
@@ -126,24 +136,18 @@ def _fit_resolution(
     return fitted_processor(processor, args.image_height_width, args.crop_pct, size)
 
 
-def _changes(config: LVViTConfig, loading: dict[str, Any], class_names: list[str]) -> list[str]:
-    """What of a checkpoint was not taken over."""
+def _changes(loading: dict[str, Any], heads: set[str], about_heads: str | None) -> list[str]:
+    """What of a checkpoint was not taken over, and what became of its `heads`."""
     changes = []
-    mismatched = sorted(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"])
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
     for title, keys in (
-        ("new because of another shape", mismatched),
+        ("new because of another shape", sorted(mismatched - heads)),
         ("new because the checkpoint lacks them", sorted(loading["missing_keys"])),
         ("left out because the model has no such weights", _without_patch_head(loading["unexpected_keys"])),
     ):
         if keys:
             changes.append(f"{title}: {', '.join(keys)}")
-    old_names = [(config.id2label or {}).get(index, f"LABEL_{index}") for index in range(config.num_labels)]
-    if not mismatched and old_names != class_names:
-        changes.append(
-            f"the heads are kept, but class names differ, for example {old_names[0]!r} is now {class_names[0]!r}: if these are "
-            "other classes, start from a checkpoint without them"
-        )
-    return changes
+    return changes if about_heads is None else [*changes, about_heads]
 
 
 def _without_patch_head(keys: Iterable[str]) -> list[str]:

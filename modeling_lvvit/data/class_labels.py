@@ -11,7 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
-from .class_matching import ClassMap, match_classes, read_class_map, same_classes, wordnet_names
+from .class_matching import (
+    ClassMap,
+    find_namesakes,
+    has_names,
+    match_classes,
+    read_class_map,
+    same_classes,
+    wordnet_names,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -162,6 +170,20 @@ def check_class_names(label_names: Sequence[str] | None, dataset_names: Sequence
     )
 
 
+def _renumbered(rows: datasets.Dataset, name: str, column: str, feature: datasets.ClassLabel) -> datasets.Dataset:
+    """Rows whose classes, paired by name, have the ids of another `ClassLabel`; errors as in `with_class_ids`."""
+    names = rows.features[column].names
+    partners = find_namesakes(feature.names, names)
+    ids = rows.select_columns(column).with_format("numpy")[:][column]
+    if foreign := [names[index] for index in np.unique(ids) if index >= 0 and index not in partners]:
+        raise ValueError(f"Split {rows.split} of {name} has classes that training lacks: {foreign[:MAX_NAMED]}.")
+    new_ids = np.array([partners.get(index, -1) for index in range(len(names))])
+    if any(old != new for old, new in partners.items()):
+        text = "Split %s of %s counts its classes in another order than training; they are paired by their names."
+        logger.warning(text, rows.split, name)
+    return rows.remove_columns(column).add_column(column, np.where(ids < 0, ids, new_ids[ids]), feature=feature)
+
+
 def with_class_ids(
     rows: datasets.Dataset,
     name: str,
@@ -200,21 +222,17 @@ def with_class_ids(
     feature = datasets.ClassLabel(names=names)
     if rows.features[column] == feature:
         return rows
-    ids = pc.index_in(values.cast(pa.string()), pa.array(present)) if is_text else values.cast(pa.int64())
-    if (
-        isinstance(rows.features[column], datasets.ClassLabel) or is_text
-    ):  # by name: files may number classes differently
-        used = [present[index] for index in sorted(pc.unique(ids).to_pylist()) if index >= 0]
-        if foreign := sorted(set(used) - set(names)):
+    if isinstance(rows.features[column], datasets.ClassLabel) and has_names(names) and has_names(present):
+        return _renumbered(rows, name, column, feature)
+    if is_text:
+        if foreign := sorted(set(present) - set(names)):
             raise ValueError(f"Split {rows.split} of {name} has classes that training lacks: {foreign[:MAX_NAMED]}.")
-        places = {value: index for index, value in enumerate(names)}
-        new_ids = np.array([*(places.get(value, -1) for value in present), -1])  # -1, no class, stays so
-        ids = new_ids[ids.to_numpy()]
+        values = pc.index_in(values.cast(pa.string()), pa.array(names))
     elif len(present) > len(names):
         raise ValueError(
             f"Split {rows.split} of {name} has class ids up to {len(present) - 1}, but there are {len(names)} classes."
         )
-    return rows.remove_columns(column).add_column(column, np.asarray(ids), feature=feature)
+    return rows.remove_columns(column).add_column(column, values.cast(pa.int64()).to_numpy(), feature=feature)
 
 
 def _numbered_names(ids: pa.ChunkedArray, name: str, column: str) -> list[str]:

@@ -83,6 +83,18 @@ def imagenet_class_names() -> list[str]:
     return ImageNetInfo("imagenet-1k").label_names()
 
 
+def has_names(class_names: Sequence[str]) -> bool:
+    """Whether class names are more than numbers."""
+    return not all(GENERIC_NAME.fullmatch(name) for name in class_names)
+
+
+def find_namesakes(old_names: Sequence[str], new_names: Sequence[str]) -> dict[int, int]:
+    """For classes of a dataset those of a model with the same name, synonym or WordNet id: their ids."""
+    if list(old_names) == list(new_names):
+        return {index: index for index in range(len(new_names))}
+    return _partners(old_names, new_names, wordnet_names([*old_names, *new_names]))
+
+
 def same_classes(left: Sequence[str], right: Sequence[str]) -> bool:
     """Whether two lists name the same classes in the same order, synonyms and WordNet ids allowed."""
     if len(left) != len(right):
@@ -124,7 +136,7 @@ def match_classes(
         normalized(a) == normalized(b) for a, b in zip(annotator_names, dataset_names)
     ):
         return ClassMap(tuple((index,) for index in range(len(dataset_names))), len(annotator_names))
-    if all(GENERIC_NAME.fullmatch(name) for name in annotator_names):
+    if not has_names(annotator_names):
         raise ValueError(
             f"The annotator's {len(annotator_names)} classes have no names ({annotator_names[0]!r}, ...), the dataset has "
             f"{len(dataset_names)} classes ({dataset_names[0]!r}, ...). Say which is which with `class_map` FILE, or "
@@ -137,8 +149,8 @@ def match_classes(
     if missing or (extra and not ignore_extra_classes):
         raise ValueError(
             f"The annotator's {len(annotator_names)} classes are not the dataset's {len(dataset_names)}."
-            + _listed("\n  only in the dataset", missing)
-            + _listed("\n  only in the annotator", extra)
+            + listed("\n  only in the dataset", missing)
+            + listed("\n  only in the annotator", extra)
             + "\nSay which is which with `class_map` FILE"
             + ("" if missing else ", or drop the annotator's other classes with `ignore_extra_classes`")
             + "."
@@ -149,7 +161,7 @@ def match_classes(
     contested = [name for name in dataset_names if not WORDNET_ID.search(name) and normalized(name) in dropped]
     if contested:
         raise ValueError(
-            f"Several classes of the annotator have the names of classes of the dataset{_listed('', contested)}. Say which "
+            f"Several classes of the annotator have the names of classes of the dataset{listed('', contested)}. Say which "
             "is meant with `class_map` FILE."
         )
     return ClassMap(tuple((partner[index],) for index in range(len(dataset_names))), len(annotator_names))
@@ -209,7 +221,8 @@ def _namesakes(candidates: dict[int, set[int]], partner: dict[int, int]) -> dict
     }
 
 
-def _listed(title: str, names: Sequence[str]) -> str:
+def listed(title: str, names: Sequence[str]) -> str:
+    """The first names after a title and a colon, with the number of all if there are more; nothing without names."""
     if not names:
         return ""
     more = f", ... ({len(names)})" if len(names) > MAX_NAMES_SHOWN else ""
@@ -246,7 +259,7 @@ def read_class_map(path: Path, annotator_names: Sequence[str], dataset_names: Se
         group = groups[_class_id(dataset_class, dataset_names, f"{path}, dataset")]
         group.append(_class_id(annotator_class, annotator_names, f"{path}, annotator"))
     if missing := [dataset_names[index] for index, group in groups.items() if not group]:
-        raise ValueError(f"Class map {path} leaves classes of the dataset without a partner" + _listed("", missing))
+        raise ValueError(f"Class map {path} leaves classes of the dataset without a partner" + listed("", missing))
     return ClassMap(tuple(tuple(dict.fromkeys(group)) for group in groups.values()), len(annotator_names))
 
 

@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from datasets.utils.file_utils import xopen
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import decode_jpeg
 
@@ -157,6 +158,23 @@ def upright_size(file: BinaryIO | str | os.PathLike) -> tuple[int, int]:
     return (width, height) if lies_on_side else (height, width)
 
 
+def read_orientation(value: dict[str, Any]) -> int:
+    """Exif orientation by which `decode_image` turns an image column's value upright, 1 (not at all) to 8; 1 if it cannot be opened."""
+    if value["bytes"] is None and value["path"] is None:
+        return 1
+    try:
+        with (
+            pillow_errors(),
+            io.BytesIO(value["bytes"]) if value["bytes"] is not None else xopen(value["path"], "rb") as file,
+            Image.open(file) as image,
+        ):
+            # Pillow itself turns TIFF files, for everyone who reads them
+            orientation = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation)
+    except IMAGE_ERRORS:
+        return 1
+    return orientation if orientation in TURNED else 1
+
+
 def read_content(value: dict[str, Any]) -> bytes:
     """The bytes of the file behind an image column's value.
 
@@ -168,7 +186,7 @@ def read_content(value: dict[str, Any]) -> bytes:
         return value["bytes"]
     if value["path"] is None:
         raise ValueError("it has neither content nor path")
-    with datasets.utils.file_utils.xopen(value["path"], "rb") as file:
+    with xopen(value["path"], "rb") as file:
         return file.read()
 
 

@@ -40,7 +40,7 @@ class LabelSetReport:
         shape: `[K, rows, columns]`.
         stored_mass: Mean probability that a softmax of the scores gives to classes outside the K of a cell.
         annotator_mass: That of the annotator itself; `None` if it is not recorded.
-        temperature: Proposed `label_temperature`, `None` if the targets need none.
+        temperature: Proposed `label_temperature`, `None` if the targets need none, 0 if none helps.
         top_classes: How often each class is the first of a whole map.
         notes: How often each note on an image comes.
     """
@@ -76,7 +76,12 @@ class LabelSetReport:
             if self.annotator_mass is not None:
                 line += f" (the annotator's own: {100 * self.annotator_mass:.1f} %)"
             lines.append(line)
-        if self.temperature is not None:
+        if self.temperature == 0:
+            lines.append(
+                "WARNING: most scores are below the 0 of the classes that are not named, so that the targets are mostly of those. No "
+                "`label_temperature` mends it: annotate again with `scores` relative."
+            )
+        elif self.temperature is not None:
             lines.append(
                 "WARNING: the targets are flat, because the scores are small next to the 0 of the classes that are not "
                 f"named. Train with `label_temperature` {self.temperature:.2g}, or annotate again with `scores` relative."
@@ -192,7 +197,7 @@ def _check_rows(table: pa.Table, path: Path, report: LabelSetReport) -> np.ndarr
 
 
 def _proposed_temperature(report: LabelSetReport, scores: np.ndarray) -> float | None:
-    """Largest temperature at which the targets are as sharp as the annotator's, `None` if 1 does."""
+    """Largest temperature at which the targets are as sharp as the annotator's, `None` if 1 does, 0 if none makes them so."""
     wanted = TARGET_MASS if report.annotator_mass is None else report.annotator_mass
     num_classes = len(report.class_names)
     if not num_classes or report.stored_mass <= wanted + FLAT_MARGIN:
@@ -202,7 +207,7 @@ def _proposed_temperature(report: LabelSetReport, scores: np.ndarray) -> float |
         middle = (low * high) ** 0.5
         too_flat = mass_outside(scores, num_classes, middle).mean() > wanted
         low, high = (low, middle) if too_flat else (middle, high)
-    return low
+    return low if mass_outside(scores, num_classes, low).mean() <= wanted + FLAT_MARGIN else 0.0
 
 
 def _compare_with_record(folder: Path, paths: list[Path], split: str, report: LabelSetReport) -> None:

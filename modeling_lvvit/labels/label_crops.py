@@ -27,11 +27,27 @@ class CropGeometry:
             to fractions of the region that the map covers. `None` if no image was sheared, moved or rotated.
         image_box: `(batch_size, 4)` float32, the borders of the image before that augmentation as fractions of the region
             that the map covers. What lies outside is filled with one color. Given with `label_affine`.
+        crop_cells: Result of `measure_cells`, so that nothing need wait for the device to know it; default: it is measured. Only
+            needed with `label_affine`.
     """
 
     crop_box: torch.Tensor
     label_affine: torch.Tensor | None = None
     image_box: torch.Tensor | None = None
+    crop_cells: tuple[int, int] | None = None
+
+    def measure_cells(self, map_size: tuple[int, int]) -> tuple[int, int]:
+        """Cells of the map that the largest crops of the batch would span from top to bottom and from left to right, if the map
+        went on. `label_affine` must be given.
+
+        Args:
+            map_size: Rows and columns of the map.
+        """
+        left, top, right, bottom = self.crop_box.float().unsqueeze(2).unbind(1)  # (B, 1) each
+        along_x, along_y, _ = self.label_affine.float().unbind(2)  # (B, 2) each
+        cells = torch.tensor(map_size[::-1], device=left.device)
+        spans = [(cells * side).norm(dim=1).max() for side in ((bottom - top) * along_y, (right - left) * along_x)]
+        return tuple(math.ceil(span) for span in torch.stack(spans).tolist())
 
     def points(self, grid_size: tuple[int, int], points_per_token: tuple[int, int]) -> torch.Tensor:
         """Equidistant points of every token, as fractions of the region that the map covers.
@@ -92,8 +108,38 @@ def axis_weights(
         counted = counted & (points >= -1.0) & (points <= map_size)
     cells = torch.arange(map_size, device=start.device)
     distance = (points.clamp(0, map_size - 1).unsqueeze(-1) - cells).abs()  # (B, num_bins, max_samples, map_size)
-    weights = (1 - distance).clamp(min=0) * counted.unsqueeze(-1)
-    return weights.sum(dim=2) / samples
+    weights = ((1 - distance).clamp(min=0) * counted.unsqueeze(-1)).sum(dim=2) / samples
+    if min_cells:
+        return weights
+    # bins of a crop that is larger than the map may need more points: those are counted, not listed
+    needed = bin_size.ceil()
+    return torch.where(
+        needed > max_samples, _many_point_weights(first + bins * bin_size, bin_size, needed, cells), weights
+    )
+
+
+def _many_point_weights(
+    start: torch.Tensor, length: torch.Tensor, points: torch.Tensor, cells: torch.Tensor
+) -> torch.Tensor:
+    """`axis_weights` of bins whose points are not listed one by one, at a cost that does not depend on their number.
+
+    Args:
+        start: `(batch_size, num_bins, 1)`, border of each bin in coordinates in which the cell centers are `cells`.
+        length, points: `(batch_size, 1, 1)`, length of a bin, and into how many equal parts its points divide it.
+        cells: `(map_size,)`, 0, 1, 2, ...
+
+    Returns:
+        `(batch_size, num_bins, map_size)`.
+    """
+    step = length / points
+    first = start + step / 2
+    before = ((cells - first) / step).ceil().clamp(min=0).minimum(points)  # points on the left of each center
+    between = before.diff(dim=-1)  # points between each center and the next, which share their weight
+    nearest = first + before[..., :-1] * step - cells[:-1]  # distance of the first of them from the center on the left
+    to_right = between * (nearest + (between - 1) * step / 2)
+    from_left = torch.cat((before[..., :1], to_right), dim=-1)
+    from_right = torch.cat((between - to_right, points - before[..., -1:]), dim=-1)
+    return (from_left + from_right) / points
 
 
 def pool_label_maps(
@@ -143,11 +189,16 @@ def _pool_warped(
     """`pool_label_maps` where images were sheared, moved or rotated: each token is the mean of a square of points.
 
     The map is read once, at the composition of all operations, with linear interpolation. Reading it once for each operation,
-    to the nearest cell, as the authors do, moves labels by up to half a cell every time.
+    to the nearest cell, as the authors do, moves labels by up to half a cell every time. Points are at most a cell apart, also where
+    a crop is larger than the map.
     """
     finer = 2 if covered_only else 1  # whole points are left out at the border of the covered part
-    sizes = zip(palette_scores.shape[-2:], grid_size)
-    points_per_token = tuple(finer * math.ceil(cells / tokens) for cells, tokens in sizes)
+    map_size = palette_scores.shape[-2:]
+    crop_cells = geometry.measure_cells(map_size) if geometry.crop_cells is None else geometry.crop_cells
+    points_per_token = tuple(
+        max(finer * math.ceil(cells / tokens), math.ceil(spanned / tokens))
+        for cells, spanned, tokens in zip(map_size, crop_cells, grid_size)
+    )
     points = geometry.points(grid_size, points_per_token)  # (B, P, Q, 2)
     sampled = nn.functional.grid_sample(
         palette_scores, 2 * points - 1, mode="bilinear", padding_mode="border", align_corners=False
@@ -170,14 +221,20 @@ def _pool_warped(
 def softmax_over_all_classes(pooled: torch.Tensor, palette: torch.Tensor, num_classes: int) -> SparseTargets:
     """Softmax over `num_classes` classes of which only the palette has scores other than 0.
 
+    Where the palette is all classes, none has a score of 0 but its own, so that the targets do not depend on a common offset.
+
     Args:
-        pooled: `(batch_size, U)` or `(batch_size, N, U)` float32 scores; padding has score 0, like an unnamed class.
+        pooled: `(batch_size, U)` or `(batch_size, N, U)` scores; padding has score 0, like an unnamed class.
         palette: `(batch_size, U)` int64.
     """
-    shift = pooled.amax(dim=-1, keepdim=True).clamp(min=0)
+    pooled, num_unnamed = pooled.float(), num_classes - pooled.shape[-1]
+    shift = pooled.amax(dim=-1, keepdim=True)
+    if num_unnamed:
+        shift = shift.clamp(min=0)
     exponentials = (pooled - shift).exp()
-    unnamed = (-shift).exp()
-    total = exponentials.sum(dim=-1, keepdim=True) + (num_classes - pooled.shape[-1]) * unnamed
+    # below a shift of 0 there is neither padding nor an unnamed class, which would have at least that
+    unnamed = torch.where(shift >= 0, (-shift).exp(), 0)
+    total = exponentials.sum(dim=-1, keepdim=True) + num_unnamed * unnamed
     return SparseTargets(palette, (exponentials - unnamed) / total, (unnamed / total).squeeze(-1), num_classes)
 
 

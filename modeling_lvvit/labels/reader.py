@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
+from ..data.images import LYING, read_orientation
 from .columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError, check_column_types, label_map_problems, to_numpy
 from .label_maps import id_dtype
 from .storage import (
@@ -21,6 +23,19 @@ from .storage import (
     read_map_boxes,
     read_maps,
 )
+
+
+# from the frame of a file to that of the upright image, by Exif orientation, on the last two axes
+TURNS = {
+    2: lambda array: array[..., ::-1],
+    3: lambda array: array[..., ::-1, ::-1],
+    4: lambda array: array[..., ::-1, :],
+    5: lambda array: array.swapaxes(-1, -2),
+    6: lambda array: array.swapaxes(-1, -2)[..., ::-1],
+    7: lambda array: array.swapaxes(-1, -2)[..., ::-1, ::-1],
+    8: lambda array: array.swapaxes(-1, -2)[..., ::-1, :],
+}
+SIDEWAYS = "its map of {} x {} cells cannot be turned on its side with the image, which has an Exif orientation: turn the image file upright"
 
 
 class LabelMapReader:
@@ -58,6 +73,7 @@ class LabelMapReader:
             columns.append(BOX_COLUMN)
         self.rows = dataset.select_columns(columns).with_format("arrow")
         self.row_of = row_of
+        self.ignores_regions = False
         self._mapped: MmapLabelReader | None = None
 
     def __len__(self) -> int:
@@ -65,8 +81,7 @@ class LabelMapReader:
 
     def without_regions(self) -> "LabelMapReader":
         """The source with every map taken to cover the whole image, as the authors' training code does."""
-        columns = [name for name in self.rows.column_names if name != BOX_COLUMN]
-        return self._changed(rows=self.rows.select_columns(columns), _mapped=None)
+        return self._changed(ignores_regions=True)
 
     def select(self, images: np.ndarray) -> "LabelMapReader":
         """The source of some of the images, given by their numbers."""
@@ -85,12 +100,23 @@ class LabelMapReader:
         """
         if not self.is_compact:
             table = self._table(images)
-            return PaletteMaps.from_ids(*self._ids_and_scores(table), read_map_boxes(table))
-        if self._mapped is None:
-            self._mapped = MmapLabelReader(self.rows, id_dtype(self.num_classes))
-        rows = np.asarray(images) if self.row_of is None else self.row_of[np.asarray(images)]
-        maps = self._mapped.fetch(rows)
-        return read_maps(self._table(images), self.num_classes) if maps is None else maps  # which names what is wrong
+            maps = PaletteMaps.from_ids(*self._ids_and_scores(table), read_map_boxes(table))
+        else:
+            if self._mapped is None:
+                self._mapped = MmapLabelReader(self.rows, id_dtype(self.num_classes))
+            rows = np.asarray(images) if self.row_of is None else self.row_of[np.asarray(images)]
+            maps = self._mapped.fetch(rows)
+            if maps is None:
+                maps = read_maps(self._table(images), self.num_classes)  # which names what is wrong
+            maps.as_stored = None if maps.boxes is None else np.isnan(maps.boxes[:, 0])
+        if self.ignores_regions:
+            maps.boxes = None
+        return maps
+
+    def as_stored(self, images: Sequence[int]) -> np.ndarray:
+        """Which maps of several images show them as their files store them (see `PaletteMaps`), bool `(n,)`."""
+        boxes = read_map_boxes(self._table(images)) if self.is_compact else None
+        return np.zeros(len(images), dtype=bool) if boxes is None else np.isnan(boxes[:, 0])
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy in another process maps the file itself; views sent there would be the whole label set."""
@@ -204,3 +230,27 @@ def covered_region(box: np.ndarray | None, width: int, height: int) -> tuple[flo
         return tuple(box.tolist())
     across, down = min(width, height) / width / 2, min(width, height) / height / 2
     return 0.5 - across, 0.5 - down, 0.5 + across, 0.5 + down
+
+
+def turn_with_images(maps: PaletteMaps, values: Sequence[Any]) -> PaletteMaps:
+    """Label maps in the frame of their upright images, which those of images as their files store them are not.
+
+    Args:
+        values: Of an image column, `{"bytes": ..., "path": ...}` or Arrow scalars of that; one for each map.
+
+    Raises:
+        LabelMapError: If a map that is not square would have to be laid on its side: all maps have one size.
+    """
+    if maps.as_stored is None or not maps.as_stored.any():
+        return maps
+    index, scores = maps.index.copy(), maps.scores.copy()
+    for row in np.flatnonzero(maps.as_stored).tolist():
+        value = values[row].as_py() if isinstance(values[row], pa.Scalar) else values[row]
+        orientation = 1 if value is None else read_orientation(value)
+        if orientation == 1:
+            continue
+        if orientation in LYING and index.shape[-2] != index.shape[-1]:
+            raise LabelMapError(row, SIDEWAYS.format(*index.shape[-2:]))
+        for array in (index, scores):
+            array[row] = TURNS[orientation](array[row]).copy()
+    return replace(maps, index=index, scores=scores, as_stored=None)

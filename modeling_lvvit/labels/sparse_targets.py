@@ -42,9 +42,17 @@ class SparseTargets:
         return replace(self, class_ids=self.class_ids.flip(0), excess=self.excess.flip(0), other=self.other.flip(0))
 
     def top_class(self) -> torch.Tensor:
-        """Most probable class, of the shape of `other`, int64."""
-        best = self.excess.argmax(dim=-1)
-        return self.class_ids.gather(1, best.flatten(1) if best.ndim > 1 else best.unsqueeze(1)).view(best.shape)
+        """Most probable class, of the shape of `other`, int64; the first class outside the list where none of it has more than
+        those outside."""
+        best, place = self.excess.max(dim=-1)
+        ids = self.class_ids.view(len(self.class_ids), *[1] * (best.ndim - 1), -1).expand_as(self.excess)
+        top = ids.gather(-1, place.unsqueeze(-1)).squeeze(-1)
+        # U classes leave one of the first U + 1 out
+        length = self.class_ids.shape[1] + 1
+        is_named = torch.zeros(len(self.class_ids), length + 1, dtype=torch.bool, device=best.device)
+        is_named.scatter_(1, self.class_ids.clamp(max=length), True)
+        unnamed = (~is_named[:, :length]).int().argmax(dim=1).view(-1, *[1] * (best.ndim - 1))
+        return torch.where((best <= 0) & (unnamed < self.num_classes), unnamed, top)
 
     def to_dense(self) -> torch.Tensor:
         """Probabilities of all classes, the shape of `other` with a last axis of C; for inspection and tests."""

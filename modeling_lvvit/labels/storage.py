@@ -8,7 +8,8 @@ One row for each image:
     token_label_index    uint16 [K][R][C]  position in the palette of the K classes of each cell, ascending within a cell
     token_label_scores   float16 [K][R][C] their scores; int8 in units of a quarter in the lossy form
     map_box              float32 [4]       region of the image that the map covers, (left, top, right, bottom) as fractions
-                                           of the image; null: its center square, as wide as its shorter side
+                                           of the image; null: its center square, as wide as its shorter side, in a map
+                                           of the image as its file stores it, which its Exif orientation turns later
     outside_mass         float32 or null   probability that the annotator gave to classes outside the K, mean of the cells
     image_note           string            what was special about the image
 
@@ -74,12 +75,14 @@ class PaletteMaps:
         index: Positions, `(n, K, rows, columns)` integers.
         scores: The same shape, float16.
         boxes: As in `LabelMaps`.
+        as_stored: Which maps show their image as its file stores it, not turned upright, bool `(n,)`; `None` if none does.
     """
 
     palettes: list[np.ndarray]
     index: np.ndarray
     scores: np.ndarray
     boxes: np.ndarray | None = None
+    as_stored: np.ndarray | None = None
 
     @classmethod
     def from_ids(cls, ids: np.ndarray, scores: np.ndarray, boxes: np.ndarray | None = None) -> "PaletteMaps":
@@ -246,6 +249,9 @@ def map_problems(table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
     owner = np.repeat(np.arange(len(lengths)), lengths)
     for position in np.flatnonzero((classes < 0) | (classes >= num_classes))[:10].tolist():
         problems.append((int(owner[position]), f"class id {classes[position]} is outside [0, {num_classes})"))
+    order = np.lexsort((classes, owner))
+    repeats = order[1:][(np.diff(classes[order]) == 0) & (np.diff(owner[order]) == 0)]
+    problems += [(row, "its palette names a class twice") for row in np.unique(owner[repeats])[:10].tolist()]
     if (boxes := read_map_boxes(table)) is not None:
         bad = ((boxes[:, 2:] <= boxes[:, :2]) | np.isinf(boxes[:, 2:]) | np.isinf(boxes[:, :2])).any(axis=1)
         bad |= np.isnan(boxes).any(axis=1) & ~np.isnan(boxes).all(axis=1)

@@ -8,6 +8,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoImageProcessor, SegformerImageProcessor
 from transformers.utils import logging
 
+from ..backbones.class_rows import ClassRows, fit_heads
 from ..backbones.loading import LOADING_ERRORS
 from ..cli.build_model import read_config
 from ..cli.model_arguments import check_config_fields
@@ -73,9 +74,8 @@ def build_segmenter(
             settings["image_size"] = args.image_height_width
         config = variant_config(args.variant, **settings) if args.variant else LVViTConfig(**settings)
         return LVViTForSemanticSegmentation(config)
-    if is_segmenter(config):
-        _check_classes(args, config, class_names)
-    return _load(args, config, settings)
+    rows = _match_classes(args, config, class_names) if is_segmenter(config) else None
+    return _load(args, config, settings, rows)
 
 
 def _overrides(args: SegmentationModelArguments, config: LVViTConfig | None) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _overrides(args: SegmentationModelArguments, config: LVViTConfig | None) -> 
 
 
 def _load(
-    args: SegmentationModelArguments, config: LVViTConfig, settings: dict[str, Any]
+    args: SegmentationModelArguments, config: LVViTConfig, settings: dict[str, Any], rows: ClassRows | None
 ) -> LVViTForSemanticSegmentation:
     path = args.model_name_or_path
     try:
@@ -109,13 +109,19 @@ def _load(
         raise ValueError(
             f"{path} lacks weights of the backbone: {', '.join(backbone)}. Was config_overrides meant for a new model?"
         )
-    mismatched = sorted(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"])
+    about_heads, heads = None, set()
+    if rows is not None:
+        of_model = {name: value for name, value in settings.items() if name not in ("id2label", "label2id")}
+        about_heads, heads = fit_heads(
+            model, rows, missing, lambda: LVViTForSemanticSegmentation.from_pretrained(path, **args.source, **of_model)
+        )
+    mismatched = sorted({key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]} - heads)
     if args.evaluate_only and (missing or mismatched):
         raise ValueError(
             f"{path} has no trained segmentation heads for this: {', '.join((missing + mismatched)[:3])} ... would be random. Train it "
             "first, or leave out options that change its heads."
         )
-    changes = []
+    changes = [] if about_heads is None else [about_heads]
     if missing:
         changes.append("heads new" if is_segmenter(config) else "a classifier as backbone, heads new")
     if mismatched:
@@ -208,20 +214,36 @@ def build_processor(
     return SegformerImageProcessor(do_resize="size" in settings, do_reduce_labels=reduces_labels, **settings)
 
 
-def _check_classes(args: SegmentationModelArguments, config: LVViTConfig, class_names: list[str]) -> None:
-    """Raises a `ValueError` if a segmentation model has another number of classes; warns where only names differ."""
+def _match_classes(args: SegmentationModelArguments, config: LVViTConfig, class_names: list[str]) -> ClassRows | None:
+    """Which classes of a segmentation model are those of the data; `None` if it is evaluated as it is, with a warning where names
+    differ.
+
+    Raises:
+        ValueError: If it has another number of classes, or is to be evaluated and has no heads for these.
+    """
+    path = args.model_name_or_path
     if config.num_labels != len(class_names) and not args.ignore_mismatched_sizes:
         raise ValueError(
-            f"{args.model_name_or_path} has {config.num_labels} classes, the data has {len(class_names)}. "
-            "`ignore_mismatched_sizes` makes new classifiers for the classes of the data."
+            f"{path} has {config.num_labels} classes, the data has {len(class_names)}. "
+            "`ignore_mismatched_sizes` makes classifiers for the classes of the data: new ones, but for classes of the same name."
         )
-    old = [config.id2label.get(index) for index in range(config.num_labels)]
-    if config.num_labels == len(class_names) and old != class_names:
-        differing = next(index for index, name in enumerate(class_names) if old[index] != name)
+    old_names = [config.id2label.get(index, f"LABEL_{index}") for index in range(config.num_labels)]
+    rows = ClassRows.match(old_names, class_names)
+    if not args.evaluate_only or None not in rows.sources:
+        return rows
+    for index, source in enumerate(rows.sources):
+        if source not in (None, index):
+            raise ValueError(
+                f"{path} cannot be evaluated on classes that it was not trained for: {class_names[index]!r} is its class {source} and "
+                f"class {index} of the data, and {class_names[rows.sources.index(None)]!r} is none of its classes."
+            )
+    differing = rows.sources.index(None)
+    if config.num_labels == len(class_names):
         logger.warning(
             "%s calls class %d %r, the data %r: are they the same classes?",
-            args.model_name_or_path, differing, old[differing], class_names[differing],
+            path, differing, old_names[differing], class_names[differing],
         )  # fmt: skip
+    return None
 
 
 def set_class_weights(

@@ -1,11 +1,13 @@
 """Stacks samples and draws how the images of a batch are mixed."""
 
+import math
 import random
 from dataclasses import dataclass
 
 import torch
 
 from ..data.sampling import fold_in, temporary_seed
+from ..labels.label_crops import CropGeometry
 from ..labels.label_maps import pad_palettes
 
 
@@ -49,7 +51,8 @@ class TokenLabelCollator:
         `label_affine` `[B, 2, 3]` and `image_box` `[B, 4]`; when mixed by tokens `mix_mask` bool `[B, rows, columns]`, the
         same box for every sample; when mixed by pixels `mix_share` float32 `[B, rows, columns]`, how much of each token
         shows the other image; with dense labels `token_label_palette` int64 `[B, U]`, the classes that each map names, padded
-        with 0; `token_label_index` `[B, K, rows, columns]`, positions in the palette; and `token_label_scores` float16 of the same shape.
+        with 0; `token_label_index` `[B, K, rows, columns]`, positions in the palette; and `token_label_scores` float16 of the same shape;
+        where RandAugment's crops are larger than the maps, `crop_cells`, two numbers (`CropGeometry`).
 
     Example: two samples with palettes `[7]` and `[3, 8]` give palette `[[7, 0], [3, 8]]`.
     """
@@ -71,6 +74,12 @@ class TokenLabelCollator:
                 batch[name] = torch.stack([sample[name] for sample in samples])
         if "token_label_palette" in samples[0]:
             batch["token_label_palette"] = pad_palettes([sample["token_label_palette"] for sample in samples])
+        if "token_label_index" in batch and "label_affine" in batch:
+            map_size = batch["token_label_index"].shape[-2:]
+            crop_cells = CropGeometry(batch["crop_box"], batch["label_affine"]).measure_cells(map_size)
+            sizes = zip(crop_cells, map_size, self.grid_size)
+            if any(spanned > math.ceil(cells / tokens) * tokens for spanned, cells, tokens in sizes):
+                batch["crop_cells"] = crop_cells
         seed = samples[0].get("seed")
         with temporary_seed(None if seed is None else fold_in(seed, len(samples))):
             if self.mix_probability and torch.rand(()).item() < self.mix_probability:

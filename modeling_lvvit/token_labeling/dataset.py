@@ -1,5 +1,6 @@
 """A view of a `datasets.Dataset` whose rows become training or evaluation samples."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from PIL import Image
+from transformers.utils import logging
 
 from ..data.image_dataset import ImageDataset, check_has_columns, with_image_column
-from ..data.images import SampleError
+from ..data.images import LYING, SampleError, read_orientation
 from ..labels.columns import LabelMapError
-from ..labels.reader import LabelMapReader, covered_region
+from ..labels.reader import SIDEWAYS, LabelMapReader, covered_region, turn_with_images
 from ..labels.storage import PaletteMaps
+
+
+logger = logging.get_logger(__name__)
+REMOTE = "remote"
 
 
 def transformed(transform: Callable, image: Image.Image, maps: PaletteMaps | None, offset: int) -> dict[str, Any]:
@@ -77,7 +83,7 @@ class TokenLabelDataset(ImageDataset):
 
     def fetch(self, table: pa.Table, indices: list[int]) -> tuple[list[int], PaletteMaps | None]:
         """Class ids and, where there are any, label maps."""
-        return table[self.label_column].to_pylist(), self._fetch_maps(indices) if self.has_label_maps else None
+        return table[self.label_column].to_pylist(), self._fetch_maps(table, indices) if self.has_label_maps else None
 
     def sample(
         self, image: Image.Image, fetched: tuple[list[int], PaletteMaps | None], offset: int, index: int
@@ -91,8 +97,8 @@ class TokenLabelDataset(ImageDataset):
         return self.rows[:count][self.label_column].to_pylist()
 
     def label_map(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and scores of a row, `[K, rows, columns]` each, before any transform."""
-        maps = self._fetch_maps([index])
+        """Ids and scores of a row, `[K, rows, columns]` each, of the upright image before any transform."""
+        maps = self._fetch_maps(self.rows[[index]], [index])
         return maps.ids[0], maps.scores[0]
 
     def check_num_classes(self, num_classes: int) -> None:
@@ -105,8 +111,10 @@ class TokenLabelDataset(ImageDataset):
             )
 
     def check_rows(self, num_classes: int, decode: bool = False) -> None:
-        """Looks at every row before training: labels and label maps wholly, image files and errors as `check_all_rows` does."""
+        """Looks at every row before training: labels and label maps wholly, image files and errors as `check_all_rows` does. Says how
+        many maps turn with their images."""
         expected_shape = None  # [K, rows, columns], which all blocks must share
+        turned = Counter()
 
         def find_problems(table: pa.Table, start: int) -> list[tuple[int, str]]:
             nonlocal expected_shape
@@ -118,16 +126,42 @@ class TokenLabelDataset(ImageDataset):
                 return problems
             map_problems, shape = self.label_maps.problems(range(start, start + len(table)), num_classes)
             expected_shape = expected_shape or shape
+            orientations = self._orientations(table, start)
+            turned.update(orientations.values())
+            if shape is not None and shape[-2] != shape[-1]:
+                lying = [offset for offset, orientation in orientations.items() if orientation in LYING]
+                problems += [(offset, SIDEWAYS.format(*shape[-2:])) for offset in lying]
             if shape not in (None, expected_shape):
                 text = f"its label map has [K, rows, columns] {list(shape)}, earlier rows {list(expected_shape)}"
                 return [*problems, (0, text)]
             return problems + map_problems
 
         self.check_all_rows(find_problems, decode)
+        if num_turned := turned.total() - turned[1] - turned[REMOTE]:
+            logger.warning(
+                "%d of %d label maps of the %s data show images as their files store them; they are turned upright with the images, "
+                "as the Exif orientation of the files says.", num_turned, len(self), self.name,
+            )  # fmt: skip
+        if turned[REMOTE]:
+            logger.warning(
+                "%d label maps of the %s data belong to remote images, whose Exif orientation is only read in training.",
+                turned[REMOTE], self.name,
+            )  # fmt: skip
 
-    def _fetch_maps(self, indices: list[int]) -> PaletteMaps:
+    def _orientations(self, table: pa.Table, start: int) -> dict[int, int | str]:
+        """Exif orientations of the images whose maps turn with them, by their offset in `table`; `REMOTE` for those that are not
+        opened here."""
+        offsets = np.flatnonzero(self.label_maps.as_stored(range(start, start + len(table)))).tolist()
+        values = {offset: table[self.image_column][offset].as_py() for offset in offsets}
+        return {
+            offset: REMOTE if value["bytes"] is None and "://" in (value["path"] or "") else read_orientation(value)
+            for offset, value in values.items()
+            if value is not None
+        }
+
+    def _fetch_maps(self, table: pa.Table, indices: list[int]) -> PaletteMaps:
         try:
-            return self.label_maps.fetch(indices)
+            return turn_with_images(self.label_maps.fetch(indices), table[self.image_column])
         except LabelMapError as error:
             raise SampleError(
                 f"The label map of row {indices[error.row]} of the {self.name} data: {error}."

@@ -21,7 +21,7 @@ from ..data.images import IMAGE_ERRORS, PixelLimit, SampleError, decode_image
 from ..data.sampling import fold_in, temporary_seed
 from ..labels.columns import LabelMapError
 from ..labels.label_set import LabelLookup, LabelSet
-from ..labels.reader import LabelMapReader
+from ..labels.reader import LabelMapReader, turn_with_images
 from .dataset import transformed
 
 
@@ -108,7 +108,7 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
         if self.has_label_maps:
             rows, places = self._with_labels(rows)
             try:
-                maps = self.label_maps.fetch(places)
+                maps = turn_with_images(self.label_maps.fetch(places), [row[self.image_column] for row in rows])
             except LabelMapError as error:
                 raise SampleError(f"The label map of {self._key(rows[error.row])!r}: {error}.") from error
         for offset, row in enumerate(rows):

@@ -105,7 +105,7 @@ def token_labeling_loss(
 
 # names that the collator adds for the losses and that no model takes
 LABEL_FIELDS = (
-    "labels", "crop_box", "label_affine", "image_box", "mix_share",
+    "labels", "crop_box", "label_affine", "image_box", "crop_cells", "mix_share",
     "token_label_palette", "token_label_index", "token_label_scores",
 )  # fmt: skip
 
@@ -168,7 +168,9 @@ class TokenLabelingLoss:
 
     def crop_targets(self, labels: dict[str, torch.Tensor]) -> tuple[CropGeometry, SparseTargets, SparseTargets]:
         """Where the crops lie in the label maps, and the targets of class token and patch tokens, not smoothed."""
-        geometry = CropGeometry(labels["crop_box"], labels.get("label_affine"), labels.get("image_box"))
+        places = (labels.get(name) for name in ("label_affine", "image_box"))
+        # the collator says it where a crop is larger than its map
+        geometry = CropGeometry(labels["crop_box"], *places, labels.get("crop_cells", (0, 0)))
         maps = (labels[f"token_label_{part}"] for part in ("palette", "index", "scores"))
         options = (self.args.label_crop, self.args.label_temperature)
         return geometry, *crop_label_maps(*maps, geometry, self.grid_size, self.num_classes, *options)

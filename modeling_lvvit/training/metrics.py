@@ -132,13 +132,14 @@ def check_best_metric(args: TrainingArguments, names: Sequence[str] | None) -> N
 
 
 def rank_classes(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
-    """Ids of the five best classes (fewer if there are not five), `(B, 5)`, so that no logits are gathered."""
+    """Ids of the six best classes (fewer if there are not six), `(B, 6)`, so that no logits are gathered. The sixth tells that a top-5
+    accuracy says something."""
     logits = logits[0] if isinstance(logits, tuple) else logits
-    return logits.topk(min(TOP_K, logits.shape[-1]), dim=-1).indices
+    return logits.topk(min(TOP_K + 1, logits.shape[-1]), dim=-1).indices
 
 
 def compute_accuracy(prediction: Any) -> dict[str, float]:
-    """Top-1 and, with at least five ranks, top-5 accuracy of ranked predictions, which are those of all processes already."""
-    metric = TopKAccuracy(has_top5=prediction.predictions.shape[1] >= TOP_K)
+    """Top-1 and, with more than five ranks, top-5 accuracy of ranked predictions, which are those of all processes already."""
+    metric = TopKAccuracy(has_top5=prediction.predictions.shape[1] > TOP_K)
     metric.add_batch(predictions=prediction.predictions, references=prediction.label_ids)
     return metric.measures(metric.counts.numpy())

@@ -20,7 +20,7 @@ from ..data.sources import open_splits
 from ..data.splits import take_subset
 from ..labels.checks import LabelSetReport, agreement, check_label_set
 from ..labels.label_set import LabelSet
-from ..labels.reader import LabelMapReader, covered_region
+from ..labels.reader import LabelMapReader, covered_region, turn_with_images
 from ..launching import name_options
 from ..token_labeling.arguments import TokenLabelTrainingArguments
 from ..token_labeling.dataset import TokenLabelDataset
@@ -83,7 +83,7 @@ def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
 def draw(args: CheckArguments, samples: TokenLabelDataset, label_maps: LabelMapReader, names: list[str]) -> None:
     """Draws maps over the part of their images that they cover."""
     rows = np.unique(np.linspace(0, len(samples) - 1, args.num_pictures).astype(int)).tolist()
-    maps = label_maps.fetch(rows)
+    maps = turn_with_images(label_maps.fetch(rows), samples.rows[rows][samples.image_column])
     images, human = [], samples.labels(len(samples))
     for offset, row in enumerate(rows):
         image = samples.read_image(row)

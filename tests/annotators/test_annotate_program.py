@@ -1,6 +1,7 @@
 """The annotation program: odd images, many classes, kills, full disks, streams, the Hub."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -213,7 +214,6 @@ def test_full_disk_is_said_and_the_set_continues(images, annotator, labels, tmp_
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--top_k", "9"], "more than the 7 classes"),
         (["--annotator", "no/such/model"], "cannot be loaded"),
         (["--annotator", "timm/no_such_network", "--random_weights"], "cannot be loaded"),
         (["--dataset", "./no_such_folder"], "There is no dataset"),
@@ -231,6 +231,14 @@ def test_mistakes_stop_before_any_work(images, annotator, tmp_path, more, messag
     with pytest.raises(SystemExit, match=message):
         annotate.main(options(images, annotator, tmp_path / "set", *more))
     assert not (tmp_path / "set").exists()
+
+
+def test_more_classes_than_there_are_means_all(images, annotator, tmp_path, caplog):
+    logging.getLogger("modeling_lvvit.annotators.annotate").addHandler(caplog.handler)
+    annotate.main(options(images, annotator, tmp_path / "a", "--top_k", "9", "--max_samples", "5"))
+    assert "--top_k 9 is more than the 7 classes: every cell keeps all of them" in caplog.text
+    annotate.main(options(images, annotator, tmp_path / "b", "--top_k", "7", "--max_samples", "5"))
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
 
 
 def test_classes_are_matched_by_name(images, tmp_path, labels):

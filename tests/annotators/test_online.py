@@ -99,6 +99,24 @@ def test_each_cell_has_its_own_label():
     torch.testing.assert_close(soft_cross_entropy(expected.log(), tokens), entropy, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("draws_classes", [False, True])
+@pytest.mark.parametrize("offset", [-30.0, -300.0])
+def test_labels_do_not_depend_on_an_offset_of_all_scores(offset, draws_classes):
+    labels = []
+    for bias in (0.0, offset):
+        dense = Cells()
+        with torch.no_grad():
+            dense.scorer.bias.add_(bias)
+        torch.manual_seed(0)
+        made = live(annotator_of(dense), draws_classes=draws_classes).label(
+            normalized(images()), CELLS, temperature=0.5
+        )
+        labels.append([targets.to_dense() for targets in made])
+    for ours, moved in zip(*labels):
+        torch.testing.assert_close(moved, ours, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(moved.sum(-1), torch.ones(moved.shape[:-1]))
+
+
 def test_annotator_gets_its_own_size_and_normalization():
     dense = Cells()
     live(annotator_of(dense, size=(64, 96))).label(normalized(images()), (2, 2))

@@ -88,9 +88,10 @@ def test_new_heads_are_listed_and_the_backbone_is_kept(checkpoint, warnings):
         assert torch.equal(weight, original.lvvit.state_dict()[name])
 
 
-def test_other_names_for_the_same_number_of_classes_are_pointed_out(checkpoint, warnings):
-    build(checkpoint, [f"animal {index}" for index in range(NUM_CLASSES)])
-    assert "'class 0' is now 'animal 0'" in warnings.text
+def test_other_names_for_the_same_number_of_classes_make_new_heads(checkpoint, warnings):
+    model, _ = build(checkpoint, [f"animal {index}" for index in range(NUM_CLASSES)])
+    assert "none of its 7 classes ('class 0', ...) has the name of one of the data ('animal 0', ...)" in warnings.text
+    assert not torch.equal(model.classifier.weight, build(checkpoint)[0].classifier.weight)
 
 
 @pytest.mark.parametrize(

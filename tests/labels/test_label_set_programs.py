@@ -497,6 +497,13 @@ def test_temperature_is_proposed_for_flat_targets(outside, tmp_path, capsys):
     assert re.search(f"WARNING: the targets are flat.*--label_temperature {expected:.2g},", output)
 
 
+def test_no_temperature_is_proposed_where_scores_are_below_the_classes_not_named(tmp_path, capsys):
+    folder = flat_set(tmp_path / "negative", -4.0, 0.1)
+    assert check_label_set(folder).temperature == 0
+    _, output = run_check(capsys, folder)
+    assert "No --label_temperature mends it: annotate again with --scores relative." in output
+
+
 def test_no_temperature_is_proposed_for_sharp_targets(tmp_path):
     assert check_label_set(flat_set(tmp_path / "sharp", 9.0, None)).temperature is None  # 4 % outside
     assert check_label_set(flat_set(tmp_path / "honest", 2.0, 0.95)).temperature is None  # as flat as the annotator

@@ -278,6 +278,7 @@ PROBLEMS = {
     "position": (INDEX_COLUMN, set_cell(2, 0, 7), "position 7 is outside its palette of 7 classes"),
     "class too large": (PALETTE_COLUMN, lambda v: v[2].__setitem__(-1, 7), r"class id 7 is outside \[0, 7\)"),
     "negative class": (PALETTE_COLUMN, lambda v: v[2].__setitem__(0, -1), r"class id -1 is outside \[0, 7\)"),
+    "palette names twice": (PALETTE_COLUMN, lambda v: v[2].__setitem__(1, v[2][0]), "its palette names a class twice"),
     "NaN score": (SCORES_COLUMN, set_cell(2, 1, NAN), "scores are NaN or infinite"),
     "infinite score": (SCORES_COLUMN, set_cell(2, 1, -np.inf), "scores are NaN or infinite"),
     "class twice": (INDEX_COLUMN, lambda v: [m.__setitem__(1, m[0]) for m in (v[2],)], "a cell names a class twice"),
