@@ -8,6 +8,7 @@ from itertools import chain, repeat
 
 import datasets
 import torch
+from accelerate.utils import send_to_device
 
 from ..data.sources import open_splits
 from .data_loading import loader_call, synthetic_rows, token_label_loader, with_label_maps
@@ -115,7 +116,7 @@ def _call(mode: str, model: BenchmarkModel, setting: Setting, images: str | None
     loader = token_label_loader(rows, setting.batch_size, model.image_size(), model.grid_size(), has_maps)
     if mode == "run":
         return training_call(model, setting, chain.from_iterable(repeat(loader)))
-    batch = {name: value.to(setting.device) for name, value in next(iter(loader)).items()}
+    batch = send_to_device(next(iter(loader)), setting.device)
     return training_call(model, setting, repeat(batch))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from ..deployment import prepare_for_inference
@@ -208,7 +209,7 @@ def training_call(
     forward = torch.compile(model) if "compiled" in options else model
 
     def call() -> None:
-        batch = {name: value.to(setting.device, non_blocking=True) for name, value in next(batches).items()}
+        batch = send_to_device(next(batches), setting.device, non_blocking=True)
         optimizer.zero_grad()
         compute_loss(forward, batch).backward()
         optimizer.step()

@@ -28,7 +28,8 @@ class ModelSourceArguments:
     model_revision: str | None = HfArg(default=None, help="Its revision on the Hub.")
     trust_remote_code: bool = HfArg(default=False, help="Allow code of its Hub repository to run.")
     ignore_mismatched_sizes: bool = HfArg(
-        default=False, help="Give a pretrained model new heads for another number of classes."
+        default=False,
+        help="Give a pretrained model heads for another number of classes; those of equal names keep their rows.",
     )
     image_size: list[int] | None = HfArg(
         default=None, help="Side of the input in pixels, or height and width; default: that of the model."
