@@ -70,6 +70,9 @@ def run_program(program: Program, start: list[str], prepare: Callable[..., Train
         run = prepare(model_args, data_args, training_args)
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(describe_error(program, error) if is_main_process() else 1)
+    except KeyboardInterrupt:
+        check = "`decode_data` false decodes no images before training, `check_data` false looks at no rows."
+        sys.exit(describe_error(program, f"Interrupted before training. {check}") if is_main_process() else 1)
     trainer, is_main = run.trainer, run.trainer.is_world_process_zero()
     is_trained = trainer.train_dataset is not None
     if is_main and is_trained:
@@ -98,7 +101,7 @@ def run_program(program: Program, start: list[str], prepare: Callable[..., Train
     end_together()  # a process that leaves with its connections open may abort
 
 
-def describe_error(program: Program, error: Exception) -> str:
+def describe_error(program: Program, error: Exception | str) -> str:
     """The message that a program ends with; parameters of the library become its options."""
     return f"{program.name}: {name_options(error, *program.arguments)}"
 
