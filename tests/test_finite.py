@@ -1,17 +1,20 @@
 """Models with NaN or infinite weights, and scores that are, are refused by name wherever models are loaded."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import ViTImageProcessor
 
 from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.annotators.annotator import load_annotator
 from modeling_lvvit.annotators.online import OnlineAnnotator
 from modeling_lvvit.annotators.pipeline import ShardBuilder
+from modeling_lvvit.backbones.loading import load_image_processor
 from modeling_lvvit.cli.build_model import build_model
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.demo.segmentation import Segmenter
@@ -50,6 +53,13 @@ LOADERS = {
     "export": lambda name: export_folder(name, Path(f"{name} exported"), "torch"),
     "publish": lambda name: check_model_folder(Path(name)),
 }
+
+
+@pytest.mark.parametrize(("std", "is_right"), [(0.25, True), ([0.2, 0.3, 0.25], True), (0, False), (math.nan, False)])
+def test_image_processors_give_finite_pixels(std, is_right, tmp_path):
+    ViTImageProcessor(image_mean=0.5, image_std=std).save_pretrained(tmp_path)  # one number for all channels is legal
+    with nullcontext() if is_right else pytest.raises(ValueError, match="which gives no finite pixels"):
+        load_image_processor(str(tmp_path), {})
 
 
 @pytest.mark.parametrize("bad", ["layers.1.mlp.fc1.bias", "norm2.running_var"])

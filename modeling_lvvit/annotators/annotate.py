@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
-from ..data.class_labels import names_in_data, pair_classes
+from ..data.class_labels import describe_classes, names_in_data, pair_classes
 from ..data.class_matching import ClassMap
 from ..data.image_keys import hash_keys, read_keys, repeated_keys
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, parse_image_size
@@ -209,6 +209,9 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     broadcast_object_list(problem)
     if problem[0] is not None:
         raise ValueError(problem[0])
+    column = args.label_column or "label"
+    if main and not args.streaming and isinstance(dataset.features.get(column), datasets.ClassLabel):
+        print(describe_classes(dataset, args.split, column), flush=True)
     try:
         write_shards(args, annotator, rows, writer, accelerator)
         accelerator.wait_for_everyone()

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -133,7 +134,10 @@ def load_image_processor(name: str, source: dict[str, Any]) -> Any:
         "mean": getattr(processor, "image_mean", None),
         "std": getattr(processor, "image_std", None),
     }
-    mean, std = (statistics.get(part) or () for part in ("mean", "std"))
+    values = (statistics.get(part) for part in ("mean", "std"))
+    mean, std = (
+        np.ravel([] if value is None else value).tolist() for value in values
+    )  # one number for all channels is legal
     if not all(map(math.isfinite, (*mean, *std))) or 0 in std:
         raise ValueError(
             f"the image processor of {name} normalizes with mean {mean} and std {std}, which gives no finite pixels."

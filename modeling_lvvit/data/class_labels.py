@@ -51,8 +51,8 @@ def class_counts(rows: datasets.Dataset, column: str) -> np.ndarray:
 
 
 def class_ids(rows: datasets.Dataset, column: str) -> np.ndarray:
-    """Values of a column of class ids, `(n,)` int64."""
-    return rows.select_columns(column).with_format("arrow")[:][column].to_numpy()
+    """Values of a column of class ids, `(n,)` int64; -1 for missing ones."""
+    return rows.select_columns(column).with_format("arrow")[:][column].fill_null(-1).to_numpy()
 
 
 def describe_classes(rows: datasets.Dataset, split: str, column: str) -> str:

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import torch
 WORDNET_ID = re.compile(r"n\d{8}")
 GENERIC_NAME = re.compile(r"(label|class)?[ _-]?\d+", re.IGNORECASE)
 MAX_NAMES_SHOWN = 10
+# names that torchvision alone has, and models that were converted here, before those of timm
+TORCHVISION_NAMES = {"n02012849": "crane bird, ", "n03710721": "maillot tank suit, "}
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def normalized(name: str) -> str:
 
 
 def wordnet_names(class_names: Sequence[str]) -> dict[str, str]:
-    """Names of the WordNet ids among class names, from timm's list of the 21,841 classes of ImageNet."""
+    """Names of the WordNet ids among class names, from timm's list of the 21,841 classes of ImageNet, and `TORCHVISION_NAMES`."""
     synsets = {synset for name in class_names for synset in WORDNET_ID.findall(name)}
     if not synsets:
         return {}
@@ -69,10 +72,8 @@ def wordnet_names(class_names: Sequence[str]) -> dict[str, str]:
 
     info, names = ImageNetInfo("imagenet-22k"), {}
     for synset in synsets:
-        try:
-            names[synset] = info.label_name_to_description(synset, detailed=False)
-        except KeyError:  # not a class of ImageNet
-            continue
+        with suppress(KeyError):  # not a class of ImageNet
+            names[synset] = TORCHVISION_NAMES.get(synset, "") + info.label_name_to_description(synset, detailed=False)
     return names
 
 

@@ -34,10 +34,8 @@ from .sampling import fold_in, preserve_rng_state, seed_generators
 logger = logging.get_logger(__name__)
 MAX_REPORTED_PROBLEMS = 10
 ROWS_PER_CHECK = 128
-FEW_IMAGES, MANY_PASSES = (
-    10_000,
-    10,
-)  # up to so many images, or from so many passes on, all are decoded before training
+# up to so many images, or from so many passes on, all are decoded before training
+FEW_IMAGES, MANY_PASSES = 10_000, 10
 DECODE_HELP = (
     "Decode every image once before training, on all cores, and report what libjpeg says of damage; default: where training reads "
     f"every image at least {MANY_PASSES} times, and for up to {FEW_IMAGES:,} images."

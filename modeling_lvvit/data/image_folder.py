@@ -32,6 +32,7 @@ UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow recognizes these,
 MAX_NAMED, MAX_ENDINGS = 3, 6
 
 NO_IMAGE, NO_CLASS, NO_SPLIT = "no image files", "in no class folder", "in no folder of a split"
+NO_TEXT = "names that are no UTF-8"
 TWICE, LOOP, NO_FILE, NO_ROW = "links to an image that is there already", "a link to a folder above it", "a link to nothing", "without a row in the metadata"  # fmt: skip
 
 
@@ -102,7 +103,8 @@ def read_layout(folder: Path) -> tuple[Layout, pd.DataFrame | None]:
     content = list_folder(folder)
     layout = Layout(left_out=content.left_out, notes=[f"The folder {path} is empty." for path in content.empty])
     rows = _read_metadata(folder, content, layout) if content.metadata else None
-    _arrange(layout, content.images if rows is None else {path: content.images[path] for path in rows.index})
+    images = content.images if rows is None else {path: content.images[path] for path in rows.index}
+    _arrange(layout, images, is_listed=rows is not None)
     return layout, rows
 
 
@@ -110,6 +112,12 @@ def list_folder(folder: Path) -> FolderContent:
     """All files of a folder and those below it."""
     content = FolderContent()
     _list_folder(folder, "", content, image_suffixes(), ())
+    # some file systems (FUSE) give all entries of a folder one inode; those of the files themselves cost a call each
+    number = Counter(content.images.values())
+    for path, file in content.images.items():
+        if number[file] > 1:
+            status = os.stat(folder / path)
+            content.images[path] = status.st_dev, status.st_ino
     return content
 
 
@@ -149,14 +157,17 @@ def _list_folder(root: Path, path: str, content: FolderContent, suffixes: set[st
         if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_NAMES:
             continue
         has_files, name = True, f"{path}/{entry.name}" if path else entry.name
-        if entry.is_dir():
+        shown = os.fsencode(name).decode(errors="replace")
+        if shown != name:
+            content.left_out[NO_TEXT].append(shown)
+        elif _leads_nowhere(entry):
+            content.left_out[NO_FILE].append(name)
+        elif entry.is_dir():
             target = entry.stat()
             if (target.st_dev, target.st_ino) in above:
                 content.left_out[LOOP].append(name)
             else:
                 _list_folder(root, name, content, suffixes, above)
-        elif not entry.is_file():
-            content.left_out[NO_FILE].append(name)
         elif entry.name.casefold() in METADATA_FILES:
             content.metadata.append(name)
         elif _is_image(entry, suffixes):
@@ -166,6 +177,13 @@ def _list_folder(root: Path, path: str, content: FolderContent, suffixes: set[st
             content.left_out[NO_IMAGE].append(name)
     if path and not has_files:
         content.empty.append(path)
+
+
+def _leads_nowhere(entry: os.DirEntry) -> bool:
+    try:
+        return not (entry.is_dir() or entry.is_file())
+    except OSError:  # to itself
+        return True
 
 
 def _is_image(entry: os.DirEntry, suffixes: set[str]) -> bool:
@@ -179,8 +197,8 @@ def _is_image(entry: os.DirEntry, suffixes: set[str]) -> bool:
         return False
 
 
-def _arrange(layout: Layout, images: dict[str, tuple[int, int]]) -> None:
-    """Sorts images into splits and classes."""
+def _arrange(layout: Layout, images: dict[str, tuple[int, int]], is_listed: bool) -> None:
+    """Sorts images into splits and classes; metadata may list images outside class folders (`is_listed`)."""
     prefix = _only_folder(images)
     if prefix:
         layout.notes.append(f"The images are read from {prefix}, the only folder with images.")
@@ -193,10 +211,12 @@ def _arrange(layout: Layout, images: dict[str, tuple[int, int]]) -> None:
     split_names = _split_names(folders, with_folders)
     if split_names:
         layout.left_out[NO_SPLIT] += tops.get("", [])
-        splits = {split: _with_classes(layout, tops[top], f"{prefix}{top}/") for top, split in split_names.items()}
+        splits = {
+            split: _with_classes(layout, tops[top], f"{prefix}{top}/", is_listed) for top, split in split_names.items()
+        }
         layout.splits = {split: splits[split] for split in SPLIT_FOLDERS.values() if split in splits}
     elif images:
-        layout.splits = {"train": _with_classes(layout, sorted(images), prefix)}
+        layout.splits = {"train": _with_classes(layout, sorted(images), prefix, is_listed)}
     _drop_repeated(layout, images)
     layout.left_out = {reason: paths for reason, paths in layout.left_out.items() if paths}
 
@@ -244,10 +264,12 @@ def _split_names(folders: list[str], with_folders: set[str]) -> dict[str, str]:
     return splits
 
 
-def _with_classes(layout: Layout, paths: list[str], prefix: str) -> list[tuple[str, str | None]]:
-    """Images of a split with their classes, the folders below `prefix`; without such folders all have none."""
+def _with_classes(layout: Layout, paths: list[str], prefix: str, is_listed: bool) -> list[tuple[str, str | None]]:
+    """Images of a split with their classes, the folders below `prefix`; without such folders all have none, and so have images that
+    metadata list, if some lie in none."""
     rest = [path[len(prefix) :].split("/") for path in paths]
-    if all(len(parts) == 1 for parts in rest):
+    are_outside = [len(parts) == 1 for parts in rest]
+    if all(are_outside) or (is_listed and any(are_outside)):
         return [(path, None) for path in paths]
     layout.left_out[NO_CLASS] += [path for path, parts in zip(paths, rest) if len(parts) == 1]
     if deeper := [path for path, parts in zip(paths, rest) if len(parts) > 2]:
@@ -309,7 +331,7 @@ def _read_metadata(folder: Path, content: FolderContent, layout: Layout) -> pd.D
 
 _READERS = {
     ".csv": pd.read_csv,
-    ".jsonl": lambda path: pd.read_json(path, lines=True),
+    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),  # text stays text: "001"
     ".parquet": pd.read_parquet,
 }
 

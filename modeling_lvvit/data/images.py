@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets
 import numpy as np
@@ -133,24 +133,11 @@ def reading_notes(image: Image.Image, with_exif: bool = True) -> list[str]:
     return notes
 
 
-def read_image_size(value: dict[str, Any]) -> tuple[int, int] | None:
-    """Height and width of the upright image in an image column's value, without decoding it; `None` if it cannot be opened or is a
-    remote file."""
-    content, path = value["bytes"], value["path"]
-    if content is None and (path is None or "://" in path):
-        return None
-    try:
-        return upright_size(io.BytesIO(content) if content is not None else path)
-    except IMAGE_ERRORS:
-        return None
-
-
-def upright_size(file: BinaryIO | str | os.PathLike) -> tuple[int, int]:
-    """Height and width of the upright image in a file; errors as in `decode_image`."""
-    with pillow_errors(), Image.open(file) as image:
-        width, height = image.size
-        # of TIFF, Pillow says the upright size
-        lies_on_side = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in LYING
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an opened image once it is upright."""
+    width, height = image.size
+    # of TIFF, Pillow says the upright size
+    lies_on_side = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in LYING
     return (width, height) if lies_on_side else (height, width)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from .images import IMAGE_ERRORS, LYING, MAX_VALUE, decode_stored, pillow_errors
+from .images import IMAGE_ERRORS, LYING, MAX_VALUE, decode_stored, pillow_errors, upright_size
 
 
 IGNORED = 255  # what masks usually have where no class is marked
@@ -158,6 +158,7 @@ NEAREST_VALUES = (
 class FileFacts(NamedTuple):
     """What the header of an image file says; defaults where it cannot be opened, or is remote."""
 
+    size: tuple[int, int] | None = None  # height and width, upright
     is_jpeg: bool = False
     orientation: int = 1  # Exif
     palette: bytes | None = None  # red, green and blue of each value
@@ -172,7 +173,8 @@ def read_file_facts(value: dict[str, Any]) -> FileFacts:
         with pillow_errors(), Image.open(io.BytesIO(content) if content is not None else path) as image:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             palette = image.palette.palette if image.mode == "P" and image.palette.mode == "RGB" else None
-            return FileFacts(image.format in ("JPEG", "MPO"), orientation, palette and bytes(palette))
+            is_jpeg = image.format in ("JPEG", "MPO")
+            return FileFacts(upright_size(image), is_jpeg, orientation, palette and bytes(palette))
     except IMAGE_ERRORS:
         return FileFacts()
 

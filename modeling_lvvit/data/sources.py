@@ -82,6 +82,8 @@ def _open_folder(
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     if _configures_files(folder):
         return _open_configured_folder(folder, config_name, streaming)
+    if config_name not in (None, "default"):
+        raise ValueError(f"{folder} has no configuration {config_name!r}: it has no README.md that names some.")
     layout, metadata = read_layout(folder)
     num_images = sum(len(rows) for rows in layout.splits.values())
     parquet_files = [path for path in layout.left_out.get(NO_IMAGE, []) if path.lower().endswith(".parquet")]
@@ -118,9 +120,13 @@ def _open_configured_folder(
     Its cache knows a folder by its name (datasets 5.2), so that another one, or changed files, would not be noticed: each state of each
     folder has a cache of its own.
     """
+    if glob.has_magic(str(folder.resolve())):
+        raise ValueError(
+            f"{folder}: the `datasets` library finds the files of this folder, and takes *, ? and [ in a path for a pattern. Rename it."
+        )
     state = hashlib.sha256(f"{folder.resolve()}\0{dataset_fingerprint(str(folder), None)}".encode()).hexdigest()[:32]
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "folders" / state
-    builder = datasets.load_dataset_builder(glob.escape(str(folder)), config_name, cache_dir=str(cache))
+    builder = datasets.load_dataset_builder(str(folder), config_name, cache_dir=str(cache))
     files = {name: [str(path) for path in paths] for name, paths in (builder.config.data_files or {}).items()}
     split_of: dict[str, str] = {}
     for name, paths in files.items():
@@ -138,8 +144,8 @@ def _open_configured_folder(
 
 
 def parquet_splits(paths: list[str]) -> dict[str, list[str]]:
-    """Split -> Parquet files, by their names: `train.parquet`, `val-0.parquet`, `data/test-00000-of-00002.parquet`, `train/0.parquet`;
-    without such names all are `train`.
+    """Split -> Parquet files, by the first or last word of their names or by folders: `train.parquet`, `val-0.parquet`, `my_test.parquet`,
+    `data/test-00000-of-00002.parquet`, `train/0.parquet`; without such names all are `train`.
 
     Args:
         paths: Relative to their folder.
@@ -170,7 +176,8 @@ def _split_word(path: PurePosixPath) -> str | None:
     """The part of a path that names a split, as it is written."""
     if match := SHARD_NAME.fullmatch(path.stem):
         return match[1]
-    candidates = [re.split(r"[-_. \d]", path.stem)[0], *reversed(path.parts[:-1])]
+    words = re.findall(r"[^-_. \d]+", path.stem.partition("-of-")[0])
+    candidates = [*words[:1], *words[-1:], *reversed(path.parts[:-1])]
     return next((word for word in candidates if word.casefold() in SPLIT_FOLDERS), None)
 
 
@@ -217,14 +224,25 @@ def streamed_rows(source: tuple, state: str) -> Iterator[dict[str, Any]]:
     yield from rows if count is None else rows.take(count)
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files of a folder and those below it, links followed."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield from (file for name in names if (file := Path(place, name)).is_file())
+
+
 def dataset_fingerprint(name: str, revision: str | None) -> str:
     """What changes when a dataset changes: sizes and times of local files, or the commit on the Hub."""
     path = Path(name).expanduser()
     if not path.exists():
         return HfApi().dataset_info(name, revision=revision).sha
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
-    for file in files:
+    for file in sorted(_files_below(path)) if path.is_dir() else [path]:
         name, about = file.relative_to(path) if path.is_dir() else file.name, file.stat()
         digest.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
     return digest.hexdigest()

@@ -86,14 +86,17 @@ def split_to_evaluate(splits: datasets.DatasetDict, wanted: str | None) -> str |
 
 
 def take_subset(rows: datasets.Dataset | None, count: int | None, label_column: str | None = None) -> datasets.Dataset:
-    """The rows of `select_subset`, by the classes in a column (ids or names) if it is there; all without a `count`."""
-    if rows is None or count is None:
-        return rows
+    """The rows of `draw_subset`; all without a `count`."""
+    return rows if rows is None or count is None else rows.select(draw_subset(rows, count, label_column))
+
+
+def draw_subset(rows: datasets.Dataset, count: int | None, label_column: str | None = None) -> np.ndarray:
+    """Row numbers of `select_subset`, by the classes in a column (ids or names) if it is there."""
     classes = None
     if label_column in rows.column_names:
         labels = rows.select_columns(label_column).with_format("arrow")[:][label_column].to_pandas()
         classes = pd.factorize(labels, sort=True)[0]
-    return rows.select(select_subset(len(rows), count, classes))
+    return select_subset(len(rows), count, classes)
 
 
 def hold_out(
@@ -116,17 +119,20 @@ def hold_out(
     count = math.ceil(fraction * num_rows)
     held_out, training = order[:count], order[count:]
     if classes is not None:
-        _keep_all_classes(training, held_out, classes)
+        _keep_all_classes(training, held_out, classes - classes.min())  # hidden labels are -1
     return training, held_out, f"{100 * fraction:.0f} % of {split}, held out"
 
 
 def _keep_all_classes(training: np.ndarray, held_out: np.ndarray, classes: np.ndarray) -> None:
     """Exchanges held-out rows of classes without a training row for training rows of classes that have several, in place."""
     left = np.bincount(classes[training], minlength=classes.max() + 1)
+    places = iter(range(len(training)))  # a class that has a single row gets no second one
     for place, row in enumerate(held_out):
-        if left[classes[row]] or not (left > 1).any():
+        if left[classes[row]]:
             continue
-        other = np.argmax(left[classes[training]] > 1)
+        other = next((index for index in places if left[classes[training[index]]] > 1), None)
+        if other is None:
+            return
         held_out[place], training[other] = training[other], row
         left[classes[row]] += 1
         left[classes[held_out[place]]] -= 1

@@ -11,7 +11,7 @@ import numpy as np
 from ..data.class_labels import check_columns, names_in_data, pair_classes, with_class_ids
 from ..data.class_matching import ClassMap
 from ..data.sources import open_splits
-from ..data.splits import split_to_evaluate, take_subset
+from ..data.splits import draw_subset, split_to_evaluate
 
 
 VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -33,6 +33,7 @@ class TestSet:
         are_named: Whether they are more than numbers.
         split: Name of the split.
         num_rows: Rows of the split, also where a subset is evaluated.
+        row_numbers: Which of them are evaluated, ascending int64.
     """
 
     __test__ = False  # not a test of pytest
@@ -43,6 +44,7 @@ class TestSet:
     are_named: bool
     split: str
     num_rows: int
+    row_numbers: np.ndarray
 
 
 def open_test_set(
@@ -80,10 +82,11 @@ def open_test_set(
     _, are_named = names_in_data(rows, name, label_column)
     rows = with_class_ids(rows, name, label_column)
     class_names, num_rows = rows.features[label_column].names, len(rows)
-    rows = take_subset(rows, max_samples, label_column)
+    row_numbers = draw_subset(rows, max_samples, label_column)
+    rows = rows.select(row_numbers)
     if not len(rows):
         raise ValueError(f"{name} has no rows in split {split_name}.")
-    return TestSet(name, rows, class_names, are_named, split_name, num_rows)
+    return TestSet(name, rows, class_names, are_named, split_name, num_rows, row_numbers)
 
 
 def model_class_map(model_names: Sequence[str], test_set: TestSet, class_map: str | None = None) -> ClassMap | None:
@@ -143,8 +146,7 @@ def reassessed_labels(
     if all(matches):
         numbers = [int(match.group(1)) - 1 for match in matches]
     elif len(labels) == test_set.num_rows:
-        indices = test_set.rows._indices  # of a subset
-        numbers = list(range(len(paths))) if indices is None else indices.column(0).to_pylist()
+        numbers = test_set.row_numbers.tolist()
     else:
         raise ValueError(
             f"{test_set.name} has {test_set.num_rows} images, there are {len(labels)} re-assessed labels, and files are not called "

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..data.image_dataset import ImageDataset, with_image_column
-from ..data.images import IMAGE_ERRORS, SampleError, read_image_size
+from ..data.images import IMAGE_ERRORS, SampleError
 from ..data.masks import (
     MAX_VALUE,
     UNKNOWN,
@@ -165,9 +165,8 @@ class SegmentationDataset(ImageDataset):
         def find_problems(table: pa.Table, start: int) -> list[tuple[int, str]]:
             problems = []
             for offset, (image, mask) in enumerate(zip(table[self.image_column], table[self.mask_column])):
-                size = read_image_size(image.as_py()) if image.is_valid else None
                 facts = read_file_facts(image.as_py()) if image.is_valid else FileFacts()
-                values, ids, problem = self._read(mask.as_py(), size, facts.orientation)
+                values, ids, problem = self._read(mask.as_py(), facts.size, facts.orientation)
                 if problem:
                     problems.append((offset, problem))
                     continue

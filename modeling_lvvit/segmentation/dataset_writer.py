@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..data.atomic_files import atomic_directory, write_json
 from ..data.image_folder import Layout, list_folder
-from ..data.images import IMAGE_ERRORS, upright_size
+from ..data.images import IMAGE_ERRORS, pillow_errors, upright_size
 from ..data.masks import read_file_facts, read_mask, size_problem
 from ..hub.file_checks import CARD
 from .data import MASKS_FILE, NAMES_FILE
@@ -79,7 +79,8 @@ def check_pairs(pairs: Sequence[Pair], allows_colors: bool) -> None:
         sizes, broken = [], []
         for path in (pair.image, pair.mask):
             try:
-                sizes.append(upright_size(path))
+                with pillow_errors(), Image.open(path) as image:
+                    sizes.append(upright_size(image))
             except IMAGE_ERRORS as error:
                 broken.append(f"{path} cannot be opened as an image ({error})")
         if broken:

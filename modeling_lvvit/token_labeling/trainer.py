@@ -87,7 +87,7 @@ class TokenLabelTrainer(BaseImageTrainer):
         """Metrics of an evaluation, without prefix; `None` if they are not known."""
         if self.compute_metrics is not compute_accuracy or isinstance(self.eval_dataset, dict):
             return None
-        names = ["accuracy", *(["top5_accuracy"] if self.num_classes >= TOP_K else [])]
+        names = ["accuracy", *(["top5_accuracy"] if self.num_classes > TOP_K else [])]
         has_raw = self.args.has_ema and self.args.evaluate_raw_weights
         return ["loss", *names, *(f"raw_{name}" for name in names if has_raw)]
 

@@ -26,7 +26,7 @@ WEIGHTS = "model*.safetensors"
 # of a configuration: what says nothing of the network, what the classes and the run decide, and regularization
 FREE_FIELDS = {
     "transformers_version", "dtype", "architectures", "auto_map", "use_cache", "pretrained_cfg", "id2label", "label2id", "problem_type",
-    "semantic_loss_class_weights", "patch_logits_weight", "out_features", "out_indices",
+    "segmentation_inference", "semantic_loss_class_weights", "patch_logits_weight", "out_features", "out_indices",
 }  # fmt: skip
 
 

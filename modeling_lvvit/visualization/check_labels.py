@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from ..annotators.annotate import AnnotateArguments
 from ..data.class_labels import check_class_names, check_columns, with_class_ids
+from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
 from ..data.splits import take_subset
 from ..labels.checks import LabelSetReport, agreement, check_label_set
@@ -42,6 +43,7 @@ class CheckArguments:
     contact_sheet: str | None = field(default=None, metadata={"help": "PNG to draw; needs --dataset."})
     num_pictures: int = field(default=12, metadata={"help": "Images on it."})
     max_samples: int | None = field(default=None, metadata={"help": "Join a subset only, as annotated."})
+    max_image_pixels: int | None = field(default=None, metadata={"help": MAX_PIXELS_HELP})
 
     def __post_init__(self):
         if self.contact_sheet is not None and self.dataset is None:
@@ -123,6 +125,7 @@ def main(arguments: list[str]) -> None:
     parser = HfArgumentParser(CheckArguments, description=__doc__.split("\n")[0], allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        PixelLimit(args.max_image_pixels)
         report, lines = check(args)
     except (ValueError, OSError) as error:
         sys.exit(f"check_token_labels.py: {name_options(error, CheckArguments)}")

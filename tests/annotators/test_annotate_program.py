@@ -178,6 +178,7 @@ def test_odd_images_are_named_in_the_report(annotator, tmp_path, capsys):
     images = save_images(tmp_path / "odd" / "train.parquet", list(contents.values()), NAMES)
     annotate.main(options(images, annotator, tmp_path / "set", "--on_error", "empty"))
     report = capsys.readouterr().out
+    assert f"train: {len(contents)} images of {min(len(contents), len(NAMES))} classes" in report
     rows = datasets.load_dataset(str(tmp_path / "set"), split="train")
     for row, note in enumerate(contents):
         assert rows[row]["image_note"].startswith(note)

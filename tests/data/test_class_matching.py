@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from timm.data import ImageNetInfo
+from torchvision.models import ResNet50_Weights
 
 from modeling_lvvit.data.class_matching import (
     ClassMap,
@@ -139,6 +140,7 @@ def imagenet() -> tuple[list[str], dict[str, list[str]]]:
         "synonyms": long,
         "first": [name.split(",")[0] for name in long],
         "folders": [name.split(",")[0].lower().replace(" ", "_") for name in long],
+        "torchvision": ResNet50_Weights.IMAGENET1K_V2.meta["categories"],
     }
 
 
@@ -146,7 +148,7 @@ def shuffled() -> list[int]:
     return random.Random(0).sample(range(1000), 1000)
 
 
-@pytest.mark.parametrize("form", ["synonyms", "first", "folders"])
+@pytest.mark.parametrize("form", ["synonyms", "first", "folders", "torchvision"])
 def test_all_imagenet_classes_match_their_wordnet_ids_both_ways(form):
     ids, names = imagenet()
     assert ids[:2] == ["n01440764", "n01443537"]

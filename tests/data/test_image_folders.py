@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -196,10 +197,15 @@ def test_links_to_nothing_in_circles_and_to_the_same_file(tmp_path, caplog):
         add_images(tmp_path / name, 5)
     os.symlink(tmp_path / "gone.jpg", tmp_path / "cat" / "gone.jpg")
     os.symlink(tmp_path, tmp_path / "cat" / "up")
+    os.symlink("itself.jpg", tmp_path / "cat" / "itself.jpg")
+    shutil.copy(tmp_path / "cat" / "0.jpg", os.fsencode(tmp_path) + b"/cat/\xe9.jpg")
     os.symlink(tmp_path / "cat" / "0.jpg", tmp_path / "cat" / "again.jpg")
     os.link(tmp_path / "dog" / "0.jpg", tmp_path / "dog" / "hard.jpg")
     assert split_counts(tmp_path) == {"train": {"cat": 5, "dog": 5}}
-    for reason in ("a link to nothing: 1: cat/gone.jpg", "a link to a folder above it: 1: cat/up"):
+    for reason in (
+        "a link to nothing: 2: cat/gone.jpg, cat/itself.jpg", "a link to a folder above it: 1: cat/up",
+        "names that are no UTF-8: 1: cat/\ufffd.jpg",
+    ):  # fmt: skip
         assert f"Left out, {reason}." in caplog.text
     assert "Left out, links to an image that is there already: 2: cat/again.jpg, dog/hard.jpg." in caplog.text
 
@@ -299,6 +305,32 @@ def test_labels_of_metadata_go_before_folders(tmp_path, caplog):
     rows = open_splits(str(tmp_path))["train"]
     assert rows["label"][:] == ["tiger", "wolf"]
     assert "Left out, without a row in the metadata: 6: train/cat/1.jpg" in caplog.text
+
+
+def test_metadata_list_images_outside_class_folders(tmp_path, caplog):
+    add_images(tmp_path / "train", 3)
+    add_images(tmp_path / "train" / "more", 2)
+    files = ["0.jpg", "1.jpg", "2.jpg", "more/0.jpg", "more/1.jpg"]
+    write_metadata(tmp_path / "train" / "metadata.jsonl", file_name=files, label=["001", "002", "001", "002", "010"])
+    assert open_splits(str(tmp_path))["train"]["label"][:] == ["001", "002", "001", "002", "010"]
+    assert caplog.text == ""
+
+
+def test_images_of_a_file_system_without_inodes_are_all_used(tmp_path, monkeypatch):
+    """Those of FUSE may give every entry of a folder the same one."""
+
+    class Entry:
+        def __init__(self, entry):
+            self.entry = entry
+
+        def __getattr__(self, name):
+            return (lambda: 2**32 - 1) if name == "inode" else getattr(self.entry, name)
+
+    for name in ("cat", "dog"):
+        add_images(tmp_path / name, 4)
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: nullcontext(map(Entry, scandir(path))))
+    assert split_counts(tmp_path) == {"train": {"cat": 4, "dog": 4}}
 
 
 def test_further_file_columns_are_images(tmp_path):

@@ -24,9 +24,8 @@ from modeling_lvvit.data.images import (
     examine_image,
     jpeg_damage,
     libjpeg_reports_damage,
-    read_image_size,
 )
-from modeling_lvvit.data.masks import MaskEncoding
+from modeling_lvvit.data.masks import MaskEncoding, read_file_facts
 from modeling_lvvit.export import predict
 from modeling_lvvit.segmentation.dataset import SegmentationDataset
 from modeling_lvvit.segmentation.dataset_writer import Pair, check_pairs
@@ -79,7 +78,7 @@ def test_all_readers_see_the_same_pixels_or_a_note_says_so(what, tmp_path):
     exported = predict.prepare(predict.read_image(path), AS_THEY_ARE)
     np.testing.assert_array_equal(exported[0].transpose(1, 2, 0), pixels)
     np.testing.assert_array_equal(np.asarray(decode_image({"bytes": None, "path": str(path)})), pixels)
-    assert read_image_size(stored(FILES[what])) == pixels.shape[:2]
+    assert read_file_facts(stored(FILES[what])).size == pixels.shape[:2]
 
     report = examine_image(scalar(FILES[what]))
     assert report.problem is None

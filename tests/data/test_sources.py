@@ -38,7 +38,9 @@ def write_parquet(file: Path, num_rows: int, names: list[str], seed: int = 0) ->
         (["train.parquet", "test.parquet"], {"train": 1, "test": 1}),
         (["Train.parquet", "VAL.parquet"], {"train": 1, "validation": 1}),
         (["train-0.parquet", "train-1.parquet", "dev_0.parquet"], {"train": 2, "validation": 1}),
-        (["cats_on_train_0.parquet", "dogs.parquet"], {"train": 2}),
+        (["my_train.parquet", "my_test.parquet"], {"train": 1, "test": 1}),
+        (["set-train-00000-of-00001.parquet", "set.val.parquet"], {"train": 1, "validation": 1}),
+        (["cats_on_train_set.parquet", "dogs.parquet"], {"train": 2}),
         (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], {"train": 2}),
         (["data/minival-00000-of-00001.parquet", "data/train-00000-of-00001.parquet"], {"minival": 1, "train": 1}),
         (["default/train/0000.parquet", "default/val/0000.parquet"], {"train": 1, "validation": 1}),
@@ -53,6 +55,7 @@ def test_parquet_files_tell_their_split(files, expected):
     ("files", "message"),
     [
         (["train.parquet", "more.parquet"], "more.parquet is of no split"),
+        (["cats_on_train_0.parquet", "dogs.parquet"], "dogs.parquet is of no split"),
         (["train.parquet", "val.parquet", "dev.parquet"], "dev and val are both the split validation"),
     ],
 )
@@ -136,3 +139,23 @@ def test_files_that_a_card_forgets_or_repeats(tmp_path, caplog):
     (tmp_path / "README.md").write_text(CARD.replace("data/val-*", "data/*"))
     with pytest.raises(ValueError, match=r"train-0.parquet is in the splits train and validation"):
         open_splits(str(tmp_path))
+
+
+def test_the_cache_knows_changed_files_of_a_linked_folder(tmp_path):
+    write_parquet(tmp_path / "store" / "train-0.parquet", 4, ["cat", "dog"])
+    write_parquet(tmp_path / "store" / "val-0.parquet", 4, ["cat", "dog"])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "README.md").write_text(CARD)
+    (tmp_path / "set" / "data").symlink_to(tmp_path / "store")
+    assert len(open_splits(str(tmp_path / "set"))["train"]) == 4
+    write_parquet(tmp_path / "store" / "train-0.parquet", 6, ["cat", "dog"])
+    assert len(open_splits(str(tmp_path / "set"))["train"]) == 6
+
+
+def test_what_a_folder_cannot_be_opened_with_is_said(tmp_path):
+    write_parquet(tmp_path / "[set]" / "data" / "train-0.parquet", 4, ["cat", "dog"])
+    with pytest.raises(ValueError, match=r"\[set\] has no configuration 'small'"):
+        open_splits(str(tmp_path / "[set]"), "small")
+    (tmp_path / "[set]" / "README.md").write_text(CARD)
+    with pytest.raises(ValueError, match="in a path for a pattern. Rename it"):
+        open_splits(str(tmp_path / "[set]"))

@@ -52,6 +52,8 @@ def test_no_class_is_held_out_wholly(seed):
     assert np.array_equal(
         hold_out(len(SORTED), 0.4, seed, "data", "train", SORTED)[1], hold_out(100, 0.4, seed, "", "")[1]
     )
+    hidden = hold_out(4, 0.5, seed, "data", "train", np.array([-1, 0, -1, 0]))  # are refused later, by their rows
+    assert sorted([*hidden[0], *hidden[1]]) == [0, 1, 2, 3]
     singles = hold_out(4, 0.5, seed, "data", "train", np.arange(4))
     assert len(singles[0]) == len(singles[1]) == 2
 

@@ -196,6 +196,11 @@ def test_real_labels_of_other_images_are_refused(tmp_path):
     assert len(reassessed_labels(test_set, "image", "label", [[label] for label in human])) == 60
     with pytest.raises(ValueError, match="Only 0 % of the re-assessed labels hold the label of their image"):
         reassessed_labels(test_set, "image", "label", [[(label + 1) % 8] for label in human])
+    one = open_test_set(str(tmp_path), max_samples=1)
+    number = one.row_numbers[0]
+    assert number > 0
+    real = reassessed_labels(one, "image", "label", [[row % 8] for row in range(60)])
+    assert real == [frozenset([number % 8])]
     subset = open_test_set(str(tmp_path), max_samples=5)
     assert subset.rows["label"][:] != human[:5]
     assert reassessed_labels(subset, "image", "label", [[label] for label in human]) == [

@@ -143,6 +143,13 @@ def test_unknown_metrics_are_refused_with_the_list(labelled_rows, tmp_path):
     assert all(any(f"eval_{name}" in entry for entry in metrics) for name in ready.metric_names)
 
 
+def test_another_evaluation_is_no_other_model(tmp_path):
+    model = segmenter()
+    model.save_pretrained(tmp_path)  # as runs of before this setting have it
+    model.config.segmentation_inference = {"window": [64, 64]}
+    check_resumable(tmp_path, model)
+
+
 def test_segmentation_schedules_follow_a_metric_that_there_is(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1, "lr_schedule": "library", "max_steps": 1}
     rows = masked_rows()
