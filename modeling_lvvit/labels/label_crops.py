@@ -27,18 +27,18 @@ class CropGeometry:
             to fractions of the region that the map covers. `None` if no image was sheared, moved or rotated.
         image_box: `(batch_size, 4)` float32, the borders of the image before that augmentation as fractions of the region
             that the map covers. What lies outside is filled with one color. Given with `label_affine`.
-        crop_cells: Result of `measure_cells`, so that nothing need wait for the device to know it; default: it is measured. Only
-            needed with `label_affine`.
+        crop_cells: Result of `measure_cells`, so that nothing need wait for the device to know it; empty if no crop is larger than the
+            map; default: it is measured. Only needed with `label_affine`.
     """
 
     crop_box: torch.Tensor
     label_affine: torch.Tensor | None = None
     image_box: torch.Tensor | None = None
-    crop_cells: tuple[int, int] | None = None
+    crop_cells: list[tuple[int, int]] | None = None
 
-    def measure_cells(self, map_size: tuple[int, int]) -> tuple[int, int]:
-        """Cells of the map that the largest crops of the batch would span from top to bottom and from left to right, if the map
-        went on. `label_affine` must be given.
+    def measure_cells(self, map_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Cells of the map that each crop would span from top to bottom and from left to right, if the map went on. `label_affine` must
+        be given.
 
         Args:
             map_size: Rows and columns of the map.
@@ -46,8 +46,13 @@ class CropGeometry:
         left, top, right, bottom = self.crop_box.float().unsqueeze(2).unbind(1)  # (B, 1) each
         along_x, along_y, _ = self.label_affine.float().unbind(2)  # (B, 2) each
         cells = torch.tensor(map_size[::-1], device=left.device)
-        spans = [(cells * side).norm(dim=1).max() for side in ((bottom - top) * along_y, (right - left) * along_x)]
-        return tuple(math.ceil(span) for span in torch.stack(spans).tolist())
+        spans = [(cells * side).norm(dim=1) for side in ((bottom - top) * along_y, (right - left) * along_x)]
+        return [(math.ceil(down), math.ceil(across)) for down, across in torch.stack(spans, dim=1).tolist()]
+
+    def select(self, rows: list[int]) -> "CropGeometry":
+        """The crops of some samples, without `crop_cells`."""
+        parts = (self.crop_box, self.label_affine, self.image_box)
+        return CropGeometry(*(part if part is None else part[rows] for part in parts))
 
     def points(self, grid_size: tuple[int, int], points_per_token: tuple[int, int]) -> torch.Tensor:
         """Equidistant points of every token, as fractions of the region that the map covers.
@@ -189,16 +194,35 @@ def _pool_warped(
     """`pool_label_maps` where images were sheared, moved or rotated: each token is the mean of a square of points.
 
     The map is read once, at the composition of all operations, with linear interpolation. Reading it once for each operation,
-    to the nearest cell, as the authors do, moves labels by up to half a cell every time. Points are at most a cell apart, also where
-    a crop is larger than the map.
+    to the nearest cell, as the authors do, moves labels by up to half a cell every time. Points are at most a cell apart. Crops that are
+    larger than the map have 2, 4, 8, ... times as many: how many depends on the crop alone, not on the others of the batch.
     """
-    finer = 2 if covered_only else 1  # whole points are left out at the border of the covered part
     map_size = palette_scores.shape[-2:]
+    base = tuple(math.ceil(cells / tokens) for cells, tokens in zip(map_size, grid_size))
+    finer = 2 if covered_only else 1  # whole points are left out at the border of the covered part
     crop_cells = geometry.measure_cells(map_size) if geometry.crop_cells is None else geometry.crop_cells
-    points_per_token = tuple(
-        max(finer * math.ceil(cells / tokens), math.ceil(spanned / tokens))
-        for cells, spanned, tokens in zip(map_size, crop_cells, grid_size)
-    )
+    groups: dict[int, list[int]] = {}
+    for row, spanned in enumerate(crop_cells):
+        times = max(math.ceil(cells / (tokens * points)) for cells, tokens, points in zip(spanned, grid_size, base))
+        groups.setdefault(max(finer, 1 << (times - 1).bit_length()), []).append(row)
+    if len(groups) < 2:
+        times = next(iter(groups), finer)
+        return _mean_of_points(palette_scores, geometry, grid_size, [times * points for points in base], covered_only)
+    pooled = palette_scores.new_empty(*palette_scores.shape[:2], *grid_size)
+    for times, rows in groups.items():
+        points = [times * points for points in base]
+        pooled[rows] = _mean_of_points(palette_scores[rows], geometry.select(rows), grid_size, points, covered_only)
+    return pooled
+
+
+def _mean_of_points(
+    palette_scores: torch.Tensor,
+    geometry: CropGeometry,
+    grid_size: tuple[int, int],
+    points_per_token: list[int],
+    covered_only: bool,
+) -> torch.Tensor:
+    """`_pool_warped` with a given number of points, rows and columns, for each token."""
     points = geometry.points(grid_size, points_per_token)  # (B, P, Q, 2)
     sampled = nn.functional.grid_sample(
         palette_scores, 2 * points - 1, mode="bilinear", padding_mode="border", align_corners=False

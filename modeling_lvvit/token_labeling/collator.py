@@ -52,7 +52,7 @@ class TokenLabelCollator:
         same box for every sample; when mixed by pixels `mix_share` float32 `[B, rows, columns]`, how much of each token
         shows the other image; with dense labels `token_label_palette` int64 `[B, U]`, the classes that each map names, padded
         with 0; `token_label_index` `[B, K, rows, columns]`, positions in the palette; and `token_label_scores` float16 of the same shape;
-        where RandAugment's crops are larger than the maps, `crop_cells`, two numbers (`CropGeometry`).
+        where RandAugment's crops are larger than the maps, `crop_cells` (`CropGeometry`).
 
     Example: two samples with palettes `[7]` and `[3, 8]` give palette `[[7, 0], [3, 8]]`.
     """
@@ -77,8 +77,8 @@ class TokenLabelCollator:
         if "token_label_index" in batch and "label_affine" in batch:
             map_size = batch["token_label_index"].shape[-2:]
             crop_cells = CropGeometry(batch["crop_box"], batch["label_affine"]).measure_cells(map_size)
-            sizes = zip(crop_cells, map_size, self.grid_size)
-            if any(spanned > math.ceil(cells / tokens) * tokens for spanned, cells, tokens in sizes):
+            room = [math.ceil(cells / tokens) * tokens for cells, tokens in zip(map_size, self.grid_size)]
+            if any(down > room[0] or across > room[1] for down, across in crop_cells):
                 batch["crop_cells"] = crop_cells
         seed = samples[0].get("seed")
         with temporary_seed(None if seed is None else fold_in(seed, len(samples))):

@@ -170,7 +170,7 @@ class TokenLabelingLoss:
         """Where the crops lie in the label maps, and the targets of class token and patch tokens, not smoothed."""
         places = (labels.get(name) for name in ("label_affine", "image_box"))
         # the collator says it where a crop is larger than its map
-        geometry = CropGeometry(labels["crop_box"], *places, labels.get("crop_cells", (0, 0)))
+        geometry = CropGeometry(labels["crop_box"], *places, labels.get("crop_cells", []))
         maps = (labels[f"token_label_{part}"] for part in ("palette", "index", "scores"))
         options = (self.args.label_crop, self.args.label_temperature)
         return geometry, *crop_label_maps(*maps, geometry, self.grid_size, self.num_classes, *options)

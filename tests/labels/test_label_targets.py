@@ -137,11 +137,26 @@ def test_moved_crops_larger_than_the_map_equal_a_dense_mean(region):
     assert (pool_label_maps(maps, geometry, grid) - expected).abs().mean() < 0.02
 
 
+def test_targets_do_not_depend_on_the_other_crops_of_a_batch():
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.cat([crops_of_region(region, 2, generator) for region in REGIONS])
+    maps, affine = torch.randn(8, 3, 9, 11, generator=generator), torch.tensor([[0.9, 0.2, 0.05], [-0.3, 1.1, 0.1]])
+    geometry = CropGeometry(boxes, affine.expand(8, 2, 3), torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(8, 4))
+    for grid, covered_only in (((4, 3), False), ((1, 1), True)):
+        together = pool_label_maps(maps, geometry, grid, covered_only=covered_only)
+        alone = [pool_label_maps(maps[[i]], geometry.select([i]), grid, covered_only=covered_only) for i in range(8)]
+        assert torch.equal(together, torch.cat(alone))
+
+
 def test_training_counts_all_cells_of_a_map_of_a_small_region():
     """Every cell names another class than its neighbors; a token of the whole image spans many of them."""
     ids = np.arange(18 * 18).reshape(1, 18, 18) % 5
     plain = AugmentationConfig(
-        crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), random_erasing=0.0, rand_augment="rand-m1-n1"
+        crop_scale=(1.0, 1.0),
+        crop_ratio=(1.0, 1.0),
+        horizontal_flip=0.0,
+        random_erasing=0.0,
+        rand_augment="rand-m1-n1",
     )
     transform = TrainTransform((32, 32), [0.5] * 3, [0.5] * 3, plain)
     transform.rand_augment.operations = []
@@ -151,7 +166,7 @@ def test_training_counts_all_cells_of_a_map_of_a_small_region():
     batch = TokenLabelCollator((4, 4), mix_probability=0.0)(
         [{**sample, "token_label_palette": torch.arange(5), "labels": 0}]
     )
-    assert batch["crop_cells"] == (72, 72)
+    assert batch["crop_cells"] == [(72, 72)]
     objective = TokenLabelingLoss(TokenLabelTrainingArguments(output_dir="unused"), (4, 4), 5)
     _, _, tokens = objective.crop_targets(batch)
     # the token that shows exactly the map: all classes have nearly a fifth
