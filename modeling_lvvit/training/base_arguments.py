@@ -40,6 +40,9 @@ class BaseImageTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: samples are made of them."})
     # every parameter takes part in every loss, so that there is nothing to search for
+    ddp_timeout: int = field(
+        default=86_400, metadata={"help": "Seconds to wait for another process, which may be checking all images."}
+    )
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Search for unused parameters."})
     # of the library: every_save, which puts drafts in the place of a finished model that is there already
     hub_strategy: HubStrategy | str = field(

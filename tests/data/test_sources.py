@@ -102,6 +102,15 @@ def test_images_next_to_parquet_files_are_named(tmp_path, caplog):
     assert "has Parquet files, which are read; 1 image files are left out" in caplog.text
 
 
+def test_parquet_files_without_images_do_not_hide_image_files(tmp_path, caplog):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        datasets.Dataset(labelled_table(1))[0]["image"].save(tmp_path / name / "1.png")
+    datasets.Dataset.from_dict({"file": ["cat/1.png"], "embedding": [[1.0, 2.0]]}).to_parquet(tmp_path / "new.parquet")
+    assert len(open_splits(str(tmp_path))["train"]) == 2
+    assert "Left out, no image files: 1 (1 .parquet): new.parquet." in caplog.text
+
+
 @pytest.mark.parametrize("card", [CARD, None], ids=["card", "file names"])
 def test_the_cache_knows_folders_of_the_same_name_and_changed_files(card, tmp_path):
     shapes = [("a", 6, ["cat", "dog"], 0), ("b", 8, ["owl", "fox", "elk"], 1)]
