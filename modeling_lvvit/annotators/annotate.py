@@ -10,7 +10,6 @@ import hashlib
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,6 +100,11 @@ class AnnotateArguments:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
         parse_image_size(self.image_size, "--image_size")
 
+    @property
+    def class_column(self) -> str:
+        """`label_column`, or its default."""
+        return self.label_column or "label"
+
 
 def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.IterableDataset:
     """The rows to annotate.
@@ -119,9 +123,10 @@ def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.Iterable
         raise ValueError(
             f"{args.dataset} has no column {args.image_column!r}; it has {rows.column_names}. Name it with --image_column."
         )
-    if args.max_samples is not None:
-        take = rows.take if args.streaming else partial(take_subset, rows, label_column=args.label_column or "label")
-        rows = take(args.max_samples)
+    if not args.streaming:
+        rows = take_subset(rows, args.max_samples, args.class_column)
+    elif args.max_samples is not None:
+        rows = rows.take(args.max_samples)
     if not args.streaming and not len(rows):
         raise ValueError(f"{args.dataset} has no rows in split {args.split}.")
     return rows
@@ -133,7 +138,7 @@ def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...
     Raises:
         ValueError: If the classes of both do not match or cannot be compared.
     """
-    names, column = annotator.class_names, args.label_column or "label"
+    names, column = annotator.class_names, args.class_column
     data_names, are_named = names_in_data(rows, args.dataset, column)
     if data_names is None and (args.label_column is not None or args.class_map is not None):
         raise ValueError(f"{args.dataset} has no column {column!r} to match classes with; it has {rows.column_names}.")
@@ -209,7 +214,7 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     broadcast_object_list(problem)
     if problem[0] is not None:
         raise ValueError(problem[0])
-    column = args.label_column or "label"
+    column = args.class_column
     if main and not args.streaming and isinstance(dataset.features.get(column), datasets.ClassLabel):
         print(describe_classes(dataset, args.split, column), flush=True)
     try:

@@ -31,14 +31,14 @@ def check_columns(rows: datasets.Dataset | datasets.IterableDataset, name: str, 
     """Raises a `ValueError` if image data, which messages call by `name`, lacks one of the two columns."""
     for column, parameter in ((image, "image_column"), (label, "label_column")):
         if column not in rows.column_names:
-            folders = f" In an image folder the class folders are the labels (train/cat/1.jpg); {_images_of(rows)} lie in none."
+            folders = f" In an image folder the class folders are the labels (train/cat/1.jpg); {_count_rows(rows)} lie in none."
             raise ValueError(
                 f"{name} has no column {column!r}; it has {rows.column_names}. Name it with `{parameter}`."
                 + (folders if column == "label" else "")
             )
 
 
-def _images_of(rows: datasets.Dataset | datasets.IterableDataset) -> str:
+def _count_rows(rows: datasets.Dataset | datasets.IterableDataset) -> str:
     """How many rows of a split there are, for a message."""
     split = f" of split {rows.split}" if rows.split else ""
     return f"the {len(rows):,} rows{split}" if isinstance(rows, datasets.Dataset) else f"the rows{split}"
@@ -174,7 +174,7 @@ def _renumbered(rows: datasets.Dataset, name: str, column: str, feature: dataset
     """Rows whose classes, paired by name, have the ids of another `ClassLabel`; errors as in `with_class_ids`."""
     names = rows.features[column].names
     partners = find_namesakes(feature.names, names)
-    ids = rows.select_columns(column).with_format("numpy")[:][column]
+    ids = class_ids(rows, column)
     if foreign := [names[index] for index in np.unique(ids) if index >= 0 and index not in partners]:
         raise ValueError(f"Split {rows.split} of {name} has classes that training lacks: {foreign[:MAX_NAMED]}.")
     new_ids = np.array([partners.get(index, -1) for index in range(len(names))])
@@ -211,18 +211,20 @@ def with_class_ids(
     if values.null_count:
         row = pc.index(values.is_null().combine_chunks(), True).as_py()
         raise ValueError(f"Row {row} of {name}, split {rows.split}, has no label in column {column!r}.")
-    present = rows.features[column].names if isinstance(rows.features[column], datasets.ClassLabel) else None
-    if present is None:
+    is_named = isinstance(rows.features[column], datasets.ClassLabel)
+    if is_named:
+        present = rows.features[column].names
+    else:
         present = sorted(set(pc.unique(values).to_pylist())) if is_text else _numbered_names(values, name, column)
     names = present if like is None else like.features[column].names
-    if like is None and class_names is not None and not is_text and len(present) <= len(class_names):
-        names = present if isinstance(rows.features[column], datasets.ClassLabel) else class_names
+    if like is None and class_names is not None and not (is_named or is_text) and len(present) <= len(class_names):
+        names = class_names
     if len(names) < 2:
         raise ValueError(f"{name} has {len(names)} class in column {column!r}; a classifier needs two.")
     feature = datasets.ClassLabel(names=names)
     if rows.features[column] == feature:
         return rows
-    if isinstance(rows.features[column], datasets.ClassLabel) and has_names(names) and has_names(present):
+    if is_named and has_names(names) and has_names(present):
         return _renumbered(rows, name, column, feature)
     if is_text:
         if foreign := sorted(set(present) - set(names)):

@@ -87,7 +87,7 @@ def _open_folder(
     layout, metadata = read_layout(folder)
     num_images = sum(len(rows) for rows in layout.splits.values())
     parquet_files = [path for path in layout.left_out.get(NO_IMAGE, []) if path.lower().endswith(".parquet")]
-    if parquet_files and not (num_images and not any(_holds_images(folder / path) for path in parquet_files)):
+    if parquet_files and (not num_images or any(_holds_images(folder / path) for path in parquet_files)):
         if num_images:
             logger.warning("%s has Parquet files, which are read; %s image files are left out.", folder, num_images)
         files = parquet_splits(parquet_files)
@@ -134,7 +134,9 @@ def _open_configured_folder(
             if split_of.setdefault(path, name) != name:
                 raise ValueError(f"{path} is in the splits {split_of[path]} and {name}.")
     endings = {Path(path).suffix.lower() for path in split_of}
-    others = [path for path in folder.rglob("*") if path.suffix.lower() in endings and str(path) not in split_of]
+    others = [
+        path for path in sorted(_files_below(folder)) if path.suffix.lower() in endings and str(path) not in split_of
+    ]
     if others:
         logger.warning("%s: %s files are in no split: %s", folder, len(others), ", ".join(map(str, others[:3])))
     if streaming:

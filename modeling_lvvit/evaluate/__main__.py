@@ -250,13 +250,10 @@ def main(arguments: list[str]) -> None:
         message = name_options(error, EvaluationArguments)
         sys.exit(f"{MODULE}: {message}" if is_main_process() else 1)
     if state.is_main_process:
-        print(
-            "\n".join(
-                describe_classes(part.rows, f"{part.name} ({part.split})", args.label_column) for part in test_sets
-            )
-        )
-    for note in notes_on_corruptions(folders, {}) if folders and state.is_main_process else ():
-        print(f"{MODULE}: {args.corruptions}: {note}", file=sys.stderr)
+        for part in test_sets:
+            print(describe_classes(part.rows, f"{part.name} ({part.split})", args.label_column))
+        for note in notes_on_corruptions(folders, {}) if folders else ():
+            print(f"{MODULE}: {args.corruptions}: {note}", file=sys.stderr)
     try:
         results = evaluate_all(args, state, classifiers, test_sets, real, folders)
     except (SampleError, NotFiniteError) as error:

@@ -1,6 +1,5 @@
 """Stacks samples and draws how the images of a batch are mixed."""
 
-import math
 import random
 from dataclasses import dataclass
 
@@ -76,9 +75,8 @@ class TokenLabelCollator:
             batch["token_label_palette"] = pad_palettes([sample["token_label_palette"] for sample in samples])
         if "token_label_index" in batch and "label_affine" in batch:
             map_size = batch["token_label_index"].shape[-2:]
-            crop_cells = CropGeometry(batch["crop_box"], batch["label_affine"]).measure_cells(map_size)
-            room = [math.ceil(cells / tokens) * tokens for cells, tokens in zip(map_size, self.grid_size)]
-            if any(down > room[0] or across > room[1] for down, across in crop_cells):
+            geometry = CropGeometry(batch["crop_box"], batch["label_affine"])
+            if crop_cells := geometry.cells_beyond_map(map_size, self.grid_size):
                 batch["crop_cells"] = crop_cells
         seed = samples[0].get("seed")
         with temporary_seed(None if seed is None else fold_in(seed, len(samples))):

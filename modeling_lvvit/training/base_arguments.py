@@ -39,10 +39,10 @@ class BaseImageTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Leave NaN and infinite losses out of logs."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: samples are made of them."})
-    # every parameter takes part in every loss, so that there is nothing to search for
     ddp_timeout: int = field(
         default=86_400, metadata={"help": "Seconds to wait for another process, which may be checking all images."}
     )
+    # every parameter takes part in every loss, so that there is nothing to search for
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Search for unused parameters."})
     # of the library: every_save, which puts drafts in the place of a finished model that is there already
     hub_strategy: HubStrategy | str = field(

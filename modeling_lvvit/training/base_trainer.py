@@ -132,7 +132,7 @@ class BaseImageTrainer(HubTrainer):
             DivergenceError: If loss or weights become NaN or infinite.
             ValueError: If the checkpoint is one of another model or other classes.
         """
-        if isinstance(resume_from_checkpoint, str):
+        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint != self.args.resume_from_checkpoint:
             check_resumable(Path(resume_from_checkpoint), self.model)
         self.throughput.start()
         try:

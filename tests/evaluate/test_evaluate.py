@@ -24,7 +24,7 @@ from modeling_lvvit.evaluate.scores import ALEXNET_ERRORS, find_real_labels, ima
 from modeling_lvvit.evaluate.test_sets import corruption_folders, model_class_map, open_test_set, reassessed_labels
 from modeling_lvvit.variants import evaluation_image_processor
 from support.images import encode_image
-from support.models import tiny_config
+from support.models import save_tiny_lvvit
 from support.programs import ROOT, environment_of
 
 
@@ -70,13 +70,7 @@ def test_shipped_real_labels_are_those_of_imagenet():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A tiny LV-ViT of eight classes with random weights, of 32 x 32 pixels."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "lvvit"
-    config = tiny_config(image_size=32, num_labels=len(NAMES))
-    config.id2label, config.label2id = dict(enumerate(NAMES)), {name: index for index, name in enumerate(NAMES)}
-    LVViTForImageClassification(config).save_pretrained(folder)
-    evaluation_image_processor((32, 32), 0.8).save_pretrained(folder)
-    return folder
+    return save_tiny_lvvit(tmp_path_factory.mktemp("models") / "lvvit", NAMES)
 
 
 def save_vit(folder: Path) -> None:

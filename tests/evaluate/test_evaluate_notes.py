@@ -6,15 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.evaluate.__main__ import main
 from modeling_lvvit.evaluate.scores import ALEXNET_ERRORS
 from modeling_lvvit.evaluate.test_sets import corruption_folders
-from modeling_lvvit.variants import evaluation_image_processor
-from support.models import tiny_config
+from support.models import save_tiny_lvvit
 
 
 NAMES = [f"class {letter}" for letter in "abcdefgh"]
@@ -24,13 +21,7 @@ CORRUPTIONS = list(ALEXNET_ERRORS)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A tiny LV-ViT of eight classes with random weights."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "lvvit"
-    config = tiny_config(image_size=32, num_labels=len(NAMES))
-    config.id2label, config.label2id = dict(enumerate(NAMES)), {name: index for index, name in enumerate(NAMES)}
-    LVViTForImageClassification(config).save_pretrained(folder)
-    evaluation_image_processor((32, 32), 0.8).save_pretrained(folder)
-    return folder
+    return save_tiny_lvvit(tmp_path_factory.mktemp("models") / "lvvit", NAMES)
 
 
 def fill(folder: Path, names: list[str], count: int = 1) -> Path:

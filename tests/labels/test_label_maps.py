@@ -7,7 +7,8 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from modeling_lvvit.labels.label_crops import CropGeometry, axis_weights, crop_label_maps, pool_label_maps
+from modeling_lvvit.labels.axis_weights import axis_weights
+from modeling_lvvit.labels.label_crops import CropGeometry, crop_label_maps, pool_label_maps
 from modeling_lvvit.labels.label_maps import build_palette, decode, encode_top_k, id_dtype
 from modeling_lvvit.labels.sparse_targets import SparseTargets
 
