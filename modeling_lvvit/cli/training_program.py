@@ -79,7 +79,7 @@ def run_program(program: Program, start: list[str], prepare: Callable[..., Train
         discard_overwritten_checkpoints(training_args, model_args.overwrite_output_dir)
     description = run.describe()
     if is_main:
-        print(description, flush=True)
+        print("\n".join([description, *describe_early_stopping(trainer.args, is_trained)]), flush=True)
     try:
         if is_trained:
             train(run)
@@ -106,12 +106,26 @@ def describe_error(program: Program, error: Exception | str) -> str:
     return f"{program.name}: {name_options(error, *program.arguments)}"
 
 
+def describe_early_stopping(args: BaseImageTrainingArguments, is_trained: bool = True) -> list[str]:
+    """What early stopping goes by, and which options were set for it; no line without it."""
+    patience = args.early_stopping_patience
+    if patience is None or not is_trained:
+        return []
+    chosen = ", ".join(f"--{name} {value}" for name, value in args.early_stopping_choices.items())
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    evaluations = "one evaluation" if patience == 1 else f"{patience} evaluations in a row"
+    text = f"early stopping: after {evaluations} without a better {metric} (--metric_for_best_model)"
+    return [f"{text}; set for it: {chosen}" if chosen else text]
+
+
 def train(run: TrainingRun) -> None:
     """Trains and saves the model; ends the program if a signal stops it."""
     trainer = run.trainer
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.stop_on_signal.received:
         end_after_signal(trainer)
+    if trainer.is_world_process_zero() and (best := trainer.describe_best()) is not None:
+        print(best, flush=True)
     run.finish_model()
     trainer.save_model(_internal_call=True)  # it is published at the end, with evaluation and card
     trainer.save_metrics("train", result.metrics)
