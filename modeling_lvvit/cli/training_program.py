@@ -111,7 +111,10 @@ def describe_early_stopping(args: BaseImageTrainingArguments, is_trained: bool =
     patience = args.early_stopping_patience
     if patience is None or not is_trained:
         return []
-    chosen = ", ".join(f"--{name} {value}" for name, value in args.early_stopping_choices.items())
+    choices = args.early_stopping_choices.items()
+    chosen = ", ".join(
+        f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in choices
+    )
     metric = args.metric_for_best_model.removeprefix("eval_")
     evaluations = "one evaluation" if patience == 1 else f"{patience} evaluations in a row"
     text = f"early stopping: after {evaluations} without a better {metric} (--metric_for_best_model)"

@@ -50,6 +50,9 @@ class Confusions:
         Example: 3 images of class 0, of which 1 is taken for class 1, and 1 of class 1: precision 1 and 1/2, recall 2/3 and 1,
         F1 0.8 and 2/3.
         """
+        if not len(self.counts):  # which scikit-learn refuses
+            nothing = np.full(self.num_classes, np.nan)
+            return {**dict.fromkeys(("precision", "recall", "f1"), nothing), "support": np.zeros(self.num_classes, int)}
         precision, recall, f1, support = precision_recall_fscore_support(
             self.true, self.predicted, labels=range(self.num_classes), sample_weight=self.counts, zero_division=0
         )
