@@ -52,7 +52,10 @@ class Confusions:
         """
         if not len(self.counts):  # which scikit-learn refuses
             nothing = np.full(self.num_classes, np.nan)
-            return {**dict.fromkeys(("precision", "recall", "f1"), nothing), "support": np.zeros(self.num_classes, int)}
+            return {
+                **dict.fromkeys(("precision", "recall", "f1"), nothing),
+                "support": np.zeros(self.num_classes, int),
+            }
         precision, recall, f1, support = precision_recall_fscore_support(
             self.true, self.predicted, labels=range(self.num_classes), sample_weight=self.counts, zero_division=0
         )
