@@ -1,9 +1,6 @@
-"""Trains an image classifier with token labels (or plain ones) and saves it for `AutoModel`.
+"""Trains an image classifier with token labels (or plain ones) and saves it for `AutoModel`: `lvvit train`.
 
-accelerate launch train_tl.py                                  embedded data, a few minutes on two CPU cores
-accelerate launch train_tl.py RECIPE.yaml --output_dir runs/a  a recipe; any option overrides its value
-accelerate launch train_tl.py --dataset_name path/to/images --variant lvvit_s_224 --output_dir runs/b
-accelerate launch train_tl.py --dataset_name path/to/images --architecture timm/resnet50 --annotator MODEL --output_dir runs/c
+accelerate launch train_tl.py [RECIPE ...] [--option value ...]
 """
 
 import sys
@@ -31,7 +28,7 @@ from modeling_lvvit.token_labeling import (
 from modeling_lvvit.visualization.predictions import draw_predictions
 
 
-CARD_TEMPLATE = CARD_TEMPLATES / "template.md"
+CARD_TEMPLATE = CARD_TEMPLATES / "classifier.md"
 
 
 @dataclass
@@ -59,7 +56,7 @@ class ClassifierRun(TrainingRun):
             duration = 1000 / trainer.annotator.images_per_second(args.train_batch_size)
             name = trainer.annotator.annotator.name
             text += f"\nlabels by {name}, which takes {duration:.3g} ms an image here"
-        return "\n".join([text, *self.opened.describe(self.data_args.label_column)])
+        return "\n".join([text, *self.opened.describe(self.data_args.label_column_name)])
 
     def finish_model(self) -> None:
         """Leaves the patch head out of the saved model if that was asked for."""
@@ -99,7 +96,7 @@ def build_samples(
     """Training samples, jointly augmented, and evaluation samples, preprocessed by the image processor."""
     mean, std = image_processor.image_mean, image_processor.image_std
     transform = TrainTransform(image_size, mean, std, args.augmentation())
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    columns = {"image_column": args.image_column_name, "label_column": args.label_column_name}
     preprocess = ImageProcessorTransform(image_processor)
     evaluation = TokenLabelDataset(opened.evaluation, preprocess, **columns, name="evaluation")
     if args.streaming:
@@ -129,11 +126,11 @@ def prepare(
     if data_args.streaming and training_args.max_steps < 1:
         raise ValueError("A stream has no end: give `streaming` together with `max_steps`.")
     PixelLimit(data_args.max_image_pixels)
-    set_up(model_args, training_args, CARD_TEMPLATE)
+    set_up(model_args, training_args)
     with training_args.main_process_first(desc="opening the data"):
         opened_args = with_embedded_data(data_args)
         opened = open_datasets(opened_args, training_args.seed)
-        model, processor = build_model(model_args, opened.train.features[data_args.label_column].names)
+        model, processor = build_model(model_args, opened.train.features[data_args.label_column_name].names)
         prepare_for_cpu(model, training_args.device, training_args.bf16)
         samples = build_samples(opened_args, training_args, model_image_size(model), processor, opened)
         annotator = None

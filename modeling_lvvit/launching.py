@@ -44,12 +44,17 @@ def start_missing_processes(program: list[str], arguments: list[str]) -> bool:
     processes = missing_cpu_processes()
     if not processes:
         return False
-    os.environ.pop("MASTER_PORT", None)
     try:
-        torchrun(["--standalone", f"--nproc_per_node={processes}", *program, *arguments])
+        run_processes(processes, program, arguments)
     except ChildFailedError:
         sys.exit(1)  # the processes have said why
     return True
+
+
+def run_processes(number: int, program: list[str], arguments: list[str]) -> None:
+    """Runs a program in several processes of this machine; a `ChildFailedError` if one of them fails."""
+    os.environ.pop("MASTER_PORT", None)
+    torchrun(["--standalone", f"--nproc_per_node={number}", *program, *arguments])
 
 
 def end_with_launcher() -> None:
@@ -77,13 +82,14 @@ def name_options(message: object, *arguments: type | str) -> str:
     Args:
         message: An error or a text, for example "Name it with `image_column`."
         arguments: Dataclasses of the program's options, or names of options. A parameter without an option of its name becomes the
-            only option that ends in it, for example `class_map` becomes `--annotator_class_map`.
+            one with `_name` behind it, else the only option that ends in it: `class_map` becomes `--annotator_class_map`.
     """
     names = {part for part in arguments if isinstance(part, str)}
     names |= {entry.name for part in arguments if part not in names for entry in dataclasses.fields(part)}
 
     def option(match: re.Match) -> str:
-        options = [match[1]] if match[1] in names else [name for name in names if name.endswith(f"_{match[1]}")]
+        options = [name for name in (match[1], f"{match[1]}_name") if name in names]
+        options = options or [name for name in names if name.endswith(f"_{match[1]}")]
         return f"--{options[0]}" if len(options) == 1 else match[0]
 
     return re.sub(r"`(\w+)`", option, str(message))

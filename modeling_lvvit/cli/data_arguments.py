@@ -1,6 +1,7 @@
 """Options of the data of a training run."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers.hf_argparser import HfArg
 
@@ -15,6 +16,14 @@ from ..token_labeling.transforms import AugmentationConfig
 class DataArguments(AnnotatorArguments):
     """What to train and evaluate on, besides the fields of `AnnotatorArguments`; for the last five see `AugmentationConfig`."""
 
+    option_groups: ClassVar[dict[str, str]] = {
+        "dataset_name": "data",
+        "token_labels": "dense labels",
+        "annotator": "dense labels by an annotator in training",
+        "streaming": "data",
+        "crop_scale_min": "augmentation",
+    }
+
     dataset_name: str | None = HfArg(
         default=None,
         help="Hub name, folder (images, or Parquet files) or Parquet file; default: digit scenes that are drawn here.",
@@ -26,8 +35,8 @@ class DataArguments(AnnotatorArguments):
         default=None, help="Evaluation split; default: the first of validation, val, valid, dev, test."
     )
     eval_fraction: float = HfArg(default=0.1, help="Share of training rows, in (0, 1), where no such split is.")
-    image_column: str = HfArg(default="image", help="Column of images.")
-    label_column: str = HfArg(default="label", help="Column of class ids or names.")
+    image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
+    label_column_name: str = HfArg(default="label", help="Column of class ids or names.", aliases=["--label_column"])
     token_labels: str | None = HfArg(
         default=None, help="Label set to join: Hub name or folder; default: two columns of the data, if there."
     )
@@ -51,7 +60,7 @@ class DataArguments(AnnotatorArguments):
     decode_data: bool | None = HfArg(default=None, help=DECODE_HELP)
     max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     crop_scale_min: float = HfArg(default=0.08, help="Smallest area share of a training crop.")
-    horizontal_flip: float = HfArg(default=0.5, help="Probability of a mirror image.")
+    horizontal_flip: float | None = HfArg(default=None, help="Probability of a mirror image; default: 0.5.")
     rand_augment: str = HfArg(default="rand-m9-mstd0.5-inc1", help="RandAugment in timm's notation, or none.")
     color_jitter: float = HfArg(default=0.0, help="Strength of color changes.")
     random_erasing: float = HfArg(default=0.25, help="Probability of an erased rectangle.")
@@ -75,7 +84,7 @@ class DataArguments(AnnotatorArguments):
         """Strengths of the training augmentation."""
         return AugmentationConfig(
             crop_scale=(self.crop_scale_min, 1.0),
-            horizontal_flip=self.horizontal_flip,
+            horizontal_flip=0.5 if self.horizontal_flip is None else self.horizontal_flip,
             rand_augment=self.rand_augment,
             color_jitter=self.color_jitter,
             # an annotator looks at crops before they are erased, see `OnlineAnnotator`

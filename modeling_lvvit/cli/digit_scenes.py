@@ -11,7 +11,8 @@ Columns: `image`; `label`, 0 to 9; `mask`, PNG with 0 to 9 for digit pixels and 
 `token_label_scores`, [5, 16, 16] each.
 """
 
-import argparse
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -23,10 +24,12 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from ..annotators.pipeline import annotate_batches
 from ..data.atomic_files import atomic_directory, write_json
 from ..labels.columns import label_map_features, to_arrow
+from ..options import Program
 
 
 VERSION = 2  # raise it when the same arguments would give other data
@@ -232,18 +235,24 @@ def build_or_reuse() -> Path:
     return folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output_dir", type=Path, help="folder to create")
-    parser.add_argument("--seed", type=int, default=0, help="seed of scenes and annotator")
-    parser.add_argument("--annotator_epochs", type=int, default=8, help="passes of the annotator over the scenes")
-    args = parser.parse_args()
-    try:
-        build(args.output_dir, args.seed, args.annotator_epochs)
-    except OSError as error:
-        parser.exit(1, f"{error}\n")
+@dataclass
+class ScenesArguments:
+    """Options of the program."""
+
+    output_dir: str | None = HfArg(default=None, help="Folder to create.")
+    scenes_seed: int = HfArg(default=0, help="Seed of scenes and annotator.", aliases=["--seed"])
+    annotator_epochs: int = HfArg(default=8, help="Passes of the annotator over the scenes.")
+
+
+PROGRAM = Program("digit_scenes", __doc__, (ScenesArguments,), ("output_dir",), required=("output_dir",))
+
+
+def main(arguments: list[str]) -> None:
+    with PROGRAM.refusals():
+        (args,) = PROGRAM.parse(arguments)
+        build(Path(args.output_dir), args.scenes_seed, args.annotator_epochs)
     print(f"{' and '.join(f'{count} {split}' for split, count in SPLITS.items())} scenes -> {args.output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -67,7 +67,7 @@ def open_datasets(args: DataArguments, seed: int) -> OpenedData:
     """
     name = args.dataset_name
     splits = open_splits(name, args.dataset_config_name, args.dataset_revision, args.streaming, args.train_split)
-    eval_name = find_eval_split(splits, name, args.train_split, args.eval_split, args.label_column)
+    eval_name = find_eval_split(splits, name, args.train_split, args.eval_split, args.label_column_name)
     labels = None
     if args.token_labels is not None and args.use_token_labels:
         labels = LabelSet.open(args.token_labels, args.train_split, args.token_labels_revision)
@@ -80,34 +80,36 @@ def _open_rows(
     args: DataArguments, splits: datasets.DatasetDict, eval_name: str | None, labels: LabelSet | None, seed: int
 ) -> OpenedData:
     """Training rows with their label maps, and evaluation rows: those of a split, or some that are held out."""
-    name, columns = args.dataset_name, (args.image_column, args.label_column)
+    name, columns = args.dataset_name, (args.image_column_name, args.label_column_name)
     train = splits[args.train_split]
     check_columns(train, name, *columns)
-    train = with_class_ids(train, name, args.label_column, class_names=None if labels is None else labels.class_names)
+    train = with_class_ids(
+        train, name, args.label_column_name, class_names=None if labels is None else labels.class_names
+    )
     if eval_name is not None:  # labels may be there for a subset only
-        train = take_subset(train, args.max_train_samples, args.label_column)
+        train = take_subset(train, args.max_train_samples, args.label_column_name)
     evaluation = label_maps = None
     if eval_name is not None:
         check_columns(splits[eval_name], name, *columns)
-        evaluation = with_class_ids(splits[eval_name], name, args.label_column, like=train)
+        evaluation = with_class_ids(splits[eval_name], name, args.label_column_name, like=train)
     if labels is not None:
-        check_class_names(labels.class_names, train.features[args.label_column].names)
-        joined = labels.join(train, args.image_column, args.key_column, args.key_pattern)
+        check_class_names(labels.class_names, train.features[args.label_column_name].names)
+        joined = labels.join(train, args.image_column_name, args.key_column, args.key_pattern)
         train, label_maps = train if joined.images is None else train.select(joined.images), joined.label_maps
-        _compare_with_labels(label_maps, train, args.label_column)
+        _compare_with_labels(label_maps, train, args.label_column_name)
     elif args.use_token_labels and has_dense_columns(train, args.dense_columns):
         label_maps = LabelMapReader(train, None, *args.dense_columns)
     if evaluation is None:
-        classes = class_ids(train, args.label_column)
+        classes = class_ids(train, args.label_column_name)
         rows, held_out, eval_name = hold_out(len(train), args.eval_fraction, seed, name, args.train_split, classes)
         evaluation = train.select(held_out)
         rows = rows[select_subset(len(rows), args.max_train_samples, classes[rows])]
         train, label_maps = train.select(rows), label_maps and label_maps.select(rows)
-    evaluation = take_subset(evaluation, args.max_eval_samples, args.label_column)
+    evaluation = take_subset(evaluation, args.max_eval_samples, args.label_column_name)
     for part, rows in (("training", train), ("evaluation", evaluation)):
         if not len(rows):
             raise ValueError(f"There are no {part} rows in {name}.")
-    warn_of_missing_classes(train, evaluation, args.label_column)
+    warn_of_missing_classes(train, evaluation, args.label_column_name)
     return OpenedData(train, evaluation, eval_name, label_maps)
 
 
@@ -115,16 +117,16 @@ def _open_stream(
     args: DataArguments, splits: datasets.IterableDatasetDict, eval_name: str | None, labels: LabelSet | None
 ) -> OpenedData:
     """Training rows as a stream; evaluation rows prepared as usual."""
-    name, columns = args.dataset_name, (args.image_column, args.label_column)
+    name, columns = args.dataset_name, (args.image_column_name, args.label_column_name)
     if eval_name is None:
         raise ValueError(f"{name} has no split to evaluate on, and a stream cannot be divided. It has {list(splits)}.")
     train = splits[args.train_split]
     train = train if train.features is not None else train._resolve_features()
     check_columns(train, name, *columns)
-    feature = train.features[args.label_column]
+    feature = train.features[args.label_column_name]
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
-            f"With --streaming column {args.label_column!r} of {name} must be a ClassLabel, got {feature}."
+            f"With --streaming column {args.label_column_name!r} of {name} must be a ClassLabel, got {feature}."
         )
     if labels is not None:
         check_class_names(labels.class_names, feature.names)
@@ -138,14 +140,14 @@ def _open_stream(
     # processes that come later find what the first one prepared: the arguments of the generator name the content
     place = str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
     location = (place, args.dataset_config_name, args.dataset_revision)
-    source = (*location, eval_name, args.image_column, args.max_eval_samples)
+    source = (*location, eval_name, args.image_column_name, args.max_eval_samples)
     evaluation = datasets.Dataset.from_generator(
         streamed_rows,
         features=splits[eval_name].features or train.features,
         gen_kwargs={"source": source, "state": dataset_fingerprint(name, args.dataset_revision)},
     )
     check_columns(evaluation, name, *columns)
-    evaluation = with_class_ids(evaluation, name, args.label_column, like=train)
+    evaluation = with_class_ids(evaluation, name, args.label_column_name, like=train)
     return OpenedData(train, evaluation, eval_name, labels=labels)
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -18,7 +17,6 @@ from ..launching import (
     end_together,
     end_with_launcher,
     is_main_process,
-    name_options,
     set_up_cpu,
     start_missing_processes,
 )
@@ -30,7 +28,7 @@ from ..training.divergence import DivergenceError
 from ..training.fsdp import is_fsdp_requested
 from . import digit_scenes
 from .model_arguments import ModelSourceArguments
-from .parser import EMBEDDED_RECIPE, Program, parse
+from .parser import EMBEDDED_RECIPE, TrainingProgram, parse
 
 
 class TrainingRun(ABC):
@@ -55,7 +53,9 @@ class TrainingRun(ABC):
         """Writes figure and model card, and prints the results."""
 
 
-def run_program(program: Program, start: list[str], prepare: Callable[..., TrainingRun], arguments: list[str]) -> None:
+def run_program(
+    program: TrainingProgram, start: list[str], prepare: Callable[..., TrainingRun], arguments: list[str]
+) -> None:
     """Runs a training program from its command line to its end.
 
     Args:
@@ -69,10 +69,10 @@ def run_program(program: Program, start: list[str], prepare: Callable[..., Train
         model_args, data_args, training_args = parse(arguments, program)
         run = prepare(model_args, data_args, training_args)
     except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(describe_error(program, error) if is_main_process() else 1)
+        sys.exit(program.message(error) if is_main_process() else 1)
     except KeyboardInterrupt:
         check = "`decode_data` false decodes no images before training, `check_data` false looks at no rows."
-        sys.exit(describe_error(program, f"Interrupted before training. {check}") if is_main_process() else 1)
+        sys.exit(program.message(f"Interrupted before training. {check}") if is_main_process() else 1)
     trainer, is_main = run.trainer, run.trainer.is_world_process_zero()
     is_trained = trainer.train_dataset is not None
     if is_main and is_trained:
@@ -86,9 +86,9 @@ def run_program(program: Program, start: list[str], prepare: Callable[..., Train
         run.evaluate()
     except DivergenceError as error:  # in all processes
         end_together()
-        sys.exit(describe_error(program, error) if is_main else 1)
+        sys.exit(program.message(error) if is_main else 1)
     except (SampleError, NotFiniteError) as error:
-        sys.exit(describe_error(program, error))  # only the process that has the row knows of it
+        sys.exit(program.message(error))  # only the process that has the row knows of it
     if is_trained:
         trainer.save_state()
     run.report()
@@ -99,11 +99,6 @@ def run_program(program: Program, start: list[str], prepare: Callable[..., Train
     if is_trained:
         push_finished_run(trainer, program.name)
     end_together()  # a process that leaves with its connections open may abort
-
-
-def describe_error(program: Program, error: Exception | str) -> str:
-    """The message that a program ends with; parameters of the library become its options."""
-    return f"{program.name}: {name_options(error, *program.arguments)}"
 
 
 def train(run: TrainingRun) -> None:
@@ -117,17 +112,12 @@ def train(run: TrainingRun) -> None:
     trainer.save_metrics("train", result.metrics)
 
 
-def set_up(model_args: ModelSourceArguments, training_args: BaseImageTrainingArguments, card_template: Path) -> None:
+def set_up(model_args: ModelSourceArguments, training_args: BaseImageTrainingArguments) -> None:
     """Output folder, CPU and seed of a run, before anything is opened.
 
     Raises:
-        FileNotFoundError: If there is no template of its model card.
         ValueError: See `prepare_output_dir`; or if something to log to is unknown or not installed.
     """
-    if not card_template.is_file():
-        raise FileNotFoundError(
-            f"There is no {card_template}: install the project from its folder (pip install -e .)."
-        )
     training_args.check_reporting()
     prepare_output_dir(training_args, model_args.model_name_or_path, model_args.overwrite_output_dir)
     set_up_cpu(training_args.device)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from .file_checks import CARD, PICKLE_ENDINGS, matches, published_files
@@ -37,6 +38,31 @@ MEANINGS = {
 CLIENT_ERRORS = (
     HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError, RuntimeError, UnicodeError,
 )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class HubTargetArguments:
+    """Options of what is uploaded, named as in `TrainingArguments`."""
+
+    hub_model_id: str | None = HfArg(
+        default=None, help="Repository of the Hub, OWNER/NAME; made if there is none.", aliases=["--repo_id"]
+    )
+    hub_private_repo: bool | None = HfArg(
+        default=None, help="Whether a new repository is private; default: the owner's rule.", aliases=["--private"]
+    )
+    hub_revision: str | None = HfArg(default=None, help="Branch of it, made if there is none; default: main.")
+
+
+@dataclass(kw_only=True)
+class HubUploadArguments(HubTargetArguments):
+    """Options of a program that may upload what it makes."""
+
+    push_to_hub: bool = HfArg(default=False, help="Upload what is finished to the Hub, to hub_model_id.")
+
+    def check_upload(self) -> None:
+        """Raises a `ValueError` if there is a repository without an upload, or the other way round."""
+        if self.push_to_hub != (self.hub_model_id is not None):
+            raise ValueError("`push_to_hub` and `hub_model_id` OWNER/NAME belong together.")
 
 
 class HubError(OSError):

@@ -17,6 +17,12 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
     their `help`. The paper states a `dense_weight` (beta) of 0.5, the published commands use 1.0."""
 
     reference_images_per_step: ClassVar[int] = REFERENCE_IMAGES_PER_STEP
+    option_groups: ClassVar[dict[str, str]] = {
+        "output_dir": "training",
+        "lr_schedule": "learning-rate schedule",
+        "cls_weight": "token labeling",
+        "ema_decay": "weight average",
+    }
     alternatives: ClassVar[tuple[str, ...]] = ("ema_decay", "base_ema_decay")  # at most one of them is given
 
     base_learning_rate: float = HfArg(default=1.6e-3, help="Learning rate for 1024 images a step.")

@@ -21,6 +21,7 @@ class BaseImageTrainingArguments(TrainingArguments):
     """`TrainingArguments` whose learning rate follows the batch size, with defaults for images. Its options are described in their `help`."""
 
     reference_images_per_step: ClassVar[int] = 1
+    option_groups: ClassVar[dict[str, str]] = {"output_dir": "training"}
 
     learning_rate: float | None = field(
         default=None,

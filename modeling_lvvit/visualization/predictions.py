@@ -19,7 +19,7 @@ def read_dense_labels(rows: datasets.Dataset, args: DataArguments, count: int) -
     try:
         if not args.use_token_labels or not has_dense_columns(rows, args.dense_columns):
             return None
-        columns = (args.image_column, args.label_column, *args.dense_columns)
+        columns = (args.image_column_name, args.label_column_name, *args.dense_columns)
         samples = TokenLabelDataset(rows, lambda image: {}, *columns)
         return [samples.label_map(index) for index in range(count)]
     except ValueError:  # the figure goes without them; training and evaluation never needed them

@@ -244,7 +244,7 @@ def test_localization_program(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "size", "message"),
     [
-        (["--mask_column", "masks"], 40, "no column 'masks'"),
+        (["--mask_column_name", "masks"], 40, "no column 'masks'"),
         ([], 36, "all must have one shape"),
         (["--crop_pct", "0.9"], 40, "does not see whole images"),
         (["--model", "./nowhere"], 40, "There is no model folder"),

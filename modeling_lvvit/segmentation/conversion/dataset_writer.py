@@ -15,12 +15,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.atomic_files import atomic_directory, write_json
-from ..data.image_folder import Layout, list_folder
-from ..data.images import IMAGE_ERRORS, pillow_errors, upright_size
-from ..data.masks import read_file_facts, read_mask, size_problem
-from ..hub.file_checks import CARD
-from .data import MASKS_FILE, NAMES_FILE
+from ...data.atomic_files import atomic_directory, write_json
+from ...data.image_folder import Layout, list_folder
+from ...data.images import IMAGE_ERRORS, pillow_errors, upright_size
+from ...data.masks import read_file_facts, read_mask, size_problem
+from ...hub.file_checks import CARD
+from ..data import MASKS_FILE, NAMES_FILE
 
 
 logger = logging.get_logger(__name__)
