@@ -66,7 +66,7 @@ class OptionParser(HfArgumentParser):
         super().__init__(arguments, **settings)
         self.shown = shown
         if shown is not None:
-            self.add_argument(HELP_ALL, action=HelpAll, nargs=0, help="show every option and exit")
+            self.add_argument(HELP_ALL, action=HelpAll, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS)
         for action in self._actions:
             if action.type is string_to_bool:
                 action.nargs, action.const = "?", True
@@ -120,7 +120,8 @@ class OptionParser(HfArgumentParser):
                 formatter.add_arguments(listed)
                 formatter.end_section()
         if shown is not None:
-            formatter.add_text(f"{len(actions) - len(shown):,} further options: {HELP_ALL}")
+            number = sum(len(names) for _, names in self._groups()) - len(shown)
+            formatter.add_text(f"{number:,} further options: {HELP_ALL}")
         formatter.add_text(self.epilog)
         return formatter.format_help()
 

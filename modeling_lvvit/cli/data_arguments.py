@@ -68,6 +68,8 @@ class DataArguments(AnnotatorArguments):
     def __post_init__(self):
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"`eval_fraction` must lie in (0, 1), got {self.eval_fraction}.")
+        if self.horizontal_flip is None:
+            self.horizontal_flip = AugmentationConfig.horizontal_flip
         self.augmentation()  # raises on bad strengths
         self.check_annotator()
         if self.annotator is not None and self.token_labels is not None:
@@ -84,7 +86,7 @@ class DataArguments(AnnotatorArguments):
         """Strengths of the training augmentation."""
         return AugmentationConfig(
             crop_scale=(self.crop_scale_min, 1.0),
-            horizontal_flip=0.5 if self.horizontal_flip is None else self.horizontal_flip,
+            horizontal_flip=self.horizontal_flip,
             rand_augment=self.rand_augment,
             color_jitter=self.color_jitter,
             # an annotator looks at crops before they are erased, see `OnlineAnnotator`

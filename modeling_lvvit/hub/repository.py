@@ -50,7 +50,7 @@ class HubTargetArguments:
     hub_private_repo: bool | None = HfArg(
         default=None, help="Whether a new repository is private; default: the owner's rule.", aliases=["--private"]
     )
-    hub_revision: str | None = HfArg(default=None, help="Branch of it, made if there is none; default: main.")
+    hub_revision: str | None = HfArg(default=None, help="Branch of it, made if there is none; default: main.", aliases=["--revision"])
 
 
 @dataclass(kw_only=True)
@@ -154,9 +154,9 @@ class HubTarget:
         return re.sub(command, rf"\1{self.repo_id}", card, flags=re.MULTILINE)
 
     def _advice(self, folder: Path) -> str:
-        command = ["--folder", str(folder.resolve()), "--repo_id", self.repo_id]
-        command += [] if self.revision is None else ["--revision", self.revision]
-        return f"{folder} is complete and stays as it is. Upload it again with: python -m modeling_lvvit.publish {shlex.join(command)}"
+        command = ["lvvit", "publish", str(folder.resolve()), self.repo_id]
+        command += [] if self.revision is None else ["--hub_revision", self.revision]
+        return f"{folder} is complete and stays as it is. Upload it again with: {shlex.join(command)}"
 
 
 @contextmanager

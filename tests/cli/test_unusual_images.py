@@ -144,5 +144,5 @@ def test_the_check_can_be_interrupted(large, monkeypatch):
 
     monkeypatch.setattr(train_tl.TokenLabelDataset, "check_rows", interrupt)
     (large / "train.parquet").write_bytes((large / "test.parquet").read_bytes())
-    with pytest.raises(SystemExit, match="train_tl.py: Interrupted before training. --decode_data false"):
+    with pytest.raises(SystemExit, match="lvvit train: Interrupted before training. --decode_data false"):
         train_tl.main(options(large, large / "run"))

@@ -120,7 +120,7 @@ def test_failed_push_at_the_end_says_how_to_repeat_it(hub, tiny_model, labelled_
     assert hub.files("user/run") == {}
     AutoModelForImageClassification.from_pretrained(tmp_path / "run")  # complete
     hub.faults.clear()
-    command = str(caught.value).rpartition("python -m modeling_lvvit.publish ")[2].split()
+    command = str(caught.value).rpartition("lvvit publish ")[2].split()
     publish.main(command)
     assert "published: http" in capsys.readouterr().out
     assert set(hub.files("user/run")) >= MODEL

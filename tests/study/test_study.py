@@ -20,7 +20,7 @@ from modeling_lvvit.study.report import ArmResults, study_table
 from modeling_lvvit.study.runs import Run, RunError, Runner
 
 
-# stands for train_tl.py: notes that it was called, and leaves what a run leaves
+# stands for lvvit train: notes that it was called, and leaves what a run leaves
 STAND_IN = """
 import json, pathlib, sys
 words = sys.argv[1:]
