@@ -19,6 +19,7 @@ from ..data.sources import looks_local
 from ..hub.file_checks import CARD
 from ..hub.hub_trainer import HubTrainer
 from ..token_labeling import TokenLabelTrainer
+from ..token_labeling.multi_label import METRICS
 from .build_model import model_image_size
 from .model_arguments import ModelSourceArguments
 
@@ -210,20 +211,22 @@ def write_model_card(
     args = trainer.args
     name = run_name(trainer)
     facts = model_facts(trainer)
-    accuracies = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.endswith("accuracy")}
+    scores = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+    accuracies = {key: value for key, value in scores.items() if key.endswith("accuracy") or key in METRICS}
     results = [
         EvalResult(
-            "image-classification", provenance.data, provenance.data, "accuracy", round(value, 4), metric_name=key, dataset_split=eval_name
+            "image-classification", provenance.data, provenance.data, key if key in METRICS else "accuracy", round(value, 4), metric_name=key, dataset_split=eval_name
         )
         for key, value in accuracies.items()
     ]  # fmt: skip
     tags = [*(["lvvit"] if facts["is_lvvit"] else []), "token-labeling"]
     card = ModelCard.from_template(
-        run_metadata(name, "image-classification", provenance, ["accuracy"], tags, results),
+        run_metadata(name, "image-classification", provenance, [*METRICS] if trainer.is_multi_label else ["accuracy"], tags, results),
         template_path=str(template),
         model_name=name,
         provenance=provenance,
         token_labels=trainer.trains_patches,
+        is_multi_label=trainer.is_multi_label,
         is_labeler=args.patch_target == "image",
         annotator=trainer.annotator.annotator.provenance["annotator"] if trainer.annotator is not None else None,
         has_average=trainer.ema is not None,
