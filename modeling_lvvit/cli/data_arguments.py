@@ -37,7 +37,9 @@ class DataArguments(AnnotatorArguments):
     )
     eval_fraction: float = HfArg(default=0.1, help="Share of training rows, in (0, 1), where no such split is.")
     image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
-    label_column_name: str = HfArg(default="label", help="Column of class ids or names, or of lists of them.", aliases=["--label_column"])
+    label_column_name: str = HfArg(
+        default="label", help="Column of class ids or names, or of lists of them.", aliases=["--label_column"]
+    )
     label_separator: str | None = HfArg(default=None, help=SEPARATOR_HELP)
     label_column_names: list[str] | None = HfArg(default=None, help=COLUMNS_HELP)
     token_labels: str | None = HfArg(

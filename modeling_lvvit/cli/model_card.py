@@ -221,7 +221,14 @@ def write_model_card(
     ]  # fmt: skip
     tags = [*(["lvvit"] if facts["is_lvvit"] else []), "token-labeling"]
     card = ModelCard.from_template(
-        run_metadata(name, "image-classification", provenance, [*METRICS] if trainer.is_multi_label else ["accuracy"], tags, results),
+        run_metadata(
+            name,
+            "image-classification",
+            provenance,
+            [*METRICS] if trainer.is_multi_label else ["accuracy"],
+            tags,
+            results,
+        ),
         template_path=str(template),
         model_name=name,
         provenance=provenance,

@@ -128,7 +128,11 @@ def _labelled_rows(args: DataArguments, rows: datasets.Dataset) -> datasets.Data
 
 def _check_plain_labels(args: DataArguments, has_label_set: bool) -> None:
     """Raises a `ValueError` if images with several classes would be trained on with anything but plain labels."""
-    options = {"token_labels": has_label_set, "annotator": args.annotator, "require_token_labels": args.require_token_labels}
+    options = {
+        "token_labels": has_label_set,
+        "annotator": args.annotator,
+        "require_token_labels": args.require_token_labels,
+    }
     if given := [f"`{name}`" for name, value in options.items() if value]:
         raise ValueError(
             f"Images of {args.dataset_name} have several classes (column {args.label_column_name!r}), and dense labels share every token out "
@@ -149,7 +153,9 @@ def _open_stream(
     check_columns(train, name, *columns)
     feature = train.features[args.label_column_name]
     if isinstance(feature, (datasets.List, datasets.LargeList)):
-        raise ValueError(f"Images of {name} have several classes, with which no stream is trained: leave out --streaming.")
+        raise ValueError(
+            f"Images of {name} have several classes, with which no stream is trained: leave out --streaming."
+        )
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
             f"With --streaming column {args.label_column_name!r} of {name} must be a ClassLabel, got {feature}."

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from ..data.class_labels import describe_classes
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, SampleError, parse_image_size
+from ..data.multi_label.columns import COLUMNS_HELP, SEPARATOR_HELP, check_label_options, describe_labels
 from ..data.sampling import ShardedEvalSampler
 from ..deployment import prepare_for_cpu
 from ..finite import NotFiniteError, check_scores
@@ -35,9 +35,12 @@ from ..launching import (
 )
 from ..token_labeling.dataset import TokenLabelDataset
 from .classifier import Classifier, InputOptions, load_classifier
+from .prediction_table import find_positive
+from .probabilities import CollectedProbabilities, ProbabilityReports, check_problem_types
 from .report import markdown_table, notes_on, notes_on_corruptions, save_results
 from .scores import ClassificationScores, find_real_labels, mean_corruption_error
 from .test_sets import TestSet, corruption_folders, model_class_map, open_test_set, reassessed_labels
+from .two_classes import Wish
 
 
 MODULE = "modeling_lvvit.evaluate"
@@ -60,7 +63,9 @@ class EvaluationArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
     image_column: str = field(default="image", metadata={"help": "Column of images."})
-    label_column: str = field(default="label", metadata={"help": "Column of class ids or names."})
+    label_column: str = field(default="label", metadata={"help": "Column of class ids or names, or of lists of them."})
+    label_separator: str | None = field(default=None, metadata={"help": SEPARATOR_HELP})
+    label_column_names: list[str] | None = field(default=None, metadata={"help": COLUMNS_HELP})
     class_map: str | None = field(
         default=None,
         metadata={
@@ -83,6 +88,21 @@ class EvaluationArguments:
         metadata={
             "help": "Share of the resized image that the center crop keeps; default: that of each model.",
             "aliases": ["--crop_fraction"],
+        },
+    )
+    positive_class: str | None = field(
+        default=None, metadata={"help": "Name of the positive one of two classes; default: the second."}
+    )
+    min_recall: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of two classes: choose the highest threshold with at least this recall of the positive one; default: Youden's J."
+        },
+    )
+    min_precision: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of two classes: choose the lowest threshold with at least this precision of the positive one."
         },
     )
     batch_size: int = field(default=64, metadata={"help": "Images that a device takes at a time."})
@@ -115,6 +135,14 @@ class EvaluationArguments:
         if self.output is not None and Path(self.output).is_dir():
             raise ValueError(f"--output {self.output} is a folder; give the name of a JSON file.")
 
+        check_label_options(self.label_column, self.label_separator, self.label_column_names)
+        Wish(self.min_recall, self.min_precision)
+
+    @property
+    def wishes_two_classes(self) -> bool:
+        """Whether an option is for two classes alone."""
+        return any(value is not None for value in (self.positive_class, self.min_recall, self.min_precision))
+
     def input_options(self) -> InputOptions:
         """Changes of the models' preprocessing."""
         return InputOptions(parse_image_size(self.image_size, "`image_size`"), self.crop_pct)
@@ -128,6 +156,7 @@ def evaluate(
     state: PartialState,
     columns: tuple[str, str],
     real: Sequence[frozenset[int] | None] | None = None,
+    collected: CollectedProbabilities | None = None,
 ) -> dict[str, float]:
     """Scores of a classifier on a test set; every process takes its share of the rows and gets the scores of all.
 
@@ -138,6 +167,7 @@ def evaluate(
         state: Which process this is.
         columns: Names of the columns of images and labels.
         real: Re-assessed labels of the rows.
+        collected: Gets the probabilities of the images of this process. Images with several classes have no other scores.
 
     Raises:
         NotFiniteError: If scores of an image are NaN or infinite.
@@ -166,10 +196,14 @@ def evaluate(
         check_scores(logits, [f"row {index}" for index in batch["index"].tolist()], title)
         if class_map is not None:
             logits = class_map.apply(logits[..., None, None])[..., 0, 0]  # (B, classes of the data)
+        if collected is not None:
+            collected.add(batch["index"], classifier.probabilities(logits), batch["labels"])
+        if test_set.is_multi_label:
+            continue
         ranked = logits.topk(min(RANKS, logits.shape[-1]), dim=-1).indices
         seen = None if real is None else [real[index] for index in batch["index"].tolist()]
         scores.add_batch(predictions=ranked, references=batch["labels"], real=seen)
-    return scores.compute()
+    return {} if test_set.is_multi_label else scores.compute()
 
 
 class _Numbered(torch.utils.data.Dataset):
@@ -216,20 +250,26 @@ def prepare(args: EvaluationArguments) -> tuple[list[Classifier], list[TestSet],
         for name in args.model
     ]
     columns = (args.image_column, args.label_column)
-    test_sets = [
-        open_test_set(name, args.split, args.dataset_config_name, args.dataset_revision, *columns, args.max_samples)
-        for name in args.dataset
-    ]
+    source = (args.split, args.dataset_config_name, args.dataset_revision, *columns, args.max_samples)
+    test_sets = [open_test_set(name, *source, args.label_separator, args.label_column_names) for name in args.dataset]
+    if args.wishes_two_classes:
+        for test_set in test_sets:
+            find_positive(test_set.class_names, args.positive_class)
     folders = corruption_folders(Path(args.corruptions).expanduser()) if args.corruptions is not None else {}
     corrupted = [open_test_set(str(severities["1"])) for severities in list(folders.values())[:1]]
     for classifier in classifiers:
         for test_set in [*test_sets, *corrupted]:
+            check_problem_types(classifier.is_multi_label, classifier.name, test_set)
             try:
                 model_class_map(classifier.class_names, test_set, args.class_map)
             except ValueError as error:
                 reason = str(error).replace("annotator", "model")  # for which classes are paired elsewhere
                 raise ValueError(f"{classifier.name} on {test_set.name}: {reason}") from error
     real = None
+    if args.real_labels is not None and test_sets[0].is_multi_label:
+        raise ValueError(
+            f"`real_labels` are for images with one class each, those of {test_sets[0].name} have several."
+        )
     if args.real_labels is not None:
         real = reassessed_labels(test_sets[0], *columns, find_real_labels(args.real_labels))
     return classifiers, test_sets, real, folders
@@ -251,16 +291,19 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"{MODULE}: {message}" if is_main_process() else 1)
     if state.is_main_process:
         for part in test_sets:
-            print(describe_classes(part.rows, f"{part.name} ({part.split})", args.label_column))
+            print(describe_labels(part.rows, f"{part.name} ({part.split})", args.label_column))
         for note in notes_on_corruptions(folders, {}) if folders else ():
             print(f"{MODULE}: {args.corruptions}: {note}", file=sys.stderr)
     try:
-        results = evaluate_all(args, state, classifiers, test_sets, real, folders)
+        wish = Wish(args.min_recall, args.min_precision)
+        probability_reports = ProbabilityReports(args.output, args.positive_class, wish)
+        results = evaluate_all(args, state, classifiers, test_sets, real, folders, probability_reports)
     except (SampleError, NotFiniteError) as error:
         # only the process that has the row knows of it
         sys.exit(f"{MODULE}: {name_options(error, EvaluationArguments)}")
     if state.is_main_process:
-        print(markdown_table(results))
+        texts = [name_options(text, EvaluationArguments) for text in probability_reports.texts]
+        print("\n\n".join([markdown_table(results), *texts]))
     end_together()
 
 
@@ -271,8 +314,10 @@ def evaluate_all(
     test_sets: list[TestSet],
     real: Sequence[frozenset[int] | None] | None,
     folders: dict[str, dict[str, Path]],
+    probability_reports: ProbabilityReports,
 ) -> list[dict[str, Any]]:
-    """Every classifier on every test set; what is there is saved after each of them."""
+    """Every classifier on every test set; what is there is saved after each of them, and what the terminal says of two classes added to
+    `probability_reports`."""
     results: list[dict[str, Any]] = []
 
     def save() -> None:
@@ -286,7 +331,10 @@ def evaluate_all(
         results.append(record)
         for test_set in test_sets:
             seen = real if test_set is test_sets[0] else None
-            scores = evaluate(classifier, test_set, args, state, columns, seen)
+            collected = CollectedProbabilities.of(test_set)
+            scores = evaluate(classifier, test_set, args, state, columns, seen, collected)
+            if collected is not None:
+                scores |= probability_reports.add(collected, classifier.name, test_set, state.is_main_process)
             notes = notes_on(scores, test_set, args.label_column, len(classifier.class_names), seen is not None)
             facts = {"split": test_set.split, "classes": len(test_set.class_names), "notes": notes}
             record["results"][test_set.name] = {**facts, **scores}

@@ -73,7 +73,9 @@ class TokenLabelDataset(ImageDataset):
         if self.is_multi_label:
             self.label_feature = self.label_feature.feature
         elif not pa.types.is_integer(label_type):
-            raise ValueError(f"Column {label_column!r} of the {name} data must hold class ids, or lists of `ClassLabel`, got {label_type}.")
+            raise ValueError(
+                f"Column {label_column!r} of the {name} data must hold class ids, or lists of `ClassLabel`, got {label_type}."
+            )
         self.label_maps = label_maps
         if ids_column is not None:
             check_has_columns(dataset, [ids_column, scores_column], name)
@@ -81,16 +83,16 @@ class TokenLabelDataset(ImageDataset):
         if self.label_maps is not None and len(self.label_maps) != len(dataset):
             raise ValueError(f"The {name} data has {len(dataset)} rows, its label maps are {len(self.label_maps)}.")
         if self.label_maps is not None and self.is_multi_label:
-            raise ValueError(f"The {name} data has several classes of each image; such data is trained on without dense labels.")
+            raise ValueError(
+                f"The {name} data has several classes of each image; such data is trained on without dense labels."
+            )
 
     @property
     def has_label_maps(self) -> bool:
         """Whether samples carry dense labels."""
         return self.label_maps is not None
 
-    def fetch(
-        self, table: pa.Table, indices: list[int]
-    ) -> tuple[list[int] | torch.Tensor, PaletteMaps | None]:
+    def fetch(self, table: pa.Table, indices: list[int]) -> tuple[list[int] | torch.Tensor, PaletteMaps | None]:
         """Class ids, or 1 for each class of an image `(rows, classes)`; and, where there are any, label maps."""
         column = table[self.label_column]
         labels = multi_hot(column, self.label_feature.num_classes) if self.is_multi_label else column.to_pylist()

@@ -65,7 +65,10 @@ def multi_label_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[s
         `mean_average_precision`, over the classes that any image has (NaN without any); `micro_f1`, of all decisions together;
         `macro_f1`, the mean over the same classes; `exact_match`, the share of images of which every class is right.
     """
-    from sklearn.metrics import average_precision_score, f1_score  # a second that programs without need do not wait for
+    from sklearn.metrics import (  # a second that programs without need do not wait for
+        average_precision_score,
+        f1_score,
+    )
 
     truth, predicted = labels > 0.5, probabilities >= THRESHOLD
     classes = np.flatnonzero(truth.any(axis=0))

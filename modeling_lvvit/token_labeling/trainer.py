@@ -1,5 +1,6 @@
 """A `Trainer` that learns from dense labels."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..annotators.online import OnlineAnnotator
+from ..data.multi_label.columns import is_multi_label
 from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import leave_signals_to_main_process
 from ..training.divergence import DivergenceError
@@ -20,13 +22,19 @@ from ..training.ema import EMACallback
 from ..training.metrics import TOP_K, compute_accuracy, rank_classes
 from ..training.schedule import published_factor
 from ..training.throughput import LossComponents
-from ..data.multi_label.columns import is_multi_label
 from .arguments import TokenLabelTrainingArguments
 from .collator import TokenLabelCollator
 from .iterable_dataset import TokenLabelStream, stream_loader
 from .losses import LABEL_FIELDS, TokenLabelingLoss
 from .multi_label import METRICS, MultiLabelLoss, compute_multi_label_metrics
-from .trainer_setup import check_fit, check_problem_type, token_grid_size, trains_patches, use_patch_head, with_patch_head
+from .trainer_setup import (
+    check_fit,
+    check_problem_type,
+    token_grid_size,
+    trains_patches,
+    use_patch_head,
+    with_patch_head,
+)
 
 
 class TokenLabelTrainer(BaseImageTrainer):
@@ -73,7 +81,9 @@ class TokenLabelTrainer(BaseImageTrainer):
         elif compute_metrics is None:
             kwargs.setdefault("preprocess_logits_for_metrics", rank_classes)
             compute_metrics = compute_accuracy
-        super().__init__(model, args, data_collator, train_dataset, compute_metrics=compute_metrics, **kwargs)
+        with warnings.catch_warnings():  # the loss here smooths the targets of several classes too
+            warnings.filterwarnings("ignore", "Label smoothing is not compatible with multi-label")
+            super().__init__(model, args, data_collator, train_dataset, compute_metrics=compute_metrics, **kwargs)
         if annotator is not None:
             annotator.seed(args.seed + args.process_index)
         if self.is_multi_label:

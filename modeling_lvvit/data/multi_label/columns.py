@@ -52,6 +52,12 @@ def class_names(rows: datasets.Dataset | datasets.IterableDataset, column: str) 
     return feature.names if isinstance(feature, datasets.ClassLabel) else feature.feature.names
 
 
+def are_lists_named(rows: datasets.Dataset, column: str) -> bool:
+    """Whether lists name their classes, by text or as `ClassLabel`; plain integers do not."""
+    feature = rows.features[column].feature
+    return isinstance(feature, datasets.ClassLabel) or not pa.types.is_integer(feature.pa_type)
+
+
 def multi_hot(lists: pa.ChunkedArray | pa.Array, num_classes: int) -> torch.Tensor:
     """1 for the classes of each row, else 0: float32 `(rows, num_classes)`, from lists of class ids."""
     rows, ids = flattened(lists)
@@ -126,7 +132,9 @@ def with_labels(
 def _flat_rows(values: pa.Array, feature: Any, column: str, split: Any = None) -> datasets.Dataset:
     """One row for each value, so that they are read as those of single classes are; a second column, as rows need one."""
     features = datasets.Features({column: feature, f"{column}_place": datasets.Value("int64")})
-    table = pa.table([values.cast(features.arrow_schema.field(0).type), np.arange(len(values))], schema=features.arrow_schema)
+    table = pa.table(
+        [values.cast(features.arrow_schema.field(0).type), np.arange(len(values))], schema=features.arrow_schema
+    )
     return datasets.Dataset(table, datasets.DatasetInfo(features=features), split=split)
 
 
@@ -228,7 +236,9 @@ def joined(rows: datasets.Dataset, name: str, columns: list[str] | None) -> data
     if columns is None:
         return rows
     if missing := [column for column in columns if column not in rows.column_names]:
-        raise ValueError(f"{name} has no columns {', '.join(missing)} (`label_column_names`); it has {rows.column_names}.")
+        raise ValueError(
+            f"{name} has no columns {', '.join(missing)} (`label_column_names`); it has {rows.column_names}."
+        )
     table = rows.select_columns(columns).with_format("arrow")[:]
     is_shown = np.zeros((len(rows), len(columns)), dtype=bool)
     for index, column in enumerate(columns):
