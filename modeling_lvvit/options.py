@@ -9,7 +9,7 @@ import difflib
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -229,11 +229,11 @@ class Program:
             raise OptionError(f"Give {' and '.join(missing)}. Usage: {self.usage}")
         return tuple(parsed)
 
-    def check_unknown(self, rest: list[str]) -> None:
-        """Raises an `OptionError` if a command line had words that no option took."""
+    def check_unknown(self, rest: list[str], further: Iterable[str] = ()) -> None:
+        """Raises an `OptionError` if a command line had words that no option took; it names the nearest options, also of `further` ones."""
         unknown = [word for word in rest if word.startswith("-")]
         if unknown:
-            names = {f"--{name}" for name in self.types}
+            names = {f"--{name}" for name in (*self.types, *further)}
             given = [word.partition("=")[0].replace("-", "_").replace("__", "--", 1) for word in unknown]
             described = "; ".join(with_nearest(word, names) for word in given)
             raise OptionError(f"Unknown options: {described}. See --help.")

@@ -1,24 +1,23 @@
 """Evaluates image classifiers, ours and any of transformers or timm, each with its own preprocessing.
 
-python -m modeling_lvvit.evaluate --model outputs/digit_scenes --dataset DATA
-python -m modeling_lvvit.evaluate --model runs/lvvit_s_224 timm/deit_small_patch16_224.fb_in1k --dataset imagenet imagenet-v2 imagenet-a \\
-    --real_labels imagenet --corruptions ImageNet-C --output results.json
-accelerate launch -m modeling_lvvit.evaluate ...                    on several devices
+    lvvit evaluate outputs/digit_scenes --datasets DATA
+    lvvit evaluate runs/lvvit_s_224 timm/deit_small_patch16_224.fb_in1k --datasets imagenet imagenet-v2 imagenet-a \\
+        --real_labels imagenet --corruptions ImageNet-C --output_file results.json
 """
 
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from ..data.class_labels import describe_classes
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, SampleError, parse_image_size
@@ -28,11 +27,10 @@ from ..finite import NotFiniteError, check_scores
 from ..launching import (
     end_together,
     end_with_launcher,
-    is_main_process,
-    name_options,
     set_up_cpu,
     start_missing_processes,
 )
+from ..options import Program
 from ..token_labeling.dataset import TokenLabelDataset
 from .classifier import Classifier, InputOptions, load_classifier
 from .report import markdown_table, notes_on, notes_on_corruptions, save_results
@@ -47,77 +45,85 @@ RANKS = 5
 
 @dataclass
 class EvaluationArguments:
-    """Options of the program, described in their `help`."""
+    """Options of the program."""
 
-    model: list[str] = field(
-        metadata={"help": "Classifiers: Hub names or folders of transformers, timm/NAME, folders that timm saved."}
-    )
-    dataset: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Test sets: Hub names, image folders, folders of Parquet files, or such files."},
-    )
-    split: str | None = field(default=None, metadata={"help": "Split of all of them; default: found by name."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
-    image_column: str = field(default="image", metadata={"help": "Column of images."})
-    label_column: str = field(default="label", metadata={"help": "Column of class ids or names."})
-    class_map: str | None = field(
+    option_groups: ClassVar[dict[str, str]] = {
+        "models": "models",
+        "datasets": "test sets",
+        "image_size": "models",
+        "batch_size": "computation",
+    }
+
+    models: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Which class of a model is which of the data: identity, or a file; default: by name, synonym or WordNet id."
-        },
+        help="Classifiers: Hub names or folders of transformers, timm/NAME, folders that timm saved.",
+        aliases=["--model", "--model_name_or_path"],
     )
-    real_labels: str | None = field(
+    model_revision: str | None = HfArg(default=None, help="Revision of the models on the Hub.")
+    trust_remote_code: bool = HfArg(default=False, help="Allow code of a Hub repository to run.")
+    random_weights: bool = HfArg(default=False, help="Build architectures without weights, to try things out.")
+    datasets: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Re-assessed labels of the first test set: imagenet, those of its validation set, or a JSON file or its URL."
-        },
+        help="Test sets: Hub names, image folders, folders of Parquet files, or such files.",
+        aliases=["--dataset", "--dataset_name"],
     )
-    corruptions: str | None = field(default=None, metadata={"help": "Folder of ImageNet-C."})
-    image_size: list[int] | None = field(
+    eval_split: str | None = HfArg(
+        default=None, help="Split of all of them; default: found by name.", aliases=["--split"]
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration on the Hub.")
+    dataset_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
+    image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
+    label_column_name: str = HfArg(default="label", help="Column of class ids or names.", aliases=["--label_column"])
+    class_map: str | None = HfArg(
         default=None,
-        metadata={"help": "Side of the input in pixels, or height and width; default: that of each model."},
+        help="Which class of a model is which of the data: identity, or a file; default: by name, synonym or WordNet id.",
     )
-    crop_pct: float | None = field(
+    real_labels: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Share of the resized image that the center crop keeps; default: that of each model.",
-            "aliases": ["--crop_fraction"],
-        },
+        help="Re-assessed labels of the first test set: imagenet, those of its validation set, or a JSON file or its URL.",
     )
-    batch_size: int = field(default=64, metadata={"help": "Images that a device takes at a time."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
-    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
-    max_samples: int | None = field(
-        default=None, metadata={"help": "Images of a subset of each test set, drawn over all classes."}
+    corruptions: str | None = HfArg(default=None, help="Folder of ImageNet-C.")
+    max_eval_samples: int | None = HfArg(
+        default=None, help="Images of a subset of each test set, drawn over all classes.", aliases=["--max_samples"]
     )
-    max_image_pixels: int | None = field(default=None, metadata={"help": MAX_PIXELS_HELP})
-    output: str | None = field(
+    max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
+    image_size: list[int] | None = HfArg(
+        default=None, help="Side of the input in pixels, or height and width; default: that of each model."
+    )
+    crop_pct: float | None = HfArg(
         default=None,
-        metadata={"help": "JSON file for all results and settings; the table is always printed."},
+        help="Share of the resized image that the center crop keeps; default: that of each model.",
+        aliases=["--crop_fraction"],
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of the models on the Hub."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
-    random_weights: bool = field(
-        default=False, metadata={"help": "Build architectures without weights, to try things out."}
+    batch_size: int = HfArg(default=32, help="Images that a device takes at a time.")
+    dataloader_num_workers: int = HfArg(default=0, help="Processes that load images.", aliases=["--num_workers"])
+    bf16: bool = HfArg(default=False, help="Compute in bfloat16.")
+    output_file: str | None = HfArg(
+        default=None,
+        help="JSON file for all results and settings; the table is always printed.",
+        aliases=["--output"],
     )
 
     def __post_init__(self):
-        if not self.dataset and self.corruptions is None:
-            raise ValueError("Give test sets (--dataset) or a folder of corruptions (--corruptions).")
-        if self.real_labels is not None and not self.dataset:
-            raise ValueError("--real_labels belong to a test set: give --dataset.")
+        self.datasets = self.datasets or []
+        if not self.datasets and self.corruptions is None:
+            raise ValueError("Give test sets (`datasets`) or a folder of corruptions (`corruptions`).")
+        if self.real_labels is not None and not self.datasets:
+            raise ValueError("`real_labels` belong to a test set: give `datasets`.")
         parse_image_size(self.image_size, "`image_size`")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ValueError(f"`crop_pct` must lie in (0, 1], got {self.crop_pct}.")
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
-        if self.output is not None and Path(self.output).is_dir():
-            raise ValueError(f"--output {self.output} is a folder; give the name of a JSON file.")
+        if self.output_file is not None and Path(self.output_file).is_dir():
+            raise ValueError(f"`output_file` {self.output_file} is a folder; give the name of a JSON file.")
 
     def input_options(self) -> InputOptions:
         """Changes of the models' preprocessing."""
         return InputOptions(parse_image_size(self.image_size, "`image_size`"), self.crop_pct)
+
+
+PROGRAM = Program("lvvit evaluate", __doc__, (EvaluationArguments,), ("models*",), required=("models",))
 
 
 @torch.inference_mode()
@@ -154,7 +160,7 @@ def evaluate(
         _Numbered(samples),
         args.batch_size,
         sampler=sampler,
-        num_workers=args.num_workers,
+        num_workers=args.dataloader_num_workers,
         pin_memory=state.device.type == "cuda",
     )
     scores = ClassificationScores(len(test_set.class_names))
@@ -197,14 +203,14 @@ def evaluate_corruptions(
     images: dict[str, int] = {}
     for corruption, severities in folders.items():
         for severity, folder in severities.items():
-            test_set = open_test_set(str(folder), max_samples=args.max_samples)
+            test_set = open_test_set(str(folder), max_samples=args.max_eval_samples)
             test_set.name = f"{corruption}/{severity}"
             scores = evaluate(classifier, test_set, args, state, FOLDER_COLUMNS)
             errors.setdefault(corruption, []).append(1 - scores["accuracy"])
             images[test_set.name] = scores["images"]
     notes = notes_on_corruptions(errors, images)
-    if args.max_samples is not None:
-        notes.append(f"at most {args.max_samples:,} images of each set")
+    if args.max_eval_samples is not None:
+        notes.append(f"at most {args.max_eval_samples:,} images of each set")
     return {**mean_corruption_error(errors), "errors": errors, "notes": notes}
 
 
@@ -213,12 +219,14 @@ def prepare(args: EvaluationArguments) -> tuple[list[Classifier], list[TestSet],
     PixelLimit(args.max_image_pixels)
     classifiers = [
         load_classifier(name, args.input_options(), args.model_revision, args.trust_remote_code, args.random_weights)
-        for name in args.model
+        for name in args.models
     ]
-    columns = (args.image_column, args.label_column)
+    columns = (args.image_column_name, args.label_column_name)
     test_sets = [
-        open_test_set(name, args.split, args.dataset_config_name, args.dataset_revision, *columns, args.max_samples)
-        for name in args.dataset
+        open_test_set(
+            name, args.eval_split, args.dataset_config_name, args.dataset_revision, *columns, args.max_eval_samples
+        )
+        for name in args.datasets
     ]
     folders = corruption_folders(Path(args.corruptions).expanduser()) if args.corruptions is not None else {}
     corrupted = [open_test_set(str(severities["1"])) for severities in list(folders.values())[:1]]
@@ -242,23 +250,18 @@ def main(arguments: list[str]) -> None:
     # without the word, accelerate takes several processes on CPUs for single ones
     state = PartialState(cpu=not torch.accelerator.is_available())
     set_up_cpu(state.device)
-    try:
-        (args,) = HfArgumentParser(EvaluationArguments, prog=MODULE).parse_args_into_dataclasses(arguments)
+    with PROGRAM.refusals():
+        (args,) = PROGRAM.parse(arguments)
         with state.main_process_first():
             classifiers, test_sets, real, folders = prepare(args)
-    except (ValueError, OSError) as error:
-        message = name_options(error, EvaluationArguments)
-        sys.exit(f"{MODULE}: {message}" if is_main_process() else 1)
     if state.is_main_process:
         for part in test_sets:
-            print(describe_classes(part.rows, f"{part.name} ({part.split})", args.label_column))
+            print(describe_classes(part.rows, f"{part.name} ({part.split})", args.label_column_name))
         for note in notes_on_corruptions(folders, {}) if folders else ():
-            print(f"{MODULE}: {args.corruptions}: {note}", file=sys.stderr)
-    try:
+            print(f"{PROGRAM.name}: {args.corruptions}: {note}", file=sys.stderr)
+    # only the process that has a row knows of an error in it
+    with PROGRAM.refusals(SampleError, NotFiniteError, of_all_processes=False):
         results = evaluate_all(args, state, classifiers, test_sets, real, folders)
-    except (SampleError, NotFiniteError) as error:
-        # only the process that has the row knows of it
-        sys.exit(f"{MODULE}: {name_options(error, EvaluationArguments)}")
     if state.is_main_process:
         print(markdown_table(results))
     end_together()
@@ -276,10 +279,10 @@ def evaluate_all(
     results: list[dict[str, Any]] = []
 
     def save() -> None:
-        if state.is_main_process and args.output is not None:
-            save_results(Path(args.output), results, args)
+        if state.is_main_process and args.output_file is not None:
+            save_results(Path(args.output_file), results, args)
 
-    columns = (args.image_column, args.label_column)
+    columns = (args.image_column_name, args.label_column_name)
     for classifier in classifiers:
         prepare_for_cpu(classifier.model.to(state.device))
         record = {"model": classifier.name, **classifier.facts, "results": {}}
@@ -287,7 +290,7 @@ def evaluate_all(
         for test_set in test_sets:
             seen = real if test_set is test_sets[0] else None
             scores = evaluate(classifier, test_set, args, state, columns, seen)
-            notes = notes_on(scores, test_set, args.label_column, len(classifier.class_names), seen is not None)
+            notes = notes_on(scores, test_set, args.label_column_name, len(classifier.class_names), seen is not None)
             facts = {"split": test_set.split, "classes": len(test_set.class_names), "notes": notes}
             record["results"][test_set.name] = {**facts, **scores}
             save()

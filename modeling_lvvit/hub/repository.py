@@ -50,7 +50,9 @@ class HubTargetArguments:
     hub_private_repo: bool | None = HfArg(
         default=None, help="Whether a new repository is private; default: the owner's rule.", aliases=["--private"]
     )
-    hub_revision: str | None = HfArg(default=None, help="Branch of it, made if there is none; default: main.", aliases=["--revision"])
+    hub_revision: str | None = HfArg(
+        default=None, help="Branch of it, made if there is none; default: main.", aliases=["--revision"]
+    )
 
 
 @dataclass(kw_only=True)
