@@ -79,7 +79,7 @@ def run_program(
         discard_overwritten_checkpoints(training_args, model_args.overwrite_output_dir)
     description = run.describe()
     if is_main:
-        print(description, flush=True)
+        print("\n".join([description, *describe_early_stopping(trainer.args, is_trained)]), flush=True)
     try:
         if is_trained:
             train(run)
@@ -101,12 +101,29 @@ def run_program(
     end_together()  # a process that leaves with its connections open may abort
 
 
+def describe_early_stopping(args: BaseImageTrainingArguments, is_trained: bool = True) -> list[str]:
+    """What early stopping goes by, and which options were set for it; no line without it."""
+    patience = args.early_stopping_patience
+    if patience is None or not is_trained:
+        return []
+    choices = args.early_stopping_choices.items()
+    chosen = ", ".join(
+        f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in choices
+    )
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    evaluations = "one evaluation" if patience == 1 else f"{patience} evaluations in a row"
+    text = f"early stopping: after {evaluations} without a better {metric} (--metric_for_best_model)"
+    return [f"{text}; set for it: {chosen}" if chosen else text]
+
+
 def train(run: TrainingRun) -> None:
     """Trains and saves the model; ends the program if a signal stops it."""
     trainer = run.trainer
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.stop_on_signal.received:
         end_after_signal(trainer)
+    if trainer.is_world_process_zero() and (best := trainer.describe_best()) is not None:
+        print(best, flush=True)
     run.finish_model()
     trainer.save_model(_internal_call=True)  # it is published at the end, with evaluation and card
     trainer.save_metrics("train", result.metrics)

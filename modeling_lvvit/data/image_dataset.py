@@ -87,24 +87,32 @@ class ImageDataset(torch.utils.data.Dataset):
         """Makes samples a function of `seed`, `epoch` and their row; the Trainer calls it."""
         self._seed_and_epoch.copy_(torch.tensor([seed, epoch]))
 
+    def seed_and_epoch(self) -> tuple[int, int]:
+        """What `start_epoch` was called with last; -1 both before."""
+        return tuple(self._seed_and_epoch.tolist())
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Samples of several rows; PyTorch's `DataLoader` calls this once for each batch."""
+    def __getitems__(self, indices: list[int | tuple[int, int]]) -> list[dict[str, Any]]:
+        """Samples of several rows; PyTorch's `DataLoader` calls this once for each batch. A row that is drawn several times in an epoch
+        is a pair of its number and how often it was drawn before, so that its samples differ."""
+        draws = [index[1] if isinstance(index, tuple) else 0 for index in indices]
+        indices = [index[0] if isinstance(index, tuple) else index for index in indices]
         table = self.rows[indices]
         fetched, images = self.fetch(table, indices), table[self.image_column]
-        run_seed, epoch = self._seed_and_epoch.tolist()
+        run_seed, epoch = self.seed_and_epoch()
         samples = []
         with preserve_rng_state() if epoch >= 0 else nullcontext():
             for offset, index in enumerate(indices):
                 image = self.decode(images[offset].as_py(), index)
                 seed = {}
                 if epoch >= 0:
-                    seed = {"seed": fold_in(run_seed, epoch, index)}
+                    again = [draws[offset]] if draws[offset] else []
+                    seed = {"seed": fold_in(run_seed, epoch, index, *again)}
                     seed_generators(seed["seed"])
                 samples.append({**self.sample(image, fetched, offset, index), **seed})
         return samples

@@ -31,8 +31,10 @@ from ..launching import (
     start_missing_processes,
 )
 from ..options import Program
+from ..per_class.scores import ConfusionMatrix
 from ..token_labeling.dataset import TokenLabelDataset
 from .classifier import Classifier, InputOptions, load_classifier
+from .per_class import PerClassReports
 from .report import markdown_table, notes_on, notes_on_corruptions, save_results
 from .scores import ClassificationScores, find_real_labels, mean_corruption_error
 from .test_sets import TestSet, corruption_folders, model_class_map, open_test_set, reassessed_labels
@@ -134,6 +136,7 @@ def evaluate(
     state: PartialState,
     columns: tuple[str, str],
     real: Sequence[frozenset[int] | None] | None = None,
+    confusion: ConfusionMatrix | None = None,
 ) -> dict[str, float]:
     """Scores of a classifier on a test set; every process takes its share of the rows and gets the scores of all.
 
@@ -144,6 +147,7 @@ def evaluate(
         state: Which process this is.
         columns: Names of the columns of images and labels.
         real: Re-assessed labels of the rows.
+        confusion: Is filled with the images of this process.
 
     Raises:
         NotFiniteError: If scores of an image are NaN or infinite.
@@ -175,6 +179,8 @@ def evaluate(
         ranked = logits.topk(min(RANKS, logits.shape[-1]), dim=-1).indices
         seen = None if real is None else [real[index] for index in batch["index"].tolist()]
         scores.add_batch(predictions=ranked, references=batch["labels"], real=seen)
+        if confusion is not None:
+            confusion.add_batch(predictions=ranked[:, 0], references=batch["labels"])
     return scores.compute()
 
 
@@ -261,9 +267,10 @@ def main(arguments: list[str]) -> None:
             print(f"{PROGRAM.name}: {args.corruptions}: {note}", file=sys.stderr)
     # only the process that has a row knows of an error in it
     with PROGRAM.refusals(SampleError, NotFiniteError, of_all_processes=False):
-        results = evaluate_all(args, state, classifiers, test_sets, real, folders)
+        reports = PerClassReports(args.output_file)
+        results = evaluate_all(args, state, classifiers, test_sets, real, folders, reports)
     if state.is_main_process:
-        print(markdown_table(results))
+        print("\n\n".join([markdown_table(results), *reports.texts]))
     end_together()
 
 
@@ -274,8 +281,10 @@ def evaluate_all(
     test_sets: list[TestSet],
     real: Sequence[frozenset[int] | None] | None,
     folders: dict[str, dict[str, Path]],
+    reports: PerClassReports,
 ) -> list[dict[str, Any]]:
-    """Every classifier on every test set; what is there is saved after each of them."""
+    """Every classifier on every test set; what is there is saved after each of them, and what the terminal says of classes added to
+    `reports`."""
     results: list[dict[str, Any]] = []
 
     def save() -> None:
@@ -289,7 +298,10 @@ def evaluate_all(
         results.append(record)
         for test_set in test_sets:
             seen = real if test_set is test_sets[0] else None
-            scores = evaluate(classifier, test_set, args, state, columns, seen)
+            confusion = reports.matrix_for(test_set.class_names)
+            scores = evaluate(classifier, test_set, args, state, columns, seen, confusion)
+            if confusion is not None:
+                scores |= reports.add(confusion, classifier.name, test_set, state.is_main_process)
             notes = notes_on(scores, test_set, args.label_column_name, len(classifier.class_names), seen is not None)
             facts = {"split": test_set.split, "classes": len(test_set.class_names), "notes": notes}
             record["results"][test_set.name] = {**facts, **scores}

@@ -5,23 +5,28 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..annotators.online import OnlineAnnotator
+from ..data.sampling import BALANCED, BalancedSampler
+from ..per_class.scores import AVERAGES, ComputeClassMetrics
+from ..per_class.weights import training_weights
 from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import leave_signals_to_main_process
 from ..training.divergence import DivergenceError
 from ..training.ema import EMACallback
-from ..training.metrics import TOP_K, compute_accuracy, rank_classes
+from ..training.metrics import TOP_K, rank_classes
 from ..training.schedule import published_factor
 from ..training.throughput import LossComponents
 from .arguments import TokenLabelTrainingArguments
 from .collator import TokenLabelCollator
+from .dataset import TokenLabelDataset
 from .iterable_dataset import TokenLabelStream, stream_loader
 from .losses import LABEL_FIELDS, TokenLabelingLoss
 from .trainer_setup import check_fit, token_grid_size, trains_patches, use_patch_head, with_patch_head
@@ -66,16 +71,42 @@ class TokenLabelTrainer(BaseImageTrainer):
             data_collator = TokenLabelCollator(self.grid_size, *mixing)
         if compute_metrics is None:
             kwargs.setdefault("preprocess_logits_for_metrics", rank_classes)
-            compute_metrics = compute_accuracy
+            compute_metrics = ComputeClassMetrics(self.num_classes)
         super().__init__(model, args, data_collator, train_dataset, compute_metrics=compute_metrics, **kwargs)
         if annotator is not None:
             annotator.seed(args.seed + args.process_index)
-        self.objective = TokenLabelingLoss(args, self.grid_size, self.num_classes)
+        self.class_weights = self._training_weights()
+        weights = (
+            None if self.class_weights is None else torch.tensor(self.class_weights).to(args.device, torch.float32)
+        )
+        self.objective = TokenLabelingLoss(args, self.grid_size, self.num_classes, weights)
         self.ema = None
         if args.has_ema:
             self.ema = EMACallback(args.ema_decay or args.base_ema_decay, is_base=args.ema_decay is None)
             self.add_callback(self.ema)
         self.components = LossComponents()
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by id."""
+        return [self.model.config.id2label[index] for index in range(self.num_classes)]
+
+    @property
+    def class_counts(self) -> np.ndarray | None:
+        """Training images of each class; `None` where they are not counted, as of a stream."""
+        dataset = self.train_dataset
+        return dataset.class_counts(self.num_classes) if isinstance(dataset, TokenLabelDataset) else None
+
+    def _training_weights(self) -> np.ndarray | None:
+        """See `training_weights`."""
+        words = self.args.class_weights
+        return None if words is None else training_weights(words, self.class_names, self.class_counts)
+
+    def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == BALANCED:
+            return BalancedSampler(dataset.class_ids(), dataset.seed_and_epoch)
+        return super()._get_train_sampler(dataset)
 
     @property
     def trains_patches(self) -> bool:
@@ -85,11 +116,11 @@ class TokenLabelTrainer(BaseImageTrainer):
     @property
     def metric_names(self) -> list[str] | None:
         """Metrics of an evaluation, without prefix; `None` if they are not known."""
-        if self.compute_metrics is not compute_accuracy or isinstance(self.eval_dataset, dict):
+        if not isinstance(self.compute_metrics, ComputeClassMetrics) or isinstance(self.eval_dataset, dict):
             return None
-        names = ["accuracy", *(["top5_accuracy"] if self.num_classes > TOP_K else [])]
+        names = ["accuracy", *(["top5_accuracy"] if self.num_classes > TOP_K else []), *AVERAGES]
         has_raw = self.args.has_ema and self.args.evaluate_raw_weights
-        return ["loss", *names, *(f"raw_{name}" for name in names if has_raw)]
+        return ["loss", *names, *(f"raw_{name}" for name in names if has_raw and name.endswith("accuracy"))]
 
     def tensors_to_save(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As in `BaseImageTrainer`, and the weight average."""

@@ -19,6 +19,9 @@ from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmenta
 from modeling_lvvit.cli.parser import parse, recipe_names
 from modeling_lvvit.data.sampling import ShardedEvalSampler
 from modeling_lvvit.segmentation import train as program
+from modeling_lvvit.segmentation.arguments import SegmentationDataArguments
+from modeling_lvvit.segmentation.build_model import set_class_weights
+from modeling_lvvit.segmentation.dataset import ClassCounts
 from modeling_lvvit.segmentation.inference import InferenceSettings, best_classes, predict_classes
 from modeling_lvvit.training.schedule import polynomial_factor
 from modeling_lvvit.variants import variant_config
@@ -401,13 +404,27 @@ def test_median_frequency_weights_enter_the_loss(data, tmp_path):
     assert len(weights) == 4 and sorted(weights)[1] < 1.0 < max(weights)
 
 
+def test_words_and_files_of_class_weights_mean_what_they_do_in_classification(tmp_path):
+    """10 pixels of class 0 and 30 of class 2: 40 / (2 * 10) and 40 / (2 * 30)."""
+    counts, model = ClassCounts(np.array([10, 0, 30, 0])), segmenter()
+    set_class_weights(model, SegmentationDataArguments(class_weights=["balanced"]), counts)
+    assert model.config.semantic_loss_class_weights == pytest.approx([2.0, 1.0, 2 / 3, 1.0])
+    names = [model.config.id2label[index] for index in range(4)]
+    (tmp_path / "weights.json").write_text(json.dumps({name: place for place, name in enumerate(reversed(names))}))
+    set_class_weights(model, SegmentationDataArguments(class_weights=[str(tmp_path / "weights.json")]), None)
+    assert model.config.semantic_loss_class_weights == [3.0, 2.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"dataset_name": "./nowhere"}, "There is no dataset at"),
         ({"model_name_or_path": "./nowhere", "config_overrides": None}, "There is no model folder"),
         ({"class_weights": "1 2 3"}, "--class_weights has 3 numbers; the data has 4 classes"),
-        ({"class_weights": "many"}, "--class_weights must be median_frequency or a number for each class"),
+        (
+            {"class_weights": "many"},
+            "--class_weights must be balanced, median_frequency, a JSON or CSV file, or a number",
+        ),
         ({"class_weights": "median_frequency", "check_data": "false"}, "leave --check_data on"),
         ({"class_names": "a b"}, "has the values"),
         ({"stride": "40 60"}, "larger than the windows"),
