@@ -8,6 +8,7 @@ accelerate launch train_tl.py --dataset_name path/to/images --architecture timm/
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from modeling_lvvit.annotators.online import open_annotator
@@ -71,6 +72,11 @@ class ClassifierRun(TrainingRun):
         self.metrics = self.trainer.evaluate()
         about = {"eval_split": self.opened.eval_name, "eval_samples": len(self.opened.evaluation)}
         self.trainer.save_metrics("eval", self.metrics | about)
+
+    def draw(self, path: Path, num_images: int) -> None:
+        """See `draw_predictions`."""
+        if self.trainer.trains_patches:
+            draw_predictions(self.trainer, self.data_args, self.opened.evaluation, path, num_images)
 
     def report(self) -> None:
         """Writes figure and model card, and prints the accuracy."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 
+from modeling_lvvit.console import program
 from modeling_lvvit.segmentation.dataset_writer import (
     Pair,
     check_pairs,
@@ -73,6 +74,7 @@ def build(release: Path, output_dir: Path) -> dict[str, int]:
     return write_segmentation_set(output_dir, splits, names, NOTES, extra_features=features, reduce_labels=True)
 
 
+@program("ade20k.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("release", type=Path, help="folder ADEChallengeData2016")

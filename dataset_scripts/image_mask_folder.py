@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
+from modeling_lvvit.console import program, progress_bar
 from modeling_lvvit.data.class_labels import read_class_names
 from modeling_lvvit.data.image_folder import SPLIT_FOLDERS
 from modeling_lvvit.data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image
@@ -107,7 +107,7 @@ def as_png(ids: np.ndarray) -> bytes:
 def values_note(pairs: Sequence[Pair]) -> str:
     """Which values the masks hold, and the option that they need in training where they do not count classes."""
     is_there = np.zeros(MAX_VALUE + 1, dtype=bool)
-    for pair in tqdm(pairs, desc="Counting values", unit="mask"):
+    for pair in progress_bar(pairs, desc="Counting values", unit="mask"):
         try:
             is_there[np.unique(read_mask({"bytes": None, "path": str(pair.mask)}))] = True
         except IMAGE_ERRORS as error:
@@ -144,6 +144,7 @@ def build(args: argparse.Namespace) -> tuple[dict[str, int], str]:
     return write_segmentation_set(args.output_dir, split_pairs(pairs), names, notes, **contents), notes
 
 
+@program("image_mask_folder.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder of images")

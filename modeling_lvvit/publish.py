@@ -11,6 +11,7 @@ arrived are not sent again.
 import argparse
 from pathlib import Path
 
+from .console import program
 from .hub.folders import add_target_options, publish_model_folder
 from .hub.repository import HubTarget
 from .labels.publishing import check_finished, push_label_set
@@ -61,6 +62,7 @@ def publish(args: argparse.Namespace) -> str:
     return publish_folder(folder, HubTarget(args.repo_id, repo_type, args.private, args.revision))
 
 
+@program("modeling_lvvit.publish")
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     try:

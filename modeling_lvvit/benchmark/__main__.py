@@ -22,8 +22,8 @@ from pathlib import Path
 
 import timm
 import torch
-from tqdm.auto import tqdm
 
+from ..console import program, progress_bar
 from ..data.atomic_files import write_json
 from .comparison import compare_loaders, compare_models, table
 from .data_loading import LOADERS
@@ -142,7 +142,7 @@ def run_table(args: argparse.Namespace) -> list[dict[str, object]]:
     setting = Setting(torch.device(args.device), (args.batch_sizes or [4])[0], args.num_classes)
     rounds = 3 if args.rounds is None else args.rounds
     compared = compare_published(rows, setting, rounds, frozenset(args.options), args.json)
-    measured = list(tqdm(compared, total=len(rows), unit="model"))
+    measured = list(progress_bar(compared, total=len(rows), desc="Measuring", unit="model"))
     heading = "As published; and as counted here, FLOPs as multiply-adds of convolutions and matrix products."
     if rounds:
         machine = ", ".join(f"{name} {value}" for name, value in environment(args).items())
@@ -154,6 +154,7 @@ def run_table(args: argparse.Namespace) -> list[dict[str, object]]:
     return measured
 
 
+@program("modeling_lvvit.benchmark")
 def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")

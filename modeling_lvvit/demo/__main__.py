@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..console import program
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..launching import name_options, set_up_cpu
 
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program(MODULE)
 def main(arguments: list[str]) -> None:
     args = parser().parse_args(arguments)
     set_up_cpu(torch.device("cpu"))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..console import program
 from ..launching import set_up_cpu
 from .folder import FORMATS, export_folder
 from .torch_program import DTYPES
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program(MODULE)
 def main(arguments: list[str] | None = None) -> None:
     options = parser()
     args = options.parse_args(arguments)

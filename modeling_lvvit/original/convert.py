@@ -20,6 +20,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
 from ..configuration_lvvit import LVViTConfig
+from ..console import program
 from ..data.atomic_files import atomic_directory, check_new_directory
 from ..finite import check_weights
 from ..hub.file_checks import CARD
@@ -179,6 +180,7 @@ def _logits_difference(model: LVViTPreTrainedModel, state_dict: dict[str, torch.
     return (model(images).logits - expected).abs().max().item()
 
 
+@program("modeling_lvvit.convert_original_checkpoint")
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="authors' .pth or .pth.tar file")

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from ..console import program, progress_bar
 from ..data.class_labels import read_class_names
 from ..data.class_matching import imagenet_class_names
 from ..labels.publishing import finish_label_set, open_label_set_target
@@ -139,7 +139,7 @@ def import_shards(folder: Path, files: list[str], writer: LabelSetWriter, args: 
     parts = [files[start : start + size] for start in range(0, len(files), size)]
     missing = [shard for shard in range(len(parts)) if not writer.is_written(shard)]
     workers = min(args.num_workers or num_cpu_cores(), max(1, len(missing)))
-    progress = tqdm(total=sum(len(parts[shard]) for shard in missing), desc="Importing", unit="map")
+    progress = progress_bar(total=sum(len(parts[shard]) for shard in missing), desc="Importing", unit="map")
     # children start again: a copy of a process with the threads of PyTorch may hang
     context = multiprocessing.get_context("spawn")
     with progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -194,6 +194,7 @@ def import_labels(args: ImportArguments) -> list[str]:
         writer.release()
 
 
+@program("import_original_labels.py")
 def main(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--label_dir", *arguments]

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
-from tqdm.auto import tqdm
 
 from ..cli.model_arguments import ModelArguments
 from ..cli.parser import TRAIN_TL
+from ..console import end_interrupted, program, progress_bar
 from ..launching import name_options, num_cpu_cores
 from .arms import ARMS, Arm, check_options, parse_arm
 from .report import ArmResults, save_report
@@ -83,6 +83,7 @@ def plan(args: argparse.Namespace, shared: tuple[str, ...]) -> tuple[list[Arm], 
     return arms, runs
 
 
+@program(MODULE)
 def main(arguments: list[str]) -> None:
     args, shared = parser().parse_known_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs are ended too
@@ -96,7 +97,10 @@ def main(arguments: list[str]) -> None:
         results = {arm: ArmResults(arm) for arm in arms}
         print(f"{len(runs)} runs, {jobs} at a time, of train_tl.py {shlex.join(runs[0].options)}", flush=True)
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(args.output_dir / LOCK, timeout=0), tqdm(total=len(runs), unit="run") as bar:
+        with (
+            FileLock(args.output_dir / LOCK, timeout=0),
+            progress_bar(total=len(runs), desc="Study", unit="run") as bar,
+        ):
             for run in runner.run_all(runs):
                 results[run.arm].add(run, args.metric)
                 bar.set_postfix_str(f"{run.arm.name}, seed {run.seed}: {results[run.arm].finals[run.seed]:.3f}")
@@ -107,7 +111,7 @@ def main(arguments: list[str]) -> None:
     except (ValueError, OSError, RunError, StrictDataclassError) as error:
         sys.exit(f"{MODULE}: {name_options(error, *vars(args), *TRAIN_TL.arguments)}")
     except KeyboardInterrupt:
-        sys.exit(f"{MODULE}: stopped; the same command goes on from here.")
+        end_interrupted(f"{MODULE}: interrupted; the same command goes on from here.")
     print(f"saved to {args.output_dir}")
 
 

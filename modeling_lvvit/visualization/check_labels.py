@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from transformers import HfArgumentParser
 
 from ..annotators.annotate import AnnotateArguments
+from ..console import program
 from ..data.class_labels import check_class_names, check_columns, with_class_ids
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
@@ -119,6 +120,7 @@ def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
     return report, lines
 
 
+@program("check_token_labels.py")
 def main(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--label_set", *arguments]

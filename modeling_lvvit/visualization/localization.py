@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from ..cli import digit_scenes
+from ..console import program, progress_bar
 from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image
 from ..data.masks import read_mask
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
@@ -105,7 +105,7 @@ def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, t
         )
     rows = test_set.rows.select_columns([args.image_column, args.label_column, args.mask_column]).with_format("arrow")
     totals: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for start in tqdm(range(0, len(rows), args.batch_size), desc=classifier.name, unit="batch"):
+    for start in progress_bar(range(0, len(rows), args.batch_size), desc=classifier.name, unit="batch"):
         table = rows[start : start + args.batch_size]
         labels = table[args.label_column].to_pylist()
         pixel_values, masks = _read(table, args, classifier, start)
@@ -171,6 +171,7 @@ def markdown_table(results: Mapping[str, Mapping[str, tuple[float, float]]]) -> 
     return "\n".join(lines)
 
 
+@program(MODULE)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     try:
