@@ -97,6 +97,11 @@ def program(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return decorate
 
 
+def ignore_interrupts(*_: Any) -> None:
+    """For the start of worker processes: Ctrl-C goes to all, and the main one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def end_interrupted(message: str) -> None:
     """Ends the program after Ctrl-C: a line of the main process, status 130, and nothing from its launcher."""
     if is_main_process():

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageFile
 from transformers.utils import logging
 
-from ..console import progress_bar
+from ..console import ignore_interrupts, progress_bar
 from ..launching import num_cpu_cores
 from .images import (
     IMAGE_ERRORS,
@@ -175,6 +175,7 @@ class ImageDataset(torch.utils.data.Dataset):
             batch_size=None,
             num_workers=number,
             multiprocessing_context="fork" if starts_fast else None,
+            worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # the run's own draws stay as they are
         )
 

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-from ..console import program, progress_bar
+from ..console import ignore_interrupts, program, progress_bar
 from ..data.class_labels import describe_classes
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, SampleError, parse_image_size
 from ..data.sampling import ShardedEvalSampler
@@ -155,6 +155,7 @@ def evaluate(
         args.batch_size,
         sampler=sampler,
         num_workers=args.num_workers,
+        worker_init_fn=ignore_interrupts,
         pin_memory=state.device.type == "cuda",
     )
     scores = ClassificationScores(len(test_set.class_names))

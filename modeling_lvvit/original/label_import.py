@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import HfArgumentParser
 
-from ..console import program, progress_bar
+from ..console import ignore_interrupts, program, progress_bar
 from ..data.class_labels import read_class_names
 from ..data.class_matching import imagenet_class_names
 from ..labels.publishing import finish_label_set, open_label_set_target
@@ -142,7 +142,7 @@ def import_shards(folder: Path, files: list[str], writer: LabelSetWriter, args: 
     progress = progress_bar(total=sum(len(parts[shard]) for shard in missing), desc="Importing", unit="map")
     # children start again: a copy of a process with the threads of PyTorch may hang
     context = multiprocessing.get_context("spawn")
-    with progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with progress, ProcessPoolExecutor(workers, context, ignore_interrupts) as pool:
         tasks = [pool.submit(import_shard, folder, parts[shard], writer, shard, args) for shard in missing]
         try:
             for task in as_completed(tasks):

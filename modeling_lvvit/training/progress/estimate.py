@@ -80,7 +80,9 @@ class RunClock:
 
     def _occasions(self, strategy: str, every: float, state: TrainerState) -> int:
         every = {"steps": every, "epoch": self.steps_per_epoch}.get(strategy)
-        return math.ceil(state.max_steps / every) - int(state.global_step // every) if every else 0  # the end is one too
+        return (
+            math.ceil(state.max_steps / every) - int(state.global_step // every) if every else 0
+        )  # the end is one too
 
     def seconds_left(self, args: TrainingArguments, state: TrainerState) -> float | None:
         """Until the end of the run; `None` while too little is known. Evaluations and checkpoints count once one was timed."""
