@@ -85,6 +85,11 @@ class ClassifierRun(TrainingRun):
         about = {"eval_split": self.opened.eval_name, "eval_samples": len(self.opened.evaluation)}
         self.trainer.save_metrics("eval", self.metrics | about)
 
+    def draw(self, path: Path, num_images: int) -> None:
+        """See `draw_predictions`."""
+        if self.trainer.trains_patches:
+            draw_predictions(self.trainer, self.data_args, self.opened.evaluation, path, num_images)
+
     def report(self) -> None:
         """Writes figure and model card, and prints the accuracy."""
         trainer, data_args, opened = self.trainer, self.data_args, self.opened

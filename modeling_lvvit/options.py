@@ -22,7 +22,6 @@ from transformers.hf_argparser import string_to_bool
 from .launching import is_main_process, name_options
 
 
-INTERRUPTED = 130  # exit status of shells for Ctrl-C
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 HELP_ALL = "--help_all"
 
@@ -246,7 +245,7 @@ class Program:
 
     @contextmanager
     def refusals(self, *exceptions: type[Exception], of_all_processes: bool = True) -> Iterator[None]:
-        """Ends the program with one message after a `ValueError`, `OSError` or one of `exceptions`, and after Ctrl-C.
+        """Ends the program with one message after a `ValueError`, `OSError` or one of `exceptions`.
 
         Args:
             of_all_processes: Whether all processes meet the same error, so that one of them speaks.
@@ -255,10 +254,6 @@ class Program:
             yield
         except (ValueError, OSError, *exceptions) as error:
             sys.exit(self.message(error) if is_main_process() or not of_all_processes else 1)
-        except KeyboardInterrupt:
-            if is_main_process():
-                print(f"{self.name}: interrupted", file=sys.stderr)
-            sys.exit(INTERRUPTED)
 
 
 def with_nearest(key: str, names: set[str]) -> str:

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
+from ..console import ignore_interrupts, program, progress_bar
 from ..data.class_labels import describe_classes
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, SampleError, parse_image_size
 from ..data.sampling import ShardedEvalSampler
@@ -165,12 +165,13 @@ def evaluate(
         args.batch_size,
         sampler=sampler,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_interrupts,
         pin_memory=state.device.type == "cuda",
     )
     scores = ClassificationScores(len(test_set.class_names))
     autocast = torch.autocast(state.device.type, torch.bfloat16) if args.bf16 else nullcontext()
     title = f"{classifier.name} on {test_set.name}"
-    for batch in tqdm(loader, desc=title, unit="batch", disable=not state.is_main_process):
+    for batch in progress_bar(loader, desc=title, unit="batch", disable=not state.is_main_process):
         with autocast:
             logits = classifier.logits(batch["pixel_values"].to(state.device, non_blocking=True))
         check_scores(logits, [f"row {index}" for index in batch["index"].tolist()], title)
@@ -249,6 +250,7 @@ def prepare(args: EvaluationArguments) -> tuple[list[Classifier], list[TestSet],
     return classifiers, test_sets, real, folders
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     if start_missing_processes(["--module", MODULE], arguments):
         return

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from ..cli.model_arguments import ModelArguments
 from ..cli.parser import TRAIN_TL
+from ..console import end_interrupted, program, progress_bar
 from ..launching import name_options, num_cpu_cores
 from ..options import Program
 from .arms import ARMS, Arm, check_options, parse_arm
@@ -116,6 +116,7 @@ def plan(args: StudyArguments, shared: tuple[str, ...]) -> tuple[list[Arm], list
     return arms, runs
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs are ended too
     try:
@@ -127,7 +128,7 @@ def main(arguments: list[str]) -> None:
     except (ValueError, OSError, RunError, StrictDataclassError) as error:
         sys.exit(f"{PROGRAM.name}: {name_options(error, StudyArguments, *TRAIN_TL.arguments)}")
     except KeyboardInterrupt:
-        sys.exit(f"{PROGRAM.name}: stopped; the same command goes on from here.")
+        end_interrupted(f"{PROGRAM.name}: interrupted; the same command goes on from here.")
     print(f"saved to {args.folder}")
 
 
@@ -141,7 +142,7 @@ def run_study(args: StudyArguments, arms: list[Arm], runs: list[Run]) -> None:
     results = {arm: ArmResults(arm) for arm in arms}
     print(f"{len(runs)} runs, {jobs} at a time, of lvvit train {shlex.join(runs[0].options)}", flush=True)
     args.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(args.folder / LOCK, timeout=0), tqdm(total=len(runs), unit="run") as bar:
+    with FileLock(args.folder / LOCK, timeout=0), progress_bar(total=len(runs), desc="Study", unit="run") as bar:
         for run in runner.run_all(runs):
             results[run.arm].add(run, args.metric)
             bar.set_postfix_str(f"{run.arm.name}, seed {run.seed}: {results[run.arm].finals[run.seed]:.3f}")

@@ -227,7 +227,8 @@ class TokenLabelTrainer(BaseImageTrainer):
         """Adds the mean loss components since the last log, over all processes, and the speed."""
         if "loss" in logs and self.components.count:
             for name, mean in self.components.take().items():
-                logs[name] = self.accelerator.reduce(mean, reduction="mean").item()
+                if name != "token_loss" or self.trains_patches:
+                    logs[name] = self.accelerator.reduce(mean, reduction="mean").item()
         super().log(logs, *args, **kwargs)
 
     def speed(self) -> dict[str, float]:

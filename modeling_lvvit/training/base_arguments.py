@@ -36,6 +36,9 @@ class BaseImageTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036  the library's own spelling, which its parser knows
         default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, ..., or none."}
     )
+    logging_steps: float = field(
+        default=50, metadata={"help": "Steps between two logs, or below 1 their share of the run."}
+    )
     # the filter reads every loss as soon as it is computed, so that the device waits for the processor; it also hides NaN
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN and infinite losses out of logs."}

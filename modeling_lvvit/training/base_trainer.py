@@ -23,6 +23,7 @@ from .checkpoints import check_resumable
 from .divergence import DivergenceCheck, DivergenceError
 from .fsdp import broadcast_buffers, configure_fsdp2, own_class
 from .metrics import check_best_metric
+from .progress import use_run_progress
 from .schedule import decayed_parameters
 from .throughput import Throughput
 
@@ -47,6 +48,7 @@ class BaseImageTrainer(HubTrainer):
         # the losses are ours: the Trainer need not count labels over all processes at every step
         self.model_accepts_loss_kwargs = False
         self.throughput = Throughput()
+        use_run_progress(self, self.throughput)
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
         self.divergence = DivergenceCheck(self.accelerator, args)

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers.hf_argparser import HfArg
 
 from ..annotators.annotator import load_annotator
+from ..console import program
 from ..data.class_matching import normalized
 from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
@@ -114,6 +115,7 @@ def _title(names: list[str], probabilities: torch.Tensor, index: int) -> str:
     return f"{short(names[index])} {100 * probabilities[index]:.0f} %"
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     with PROGRAM.refusals():

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from ..data.atomic_files import write_atomically
+
 
 LEGEND_COLUMNS, MAX_LEGEND = 6, 60
 SMALL = {"fontsize": 8, "parse_math": False}  # class names may hold dollar signs
@@ -105,7 +107,7 @@ def save_prediction_figure(
             **SMALL,
         )
     _label_rows(axes, names)
-    FigureCanvasAgg(figure).print_png(path)
+    write_atomically(path, FigureCanvasAgg(figure).print_png)
 
 
 def panel_step(size: tuple[int, int]) -> int:
@@ -148,7 +150,7 @@ def save_segmentation_figure(
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    FigureCanvasAgg(figure).print_png(path)
+    write_atomically(path, FigureCanvasAgg(figure).print_png)
 
 
 def heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -184,7 +186,7 @@ def save_relevance_figure(
         axes[row, 0].set_ylabel(name, **SMALL)
     if note:
         figure.supxlabel(note, **SMALL)
-    FigureCanvasAgg(figure).print_png(path)
+    write_atomically(path, FigureCanvasAgg(figure).print_png)
 
 
 def save_contact_sheet(
@@ -225,7 +227,7 @@ def save_contact_sheet(
                 0.0, -0.08 - 0.1 * line, f"{_shortened(class_names[index])} {share:.0f} %", fontsize=7,
                 color=colors[index] * 0.8, transform=lower.transAxes, parse_math=False,
             )  # fmt: skip
-    FigureCanvasAgg(figure).print_png(path)
+    write_atomically(path, FigureCanvasAgg(figure).print_png)
 
 
 def _grey(image: Image.Image) -> np.ndarray:

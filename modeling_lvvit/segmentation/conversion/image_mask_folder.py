@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
+from ...console import program, progress_bar
 from ...data.class_labels import read_class_names
 from ...data.image_folder import SPLIT_FOLDERS
 from ...data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image
@@ -129,7 +129,7 @@ def as_png(ids: np.ndarray) -> bytes:
 def values_note(pairs: Sequence[Pair]) -> str:
     """Which values the masks hold, and the option that they need in training where they do not count classes."""
     is_there = np.zeros(MAX_VALUE + 1, dtype=bool)
-    for pair in tqdm(pairs, desc="Counting values", unit="mask"):
+    for pair in progress_bar(pairs, desc="Counting values", unit="mask"):
         try:
             is_there[np.unique(read_mask({"bytes": None, "path": str(pair.mask)}))] = True
         except IMAGE_ERRORS as error:
@@ -170,6 +170,7 @@ def build(args: MaskFolderArguments) -> tuple[dict[str, int], str]:
     return write_segmentation_set(Path(args.output_dir), split_pairs(pairs), names, notes, **contents), notes
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)
