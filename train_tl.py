@@ -16,6 +16,7 @@ from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_dataset
 from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, TRAIN_TL
 from modeling_lvvit.cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
 from modeling_lvvit.data.images import PixelLimit
+from modeling_lvvit.data.multi_label.columns import class_names, has_lists
 from modeling_lvvit.data.sampling import BALANCED
 from modeling_lvvit.deployment import prepare_for_cpu
 from modeling_lvvit.hub.folders import CARD_TEMPLATES
@@ -29,6 +30,7 @@ from modeling_lvvit.token_labeling import (
     TokenLabelTrainingArguments,
     TrainTransform,
 )
+from modeling_lvvit.token_labeling.multi_label import describe_metrics
 from modeling_lvvit.visualization.predictions import draw_predictions
 
 
@@ -47,7 +49,7 @@ class ClassifierRun(TrainingRun):
     def describe(self) -> str:
         """What will be trained, with which labels."""
         trainer, args, samples = self.trainer, self.trainer.args, self.trainer.train_dataset
-        labels = "plain"
+        labels = "plain multi-label" if trainer.is_multi_label else "plain"
         if trainer.trains_patches:
             labels = "token" if args.patch_target == "dense" else "self-emerging token"
         images = "streamed" if isinstance(samples, TokenLabelStream) else f"{len(samples):,}"
@@ -104,6 +106,8 @@ class ClassifierRun(TrainingRun):
         split = f"{len(opened.evaluation):,} images of {opened.eval_name}" if is_part else opened.eval_name
         table = None if confusions is None else class_table(trainer.class_names, confusions)
         write_model_card(CARD_TEMPLATE, trainer, provenance, split, self.metrics, figure, table)
+        if trainer.is_multi_label:
+            print(f"on {len(opened.evaluation):,} evaluation images: {describe_metrics(self.metrics)}")
         if "eval_accuracy" in self.metrics:
             accuracy = 100 * self.metrics["eval_accuracy"]
             print(f"top-1 on {len(opened.evaluation):,} evaluation images: {accuracy:.2f} %")
@@ -156,7 +160,8 @@ def prepare(
     with training_args.main_process_first(desc="opening the data"):
         opened_args = with_embedded_data(data_args)
         opened = open_datasets(opened_args, training_args.seed)
-        model, processor = build_model(model_args, opened.train.features[data_args.label_column_name].names)
+        column = data_args.label_column_name
+        model, processor = build_model(model_args, class_names(opened.train, column), has_lists(opened.train, column))
         prepare_for_cpu(model, training_args.device, training_args.bf16)
         samples = build_samples(opened_args, training_args, model_image_size(model), processor, opened)
         annotator = None

@@ -19,14 +19,15 @@ from torch.utils.data import DataLoader
 from transformers.hf_argparser import HfArg
 
 from ..console import ignore_interrupts, program, progress_bar
-from ..data.class_labels import describe_classes
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, SampleError, parse_image_size
+from ..data.multi_label.columns import COLUMNS_HELP, SEPARATOR_HELP, check_label_options, describe_labels
 from ..data.sampling import ShardedEvalSampler
 from ..deployment import prepare_for_cpu
 from ..finite import NotFiniteError, check_scores
 from ..launching import (
     end_together,
     end_with_launcher,
+    name_options,
     set_up_cpu,
     start_missing_processes,
 )
@@ -35,9 +36,12 @@ from ..per_class.scores import ConfusionMatrix
 from ..token_labeling.dataset import TokenLabelDataset
 from .classifier import Classifier, InputOptions, load_classifier
 from .per_class import PerClassReports
+from .prediction_table import find_positive
+from .probabilities import CollectedProbabilities, ProbabilityReports, check_problem_types
 from .report import markdown_table, notes_on, notes_on_corruptions, save_results
 from .scores import ClassificationScores, find_real_labels, mean_corruption_error
 from .test_sets import TestSet, corruption_folders, model_class_map, open_test_set, reassessed_labels
+from .two_classes import Wish
 
 
 MODULE = "modeling_lvvit.evaluate"
@@ -75,7 +79,11 @@ class EvaluationArguments:
     dataset_config_name: str | None = HfArg(default=None, help="Configuration on the Hub.")
     dataset_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
     image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
-    label_column_name: str = HfArg(default="label", help="Column of class ids or names.", aliases=["--label_column"])
+    label_column_name: str = HfArg(
+        default="label", help="Column of class ids or names, or of lists of them.", aliases=["--label_column"]
+    )
+    label_separator: str | None = HfArg(default=None, help=SEPARATOR_HELP)
+    label_column_names: list[str] | None = HfArg(default=None, help=COLUMNS_HELP)
     class_map: str | None = HfArg(
         default=None,
         help="Which class of a model is which of the data: identity, or a file; default: by name, synonym or WordNet id.",
@@ -85,6 +93,17 @@ class EvaluationArguments:
         help="Re-assessed labels of the first test set: imagenet, those of its validation set, or a JSON file or its URL.",
     )
     corruptions: str | None = HfArg(default=None, help="Folder of ImageNet-C.")
+    positive_class: str | None = HfArg(
+        default=None, help="Name of the positive one of two classes; default: the second."
+    )
+    min_recall: float | None = HfArg(
+        default=None,
+        help="Of two classes: choose the highest threshold with at least this recall of the positive one; default: Youden's J.",
+    )
+    min_precision: float | None = HfArg(
+        default=None,
+        help="Of two classes: choose the lowest threshold with at least this precision of the positive one.",
+    )
     max_eval_samples: int | None = HfArg(
         default=None, help="Images of a subset of each test set, drawn over all classes.", aliases=["--max_samples"]
     )
@@ -120,6 +139,14 @@ class EvaluationArguments:
         if self.output_file is not None and Path(self.output_file).is_dir():
             raise ValueError(f"`output_file` {self.output_file} is a folder; give the name of a JSON file.")
 
+        check_label_options(self.label_column_name, self.label_separator, self.label_column_names)
+        Wish(self.min_recall, self.min_precision)
+
+    @property
+    def wishes_two_classes(self) -> bool:
+        """Whether an option is for two classes alone."""
+        return any(value is not None for value in (self.positive_class, self.min_recall, self.min_precision))
+
     def input_options(self) -> InputOptions:
         """Changes of the models' preprocessing."""
         return InputOptions(parse_image_size(self.image_size, "`image_size`"), self.crop_pct)
@@ -137,6 +164,7 @@ def evaluate(
     columns: tuple[str, str],
     real: Sequence[frozenset[int] | None] | None = None,
     confusion: ConfusionMatrix | None = None,
+    collected: CollectedProbabilities | None = None,
 ) -> dict[str, float]:
     """Scores of a classifier on a test set; every process takes its share of the rows and gets the scores of all.
 
@@ -148,6 +176,7 @@ def evaluate(
         columns: Names of the columns of images and labels.
         real: Re-assessed labels of the rows.
         confusion: Is filled with the images of this process.
+        collected: Gets the probabilities of the images of this process. Images with several classes have no other scores.
 
     Raises:
         NotFiniteError: If scores of an image are NaN or infinite.
@@ -177,12 +206,16 @@ def evaluate(
         check_scores(logits, [f"row {index}" for index in batch["index"].tolist()], title)
         if class_map is not None:
             logits = class_map.apply(logits[..., None, None])[..., 0, 0]  # (B, classes of the data)
+        if collected is not None:
+            collected.add(batch["index"], classifier.probabilities(logits), batch["labels"])
+        if test_set.is_multi_label:
+            continue
         ranked = logits.topk(min(RANKS, logits.shape[-1]), dim=-1).indices
         seen = None if real is None else [real[index] for index in batch["index"].tolist()]
         scores.add_batch(predictions=ranked, references=batch["labels"], real=seen)
         if confusion is not None:
             confusion.add_batch(predictions=ranked[:, 0], references=batch["labels"])
-    return scores.compute()
+    return {} if test_set.is_multi_label else scores.compute()
 
 
 class _Numbered(torch.utils.data.Dataset):
@@ -229,22 +262,26 @@ def prepare(args: EvaluationArguments) -> tuple[list[Classifier], list[TestSet],
         for name in args.models
     ]
     columns = (args.image_column_name, args.label_column_name)
-    test_sets = [
-        open_test_set(
-            name, args.eval_split, args.dataset_config_name, args.dataset_revision, *columns, args.max_eval_samples
-        )
-        for name in args.datasets
-    ]
+    source = (args.eval_split, args.dataset_config_name, args.dataset_revision, *columns, args.max_eval_samples)
+    test_sets = [open_test_set(name, *source, args.label_separator, args.label_column_names) for name in args.datasets]
+    if args.wishes_two_classes:
+        for test_set in test_sets:
+            find_positive(test_set.class_names, args.positive_class)
     folders = corruption_folders(Path(args.corruptions).expanduser()) if args.corruptions is not None else {}
     corrupted = [open_test_set(str(severities["1"])) for severities in list(folders.values())[:1]]
     for classifier in classifiers:
         for test_set in [*test_sets, *corrupted]:
+            check_problem_types(classifier.is_multi_label, classifier.name, test_set)
             try:
                 model_class_map(classifier.class_names, test_set, args.class_map)
             except ValueError as error:
                 reason = str(error).replace("annotator", "model")  # for which classes are paired elsewhere
                 raise ValueError(f"{classifier.name} on {test_set.name}: {reason}") from error
     real = None
+    if args.real_labels is not None and test_sets[0].is_multi_label:
+        raise ValueError(
+            f"`real_labels` are for images with one class each, those of {test_sets[0].name} have several."
+        )
     if args.real_labels is not None:
         real = reassessed_labels(test_sets[0], *columns, find_real_labels(args.real_labels))
     return classifiers, test_sets, real, folders
@@ -264,15 +301,18 @@ def main(arguments: list[str]) -> None:
             classifiers, test_sets, real, folders = prepare(args)
     if state.is_main_process:
         for part in test_sets:
-            print(describe_classes(part.rows, f"{part.name} ({part.split})", args.label_column_name))
+            print(describe_labels(part.rows, f"{part.name} ({part.split})", args.label_column_name))
         for note in notes_on_corruptions(folders, {}) if folders else ():
             print(f"{PROGRAM.name}: {args.corruptions}: {note}", file=sys.stderr)
     # only the process that has a row knows of an error in it
     with PROGRAM.refusals(SampleError, NotFiniteError, of_all_processes=False):
         reports = PerClassReports(args.output_file)
-        results = evaluate_all(args, state, classifiers, test_sets, real, folders, reports)
+        wish = Wish(args.min_recall, args.min_precision)
+        probability_reports = ProbabilityReports(args.output_file, args.positive_class, wish)
+        results = evaluate_all(args, state, classifiers, test_sets, real, folders, reports, probability_reports)
     if state.is_main_process:
-        print("\n\n".join([markdown_table(results), *reports.texts]))
+        texts = [name_options(text, EvaluationArguments) for text in probability_reports.texts]
+        print("\n\n".join([markdown_table(results), *reports.texts, *texts]))
     end_together()
 
 
@@ -284,9 +324,10 @@ def evaluate_all(
     real: Sequence[frozenset[int] | None] | None,
     folders: dict[str, dict[str, Path]],
     reports: PerClassReports,
+    probability_reports: ProbabilityReports,
 ) -> list[dict[str, Any]]:
     """Every classifier on every test set; what is there is saved after each of them, and what the terminal says of classes added to
-    `reports`."""
+    `reports` and `probability_reports`."""
     results: list[dict[str, Any]] = []
 
     def save() -> None:
@@ -300,10 +341,13 @@ def evaluate_all(
         results.append(record)
         for test_set in test_sets:
             seen = real if test_set is test_sets[0] else None
-            confusion = reports.matrix_for(test_set.class_names)
-            scores = evaluate(classifier, test_set, args, state, columns, seen, confusion)
+            confusion = None if test_set.is_multi_label else reports.matrix_for(test_set.class_names)
+            collected = CollectedProbabilities.of(test_set)
+            scores = evaluate(classifier, test_set, args, state, columns, seen, confusion, collected)
             if confusion is not None:
                 scores |= reports.add(confusion, classifier.name, test_set, state.is_main_process)
+            if collected is not None:
+                scores |= probability_reports.add(collected, classifier.name, test_set, state.is_main_process)
             notes = notes_on(scores, test_set, args.label_column_name, len(classifier.class_names), seen is not None)
             facts = {"split": test_set.split, "classes": len(test_set.class_names), "notes": notes}
             record["results"][test_set.name] = {**facts, **scores}
