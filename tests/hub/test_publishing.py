@@ -295,8 +295,8 @@ def test_card_in_the_repository_names_it_and_the_local_one_stays(hub, tmp_path):
             'segment = pipeline("image-segmentation", model="user/net", revision="wip", trust_remote_code=True)'
         ),
         'name = "lvvit_s_224"\nother = 1': 'name = "user/net"\nother = 1',
-        "accelerate launch train_tl.py --dataset_name x --token_labels THIS_FOLDER --variant v": (
-            "accelerate launch train_tl.py --dataset_name x --token_labels user/net --variant v"
+        "lvvit train --dataset_name x --token_labels THIS_FOLDER --variant v": (
+            "lvvit train --dataset_name x --token_labels user/net --variant v"
         ),
     }
     target = HubTarget("user/net", revision="wip", token="hf_test").open()
