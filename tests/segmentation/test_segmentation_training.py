@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix as independent_confusion_matrix
 from torch import nn
 from transformers import AutoModelForSemanticSegmentation, pipeline
@@ -413,6 +414,20 @@ def test_words_and_files_of_class_weights_mean_what_they_do_in_classification(tm
     (tmp_path / "weights.json").write_text(json.dumps({name: place for place, name in enumerate(reversed(names))}))
     set_class_weights(model, SegmentationDataArguments(class_weights=[str(tmp_path / "weights.json")]), None)
     assert model.config.semantic_loss_class_weights == [3.0, 2.0, 1.0, 0.0]
+
+
+def test_early_stopping_keeps_the_best_by_mean_iou(data, tmp_path, capsys):
+    """No mean IoU is better than another by more than 1."""
+    stopping = {"early_stopping_patience": 1, "early_stopping_threshold": 1, "eval_steps": 1, "save_strategy": "steps"}
+    program.main(options_of(data, tmp_path / "run", save_picture="false", max_steps=5, **stopping))
+    said = capsys.readouterr().out
+    assert "without a better mean_iou" in said and "ended after step 2 of 5" in said
+    best = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["best_global_step"]
+    weights = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "run", tmp_path / "run" / f"checkpoint-{best}")
+    )
+    assert_same_weights(*weights)
 
 
 @pytest.mark.parametrize(
