@@ -80,8 +80,8 @@ class Explainer:
 
     @torch.no_grad()
     def probabilities(self, image: Image.Image) -> torch.Tensor:
-        """Of all classes, `(C,)`."""
-        return self.classifier.logits(self.classifier.transform(image)[None])[0].softmax(dim=0)
+        """Of all classes, `(C,)`; they add up to 1 unless an image may have several classes."""
+        return self.classifier.probabilities(self.classifier.logits(self.classifier.transform(image)[None]))[0]
 
     def explain(self, image: Image.Image, class_id: int) -> Explanation:
         """Relevance for a class, and attention."""

@@ -40,8 +40,8 @@ PER_CENT, PLAIN = Scale(100, 1, " (%)"), Scale(1, 4)
 
 
 def metric_scale(metric: str) -> Scale:
-    """Accuracies are shares; other metrics may not be."""
-    return PER_CENT if metric.endswith("accuracy") else PLAIN
+    """Accuracies are shares, and so are the metrics of images with several classes; others may not be."""
+    return PER_CENT if metric.endswith(("accuracy", "average_precision", "_f1", "exact_match")) else PLAIN
 
 
 @dataclass

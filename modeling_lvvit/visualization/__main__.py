@@ -84,7 +84,7 @@ def draw_panels(classifier: Classifier, image: Image.Image, wanted: list[str] | 
     pixel_values = classifier.transform(image)[None]
     names = classifier.class_names
     with torch.no_grad():
-        probabilities = classifier.logits(pixel_values)[0].softmax(dim=0)
+        probabilities = classifier.probabilities(classifier.logits(pixel_values))[0]
     ids = [class_id(name, names) for name in wanted or ()] or probabilities.topk(
         min(NUM_CLASSES, len(names))
     ).indices.tolist()

@@ -115,6 +115,10 @@ def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, t
         label_column=args.label_column_name,
         max_samples=args.max_eval_samples,
     )
+    if test_set.is_multi_label:
+        raise ValueError(
+            f"Images of {name} have several classes, and the maps are about one: name a column with one class of each image (`label_column`)."
+        )
     if args.mask_column_name not in test_set.rows.column_names:
         raise ValueError(f"{name} has no column {args.mask_column_name!r}; it has {test_set.rows.column_names}.")
     class_map = model_class_map(classifier.class_names, test_set)
