@@ -83,10 +83,14 @@ def plan(args: argparse.Namespace, shared: tuple[str, ...]) -> tuple[list[Arm], 
     return arms, runs
 
 
+def _stop(number: int, frame: object) -> None:
+    sys.exit(f"{MODULE}: stopped; the same command goes on from here.")
+
+
 @program(MODULE)
 def main(arguments: list[str]) -> None:
     args, shared = parser().parse_known_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs are ended too
+    signal.signal(signal.SIGTERM, _stop)  # so that the runs are ended too
     has_gpu = torch.accelerator.is_available()
     try:
         arms, runs = plan(args, tuple(shared))
