@@ -116,9 +116,13 @@ def plan(args: StudyArguments, shared: tuple[str, ...]) -> tuple[list[Arm], list
     return arms, runs
 
 
+def _stop(number: int, frame: object) -> None:
+    sys.exit(f"{PROGRAM.name}: stopped; the same command goes on from here.")
+
+
 @program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs are ended too
+    signal.signal(signal.SIGTERM, _stop)  # so that the runs are ended too
     try:
         args, shared = PROGRAM.split(arguments)
         arms, runs = plan(args, shared)

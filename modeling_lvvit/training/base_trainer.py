@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..backbones.patch_head import weights_by_own_names
+from ..backbones.patch_head import PATCH_HEAD, weights_by_own_names
 from ..data.image_dataset import ImageDataset
 from ..data.sampling import temporary_seed
 from ..hub.hub_trainer import HubTrainer
@@ -241,6 +241,12 @@ class BaseImageTrainer(HubTrainer):
             with weights_by_own_names(unwrapped):
                 super()._save_checkpoint(model, trial)
             self.publish_in_background()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As in `Trainer`; a patch head that nothing trains is not saved, and so not missed."""
+        if not getattr(self.model, "saves_patch_head", True):
+            load_result.missing_keys[:] = [name for name in load_result.missing_keys if PATCH_HEAD not in name]
+        super()._issue_warnings_after_load(load_result)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
