@@ -5,6 +5,7 @@ accelerate launch train_tl.py [RECIPE ...] [--option value ...]
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from modeling_lvvit.annotators.online import open_annotator
@@ -16,8 +17,11 @@ from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, TRAIN_TL
 from modeling_lvvit.cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
 from modeling_lvvit.data.images import PixelLimit
 from modeling_lvvit.data.multi_label.columns import class_names, has_lists
+from modeling_lvvit.data.sampling import BALANCED
 from modeling_lvvit.deployment import prepare_for_cpu
 from modeling_lvvit.hub.folders import CARD_TEMPLATES
+from modeling_lvvit.per_class.report import class_table, write_class_report
+from modeling_lvvit.per_class.weights import describe_weights, note_uneven_classes
 from modeling_lvvit.token_labeling import (
     ImageProcessorTransform,
     TokenLabelDataset,
@@ -58,7 +62,19 @@ class ClassifierRun(TrainingRun):
             duration = 1000 / trainer.annotator.images_per_second(args.train_batch_size)
             name = trainer.annotator.annotator.name
             text += f"\nlabels by {name}, which takes {duration:.3g} ms an image here"
-        return "\n".join([text, *self.opened.describe(self.data_args.label_column_name)])
+        return "\n".join([text, *self.opened.describe(self.data_args.label_column_name), *self.describe_balance()])
+
+    def describe_balance(self) -> list[str]:
+        """How classes of different sizes are made up for, or that nothing does; no line where they have about the same size."""
+        trainer, lines = self.trainer, []
+        names, counts = trainer.class_names, trainer.class_counts
+        if trainer.class_weights is not None:
+            lines.append(describe_weights(trainer.class_weights, names, counts))
+        if trainer.args.train_sampling_strategy == BALANCED:
+            lines.append("training images drawn with replacement, of every class as often")
+        if not lines and counts is not None:
+            lines = [note_uneven_classes(counts, names)]
+        return [line for line in lines if line is not None]
 
     def finish_model(self) -> None:
         """Leaves the patch head out of the saved model if that was asked for."""
@@ -71,6 +87,11 @@ class ClassifierRun(TrainingRun):
         about = {"eval_split": self.opened.eval_name, "eval_samples": len(self.opened.evaluation)}
         self.trainer.save_metrics("eval", self.metrics | about)
 
+    def draw(self, path: Path, num_images: int) -> None:
+        """See `draw_predictions`."""
+        if self.trainer.trains_patches:
+            draw_predictions(self.trainer, self.data_args, self.opened.evaluation, path, num_images)
+
     def report(self) -> None:
         """Writes figure and model card, and prints the accuracy."""
         trainer, data_args, opened = self.trainer, self.data_args, self.opened
@@ -80,14 +101,19 @@ class ClassifierRun(TrainingRun):
             return
         names = (data_args.dataset_name, data_args.token_labels)
         provenance = find_provenance(self.model_args, *names, EMBEDDED_RECIPE)
+        confusions = getattr(trainer.compute_metrics, "confusions", None)
         is_part = data_args.max_eval_samples is not None
         split = f"{len(opened.evaluation):,} images of {opened.eval_name}" if is_part else opened.eval_name
-        write_model_card(CARD_TEMPLATE, trainer, provenance, split, self.metrics, figure)
+        table = None if confusions is None else class_table(trainer.class_names, confusions)
+        write_model_card(CARD_TEMPLATE, trainer, provenance, split, self.metrics, figure, table)
         if trainer.is_multi_label:
             print(f"on {len(opened.evaluation):,} evaluation images: {describe_metrics(self.metrics)}")
         if "eval_accuracy" in self.metrics:
             accuracy = 100 * self.metrics["eval_accuracy"]
             print(f"top-1 on {len(opened.evaluation):,} evaluation images: {accuracy:.2f} %")
+        if confusions is not None:
+            about = f"{len(opened.evaluation):,} images of {opened.eval_name}"
+            print(write_class_report(Path(trainer.args.output_dir), trainer.class_names, confusions, about))
 
 
 def build_samples(

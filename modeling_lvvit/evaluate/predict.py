@@ -18,9 +18,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
+from ..console import ignore_interrupts, program, progress_bar
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, SampleError, parse_image_size
 from ..data.sampling import ShardedEvalSampler
 from ..deployment import prepare_for_cpu
@@ -80,9 +80,9 @@ class PredictArguments:
         default=None, help="Name of the positive one of two classes; default: the second."
     )
     top_k: int | None = HfArg(default=None, help="Write the best classes alone, for models of many; default: all.")
-    output_file: str = HfArg(default="predictions.csv", help="CSV file.")
-    batch_size: int = HfArg(default=64, help="Images that a device takes at a time.")
-    num_workers: int = HfArg(default=0, help="Processes that load images.")
+    output_file: str | None = HfArg(default=None, help="CSV file; default: predictions.csv.")
+    batch_size: int = HfArg(default=32, help="Images that a device takes at a time.")
+    dataloader_num_workers: int = HfArg(default=0, help="Processes that load images.")
     bf16: bool = HfArg(default=False, help="Compute in bfloat16.")
 
     def __post_init__(self):
@@ -93,6 +93,7 @@ class PredictArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         read_threshold(self.threshold)
+        self.output_file = self.output_file or "predictions.csv"
         if Path(self.output_file).expanduser().is_dir():
             raise ValueError(f"`output_file` {self.output_file} is a folder; give the name of a CSV file.")
 
@@ -163,13 +164,14 @@ def predict(
         samples,
         args.batch_size,
         sampler=sampler,
-        num_workers=args.num_workers,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_interrupts,
         pin_memory=is_cuda,
         collate_fn=Inputs.collate,
     )
     autocast = torch.autocast(state.device.type, torch.bfloat16) if args.bf16 else nullcontext()
     predictions: list[Prediction] = []
-    progress = tqdm(total=len(sampler), desc="Predicting", unit="image", disable=not state.is_main_process)
+    progress = progress_bar(total=len(sampler), desc="Predicting", unit="image", disable=not state.is_main_process)
     for inputs in loader:
         if inputs.errors and args.on_error == "stop":
             row, text = next(iter(inputs.errors.items()))
@@ -194,6 +196,7 @@ def predict(
     return sorted(gather_object(predictions), key=lambda prediction: prediction.row)
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     if start_missing_processes(["--module", MODULE], arguments):
         return

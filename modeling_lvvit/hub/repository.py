@@ -152,7 +152,7 @@ class HubTarget:
         revision = "" if self.revision in (None, MAIN) else f', revision="{self.revision}"'
         card = re.sub(r'(pipeline\([^)]*model=)"[^"]*"(, revision="[^"]*")?', rf'\1"{self.repo_id}"{revision}', card)
         card = re.sub(r'^(name = )"[^"]*"$', rf'\1"{self.repo_id}"', card, flags=re.MULTILINE)
-        command = r"^(accelerate launch train_tl.py .*--token_labels )\S+"
+        command = r"^((?:lvvit train|accelerate launch train_tl.py) .*--token_labels )\S+"
         return re.sub(command, rf"\1{self.repo_id}", card, flags=re.MULTILINE)
 
     def _advice(self, folder: Path) -> str:

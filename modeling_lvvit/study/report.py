@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..cli.model_card import library_versions
-from ..data.atomic_files import write_json, write_text
+from ..data.atomic_files import write_atomically, write_json, write_text
 from .arms import Arm
 from .confidence_intervals import Estimate, estimate, paired_difference
 from .runs import Run
@@ -159,4 +159,4 @@ def save_curves(path: Path, results: Sequence[ArmResults], title: str, factor: f
     ends.set_xlim(-0.5, len(results) - 0.5)
     ends.set_title("at the end: runs, mean, 95 % interval", fontsize=9)
     ends.grid(axis="y", alpha=0.3)
-    FigureCanvasAgg(figure).print_png(path)
+    write_atomically(path, FigureCanvasAgg(figure).print_png)

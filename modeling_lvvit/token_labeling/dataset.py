@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
+from ..data.class_labels import class_ids
 from ..data.image_dataset import ImageDataset, check_has_columns, with_image_column
 from ..data.images import LYING, SampleError, read_orientation
 from ..data.multi_label.columns import is_list, multi_hot
@@ -104,6 +105,15 @@ class TokenLabelDataset(ImageDataset):
         """What the transform makes of a row, the palette of its map, and as `labels` its class id, or float32 `(classes,)`."""
         labels, maps = fetched
         return {**transformed(self.transform, image, maps, offset), "labels": labels[offset]}
+
+    def class_counts(self, num_classes: int) -> np.ndarray:
+        """Rows of each class, `(num_classes,)` int64; ids that are none of a class are left out."""
+        ids = self.class_ids()
+        return np.bincount(ids[(ids >= 0) & (ids < num_classes)], minlength=num_classes)
+
+    def class_ids(self) -> np.ndarray:
+        """Class ids of all rows, `(n,)` int64; -1 for missing ones."""
+        return class_ids(self.rows, self.label_column)
 
     def labels(self, count: int) -> list[int]:
         """Class ids of the first `count` rows."""

@@ -6,24 +6,29 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..annotators.online import OnlineAnnotator
 from ..data.multi_label.columns import is_multi_label
+from ..data.sampling import BALANCED, BalancedSampler
+from ..per_class.scores import AVERAGES, ComputeClassMetrics
+from ..per_class.weights import training_weights
 from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import leave_signals_to_main_process
 from ..training.divergence import DivergenceError
 from ..training.ema import EMACallback
-from ..training.metrics import TOP_K, compute_accuracy, rank_classes
+from ..training.metrics import TOP_K, rank_classes
 from ..training.schedule import published_factor
 from ..training.throughput import LossComponents
 from .arguments import TokenLabelTrainingArguments
 from .collator import TokenLabelCollator
+from .dataset import TokenLabelDataset
 from .iterable_dataset import TokenLabelStream, stream_loader
 from .losses import LABEL_FIELDS, TokenLabelingLoss
 from .multi_label import METRICS, MultiLabelLoss, compute_multi_label_metrics
@@ -80,21 +85,48 @@ class TokenLabelTrainer(BaseImageTrainer):
             compute_metrics = compute_multi_label_metrics
         elif compute_metrics is None:
             kwargs.setdefault("preprocess_logits_for_metrics", rank_classes)
-            compute_metrics = compute_accuracy
+            compute_metrics = ComputeClassMetrics(self.num_classes)
         with warnings.catch_warnings():  # the loss here smooths the targets of several classes too
             warnings.filterwarnings("ignore", "Label smoothing is not compatible with multi-label")
             super().__init__(model, args, data_collator, train_dataset, compute_metrics=compute_metrics, **kwargs)
         if annotator is not None:
             annotator.seed(args.seed + args.process_index)
+        self.class_weights = self._training_weights()
         if self.is_multi_label:
             self.objective = MultiLabelLoss(args)
         else:
-            self.objective = TokenLabelingLoss(args, self.grid_size, self.num_classes)
+            weights = (
+                None if self.class_weights is None else torch.tensor(self.class_weights).to(args.device, torch.float32)
+            )
+            self.objective = TokenLabelingLoss(args, self.grid_size, self.num_classes, weights)
         self.ema = None
         if args.has_ema:
             self.ema = EMACallback(args.ema_decay or args.base_ema_decay, is_base=args.ema_decay is None)
             self.add_callback(self.ema)
         self.components = LossComponents()
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by id."""
+        return [self.model.config.id2label[index] for index in range(self.num_classes)]
+
+    @property
+    def class_counts(self) -> np.ndarray | None:
+        """Training images of each class; `None` where they are not counted: of a stream, or with several classes an image."""
+        dataset = self.train_dataset
+        is_counted = isinstance(dataset, TokenLabelDataset) and not self.is_multi_label
+        return dataset.class_counts(self.num_classes) if is_counted else None
+
+    def _training_weights(self) -> np.ndarray | None:
+        """See `training_weights`."""
+        words = self.args.class_weights
+        return None if words is None else training_weights(words, self.class_names, self.class_counts)
+
+    def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == BALANCED:
+            return BalancedSampler(dataset.class_ids(), dataset.seed_and_epoch)
+        return super()._get_train_sampler(dataset)
 
     @property
     def trains_patches(self) -> bool:
@@ -109,10 +141,10 @@ class TokenLabelTrainer(BaseImageTrainer):
         has_raw = self.args.has_ema and self.args.evaluate_raw_weights
         if self.compute_metrics is compute_multi_label_metrics:
             return ["loss", *METRICS, *([f"raw_{METRICS[0]}"] if has_raw else [])]
-        if self.compute_metrics is not compute_accuracy:
+        if not isinstance(self.compute_metrics, ComputeClassMetrics):
             return None
-        names = ["accuracy", *(["top5_accuracy"] if self.num_classes > TOP_K else [])]
-        return ["loss", *names, *(f"raw_{name}" for name in names if has_raw)]
+        names = ["accuracy", *(["top5_accuracy"] if self.num_classes > TOP_K else []), *AVERAGES]
+        return ["loss", *names, *(f"raw_{name}" for name in names if has_raw and name.endswith("accuracy"))]
 
     def tensors_to_save(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As in `BaseImageTrainer`, and the weight average."""
@@ -223,7 +255,8 @@ class TokenLabelTrainer(BaseImageTrainer):
         """Adds the mean loss components since the last log, over all processes, and the speed."""
         if "loss" in logs and self.components.count:
             for name, mean in self.components.take().items():
-                logs[name] = self.accelerator.reduce(mean, reduction="mean").item()
+                if name != "token_loss" or self.trains_patches:
+                    logs[name] = self.accelerator.reduce(mean, reduction="mean").item()
         super().log(logs, *args, **kwargs)
 
     def speed(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ from ..annotators.online import OnlineAnnotator
 from ..backbones.patch_head import add_patch_head, has_patch_head
 from ..backbones.resize import native_image_size
 from ..data.multi_label.columns import MULTI_LABEL, is_multi_label
+from ..data.sampling import BALANCED
 from .arguments import TokenLabelTrainingArguments
 from .dataset import TokenLabelDataset
 from .iterable_dataset import TokenLabelStream
@@ -82,6 +83,11 @@ def check_fit(
         raise ValueError(
             "remove_unused_columns=True would drop the dense labels and crop boxes before they reach the loss; "
             "leave it at False."
+        )
+    if args.train_sampling_strategy == BALANCED and not isinstance(train_dataset, TokenLabelDataset | None):
+        raise ValueError(
+            "`train_sampling_strategy` balanced needs to know the class of every image before training, which a stream does not: use "
+            "`class_weights` with a file or numbers, or data that is no stream (a TokenLabelDataset)."
         )
     if isinstance(train_dataset, (TokenLabelDataset, TokenLabelStream)):
         train_dataset.check_num_classes(num_classes)

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from ..cli import digit_scenes
+from ..console import program, progress_bar
 from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image
 from ..data.masks import read_mask
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
@@ -130,7 +130,7 @@ def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, t
         [args.image_column_name, args.label_column_name, args.mask_column_name]
     ).with_format("arrow")
     totals: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for start in tqdm(range(0, len(rows), args.batch_size), desc=classifier.name, unit="batch"):
+    for start in progress_bar(range(0, len(rows), args.batch_size), desc=classifier.name, unit="batch"):
         table = rows[start : start + args.batch_size]
         labels = table[args.label_column_name].to_pylist()
         pixel_values, masks = _read(table, args, classifier, start)
@@ -199,6 +199,7 @@ def markdown_table(results: Mapping[str, Mapping[str, tuple[float, float]]]) -> 
 PROGRAM = Program(MODULE, __doc__, (LocalizationArguments,), ("models*",), required=("models",))
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     with PROGRAM.refusals():
