@@ -30,6 +30,7 @@ INSTALL_REQUIRES = [
     "safetensors>=0.8,<1",
     "scikit-learn>=1.6,<2",  # `evaluate` computes with it, and the embedded digits come from it
     "scipy>=1.11",  # intervals of the study
+    "shtab>=1.7,<2",  # shell completion
     "tensorboard>=2.18,<3",  # logs of training runs
     "timm>=1.0.20,<2",  # annotators, operations of RandAugment
     "torch>=2.11,<3",
@@ -44,6 +45,8 @@ EXTRAS_REQUIRE = {
     "dev": ["pytest>=8.4,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<1", "parameterized>=0.9,<1", *DEMO, *EXPORT],
 }
 
+DATA_FOLDERS = ("accelerate_configs", "card_templates", "recipes", "segmentation/recipes")
+
 setup(
     name="modeling-lvvit",
     version=VERSION,
@@ -53,7 +56,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["modeling_lvvit", "modeling_lvvit.*"]),
-    package_data={"modeling_lvvit": ["recipes/**/*.yaml", "segmentation/recipes/*.yaml", "accelerate_configs/*.yaml"]},
+    py_modules=["train_tl"],
+    entry_points={"console_scripts": ["lvvit = modeling_lvvit.cli.command:main"]},
+    package_data={"modeling_lvvit": [f"{folder}/**/*" for folder in DATA_FOLDERS]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

@@ -1,9 +1,6 @@
-"""Trains an image classifier with token labels (or plain ones) and saves it for `AutoModel`.
+"""Trains an image classifier with token labels (or plain ones) and saves it for `AutoModel`: `lvvit train`.
 
-accelerate launch train_tl.py                                  embedded data, a few minutes on two CPU cores
-accelerate launch train_tl.py RECIPE.yaml --output_dir runs/a  a recipe; any option overrides its value
-accelerate launch train_tl.py --dataset_name path/to/images --variant lvvit_s_224 --output_dir runs/b
-accelerate launch train_tl.py --dataset_name path/to/images --architecture timm/resnet50 --annotator MODEL --output_dir runs/c
+accelerate launch train_tl.py [RECIPE ...] [--option value ...]
 """
 
 import sys
@@ -19,6 +16,7 @@ from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_dataset
 from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, TRAIN_TL
 from modeling_lvvit.cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
 from modeling_lvvit.data.images import PixelLimit
+from modeling_lvvit.data.multi_label.columns import class_names, has_lists
 from modeling_lvvit.data.sampling import BALANCED
 from modeling_lvvit.deployment import prepare_for_cpu
 from modeling_lvvit.hub.folders import CARD_TEMPLATES
@@ -32,10 +30,11 @@ from modeling_lvvit.token_labeling import (
     TokenLabelTrainingArguments,
     TrainTransform,
 )
+from modeling_lvvit.token_labeling.multi_label import describe_metrics
 from modeling_lvvit.visualization.predictions import draw_predictions
 
 
-CARD_TEMPLATE = CARD_TEMPLATES / "template.md"
+CARD_TEMPLATE = CARD_TEMPLATES / "classifier.md"
 
 
 @dataclass
@@ -50,7 +49,7 @@ class ClassifierRun(TrainingRun):
     def describe(self) -> str:
         """What will be trained, with which labels."""
         trainer, args, samples = self.trainer, self.trainer.args, self.trainer.train_dataset
-        labels = "plain"
+        labels = "plain multi-label" if trainer.is_multi_label else "plain"
         if trainer.trains_patches:
             labels = "token" if args.patch_target == "dense" else "self-emerging token"
         images = "streamed" if isinstance(samples, TokenLabelStream) else f"{len(samples):,}"
@@ -63,7 +62,7 @@ class ClassifierRun(TrainingRun):
             duration = 1000 / trainer.annotator.images_per_second(args.train_batch_size)
             name = trainer.annotator.annotator.name
             text += f"\nlabels by {name}, which takes {duration:.3g} ms an image here"
-        return "\n".join([text, *self.opened.describe(self.data_args.label_column), *self.describe_balance()])
+        return "\n".join([text, *self.opened.describe(self.data_args.label_column_name), *self.describe_balance()])
 
     def describe_balance(self) -> list[str]:
         """How classes of different sizes are made up for, or that nothing does; no line where they have about the same size."""
@@ -88,6 +87,11 @@ class ClassifierRun(TrainingRun):
         about = {"eval_split": self.opened.eval_name, "eval_samples": len(self.opened.evaluation)}
         self.trainer.save_metrics("eval", self.metrics | about)
 
+    def draw(self, path: Path, num_images: int) -> None:
+        """See `draw_predictions`."""
+        if self.trainer.trains_patches:
+            draw_predictions(self.trainer, self.data_args, self.opened.evaluation, path, num_images)
+
     def report(self) -> None:
         """Writes figure and model card, and prints the accuracy."""
         trainer, data_args, opened = self.trainer, self.data_args, self.opened
@@ -102,6 +106,8 @@ class ClassifierRun(TrainingRun):
         split = f"{len(opened.evaluation):,} images of {opened.eval_name}" if is_part else opened.eval_name
         table = None if confusions is None else class_table(trainer.class_names, confusions)
         write_model_card(CARD_TEMPLATE, trainer, provenance, split, self.metrics, figure, table)
+        if trainer.is_multi_label:
+            print(f"on {len(opened.evaluation):,} evaluation images: {describe_metrics(self.metrics)}")
         if "eval_accuracy" in self.metrics:
             accuracy = 100 * self.metrics["eval_accuracy"]
             print(f"top-1 on {len(opened.evaluation):,} evaluation images: {accuracy:.2f} %")
@@ -120,7 +126,7 @@ def build_samples(
     """Training samples, jointly augmented, and evaluation samples, preprocessed by the image processor."""
     mean, std = image_processor.image_mean, image_processor.image_std
     transform = TrainTransform(image_size, mean, std, args.augmentation())
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    columns = {"image_column": args.image_column_name, "label_column": args.label_column_name}
     preprocess = ImageProcessorTransform(image_processor)
     evaluation = TokenLabelDataset(opened.evaluation, preprocess, **columns, name="evaluation")
     if args.streaming:
@@ -150,11 +156,12 @@ def prepare(
     if data_args.streaming and training_args.max_steps < 1:
         raise ValueError("A stream has no end: give `streaming` together with `max_steps`.")
     PixelLimit(data_args.max_image_pixels)
-    set_up(model_args, training_args, CARD_TEMPLATE)
+    set_up(model_args, training_args)
     with training_args.main_process_first(desc="opening the data"):
         opened_args = with_embedded_data(data_args)
         opened = open_datasets(opened_args, training_args.seed)
-        model, processor = build_model(model_args, opened.train.features[data_args.label_column].names)
+        column = data_args.label_column_name
+        model, processor = build_model(model_args, class_names(opened.train, column), has_lists(opened.train, column))
         prepare_for_cpu(model, training_args.device, training_args.bf16)
         samples = build_samples(opened_args, training_args, model_image_size(model), processor, opened)
         annotator = None

@@ -1,7 +1,9 @@
 """Program of `modeling_lvvit.cli.digit_scenes`: builds the embedded dataset."""
 
+import sys
+
 from modeling_lvvit.cli.digit_scenes import main
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,45 +1,57 @@
 """Publishes models and label sets on the Hugging Face Hub.
 
-    python -m modeling_lvvit.publish --variant lvvit_s_224 --checkpoint lvvit_s-26M-224-83.3.pth.tar --repo_id OWNER/NAME
-    python -m modeling_lvvit.publish --folder runs/mine --repo_id OWNER/NAME
+    lvvit publish runs/mine OWNER/NAME
+    lvvit publish --variant lvvit_s_224 --checkpoint lvvit_s-26M-224-83.3.pth.tar --hub_model_id OWNER/NAME
 
-The first converts a checkpoint of the authors' code to a complete repository: weights as safetensors, configuration, modelling code,
-image processor and card. The second uploads a folder that was written here, or repeats an upload that broke off: large files that had
+The second converts a checkpoint of the authors' code to a complete repository: weights as safetensors, configuration, modelling code,
+image processor and card. The first uploads a folder that was written here, or repeats an upload that broke off: large files that had
 arrived are not sent again.
 """
 
-import argparse
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from .hub.folders import add_target_options, publish_model_folder
-from .hub.repository import HubTarget
+from transformers.hf_argparser import HfArg
+
+from .console import program
+from .hub.folders import publish_model_folder
+from .hub.repository import HubTarget, HubTargetArguments
 from .labels.publishing import check_finished, push_label_set
 from .labels.writer import RECORD
+from .options import Program
 from .original.convert import convert_checkpoint
 from .variants import SEGMENTERS, VARIANTS
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Options of the program; ends it if they do not fit each other."""
-    parser = argparse.ArgumentParser(
-        prog="modeling_lvvit.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    released = [name for name, row in (*VARIANTS.items(), *SEGMENTERS.items()) if row.checkpoint is not None]
-    rows = f"whose weights these are: {', '.join(released)}"
-    parser.add_argument("--variant", choices=released, metavar="ROW", help=rows)
-    parser.add_argument("--checkpoint", type=Path, help="authors' .pth or .pth.tar file")
-    parser.add_argument("--output_dir", type=Path, help="folder to write; default: the name of the row")
-    raw = "take the raw weights where the file also has averaged ones"
-    parser.add_argument("--no_ema", action="store_true", help=raw)
-    parser.add_argument("--folder", type=Path, help="instead, a finished model, exported model or label set")
-    parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME", help="repository; made if there is none")
-    add_target_options(parser)
-    args = parser.parse_args(arguments)
-    if (args.folder is None) == (args.checkpoint is None) or (args.variant is None) != (args.checkpoint is None):
-        parser.error("give --variant and --checkpoint, or --folder")
-    if args.folder is not None and (args.output_dir is not None or args.no_ema):
-        parser.error("--output_dir and --no_ema belong to --checkpoint")
-    return args
+RELEASED = [name for name, row in (*VARIANTS.items(), *SEGMENTERS.items()) if row.checkpoint is not None]
+
+
+@dataclass
+class PublishArguments(HubTargetArguments):
+    """Options of the program."""
+
+    option_groups: ClassVar[dict[str, str]] = {"folder": "what to publish", "hub_model_id": "where"}
+
+    folder: str | None = HfArg(default=None, help="A finished model, exported model or label set.")
+    variant: str | None = HfArg(default=None, help=f"Instead, the row whose weights these are: {', '.join(RELEASED)}.")
+    checkpoint: str | None = HfArg(default=None, help="Authors' .pth or .pth.tar file of that row.")
+    output_dir: str | None = HfArg(default=None, help="Folder to write it to; default: the name of the row.")
+    ema: bool = HfArg(default=True, help="Take the averaged weights of the file where it has them, not the raw ones.")
+
+    def __post_init__(self):
+        if (self.folder is None) == (self.checkpoint is None) or (self.variant is None) != (self.checkpoint is None):
+            raise ValueError("Give `variant` and `checkpoint`, or `folder`.")
+        if self.variant is not None and self.variant not in RELEASED:
+            raise ValueError(f"`variant` must be one of {', '.join(RELEASED)}, got {self.variant}.")
+        if self.folder is not None and (self.output_dir is not None or not self.ema):
+            raise ValueError("`output_dir` and `no_ema` belong to `checkpoint`.")
+
+
+PROGRAM = Program(
+    "lvvit publish", __doc__, (PublishArguments,), ("folder", "hub_model_id"), required=("hub_model_id",)
+)
 
 
 def publish_folder(folder: Path, target: HubTarget) -> str:
@@ -50,26 +62,26 @@ def publish_folder(folder: Path, target: HubTarget) -> str:
     return push_label_set(folder, target.open())
 
 
-def publish(args: argparse.Namespace) -> str:
+def publish(args: PublishArguments) -> str:
     """Does what the options say; returns the address of the commit."""
-    folder = (args.folder or args.output_dir or Path(args.variant)).expanduser()
+    folder = Path(args.folder or args.output_dir or args.variant).expanduser()
     repo_type = "dataset" if args.folder is not None and (folder / RECORD).is_file() else "model"
     if args.checkpoint is not None:
-        difference = convert_checkpoint(args.checkpoint, folder, not args.no_ema, released_row=args.variant)
+        difference = convert_checkpoint(Path(args.checkpoint), folder, args.ema, released_row=args.variant)
         text = f"{args.variant} -> {folder}, largest logits difference to the original tensors {difference:.2e}"
         print(text, flush=True)
-    return publish_folder(folder, HubTarget(args.repo_id, repo_type, args.private, args.revision))
+    return publish_folder(folder, HubTarget(args.hub_model_id, repo_type, args.hub_private_repo, args.hub_revision))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
-    try:
-        print(f"published: {publish(args)}")
-    except FileExistsError as error:
-        raise SystemExit(f"modeling_lvvit.publish: {error} Or upload what is there with --folder.") from error
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"modeling_lvvit.publish: {error}") from error
+@program(PROGRAM.name)
+def main(arguments: list[str]) -> None:
+    with PROGRAM.refusals():
+        (args,) = PROGRAM.parse(arguments)
+        try:
+            print(f"published: {publish(args)}")
+        except FileExistsError as error:
+            raise ValueError(f"{error} Or upload what is there with `folder`.") from error
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

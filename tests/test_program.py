@@ -150,7 +150,7 @@ REFUSED = {
     "odd patch size": (["--config_overrides", "{patch_size: 7}"], "`patch_size` must be even, got 7"),
     "image size": (["--image_size", "30"], "multiples of `patch_size`"),
     "unused columns": (["--remove_unused_columns", "True"], "leave it at False"),
-    "unknown option": (["--dense_wieght", "1"], "did you mean dense_weight?"),
+    "unknown option": (["--dense_wieght", "1"], "did you mean --dense_weight?"),
     "no data": (["--dataset_name", "./nowhere"], "There is no dataset at"),
     "no such column": (["--label_column", "kind"], "has no column 'kind'"),
     "nothing to resume": (["--resume_from_checkpoint", "last"], "There is no complete checkpoint in"),
@@ -166,14 +166,14 @@ def test_mistakes_stop_with_one_clear_line(case, data, tmp_path):
         SystemExit, match=re.escape(message)
     ) as refusal:  # Python prints its text and ends with status 1
         train_tl.main(options(data, tmp_path / "run", *extra))
-    assert str(refusal.value).startswith("train_tl.py: ")
+    assert str(refusal.value).startswith("lvvit train: ")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_refused_program_prints_its_line_and_ends_with_status_1(data, tmp_path):
     result = run(["train_tl.py", *options(data, tmp_path / "run"), "--dataset_name", "./nowhere"], data)
     assert (result.returncode, "Traceback" in result.stderr) == (1, False)
-    assert "train_tl.py: There is no dataset at" in result.stderr
+    assert "lvvit train: There is no dataset at" in result.stderr
     assert not (tmp_path / "run").exists()
 
 

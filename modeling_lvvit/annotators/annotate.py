@@ -1,9 +1,8 @@
-"""Annotates images: any image dataset, any image classifier, a label set that `train_tl.py --token_labels` joins to them.
+"""Annotates images: any image dataset, any image classifier, a label set that `lvvit train --token_labels` joins to them.
 
-accelerate launch dataset_scripts/annotate.py --dataset path/to/images --annotator timm/dm_nfnet_f6.dm_in1k \
-    --image_size 576 --output_dir labels
+    lvvit annotate path/to/images --annotator timm/dm_nfnet_f6.dm_in1k --annotator_image_size 576 --output_dir labels
 
-The program can be killed at any time and started again; the result is the same. See --help for all options.
+The program can be killed at any time and started again; the result is the same.
 """
 
 import hashlib
@@ -11,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import PIL
@@ -20,22 +19,22 @@ import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
+from ..console import program, progress_bar
 from ..data.class_labels import describe_classes, names_in_data, pair_classes
 from ..data.class_matching import ClassMap
 from ..data.image_keys import hash_keys, read_keys, repeated_keys
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, parse_image_size
 from ..data.sources import dataset_fingerprint, open_splits
 from ..data.splits import take_subset
-from ..hub.repository import HubError
+from ..hub.repository import HubError, HubUploadArguments
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelSetLayout
 from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_versions
-from ..launching import is_main_process, name_options, num_cpu_cores, set_up_cpu, start_missing_processes
+from ..launching import num_cpu_cores, set_up_cpu, start_missing_processes
+from ..options import Program
 from .annotator import Annotator, load_annotator
 from .image_batches import ImageBatches, StreamedImageBatches
 from .pipeline import Scorer, ShardBuilder, prepared_ahead
@@ -44,36 +43,66 @@ from .pipeline import Scorer, ShardBuilder, prepared_ahead
 logger = logging.get_logger(__name__)
 MODULE = "modeling_lvvit.annotators.annotate"
 STREAMED_ROWS_PER_SHARD = 1024
+DEFAULT_COLUMN = "label"
 
 
 @dataclass
-class AnnotateArguments:
+class AnnotateArguments(HubUploadArguments):
     """Options of the program."""
 
-    dataset: str = HfArg(help="Images: Hub name, image folder, Parquet file or folder of them.")
-    annotator: str = HfArg(help="Classifier: Hub name or folder of transformers, or timm/NAME.")
-    output_dir: str = HfArg(help="Folder of the label set; an unfinished one is continued.")
+    option_groups: ClassVar[dict[str, str]] = {
+        "dataset_name": "images",
+        "annotator": "annotator",
+        "output_dir": "label set",
+        "hub_model_id": "upload",
+    }
+
+    dataset_name: str | None = HfArg(
+        default=None, help="Images: Hub name, image folder, Parquet file or folder of them.", aliases=["--dataset"]
+    )
     dataset_config_name: str | None = HfArg(default=None, help="Configuration on the Hub.")
     dataset_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
-    split: str = HfArg(default="train", help="Split to annotate.")
+    train_split: str = HfArg(default="train", help="Split to annotate.", aliases=["--split"])
     streaming: bool = HfArg(default=False, help="Read images one after another without preparing all.")
-    image_column: str = HfArg(default="image", help="Column of images.")
-    label_column: str | None = HfArg(
-        default=None, help="Column whose classes the labels shall have; default: label, if there is one."
+    image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
+    label_column_name: str = HfArg(
+        default=DEFAULT_COLUMN,
+        help="Column whose classes the labels shall have, if there is one.",
+        aliases=["--label_column"],
     )
     key_column: str | None = HfArg(default=None, help="Column that tells images apart; default: paths.")
     number_rows: bool = HfArg(default=False, help="Tell images apart by their row number.")
-    max_samples: int | None = HfArg(
+    max_train_samples: int | None = HfArg(
         default=None,
-        help="Images of a subset, drawn over all classes as train_tl.py draws it; in a stream the first ones.",
+        help="Images of a subset, drawn over all classes as in training; in a stream the first ones.",
+        aliases=["--max_samples"],
     )
+    on_error: Literal["stop", "empty"] = HfArg(default="stop", help="Damaged image: stop, or an empty label.")
+    max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
+    num_workers: int | None = HfArg(
+        default=None, help="Threads that read and resize images; default: one for each core."
+    )
+    annotator: str | None = HfArg(default=None, help="Classifier: Hub name or folder of transformers, or timm/NAME.")
     annotator_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
-    trust_remote_code: bool = HfArg(default=False, help="Allow code of a Hub repository to run.")
+    annotator_trust_remote_code: bool = HfArg(
+        default=False, help="Allow code of its Hub repository.", aliases=["--trust_remote_code"]
+    )
+    annotator_image_size: list[int] | None = HfArg(
+        default=None, help="Its input: side, or height and width.", aliases=["--image_size"]
+    )
+    annotator_class_map: str | None = HfArg(
+        default=None, help="File that pairs classes (JSON, CSV), or: identity.", aliases=["--class_map"]
+    )
+    annotator_ignore_extra_classes: bool = HfArg(
+        default=False, help="Drop classes the data lacks.", aliases=["--ignore_extra_classes"]
+    )
     random_weights: bool = HfArg(default=False, help="Architecture without weights; to try things out.")
-    image_size: list[int] | None = HfArg(default=None, help="Its input: side, or height and width.")
     fit: Literal["squash", "pad", "center_crop"] = HfArg(
         default="squash", help="How images get its shape (see README)."
     )
+    batch_size: int = HfArg(default=32, help="Images a forward pass.")
+    bf16: bool = HfArg(default=False, help="Run the annotator in bfloat16.")
+    output_dir: str | None = HfArg(default=None, help="Folder of the label set; an unfinished one is continued.")
     top_k: int = HfArg(default=5, help="Classes kept for each cell.")
     scores: Literal["logits", "relative"] = HfArg(
         default="logits", help="Logits as they are, or relative to the classes left out."
@@ -81,29 +110,24 @@ class AnnotateArguments:
     score_type: Literal["float16", "int8"] = HfArg(
         default="float16", help="float16 is lossless; int8 rounds scores to quarters."
     )
-    class_map: str | None = HfArg(default=None, help="File that pairs classes (JSON, CSV), or: identity.")
-    ignore_extra_classes: bool = HfArg(default=False, help="Drop annotator classes the data lacks.")
-    batch_size: int = HfArg(default=32, help="Images a forward pass.")
-    num_workers: int | None = HfArg(default=None, help="Threads that read and resize images.")
-    bf16: bool = HfArg(default=False, help="Run the annotator in bfloat16.")
-    on_error: Literal["stop", "empty"] = HfArg(default="stop", help="Damaged image: stop, or an empty label.")
-    max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     rows_per_shard: int | None = HfArg(default=None, help="Rows of a Parquet file.")
-    push_to_hub: str | None = HfArg(default=None, help="Hub name to upload the finished set to.")
-    private: bool | None = HfArg(default=None, help="Whether that repository, if it is new, is private.")
-    hub_revision: str | None = HfArg(default=None, help="Branch of it, made if there is none.")
 
     def __post_init__(self):
-        for name in ("top_k", "batch_size", "max_samples", "num_workers", "rows_per_shard"):
+        for name in ("top_k", "batch_size", "max_train_samples", "num_workers", "rows_per_shard"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
-        parse_image_size(self.image_size, "--image_size")
+        parse_image_size(self.annotator_image_size, "`annotator_image_size`")
+        self.check_upload()
 
-    @property
-    def class_column(self) -> str:
-        """`label_column`, or its default."""
-        return self.label_column or "label"
+
+PROGRAM = Program(
+    "lvvit annotate",
+    __doc__,
+    (AnnotateArguments,),
+    ("dataset_name",),
+    required=("dataset_name", "annotator", "output_dir"),
+)
 
 
 def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.IterableDataset:
@@ -113,22 +137,22 @@ def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.Iterable
         FileNotFoundError, ValueError: If there is no such dataset, split or column.
     """
     revision = args.dataset_revision
-    if args.streaming and not Path(args.dataset).expanduser().exists():
-        revision = dataset_fingerprint(args.dataset, revision)  # what is read must not move while it is read
-    splits = open_splits(args.dataset, args.dataset_config_name, revision, args.streaming, args.split)
-    if args.split not in splits:
-        raise ValueError(f"{args.dataset} has no split {args.split!r}; it has {list(splits)}.")
-    rows = splits[args.split]
-    if rows.column_names is not None and args.image_column not in rows.column_names:
+    if args.streaming and not Path(args.dataset_name).expanduser().exists():
+        revision = dataset_fingerprint(args.dataset_name, revision)  # what is read must not move while it is read
+    splits = open_splits(args.dataset_name, args.dataset_config_name, revision, args.streaming, args.train_split)
+    if args.train_split not in splits:
+        raise ValueError(f"{args.dataset_name} has no split {args.train_split!r}; it has {list(splits)}.")
+    rows = splits[args.train_split]
+    if rows.column_names is not None and args.image_column_name not in rows.column_names:
         raise ValueError(
-            f"{args.dataset} has no column {args.image_column!r}; it has {rows.column_names}. Name it with --image_column."
+            f"{args.dataset_name} has no column {args.image_column_name!r}; it has {rows.column_names}. Name it with --image_column."
         )
     if not args.streaming:
-        rows = take_subset(rows, args.max_samples, args.class_column)
-    elif args.max_samples is not None:
-        rows = rows.take(args.max_samples)
+        rows = take_subset(rows, args.max_train_samples, args.label_column_name)
+    elif args.max_train_samples is not None:
+        rows = rows.take(args.max_train_samples)
     if not args.streaming and not len(rows):
-        raise ValueError(f"{args.dataset} has no rows in split {args.split}.")
+        raise ValueError(f"{args.dataset_name} has no rows in split {args.train_split}.")
     return rows
 
 
@@ -138,17 +162,23 @@ def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...
     Raises:
         ValueError: If the classes of both do not match or cannot be compared.
     """
-    names, column = annotator.class_names, args.class_column
-    data_names, are_named = names_in_data(rows, args.dataset, column)
-    if data_names is None and (args.label_column is not None or args.class_map is not None):
-        raise ValueError(f"{args.dataset} has no column {column!r} to match classes with; it has {rows.column_names}.")
+    names, column = annotator.class_names, args.label_column_name
+    data_names, are_named = names_in_data(rows, args.dataset_name, column)
+    if data_names is None and (column != DEFAULT_COLUMN or args.annotator_class_map is not None):
+        raise ValueError(
+            f"{args.dataset_name} has no column {column!r} to match classes with; it has {rows.column_names}."
+        )
     if data_names is None:
         logger.warning(
-            "%s has no column 'label': the labels get the annotator's %d classes.", args.dataset, len(names)
+            "%s has no column 'label': the labels get the annotator's %d classes.", args.dataset_name, len(names)
         )
         data_names = names
     else:
-        choice = (args.class_map, args.ignore_extra_classes, f"Column {column!r} of {args.dataset}")
+        choice = (
+            args.annotator_class_map,
+            args.annotator_ignore_extra_classes,
+            f"Column {column!r} of {args.dataset_name}",
+        )
         annotator.class_map, data_names = pair_classes(names, data_names, are_named, *choice)
     if args.top_k > len(data_names):
         logger.warning(
@@ -166,15 +196,15 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | Streamed
     Raises:
         ValueError: If keys are missing or not unique.
     """
-    path = Path(args.dataset).expanduser()
-    about = {"dataset": path.resolve().name if path.exists() else args.dataset}
+    path = Path(args.dataset_name).expanduser()
+    about = {"dataset": path.resolve().name if path.exists() else args.dataset_name}
     about |= {"dataset_revision": args.dataset_revision, "dataset_config_name": args.dataset_config_name}
     if args.streaming:
-        about |= {"dataset_state": dataset_fingerprint(args.dataset, args.dataset_revision)}
+        about |= {"dataset_state": dataset_fingerprint(args.dataset_name, args.dataset_revision)}
         per_shard = args.rows_per_shard or STREAMED_ROWS_PER_SHARD
         key_options = (args.key_column, args.number_rows)
-        return StreamedImageBatches(dataset, args.image_column, *key_options, per_shard, args.batch_size), about
-    keys = read_keys(dataset, args.image_column, args.key_column, args.number_rows)
+        return StreamedImageBatches(dataset, args.image_column_name, *key_options, per_shard, args.batch_size), about
+    keys = read_keys(dataset, args.image_column_name, args.key_column, args.number_rows)
     if duplicates := repeated_keys(keys):
         raise ValueError(
             f"Several images have the same key: {', '.join(map(repr, duplicates))}. Name a column that tells them apart "
@@ -182,7 +212,7 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | Streamed
         )
     about |= {"num_rows": len(keys), "keys_sha256": hashlib.sha256(hash_keys(keys).tobytes()).hexdigest()}
     per_shard = args.rows_per_shard or default_rows_per_shard(len(keys))
-    return ImageBatches(dataset, args.image_column, keys, per_shard, args.batch_size), about
+    return ImageBatches(dataset, args.image_column_name, keys, per_shard, args.batch_size), about
 
 
 def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
@@ -190,22 +220,24 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     main = accelerator.is_main_process
     PixelLimit(args.max_image_pixels)
     dataset = open_images(args)
-    image_size = parse_image_size(args.image_size, "--image_size")
-    source = (args.annotator_revision, args.trust_remote_code, args.random_weights)
+    image_size = parse_image_size(args.annotator_image_size, "`annotator_image_size`")
+    source = (args.annotator_revision, args.annotator_trust_remote_code, args.random_weights)
     annotator = load_annotator(args.annotator, image_size, args.fit, accelerator.device, *source)
     class_names = match(args, annotator, dataset)
     layout = LabelSetLayout(class_names, args.top_k, tuple(annotator.dense.grid_size), args.score_type)
     rows, about = open_rows(args, dataset)
     # not --on_error: finished shards are the same whatever it says
     options = {"scores": args.scores, "batch_size": args.batch_size, "bf16": args.bf16}
-    settings = {**about, **annotator.provenance, **options, "max_samples": args.max_samples}
+    settings = {**about, **annotator.provenance, **options, "max_samples": args.max_train_samples}
     versions = package_versions(torch, transformers, timm, PIL)
-    writer = LabelSetWriter(Path(args.output_dir), args.split, layout, settings, versions, rows.rows_per_shard)
+    writer = LabelSetWriter(Path(args.output_dir), args.train_split, layout, settings, versions, rows.rows_per_shard)
     problem, target = [None], None
     if main:
         try:
-            if args.push_to_hub is not None:
-                target = open_label_set_target(args.push_to_hub, args.split, args.private, args.hub_revision)
+            if args.push_to_hub:
+                target = open_label_set_target(
+                    args.hub_model_id, args.train_split, args.hub_private_repo, args.hub_revision
+                )
             writer.begin()
         except (HubError, ValueError) as error:
             problem = [str(error)]
@@ -214,15 +246,15 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     broadcast_object_list(problem)
     if problem[0] is not None:
         raise ValueError(problem[0])
-    column = args.class_column
+    column = args.label_column_name
     if main and not args.streaming and isinstance(dataset.features.get(column), datasets.ClassLabel):
-        print(describe_classes(dataset, args.split, column), flush=True)
+        print(describe_classes(dataset, args.train_split, column), flush=True)
     try:
         write_shards(args, annotator, rows, writer, accelerator)
         accelerator.wait_for_everyone()
         if not main:
             return
-        title = f"Token labels of {about['dataset']} ({args.split}) by {annotator.provenance['annotator']}"
+        title = f"Token labels of {about['dataset']} ({args.train_split}) by {annotator.provenance['annotator']}"
         print("\n".join(finish_label_set(writer, rows.num_shards, title, target)))
     finally:
         writer.release()
@@ -250,7 +282,9 @@ def write_shards(
         broadcast_object_list(missing)  # all must share one list: shards that appear meanwhile would shift it
         shards = missing[0][rank::number]
         batches, total = rows.batches(shards), sum(rows.shard_size(shard) for shard in shards)
-    progress = tqdm(total=total, desc=f"Annotating{share}", unit="image", disable=not accelerator.is_main_process)
+    progress = progress_bar(
+        total=total, desc=f"Annotating{share}", unit="image", disable=not accelerator.is_main_process
+    )
     with progress:
         for batch, images in prepared_ahead(batches, annotator.preprocessing, workers):
             table = builder.add(batch.keys, images, batch.is_last)
@@ -259,21 +293,18 @@ def write_shards(
                 writer.write(batch.shard, table)
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     if start_missing_processes(["--module", MODULE], arguments):
         return
-    parser = HfArgumentParser(AnnotateArguments, description=__doc__.split("\n")[0], allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    with PROGRAM.refusals(torch.OutOfMemoryError, of_all_processes=False):
+        (args,) = PROGRAM.parse(arguments)
         # a process that has fewer shards waits for the others, however long
         waiting, precision = InitProcessGroupKwargs(timeout=timedelta(days=30)), "bf16" if args.bf16 else "no"
         is_cpu = not torch.accelerator.is_available()
         accelerator = Accelerator(cpu=is_cpu, mixed_precision=precision, kwargs_handlers=[waiting])
         set_up_cpu(accelerator.device)
         annotate(args, accelerator)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        name = "annotate.py" if is_main_process() else "annotate.py (another process)"
-        sys.exit(f"{name}: {name_options(error, AnnotateArguments)}")
 
 
 if __name__ == "__main__":

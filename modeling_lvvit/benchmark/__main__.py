@@ -1,30 +1,33 @@
 """Measures models, training steps and loaders side by side.
 
-    python -m modeling_lvvit.benchmark                                          # about 100 s: T and the data path
-    python -m modeling_lvvit.benchmark inference original/lvvit_s_224 lvvit_s_224+deployed --batch_sizes 16 1
-    python -m modeling_lvvit.benchmark training original/lvvit_t_224 lvvit_t_224 lvvit_t_224+bfloat16
-    python -m modeling_lvvit.benchmark run lvvit_t_224 lvvit_t_224+plain        # steps that wait for their data
-    python -m modeling_lvvit.benchmark data token_labels plain_labels timm torchvision --threads 1
-    python -m modeling_lvvit.benchmark --table                                  # the paper's comparison; --rounds 0: without speed
+    lvvit benchmark                                          # about 100 s: T and the data path
+    lvvit benchmark inference original/lvvit_s_224 lvvit_s_224+deployed --batch_sizes 16 1
+    lvvit benchmark training original/lvvit_t_224 lvvit_t_224 lvvit_t_224+bfloat16
+    lvvit benchmark run lvvit_t_224 lvvit_t_224+plain        # steps that wait for their data
+    lvvit benchmark data token_labels plain_labels timm torchvision --threads 1
+    lvvit benchmark --table                                  # the paper's comparison; --rounds 0: without speed
 
 Models are written NAME@SIZE+OPTION+OPTION. Each of a comparison has a process of its own; they are warmed up and then taken in turn, round
 after round. Figures are medians; `ratio` is images a second against the first of the list, the median over the rounds; the peak of
 memory is that of the process (or device) above what it had before the model was built.
 """
 
-import argparse
 import json
 import os
 import platform
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import timm
 import torch
-from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
+from ..console import program, progress_bar
 from ..data.atomic_files import write_json
+from ..options import Program
 from .comparison import compare_loaders, compare_models, table
 from .data_loading import LOADERS
 from .measure import device_name
@@ -41,38 +44,44 @@ QUICK = (
 MODES = ("inference", "training", "run", "data")
 
 
-def parser() -> argparse.ArgumentParser:
+EPILOG = "options of a model:\n" + "\n".join(
+    f"  {name:20}{text}; {'all' if len(sources) > 1 else 'ours'}, {', '.join(sorted(modes))}"
+    for name, (sources, modes, text) in OPTIONS.items()
+)
+
+
+@dataclass
+class BenchmarkArguments:
     """Options of the program."""
-    options = "\n".join(
-        f"  {name:20}{text}; {'all' if len(sources) > 1 else 'ours'}, {', '.join(sorted(modes))}"
-        for name, (sources, modes, text) in OPTIONS.items()
+
+    mode: Literal[MODES] | None = HfArg(default=None, help="What to measure; default: a quick look at all.")
+    models: list[str] | None = HfArg(default=None, help=f"Models; in mode data some of {', '.join(LOADERS)}.")
+    table: list[str] | None = HfArg(default=None, help="The published comparison, or some networks of it.")
+    options: list[str] = HfArg(default_factory=lambda: ["kept_memory"], help="Of every model of the table.")
+    batch_sizes: list[int] | None = HfArg(default=None, help="Default: 16; with table one, 4.")
+    num_classes: int | None = HfArg(default=None, help="Outputs of all models; default: their own.")
+    device: str | None = HfArg(default=None, help="Default: cuda where there is one, else cpu.")
+    rounds: int | None = HfArg(default=None, help="Times that each is taken; default: 7, else 3.")
+    threads: int | None = HfArg(default=None, help="Of PyTorch on the CPU; default: its own choice.")
+    dataset_name: str | None = HfArg(
+        default=None,
+        help="Image folder or Parquet for data and run; default: synthetic photographs.",
+        aliases=["--images"],
     )
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_lvvit.benchmark",
-        description=__doc__,
-        epilog=f"options of a model:\n{options}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("mode", nargs="?", choices=MODES, help="what to measure; default: a quick look at all")
-    parser.add_argument("models", nargs="*", help=f"models; in mode data some of {', '.join(LOADERS)}")
-    parser.add_argument(
-        "--table", nargs="*", metavar="NETWORK", help="the published comparison, or some networks of it"
-    )
-    parser.add_argument(
-        "--options", nargs="+", default=["kept_memory"], help="of every model of --table; default: kept_memory"
-    )
-    parser.add_argument("--batch_sizes", type=int, nargs="+", help="default: 16; with --table one, 4")
-    parser.add_argument("--num_classes", type=int, help="outputs of all models; default: their own")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, help="times that each is taken; default: 7, else 3")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
-    parser.add_argument("--images", help="image folder or Parquet for data and run; default: synthetic photographs")
-    parser.add_argument("--ceiling", action="store_true", help="share of the fastest matrix product of the device")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    return parser
+    ceiling: bool = HfArg(default=False, help="Share of the fastest matrix product of the device.")
+    output_file: str | None = HfArg(default=None, help="JSON file for all figures.", aliases=["--json"])
+
+    def __post_init__(self):
+        self.models = self.models or []
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check(args: argparse.Namespace) -> None:
+PROGRAM = Program(
+    "lvvit benchmark", f"{__doc__}\n{EPILOG}", (BenchmarkArguments,), ("mode", "models*"), may_be_empty=("table",)
+)
+
+
+def check(args: BenchmarkArguments) -> None:
     """Raises a `ValueError` before anything is measured."""
     for name, least in (("rounds", 0 if args.table is not None else 1), ("threads", 1), ("num_classes", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -91,8 +100,8 @@ def check(args: argparse.Namespace) -> None:
         if len(args.batch_sizes or [1]) > 1:
             raise ValueError(f"--table takes one batch size, got {args.batch_sizes}.")
         published_rows(args.table)
-        if args.ceiling or args.images:
-            raise ValueError("--ceiling and --images do nothing with --table.")
+        if args.ceiling or args.dataset_name:
+            raise ValueError("`ceiling` and `dataset_name` do nothing with `table`.")
         BenchmarkModel.parse("+".join(["timm/resnet50", *args.options])).check_mode("inference")
     elif args.mode == "data":
         unknown = [name for name in args.models if name not in LOADERS]
@@ -103,7 +112,7 @@ def check(args: argparse.Namespace) -> None:
             BenchmarkModel.parse(text).check_mode(args.mode)
 
 
-def environment(args: argparse.Namespace) -> dict[str, object]:
+def environment(args: BenchmarkArguments) -> dict[str, object]:
     """Hardware and versions, for the record."""
     return {
         "python": platform.python_version(),
@@ -116,7 +125,7 @@ def environment(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def run(args: argparse.Namespace) -> list[dict[str, object]]:
+def run(args: BenchmarkArguments) -> list[dict[str, object]]:
     """Measures what was asked for and prints a table for each comparison."""
     if args.table is not None:
         return run_table(args)
@@ -127,22 +136,24 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
         for batch_size in args.batch_sizes or [16]:
             setting = Setting(torch.device(args.device), batch_size, args.num_classes)
             if mode == "data":
-                measured = compare_loaders(models or list(LOADERS), setting, rounds, args.images)
+                measured = compare_loaders(models or list(LOADERS), setting, rounds, args.dataset_name)
             else:
                 models = models or ["original/lvvit_s_224", "lvvit_s_224", "timm/deit_small_patch16_224"]
-                measured = compare_models(mode, models, setting, rounds, args.images, with_ceiling=args.ceiling)
+                measured = compare_models(mode, models, setting, rounds, args.dataset_name, with_ceiling=args.ceiling)
             print(f"\n{mode}, batch size {batch_size}, {args.device}\n{table(measured)}", flush=True)
             rows += measured
     return rows
 
 
-def run_table(args: argparse.Namespace) -> list[dict[str, object]]:
+def run_table(args: BenchmarkArguments) -> list[dict[str, object]]:
     """Prints the published comparison as Markdown, with what was counted and timed here."""
     rows = published_rows(args.table)
     setting = Setting(torch.device(args.device), (args.batch_sizes or [4])[0], args.num_classes)
     rounds = 3 if args.rounds is None else args.rounds
-    compared = compare_published(rows, setting, rounds, frozenset(args.options), args.json)
-    measured = list(tqdm(compared, total=len(rows), unit="model"))
+    compared = compare_published(
+        rows, setting, rounds, frozenset(args.options), args.output_file and Path(args.output_file)
+    )
+    measured = list(progress_bar(compared, total=len(rows), unit="model"))
     heading = "As published; and as counted here, FLOPs as multiply-adds of convolutions and matrix products."
     if rounds:
         machine = ", ".join(f"{name} {value}" for name, value in environment(args).items())
@@ -154,20 +165,19 @@ def run_table(args: argparse.Namespace) -> list[dict[str, object]]:
     return measured
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = parser().parse_args(arguments)
+@program(PROGRAM.name)
+def main(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    try:
+    with PROGRAM.refusals(ImportError):
+        (args,) = PROGRAM.parse(arguments)
         check(args)
         if args.threads:
             torch.set_num_threads(args.threads)
         print(json.dumps(environment(args)))
         rows = run(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(str(error))
-    if args.json and args.table is None:  # the table writes its own, row by row
-        write_json(args.json, {"environment": environment(args), "rows": rows})
+    if args.output_file and args.table is None:  # the table writes its own, row by row
+        write_json(Path(args.output_file), {"environment": environment(args), "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

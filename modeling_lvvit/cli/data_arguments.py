@@ -1,12 +1,14 @@
 """Options of the data of a training run."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers.hf_argparser import HfArg
 
 from ..annotators.online import AnnotatorArguments
 from ..data.image_dataset import DECODE_HELP
 from ..data.images import MAX_PIXELS_HELP
+from ..data.multi_label.columns import COLUMNS_HELP, SEPARATOR_HELP, check_label_options
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN
 from ..token_labeling.transforms import AugmentationConfig
 
@@ -14,6 +16,14 @@ from ..token_labeling.transforms import AugmentationConfig
 @dataclass
 class DataArguments(AnnotatorArguments):
     """What to train and evaluate on, besides the fields of `AnnotatorArguments`; for the last five see `AugmentationConfig`."""
+
+    option_groups: ClassVar[dict[str, str]] = {
+        "dataset_name": "data",
+        "token_labels": "dense labels",
+        "annotator": "dense labels by an annotator in training",
+        "streaming": "data",
+        "crop_scale_min": "augmentation",
+    }
 
     dataset_name: str | None = HfArg(
         default=None,
@@ -26,8 +36,12 @@ class DataArguments(AnnotatorArguments):
         default=None, help="Evaluation split; default: the first of validation, val, valid, dev, test."
     )
     eval_fraction: float = HfArg(default=0.1, help="Share of training rows, in (0, 1), where no such split is.")
-    image_column: str = HfArg(default="image", help="Column of images.")
-    label_column: str = HfArg(default="label", help="Column of class ids or names.")
+    image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
+    label_column_name: str = HfArg(
+        default="label", help="Column of class ids or names, or of lists of them.", aliases=["--label_column"]
+    )
+    label_separator: str | None = HfArg(default=None, help=SEPARATOR_HELP)
+    label_column_names: list[str] | None = HfArg(default=None, help=COLUMNS_HELP)
     token_labels: str | None = HfArg(
         default=None, help="Label set to join: Hub name or folder; default: two columns of the data, if there."
     )
@@ -51,7 +65,7 @@ class DataArguments(AnnotatorArguments):
     decode_data: bool | None = HfArg(default=None, help=DECODE_HELP)
     max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     crop_scale_min: float = HfArg(default=0.08, help="Smallest area share of a training crop.")
-    horizontal_flip: float = HfArg(default=0.5, help="Probability of a mirror image.")
+    horizontal_flip: float | None = HfArg(default=None, help="Probability of a mirror image; default: 0.5.")
     rand_augment: str = HfArg(default="rand-m9-mstd0.5-inc1", help="RandAugment in timm's notation, or none.")
     color_jitter: float = HfArg(default=0.0, help="Strength of color changes.")
     random_erasing: float = HfArg(default=0.25, help="Probability of an erased rectangle.")
@@ -59,6 +73,9 @@ class DataArguments(AnnotatorArguments):
     def __post_init__(self):
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"`eval_fraction` must lie in (0, 1), got {self.eval_fraction}.")
+        check_label_options(self.label_column_name, self.label_separator, self.label_column_names)
+        if self.horizontal_flip is None:
+            self.horizontal_flip = AugmentationConfig.horizontal_flip
         self.augmentation()  # raises on bad strengths
         self.check_annotator()
         if self.annotator is not None and self.token_labels is not None:

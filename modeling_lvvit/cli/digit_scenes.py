@@ -11,7 +11,8 @@ Columns: `image`; `label`, 0 to 9; `mask`, PNG with 0 to 9 for digit pixels and 
 `token_label_scores`, [5, 16, 16] each.
 """
 
-import argparse
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -22,11 +23,13 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import nn
-from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from ..annotators.pipeline import annotate_batches
+from ..console import program, progress_bar
 from ..data.atomic_files import atomic_directory, write_json
 from ..labels.columns import label_map_features, to_arrow
+from ..options import Program
 
 
 VERSION = 2  # raise it when the same arguments would give other data
@@ -104,7 +107,7 @@ def draw_split(split: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarra
     streams = np.random.SeedSequence([seed, list(SPLITS).index(split) + 1]).spawn(count)
     scenes = [
         draw_scene(digits, labels, np.random.default_rng(stream))
-        for stream in tqdm(streams, desc=f"Drawing {split} scenes", unit="scene")
+        for stream in progress_bar(streams, desc=f"Drawing {split} scenes", unit="scene")
     ]
     images, masks, targets = zip(*scenes)
     return np.stack(images), np.stack(masks), np.array(targets)
@@ -146,7 +149,7 @@ def train_annotator(images: np.ndarray, masks: np.ndarray, seed: int, epochs: in
     steps = epochs * (len(scenes) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     annotator.train()
-    progress = tqdm(total=steps, desc="Training the annotator", unit="step")
+    progress = progress_bar(total=steps, desc="Training the annotator", unit="step")
     for _ in range(epochs):
         for rows in torch.randperm(len(scenes), generator=generator).split(batch_size)[: len(scenes) // batch_size]:
             top, left = (cell * torch.randint((SIDE - window) // cell + 1, (2,), generator=generator)).tolist()
@@ -180,7 +183,7 @@ def annotate_scenes(annotator: DigitAnnotator, images: np.ndarray, split: str) -
         return logits - logits.mean(dim=1, keepdim=True)
 
     batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(256)
-    progress = tqdm(batches, desc=f"Annotating {split} scenes", unit="batch")
+    progress = progress_bar(batches, desc=f"Annotating {split} scenes", unit="batch")
     return annotate_batches(score_map, (batch.float() / 255.0 for batch in progress), TOP_K)
 
 
@@ -232,18 +235,25 @@ def build_or_reuse() -> Path:
     return folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output_dir", type=Path, help="folder to create")
-    parser.add_argument("--seed", type=int, default=0, help="seed of scenes and annotator")
-    parser.add_argument("--annotator_epochs", type=int, default=8, help="passes of the annotator over the scenes")
-    args = parser.parse_args()
-    try:
-        build(args.output_dir, args.seed, args.annotator_epochs)
-    except OSError as error:
-        parser.exit(1, f"{error}\n")
+@dataclass
+class ScenesArguments:
+    """Options of the program."""
+
+    output_dir: str | None = HfArg(default=None, help="Folder to create.")
+    scenes_seed: int = HfArg(default=0, help="Seed of scenes and annotator.", aliases=["--seed"])
+    annotator_epochs: int = HfArg(default=8, help="Passes of the annotator over the scenes.")
+
+
+PROGRAM = Program("digit_scenes", __doc__, (ScenesArguments,), ("output_dir",), required=("output_dir",))
+
+
+@program(PROGRAM.name)
+def main(arguments: list[str]) -> None:
+    with PROGRAM.refusals():
+        (args,) = PROGRAM.parse(arguments)
+        build(Path(args.output_dir), args.scenes_seed, args.annotator_epochs)
     print(f"{' and '.join(f'{count} {split}' for split, count in SPLITS.items())} scenes -> {args.output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

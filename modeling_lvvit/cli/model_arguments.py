@@ -1,6 +1,5 @@
 """Options that say which model a training program trains."""
 
-import difflib
 import inspect
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from ..configuration_lvvit import LVViTConfig
 from ..data.images import parse_image_size
+from ..options import with_nearest
 
 
 # configuration fields that follow from the data or have an option of their own
@@ -22,6 +22,12 @@ class ModelSourceArguments:
     """Where the model of a training run comes from, and where the run writes. Its options are described in their `help`."""
 
     alternatives: ClassVar[tuple[str, ...]] = ("variant", "model_name_or_path")  # at most one of them is given
+    option_groups: ClassVar[dict[str, str]] = {
+        "variant": "model",
+        "overwrite_output_dir": "output",
+        "architecture": "model",
+        "save_patch_head": "output",
+    }
 
     variant: str | None = HfArg(default=None, help="Published size, trained from random weights, e.g. lvvit_s_224.")
     model_name_or_path: str | None = HfArg(default=None, help="Instead, a model to start from: folder or Hub name.")
@@ -130,9 +136,3 @@ def check_config_fields(config_class: type, overrides: dict[str, Any]) -> None:
     unknown = [with_nearest(key, names) for key in overrides if key not in names]
     if unknown:
         raise ValueError(f"`config_overrides` names no field of {config_class.__name__}: {'; '.join(unknown)}.")
-
-
-def with_nearest(key: str, names: set[str]) -> str:
-    """A name that is not one of `names`, with the nearest of them."""
-    nearest = difflib.get_close_matches(key, names, n=1)
-    return f"{key} (did you mean {nearest[0]}?)" if nearest else key

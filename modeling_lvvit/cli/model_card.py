@@ -21,6 +21,7 @@ from ..hub.file_checks import CARD
 from ..hub.hub_trainer import HubTrainer
 from ..per_class.scores import AVERAGES
 from ..token_labeling import TokenLabelTrainer
+from ..token_labeling.multi_label import METRICS
 from .build_model import model_image_size
 from .model_arguments import ModelSourceArguments
 
@@ -230,21 +231,31 @@ def write_model_card(
     name = run_name(trainer)
     facts = model_facts(trainer)
     scores = {key.removeprefix("eval_"): value for key, value in metrics.items()}
-    accuracies = {key: value for key, value in scores.items() if key.endswith("accuracy") or key in AVERAGES}
+    accuracies = {
+        key: value for key, value in scores.items() if key.endswith("accuracy") or key in AVERAGES or key in METRICS
+    }
     results = [
         EvalResult(
-            "image-classification", provenance.data, provenance.data, METRIC_TYPES.get(key, "accuracy"), round(value, 4), metric_name=key, dataset_split=eval_name
+            "image-classification", provenance.data, provenance.data, key if key in METRICS else METRIC_TYPES.get(key, "accuracy"), round(value, 4), metric_name=key, dataset_split=eval_name
         )
         for key, value in accuracies.items()
         if math.isfinite(value)
     ]  # fmt: skip
     tags = [*(["lvvit"] if facts["is_lvvit"] else []), "token-labeling"]
     card = ModelCard.from_template(
-        run_metadata(name, "image-classification", provenance, ["accuracy"], tags, results),
+        run_metadata(
+            name,
+            "image-classification",
+            provenance,
+            [*METRICS] if trainer.is_multi_label else ["accuracy"],
+            tags,
+            results,
+        ),
         template_path=str(template),
         model_name=name,
         provenance=provenance,
         token_labels=trainer.trains_patches,
+        is_multi_label=trainer.is_multi_label,
         is_labeler=args.patch_target == "image",
         annotator=trainer.annotator.annotator.provenance["annotator"] if trainer.annotator is not None else None,
         has_average=trainer.ema is not None,

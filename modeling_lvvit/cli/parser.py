@@ -3,54 +3,87 @@
 import argparse
 import itertools
 from dataclasses import dataclass, fields
-from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import yaml
-from transformers import HfArgumentParser
 
+from ..options import OptionParser, Program, with_nearest
 from ..token_labeling import TokenLabelTrainingArguments
 from .data_arguments import DataArguments
-from .model_arguments import ModelArguments, read_config_overrides, with_nearest
+from .model_arguments import ModelArguments, read_config_overrides
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+LAUNCHER = (
+    "Options of `accelerate launch` (--num_processes, --mixed_precision, --config_file, ...) are passed on to it."
+)
+TRAIN_DESCRIPTION = f"""Trains an image classifier with token labels (or plain ones) and saves it for `AutoModel`.
+
+    lvvit train                                   embedded data, a few minutes on two CPU cores
+    lvvit train RECIPE --output_dir runs/a        a recipe, by name or file; any option overrides its value
+    lvvit train --dataset_name path/to/images --variant lvvit_s_224 --output_dir runs/b
+    lvvit train --dataset_name path/to/images --architecture timm/resnet50 --annotator MODEL --output_dir runs/c
+
+{LAUNCHER}"""
+COMMON_OPTIONS = [
+    "variant",
+    "model_name_or_path",
+    "image_size",
+    "overwrite_output_dir",
+    "dataset_name",
+    "train_split",
+    "eval_split",
+    "image_column_name",
+    "max_train_samples",
+    "max_eval_samples",
+    "output_dir",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "warmup_steps",
+    "bf16",
+    "dataloader_num_workers",
+    "eval_strategy",
+    "save_strategy",
+    "seed",
+    "resume_from_checkpoint",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+]
+TRAIN_SHOWN = (
+    *COMMON_OPTIONS,
+    "architecture",
+    "label_column_name",
+    "token_labels",
+    "annotator",
+    "dense_weight",
+    "mix_methods",
+    "ema_decay",
+)
 EMBEDDED_RECIPE = "digit_scenes"  # of every program; used without a recipe and without data, it makes its own data
-RENAMED = {"crop_fraction": "crop_pct"}  # keys of older recipes
 
 
 @dataclass(frozen=True)
-class Program:
-    """A training program with its options and recipes.
+class TrainingProgram(Program):
+    """A program whose options may stand in recipes, files that come first; the first dataclass of its options describes the model. Those
+    that exclude each other are in `alternatives` of a dataclass.
 
     Args:
-        name: What its messages start with.
-        usage: How it is started.
-        arguments: Dataclasses of its options; the first one describes the model. Those that exclude each other are in `alternatives`
-            of a dataclass.
         recipes: Folder of the recipes that come with it, the embedded one among them.
     """
 
-    name: str
-    usage: str
-    arguments: tuple[type, ...]
-    recipes: Path
+    recipes: Path = RECIPES
 
-    def parser(self, **settings: Any) -> HfArgumentParser:
-        """A new parser of its options; `settings` are those of `argparse.ArgumentParser`."""
-        usage = f"{self.usage} [RECIPE ...] [--option value ...]"
-        return HfArgumentParser(self.arguments, prog=self.name, usage=usage, allow_abbrev=False, **settings)
+    @property
+    def usage(self) -> str:
+        """How it is called."""
+        return f"{self.name} [RECIPE ...] [--option value ...]"
 
-    @cached_property
-    def types(self) -> dict[str, Any]:
-        """Option -> type."""
-        hints = {name: hint for part in self.arguments for name, hint in get_type_hints(part).items()}
-        return {entry.name: hints[entry.name] for part in self.arguments for entry in fields(part) if entry.init}
-
-    def given_options(
-        self, words: list[str], parser: HfArgumentParser | None = None
-    ) -> tuple[dict[str, Any], list[str]]:
+    def given_options(self, words: list[str], parser: OptionParser | None = None) -> tuple[dict[str, Any], list[str]]:
         """The options on a command line, converted, without any defaults; and the words that are no options."""
         unset = object()  # argparse fills in its defaults only where a namespace lacks a name
         namespace = argparse.Namespace(**dict.fromkeys(self.types, unset))
@@ -72,16 +105,18 @@ class Program:
         return merged
 
 
-TRAIN_TL = Program("train_tl.py", "train_tl.py", (ModelArguments, DataArguments, TokenLabelTrainingArguments), RECIPES)
+TRAIN_TL = TrainingProgram(
+    "lvvit train", TRAIN_DESCRIPTION, (ModelArguments, DataArguments, TokenLabelTrainingArguments), shown=TRAIN_SHOWN
+)
 
 
-def recipe_names(program: Program = TRAIN_TL) -> list[str]:
+def recipe_names(program: TrainingProgram = TRAIN_TL) -> list[str]:
     """Names of the recipes that come with a program."""
     folder = program.recipes
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
-def find_recipe(name: str, program: Program = TRAIN_TL) -> Path:
+def find_recipe(name: str, program: TrainingProgram = TRAIN_TL) -> Path:
     """Path of a recipe: a file, or the name of one that comes with the program; a `FileNotFoundError` lists these."""
     for path in (Path(name), program.recipes / f"{name}.yaml"):
         if path.is_file():
@@ -90,7 +125,7 @@ def find_recipe(name: str, program: Program = TRAIN_TL) -> Path:
     raise FileNotFoundError(f"There is no recipe file {name}, and the package ships only: {names}.")
 
 
-def read_recipe(path: Path, program: Program = TRAIN_TL, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_recipe(path: Path, program: TrainingProgram = TRAIN_TL, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Options of a recipe file, checked and converted as on the command line.
 
     The key `base` names another recipe, or several, whose options hold where this one has none; of several the later ones first.
@@ -107,21 +142,22 @@ def read_recipe(path: Path, program: Program = TRAIN_TL, above: tuple[Path, ...]
         raise ValueError(f"Recipe {path} must be a mapping of options to values, got {type(recipe).__name__}.")
     if path in above:
         raise ValueError(f"Recipe {path} is its own base.")
-    recipe = {RENAMED.get(key, key): value for key, value in recipe.items()}
+    renamed = program.parser().renamed
+    recipe = {renamed.get(key, key): value for key, value in recipe.items()}
     bases = recipe.pop("base", None) or []
     options: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         options = program.merge(options, read_recipe(find_recipe(str(base), program), program, (*above, path)))
     if unknown := [with_nearest(str(key), set(program.types)) for key in recipe if key not in program.types]:
         raise ValueError(f"Recipe {path} has unknown options: {'; '.join(unknown)}.")
-    parser = program.parser(exit_on_error=False)
+    parser = program.parser()
     try:
         return program.merge(options, {key: _convert(key, recipe[key], program, parser) for key in recipe})
     except ValueError as error:
         raise ValueError(f"Recipe {path}: {error}") from error
 
 
-def _convert(name: str, value: Any, program: Program, parser: HfArgumentParser) -> Any:
+def _convert(name: str, value: Any, program: TrainingProgram, parser: OptionParser) -> Any:
     """A YAML value as the command line would give it; each item of a list as a word of its own."""
     hint = program.types[name]
     choices = [get_origin(part) or part for part in get_args(hint)]  # of a union
@@ -140,11 +176,12 @@ def _convert(name: str, value: Any, program: Program, parser: HfArgumentParser) 
         if isinstance(value, list) and list in (get_origin(hint), *choices):
             return [converted for item in value for converted in read(item)]
         return read(value)
-    except (ValueError, argparse.ArgumentError) as error:
-        raise ValueError(f"option {name} cannot be {value!r} ({getattr(error, 'message', error)}).") from error
+    except ValueError as error:
+        reason = str(error).removeprefix(f"--{name}: ")
+        raise ValueError(f"option {name} cannot be {value!r} ({reason}).") from error
 
 
-def parse(arguments: list[str], program: Program = TRAIN_TL) -> tuple[Any, ...]:
+def parse(arguments: list[str], program: TrainingProgram = TRAIN_TL) -> tuple[Any, ...]:
     """Parses `[RECIPE ...] [--option value ...]`; later recipes override earlier ones, and options override recipes: see `Program.merge`.
 
     Without a recipe and without `--dataset_name`, the embedded recipe is the base; if options choose a model, without its own.
@@ -158,9 +195,7 @@ def parse(arguments: list[str], program: Program = TRAIN_TL) -> tuple[Any, ...]:
     """
     recipes = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     given, rest = program.given_options(arguments[len(recipes) :])
-    if rest:
-        unknown = [with_nearest(word.lstrip("-"), set(program.types)) for word in rest if word.startswith("-")] or rest
-        raise ValueError(f"Unknown options: {'; '.join(unknown)}.")
+    program.check_unknown(rest)
     if "config_overrides" in given:
         given["config_overrides"] = read_config_overrides(given["config_overrides"])
     options: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
+from ..console import end_interrupted, quiet_libraries
 from ..data.image_dataset import FEW_IMAGES, MANY_PASSES
 from ..data.images import SampleError
 from ..finite import NotFiniteError
 from ..hub.hub_trainer import push_finished_run
 from ..launching import (
+    end_launcher_at_interrupt,
     end_together,
     end_with_launcher,
     is_main_process,
-    name_options,
     set_up_cpu,
     start_missing_processes,
 )
@@ -28,9 +30,10 @@ from ..training.callbacks import end_after_signal
 from ..training.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from ..training.divergence import DivergenceError
 from ..training.fsdp import is_fsdp_requested
+from ..training.progress import PredictionFigure, describe_outputs
 from . import digit_scenes
 from .model_arguments import ModelSourceArguments
-from .parser import EMBEDDED_RECIPE, Program, parse
+from .parser import EMBEDDED_RECIPE, TrainingProgram, parse
 
 
 class TrainingRun(ABC):
@@ -50,12 +53,17 @@ class TrainingRun(ABC):
     def evaluate(self) -> None:
         """Evaluates the model and saves the metrics."""
 
+    def draw(self, path: Path, num_images: int) -> None:  # noqa: B027  not every run has predictions to show
+        """Writes a figure of the predictions for so many evaluation images, the same ones each time."""
+
     @abstractmethod
     def report(self) -> None:
         """Writes figure and model card, and prints the results."""
 
 
-def run_program(program: Program, start: list[str], prepare: Callable[..., TrainingRun], arguments: list[str]) -> None:
+def run_program(
+    program: TrainingProgram, start: list[str], prepare: Callable[..., TrainingRun], arguments: list[str]
+) -> None:
     """Runs a training program from its command line to its end.
 
     Args:
@@ -65,18 +73,29 @@ def run_program(program: Program, start: list[str], prepare: Callable[..., Train
     if start_missing_processes(start, arguments):
         return
     end_with_launcher()
+    end_launcher_at_interrupt()
+    quiet_libraries()
+    try:
+        _run(program, prepare, arguments)
+    except KeyboardInterrupt:  # a second one in training, or one after it
+        end_interrupted(f"{program.name}: interrupted")
+
+
+def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], arguments: list[str]) -> None:
+    began = time.time()
     try:
         model_args, data_args, training_args = parse(arguments, program)
         run = prepare(model_args, data_args, training_args)
     except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(describe_error(program, error) if is_main_process() else 1)
+        sys.exit(program.message(error) if is_main_process() else 1)
     except KeyboardInterrupt:
         check = "`decode_data` false decodes no images before training, `check_data` false looks at no rows."
-        sys.exit(describe_error(program, f"Interrupted before training. {check}") if is_main_process() else 1)
+        end_interrupted(program.message(f"interrupted before training. {check}"))
     trainer, is_main = run.trainer, run.trainer.is_world_process_zero()
     is_trained = trainer.train_dataset is not None
     if is_main and is_trained:
         discard_overwritten_checkpoints(training_args, model_args.overwrite_output_dir)
+    trainer.add_callback(PredictionFigure(trainer, run.draw))
     description = run.describe()
     if is_main:
         print("\n".join([description, *describe_early_stopping(trainer.args, is_trained)]), flush=True)
@@ -86,24 +105,19 @@ def run_program(program: Program, start: list[str], prepare: Callable[..., Train
         run.evaluate()
     except DivergenceError as error:  # in all processes
         end_together()
-        sys.exit(describe_error(program, error) if is_main else 1)
+        sys.exit(program.message(error) if is_main else 1)
     except (SampleError, NotFiniteError) as error:
-        sys.exit(describe_error(program, error))  # only the process that has the row knows of it
+        sys.exit(program.message(error))  # only the process that has the row knows of it
     if is_trained:
         trainer.save_state()
     run.report()
     if is_main:
-        print(f"saved to {training_args.output_dir}")
+        print(f"saved to {training_args.output_dir}", *describe_outputs(trainer, began), sep="\n  ", flush=True)
     if not is_fsdp_requested():  # else all processes take part in saving what is published
         end_together()  # the others need not wait for an upload
     if is_trained:
         push_finished_run(trainer, program.name)
     end_together()  # a process that leaves with its connections open may abort
-
-
-def describe_error(program: Program, error: Exception | str) -> str:
-    """The message that a program ends with; parameters of the library become its options."""
-    return f"{program.name}: {name_options(error, *program.arguments)}"
 
 
 def describe_early_stopping(args: BaseImageTrainingArguments, is_trained: bool = True) -> list[str]:
@@ -134,17 +148,12 @@ def train(run: TrainingRun) -> None:
     trainer.save_metrics("train", result.metrics)
 
 
-def set_up(model_args: ModelSourceArguments, training_args: BaseImageTrainingArguments, card_template: Path) -> None:
+def set_up(model_args: ModelSourceArguments, training_args: BaseImageTrainingArguments) -> None:
     """Output folder, CPU and seed of a run, before anything is opened.
 
     Raises:
-        FileNotFoundError: If there is no template of its model card.
         ValueError: See `prepare_output_dir`; or if something to log to is unknown or not installed.
     """
-    if not card_template.is_file():
-        raise FileNotFoundError(
-            f"There is no {card_template}: install the project from its folder (pip install -e .)."
-        )
     training_args.check_reporting()
     prepare_output_dir(training_args, model_args.model_name_or_path, model_args.overwrite_output_dir)
     set_up_cpu(training_args.device)

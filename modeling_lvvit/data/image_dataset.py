@@ -11,9 +11,9 @@ import datasets
 import pyarrow as pa
 import torch
 from PIL import Image, ImageFile
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..console import ignore_interrupts, progress_bar
 from ..launching import num_cpu_cores
 from .images import (
     IMAGE_ERRORS,
@@ -151,7 +151,7 @@ class ImageDataset(torch.utils.data.Dataset):
             logger.warning(
                 "This build of torchvision says nothing of damage inside a JPEG: only what Pillow refuses is noticed."
             )
-        starts = tqdm(range(0, len(self), ROWS_PER_CHECK), desc=f"Checking {self.name} data", unit="batch")
+        starts = progress_bar(range(0, len(self), ROWS_PER_CHECK), desc=f"Checking {self.name} data", unit="batch")
         for start, reports in zip(starts, self._examined(decode)):
             table = self.rows[start : start + ROWS_PER_CHECK]
             images = table[self.image_column]
@@ -183,6 +183,7 @@ class ImageDataset(torch.utils.data.Dataset):
             batch_size=None,
             num_workers=number,
             multiprocessing_context="fork" if starts_fast else None,
+            worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # the run's own draws stay as they are
         )
 

@@ -116,7 +116,7 @@ def read_mask(value: dict[str, Any]) -> np.ndarray:
         return channels[..., 0]
     raise ValueError(
         f"it is an image of mode {image.mode}; expected one channel with class ids. "
-        "dataset_scripts/image_mask_folder.py --colors turns colors into ids"
+        "lvvit masks --colors turns colors into ids"
     )
 
 
@@ -150,7 +150,7 @@ def has_soft_borders(pixels: np.ndarray) -> bool:
 
 
 NEAREST_VALUES = (
-    "save masks as PNG and resize them to the nearest pixel; dataset_scripts/image_mask_folder.py --nearest_values 0 255 takes the nearer "
+    "save masks as PNG and resize them to the nearest pixel; lvvit masks --nearest_values 0 255 takes the nearer "
     "one of the values that you name"
 )
 

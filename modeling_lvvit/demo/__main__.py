@@ -1,45 +1,55 @@
 """A page on which a classifier is tried: its classes for an image, where it looks for each of them, what it says of single patches;
 or a segmentation model of ours.
 
-    python -m modeling_lvvit.demo --model outputs/digit_scenes
-    python -m modeling_lvvit.demo --model MODEL --export_space DIR        # a folder to upload as a Space instead
+    lvvit demo outputs/digit_scenes
+    lvvit demo MODEL --export_space DIR        # a folder to upload as a Space instead
 
-Needs the extra `demo`: pip install -e ".[demo]".
+Needs the extra `demo`: pip install "modeling-lvvit[demo]".
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.hf_argparser import HfArg
 
+from ..console import program
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
-from ..launching import name_options, set_up_cpu
+from ..launching import set_up_cpu
+from ..options import Program
 
 
-MODULE = "modeling_lvvit.demo"
-
-
-def parser() -> argparse.ArgumentParser:
+@dataclass
+class DemoArguments:
     """Options of the program."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+
+    model_name_or_path: str | None = HfArg(
+        default=None,
+        help="Folder or Hub name of a classifier or segmentation model, or timm/NAME.",
+        aliases=["--model"],
     )
-    parser.add_argument("--model", required=True, help="folder or Hub name of a classifier, or timm/NAME")
-    parser.add_argument("--export_space", type=Path, metavar="DIR", help="write a Space there instead")
-    parser.add_argument("--max_image_pixels", type=int, help=MAX_PIXELS_HELP)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: %(default)s, this machine")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
-    parser.add_argument(
-        "--share", action="store_true", help="make the page public for a while, through Gradio's servers"
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow code of a Hub repository to run")
-    return parser
+    export_space: str | None = HfArg(default=None, help="Folder to write a Space to instead.")
+    max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
+    host: str = HfArg(default="127.0.0.1", help="Address to listen at; default: 127.0.0.1, this machine.")
+    port: int | None = HfArg(default=None, help="Default: the first free one from 7860.")
+    share: bool = HfArg(default=False, help="Make the page public for a while, through Gradio's servers.")
+    trust_remote_code: bool = HfArg(default=False, help="Allow code of a Hub repository to run.")
 
 
+PROGRAM = Program("lvvit demo", __doc__, (DemoArguments,), ("model_name_or_path",), required=("model_name_or_path",))
+
+
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
-    args = parser().parse_args(arguments)
     set_up_cpu(torch.device("cpu"))
+    with PROGRAM.refusals(OverflowError):  # for impossible ports
+        (args,) = PROGRAM.parse(arguments)
+        show(args)
+
+
+def show(args: DemoArguments) -> None:
+    """Opens the page, or writes a Space."""
     try:
         import gradio as gr
 
@@ -48,21 +58,19 @@ def main(arguments: list[str]) -> None:
         from .segmentation import Segmenter, is_segmentation_model
         from .space import export_space
     except ImportError as error:
-        sys.exit(f'{MODULE}: {error}. Install what the page needs: pip install -e ".[demo]"')
-    try:
-        PixelLimit(args.max_image_pixels)
-        if is_segmentation_model(args.model):
-            build, model = build_segmentation_page, Segmenter(args.model)
-        else:
-            build, model = build_page, Explainer(args.model, args.trust_remote_code)
-        if args.export_space is not None:
-            export_space(args.model, args.export_space, args.trust_remote_code)
-            print(f"saved to {args.export_space}")
-            return
-        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
-        build(model).launch(server_name=args.host, server_port=args.port, share=args.share, theme=theme)
-    except (ValueError, OSError, OverflowError) as error:  # the last for impossible ports
-        sys.exit(f"{MODULE}: {name_options(error, 'max_image_pixels')}")
+        raise ValueError(f'{error}. Install what the page needs: pip install "modeling-lvvit[demo]"') from error
+    PixelLimit(args.max_image_pixels)
+    model_name = args.model_name_or_path
+    if is_segmentation_model(model_name):
+        build, model = build_segmentation_page, Segmenter(model_name)
+    else:
+        build, model = build_page, Explainer(model_name, args.trust_remote_code)
+    if args.export_space is not None:
+        export_space(model_name, Path(args.export_space), args.trust_remote_code)
+        print(f"saved to {args.export_space}")
+        return
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
+    build(model).launch(server_name=args.host, server_port=args.port, share=args.share, theme=theme)
 
 
 if __name__ == "__main__":

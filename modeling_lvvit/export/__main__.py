@@ -1,65 +1,70 @@
 """Exports a saved classifier or segmentation model to a folder that runs without this package.
 
-    python -m modeling_lvvit.export --model outputs/digit_scenes --output_dir exported
+    lvvit export outputs/digit_scenes exported
     python exported/predict.py image.png                      # with onnxruntime, numpy and Pillow alone
-    python -m modeling_lvvit.export --model MODEL --output_dir DIR --dtype float16
-    python -m modeling_lvvit.export --model MODEL --output_dir DIR --format torch
+    lvvit export MODEL DIR --dtype float16
+    lvvit export MODEL DIR --format torch
 
 The file takes any number of images, with sides that are multiples of the patch size. It is compared with the model
-before it is put in place. ONNX needs the extra `export`: pip install -e ".[export]".
+before it is put in place. ONNX needs the extra `export`: pip install "modeling-lvvit[export]".
 """
 
-import argparse
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
+from ..console import program
 from ..launching import set_up_cpu
+from ..options import Program
 from .folder import FORMATS, export_folder
 from .torch_program import DTYPES
 
 
-MODULE = "modeling_lvvit.export"
-
-
-def parser() -> argparse.ArgumentParser:
+@dataclass
+class ExportArguments:
     """Options of the program."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+
+    model_name_or_path: str | None = HfArg(
+        default=None, help="Folder or Hub name of an LV-ViT classifier or segmentation model.", aliases=["--model"]
     )
-    parser.add_argument(
-        "--model", required=True, help="folder or Hub name of an LV-ViT classifier or segmentation model"
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write; must not exist or be empty")
-    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: %(default)s")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of weights and computation; default: %(default)s"
-    )
-    parser.add_argument("--no_fuse", action="store_true", help="keep batch norms and residual divisor as they are")
-    parser.add_argument("--model_revision", help="branch, tag or commit of a Hub name")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow code of a Hub repository to run")
-    return parser
+    output_dir: str | None = HfArg(default=None, help="Folder to write; must not exist or be empty.")
+    format: Literal[tuple(FORMATS)] = HfArg(default="onnx", help="onnx, or torch for `torch.export`.")
+    dtype: Literal[tuple(DTYPES)] = HfArg(default="float32", help="Of weights and computation.")
+    fuse: bool = HfArg(default=True, help="Fold batch norms and the residual divisor into weights.")
+    model_revision: str | None = HfArg(default=None, help="Branch, tag or commit of a Hub name.")
+    trust_remote_code: bool = HfArg(default=False, help="Allow code of a Hub repository to run.")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parser()
-    args = options.parse_args(arguments)
+PROGRAM = Program(
+    "lvvit export",
+    __doc__,
+    (ExportArguments,),
+    ("model_name_or_path", "output_dir"),
+    required=("model_name_or_path", "output_dir"),
+)
+
+
+@program(PROGRAM.name)
+def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    try:
+    with PROGRAM.refusals(ImportError):
+        (args,) = PROGRAM.parse(arguments)
         agreement = export_folder(
-            args.model,
-            args.output_dir,
+            args.model_name_or_path,
+            Path(args.output_dir),
             args.format,
             args.dtype,
-            not args.no_fuse,
+            args.fuse,
             args.model_revision,
             args.trust_remote_code,
         )
-    except (ValueError, OSError, ImportError) as error:
-        options.exit(1, f"{MODULE}: {error}\n")
     sizes = ", ".join(f"{height} x {width}" for height, width in agreement.sizes)
     print(f"largest difference to PyTorch at {sizes} pixels: {agreement.difference:.1e} (bound {agreement.bound:.1e})")
     print(f"same best class: {agreement.same_class:.2%}")
@@ -67,4 +72,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,6 +1,5 @@
 """Finished folders of models and exported models on their way to the Hub."""
 
-import argparse
 import itertools
 import json
 from pathlib import Path
@@ -14,17 +13,10 @@ from .repository import HubTarget
 
 
 logger = logging.get_logger(__name__)
-CARD_TEMPLATES = Path(__file__).parents[2] / "model_cards"  # there when the package is used from its repository
+CARD_TEMPLATES = Path(__file__).parents[1] / "card_templates"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 ONNX = "model.onnx"
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ONNX)
-
-
-def add_target_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--private` and `--revision` to the options of a program."""
-    private = "whether a new repository is private; default: the owner's rule"
-    parser.add_argument("--private", action=argparse.BooleanOptionalAction, help=private)
-    parser.add_argument("--revision", help="branch to upload to, made if there is none; default: main")
 
 
 def check_model_folder(folder: Path) -> None:

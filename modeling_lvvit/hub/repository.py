@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from .file_checks import CARD, PICKLE_ENDINGS, matches, published_files
@@ -37,6 +38,33 @@ MEANINGS = {
 CLIENT_ERRORS = (
     HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError, RuntimeError, UnicodeError,
 )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class HubTargetArguments:
+    """Options of what is uploaded, named as in `TrainingArguments`."""
+
+    hub_model_id: str | None = HfArg(
+        default=None, help="Repository of the Hub, OWNER/NAME; made if there is none.", aliases=["--repo_id"]
+    )
+    hub_private_repo: bool | None = HfArg(
+        default=None, help="Whether a new repository is private; default: the owner's rule.", aliases=["--private"]
+    )
+    hub_revision: str | None = HfArg(
+        default=None, help="Branch of it, made if there is none; default: main.", aliases=["--revision"]
+    )
+
+
+@dataclass(kw_only=True)
+class HubUploadArguments(HubTargetArguments):
+    """Options of a program that may upload what it makes."""
+
+    push_to_hub: bool = HfArg(default=False, help="Upload what is finished to the Hub, to hub_model_id.")
+
+    def check_upload(self) -> None:
+        """Raises a `ValueError` if there is a repository without an upload, or the other way round."""
+        if self.push_to_hub != (self.hub_model_id is not None):
+            raise ValueError("`push_to_hub` and `hub_model_id` OWNER/NAME belong together.")
 
 
 class HubError(OSError):
@@ -124,13 +152,13 @@ class HubTarget:
         revision = "" if self.revision in (None, MAIN) else f', revision="{self.revision}"'
         card = re.sub(r'(pipeline\([^)]*model=)"[^"]*"(, revision="[^"]*")?', rf'\1"{self.repo_id}"{revision}', card)
         card = re.sub(r'^(name = )"[^"]*"$', rf'\1"{self.repo_id}"', card, flags=re.MULTILINE)
-        command = r"^(accelerate launch train_tl.py .*--token_labels )\S+"
+        command = r"^((?:lvvit train|accelerate launch train_tl.py) .*--token_labels )\S+"
         return re.sub(command, rf"\1{self.repo_id}", card, flags=re.MULTILINE)
 
     def _advice(self, folder: Path) -> str:
-        command = ["--folder", str(folder.resolve()), "--repo_id", self.repo_id]
-        command += [] if self.revision is None else ["--revision", self.revision]
-        return f"{folder} is complete and stays as it is. Upload it again with: python -m modeling_lvvit.publish {shlex.join(command)}"
+        command = ["lvvit", "publish", str(folder.resolve()), self.repo_id]
+        command += [] if self.revision is None else ["--hub_revision", self.revision]
+        return f"{folder} is complete and stays as it is. Upload it again with: {shlex.join(command)}"
 
 
 @contextmanager

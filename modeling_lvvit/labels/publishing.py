@@ -52,7 +52,7 @@ def write_card(writer: LabelSetWriter, record: dict[str, Any], title: str) -> No
     )
     card = DatasetCard.from_template(
         data,
-        template_path=str(CARD_TEMPLATES / "label_set_template.md"),
+        template_path=str(CARD_TEMPLATES / "label_set.md"),
         title=title,
         **record,
         columns=[KEY_COLUMN, HASH_COLUMN, PALETTE_COLUMN, INDEX_COLUMN, SCORES_COLUMN],

@@ -1,6 +1,6 @@
 """Converts a checkpoint of the authors' code (github.com/zihangJiang/TokenLabeling) to a folder that `AutoModel` loads.
 
-    python -m modeling_lvvit.convert_original_checkpoint CHECKPOINT OUTPUT_DIR [--push_to_hub OWNER/NAME]
+    lvvit convert CHECKPOINT OUTPUT_DIR [--push_to_hub --hub_model_id OWNER/NAME]
 
 Takes classifiers, and the segmentation models that were trained with MMSegmentation (`upernet_lvvit_s.pth` ...). The size of the
 model is found from the shapes of its tensors. Before the folder appears, the written model is loaded
@@ -8,32 +8,36 @@ again and its logits are compared with those of a plain rendering of the publish
 original tensors.
 """
 
-import argparse
 import re
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.utils.sha import sha_fileobj
 from transformers import SegformerImageProcessor
+from transformers.hf_argparser import HfArg
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
 from ..configuration_lvvit import LVViTConfig
+from ..console import program
 from ..data.atomic_files import atomic_directory, check_new_directory
 from ..finite import check_weights
 from ..hub.file_checks import CARD
-from ..hub.folders import add_target_options, publish_model_folder
-from ..hub.repository import HubTarget
+from ..hub.folders import publish_model_folder
+from ..hub.repository import HubTarget, HubUploadArguments
 from ..modeling_lvvit import (
     LVViTForImageClassification,
     LVViTForSemanticSegmentation,
     LVViTPreTrainedModel,
     default_stages,
 )
+from ..options import Program
 from ..variants import ADE20K_CLASSES, VARIANTS, evaluation_image_processor, find_variant, published_row
 from .checkpoint import SEGMENTATION_SIGN, config_from_state_dict, load_original_checkpoint
-from .family_cards import TEMPLATE, Conversion, converted_card, family_card, is_released
+from .family_cards import Conversion, converted_card, family_card, is_released
 from .model import OriginalLVViT
 from .segmentation import OriginalSegmenter
 
@@ -132,16 +136,13 @@ def convert_checkpoint(
         difference = _logits_difference(reloaded, state_dict)
         if not difference <= MAX_LOGITS_DIFFERENCE:
             raise ValueError(f"The converted model's logits differ from the original by {difference:.2e}; not saved.")
-        if TEMPLATE.is_file():
-            with checkpoint.open("rb") as file:
-                conversion = Conversion(checkpoint.name, sha_fileobj(file).hex(), difference)
-            if released_row is not None or is_released(row, checkpoint.name):
-                card = family_card(row, conversion)
-            else:
-                card = converted_card(config, output_dir.resolve().name, is_segmenter, conversion)
-            card.save(partial / CARD)
-        else:  # the package was installed without the folder of the project
-            logger.warning("No model card is written: there is no %s.", TEMPLATE)
+        with checkpoint.open("rb") as file:
+            conversion = Conversion(checkpoint.name, sha_fileobj(file).hex(), difference)
+        if released_row is not None or is_released(row, checkpoint.name):
+            card = family_card(row, conversion)
+        else:
+            card = converted_card(config, output_dir.resolve().name, is_segmenter, conversion)
+        card.save(partial / CARD)
     return difference
 
 
@@ -179,30 +180,46 @@ def _logits_difference(model: LVViTPreTrainedModel, state_dict: dict[str, torch.
     return (model(images).logits - expected).abs().max().item()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="authors' .pth or .pth.tar file")
-    parser.add_argument("output_dir", type=Path, help="folder to write; must not exist or be empty")
-    raw = "take the raw weights where the file also has averaged ones"
-    parser.add_argument("--no_ema", action="store_true", help=raw)
-    parser.add_argument("--num_attention_heads", type=int, help="only for sizes that were not published")
-    parser.add_argument("--residual_divisor", type=float, help="only for sizes that were not published")
-    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub")
-    add_target_options(parser)
-    args = parser.parse_args(arguments)
-    try:
+@dataclass
+class ConvertArguments(HubUploadArguments):
+    """Options of the program."""
+
+    option_groups: ClassVar[dict[str, str]] = {"checkpoint": "options", "hub_model_id": "upload"}
+
+    checkpoint: str | None = HfArg(default=None, help="Authors' .pth or .pth.tar file.")
+    output_dir: str | None = HfArg(default=None, help="Folder to write; must not exist or be empty.")
+    ema: bool = HfArg(default=True, help="Take the averaged weights of the file where it has them, not the raw ones.")
+    num_attention_heads: int | None = HfArg(default=None, help="Only for sizes that were not published.")
+    residual_divisor: float | None = HfArg(default=None, help="Only for sizes that were not published.")
+
+    def __post_init__(self):
+        self.check_upload()
+
+
+PROGRAM = Program(
+    "lvvit convert",
+    __doc__,
+    (ConvertArguments,),
+    ("checkpoint", "output_dir"),
+    required=("checkpoint", "output_dir"),
+)
+
+
+@program(PROGRAM.name)
+def main(arguments: list[str]) -> None:
+    with PROGRAM.refusals():
+        (args,) = PROGRAM.parse(arguments)
+        folder = Path(args.output_dir)
         difference = convert_checkpoint(
-            args.checkpoint, args.output_dir, not args.no_ema, args.num_attention_heads, args.residual_divisor
+            Path(args.checkpoint), folder, args.ema, args.num_attention_heads, args.residual_divisor
         )
-        config = LVViTConfig.from_pretrained(args.output_dir)
-        print(f"{find_variant(config) or 'LV-ViT'}, {config.num_labels} classes -> {args.output_dir}")
+        config = LVViTConfig.from_pretrained(folder)
+        print(f"{find_variant(config) or 'LV-ViT'}, {config.num_labels} classes -> {folder}")
         print(f"largest logits difference to the original tensors after reload: {difference:.2e}")
-        if args.push_to_hub is not None:
-            target = HubTarget(args.push_to_hub, private=args.private, revision=args.revision)
-            print(f"published: {publish_model_folder(args.output_dir, target)}")
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{error}\n")
+        if args.push_to_hub:
+            target = HubTarget(args.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision)
+            print(f"published: {publish_model_folder(folder, target)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

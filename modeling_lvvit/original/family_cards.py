@@ -1,23 +1,25 @@
 """Model cards of the published family, and of checkpoints of the authors' code that were converted.
 
-    python -m modeling_lvvit.family_cards
+    python -m modeling_lvvit.family_cards [FOLDER]
 
-writes the card of every published row to `model_cards/`. Accuracies are those that the authors published, and say so; parameters
+writes the card of every published row to a folder, `model_cards` unless another is named. Accuracies are those that the authors published, and say so; parameters
 and multiply-adds were counted here.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_lvvit import LVViTConfig
 from ..data.atomic_files import write_text
-from ..hub.folders import CARD_TEMPLATES as CARDS
+from ..hub.folders import CARD_TEMPLATES
 from ..variants import RELEASES, SEGMENTERS, VARIANTS, LVViTSegmenter, LVViTVariant
 
 
-TEMPLATE = CARDS / "family_template.md"
+TEMPLATE = CARD_TEMPLATES / "family.md"
 # where a figure was published: in words, address
 PAPER = ("All Tokens Matter (NeurIPS 2021), as published", "https://arxiv.org/abs/2104.10858")
 REPOSITORY = ("the authors' repository, as published", "https://github.com/zihangJiang/TokenLabeling")
@@ -108,7 +110,7 @@ def _classifier(name: str, variant: LVViTVariant) -> dict[str, Any]:
         "figures": [(title, f"{value}{unit}", source) for title, value, unit, source in figures if value is not None],
         "gmacs": variant.counted_gmacs,
         "checkpoint": variant.checkpoint,
-        "recipe": f"accelerate launch train_tl.py {recipe}",
+        "recipe": f"lvvit train {recipe}",
         "data": IMAGENET,
         "results": [
             _published(name, "image-classification", IMAGENET, "accuracy", title, value)
@@ -137,7 +139,7 @@ def _segmenter(name: str, row: LVViTSegmenter) -> dict[str, Any]:
             ("parameters, with the auxiliary head of training", f"{row.num_parameters:,}", COUNTED),
         ],
         "checkpoint": row.checkpoint,
-        "recipe": f"accelerate launch -m modeling_lvvit.segmentation.train {name}",
+        "recipe": f"lvvit segment {name}",
         "data": ADE20K,
         "results": [
             _published(name, "image-segmentation", ADE20K, "mean_iou" if "IoU" in title else "accuracy", title, value)
@@ -157,8 +159,6 @@ def _published(name: str, task: str, data: tuple[str, str], metric: str, title: 
 
 
 def _fill(facts: dict[str, Any], name: str, conversion: Conversion | None) -> ModelCard:
-    if not TEMPLATE.is_file():
-        raise FileNotFoundError(f"There is no {TEMPLATE}: install the project from its folder (pip install -e .).")
     task = "image-segmentation" if facts["is_segmenter"] else "image-classification"
     results, data = facts.pop("results"), facts.pop("data")
     metadata = ModelCardData(
@@ -183,10 +183,11 @@ def _fill(facts: dict[str, Any], name: str, conversion: Conversion | None) -> Mo
     )
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
+    folder = Path(arguments[0] if arguments else "model_cards")
     for name in (*VARIANTS, *SEGMENTERS):
-        write_text(CARDS / f"{name}.md", f"{family_card(name)}\n")
+        write_text(folder / f"{name}.md", f"{family_card(name)}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,6 +1,6 @@
-"""Turns the authors' label files into a label set that `train_tl.py --token_labels` joins to the images.
+"""Turns the authors' label files into a label set that `lvvit train --token_labels` joins to the images.
 
-    python dataset_scripts/import_original_labels.py label_top5_train_nfnet --output_dir nfnet_labels
+    python -m modeling_lvvit.original.label_import label_top5_train_nfnet --output_dir nfnet_labels
 
 Their pack has one file for each training image of ImageNet, `n01440764/n01440764_10026.pt`: a tensor [2, K, rows, columns]
 of float16, scores first and class ids second (main.py and generate_label.py of the authors' repository). A map covers the
@@ -15,60 +15,58 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
+from ..console import ignore_interrupts, program, progress_bar
 from ..data.class_labels import read_class_names
 from ..data.class_matching import imagenet_class_names
+from ..hub.repository import HubUploadArguments
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelMaps, LabelSetLayout
 from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_versions
-from ..launching import name_options, num_cpu_cores
+from ..launching import num_cpu_cores
+from ..options import Program
 from .checkpoint import LOAD_ERRORS
 
 
 @dataclass
-class ImportArguments:
-    """Options of the program.
+class ImportArguments(HubUploadArguments):
+    """Options of the program."""
 
-    Args:
-        label_dir: Folder of label files.
-        output_dir: Folder of the label set; an unfinished one is continued.
-        split: Name of the split.
-        class_names: Text file with one class name a line, in the order of the ids; default: the WordNet ids of ImageNet.
-        image_suffix: Ending of the image files, which keys of the label set have instead of `.pt`.
-        score_type: `float16` is lossless; `int8` rounds scores to quarters.
-        num_workers: Processes; default: one for each core.
-        on_error: Damaged file: `stop`, or an `empty` label.
-        rows_per_shard: Rows of a Parquet file.
-        push_to_hub: Hub name to upload the finished set to.
-        private: Whether that repository, if it is new, is private.
-        hub_revision: Branch of it, made if there is none.
-    """
+    option_groups: ClassVar[dict[str, str]] = {"label_dir": "options", "hub_model_id": "upload"}
 
-    label_dir: str
-    output_dir: str
-    split: str = "train"
-    class_names: str | None = None
-    image_suffix: str = ".JPEG"
-    score_type: str = "float16"
-    num_workers: int | None = None
-    on_error: str = "stop"
-    rows_per_shard: int | None = None
-    push_to_hub: str | None = None
-    private: bool | None = None
-    hub_revision: str | None = None
+    label_dir: str | None = HfArg(default=None, help="Folder of label files.")
+    output_dir: str | None = HfArg(default=None, help="Folder of the label set; an unfinished one is continued.")
+    train_split: str = HfArg(default="train", help="Name of the split.", aliases=["--split"])
+    class_names_file: str | None = HfArg(
+        default=None,
+        help="Text file with one class name a line, in the order of the ids; default: the WordNet ids of ImageNet.",
+        aliases=["--class_names"],
+    )
+    image_suffix: str = HfArg(
+        default=".JPEG", help="Ending of the image files, which keys of the label set have instead of .pt."
+    )
+    score_type: Literal["float16", "int8"] = HfArg(
+        default="float16", help="float16 is lossless; int8 rounds scores to quarters."
+    )
+    num_workers: int | None = HfArg(default=None, help="Processes; default: one for each core.")
+    on_error: Literal["stop", "empty"] = HfArg(default="stop", help="Damaged file: stop, or an empty label.")
+    rows_per_shard: int | None = HfArg(default=None, help="Rows of a Parquet file.")
 
     def __post_init__(self):
-        for name, choices in (("score_type", ("float16", "int8")), ("on_error", ("stop", "empty"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         for name in ("num_workers", "rows_per_shard"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        self.check_upload()
+
+
+PROGRAM = Program(
+    "import_original_labels", __doc__, (ImportArguments,), ("label_dir",), required=("label_dir", "output_dir")
+)
 
 
 def find_label_files(folder: Path) -> list[str]:
@@ -139,10 +137,10 @@ def import_shards(folder: Path, files: list[str], writer: LabelSetWriter, args: 
     parts = [files[start : start + size] for start in range(0, len(files), size)]
     missing = [shard for shard in range(len(parts)) if not writer.is_written(shard)]
     workers = min(args.num_workers or num_cpu_cores(), max(1, len(missing)))
-    progress = tqdm(total=sum(len(parts[shard]) for shard in missing), desc="Importing", unit="map")
+    progress = progress_bar(total=sum(len(parts[shard]) for shard in missing), desc="Importing", unit="map")
     # children start again: a copy of a process with the threads of PyTorch may hang
     context = multiprocessing.get_context("spawn")
-    with progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with progress, ProcessPoolExecutor(workers, context, ignore_interrupts) as pool:
         tasks = [pool.submit(import_shard, folder, parts[shard], writer, shard, args) for shard in missing]
         try:
             for task in as_completed(tasks):
@@ -168,7 +166,9 @@ def import_labels(args: ImportArguments) -> list[str]:
     """Imports all label files of a folder; returns lines for the user. Errors are those of its functions, and of writing."""
     folder = Path(args.label_dir).expanduser()
     files = find_label_files(folder)
-    class_names = imagenet_class_names() if args.class_names is None else read_class_names(Path(args.class_names))
+    class_names = (
+        imagenet_class_names() if args.class_names_file is None else read_class_names(Path(args.class_names_file))
+    )
     k, *map_size = first_shape(folder, files, len(class_names), args.on_error)
     layout = LabelSetLayout(tuple(class_names), k, tuple(map_size), args.score_type)
     settings = {
@@ -182,10 +182,12 @@ def import_labels(args: ImportArguments) -> list[str]:
         "image_suffix": args.image_suffix,
     }
     per_shard = args.rows_per_shard or default_rows_per_shard(len(files))
-    writer = LabelSetWriter(Path(args.output_dir), args.split, layout, settings, package_versions(torch), per_shard)
+    writer = LabelSetWriter(
+        Path(args.output_dir), args.train_split, layout, settings, package_versions(torch), per_shard
+    )
     target = None
-    if args.push_to_hub is not None:
-        target = open_label_set_target(args.push_to_hub, args.split, args.private, args.hub_revision)
+    if args.push_to_hub:
+        target = open_label_set_target(args.hub_model_id, args.train_split, args.hub_private_repo, args.hub_revision)
     try:
         writer.begin()
         num_shards = import_shards(folder, files, writer, args)
@@ -194,15 +196,11 @@ def import_labels(args: ImportArguments) -> list[str]:
         writer.release()
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--label_dir", *arguments]
-    parser = HfArgumentParser(ImportArguments, description=__doc__.split("\n")[0], allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    with PROGRAM.refusals():
+        (args,) = PROGRAM.parse(arguments)
         print("\n".join(import_labels(args)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"import_original_labels.py: {name_options(error, ImportArguments)}")
 
 
 if __name__ == "__main__":

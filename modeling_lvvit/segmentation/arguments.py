@@ -61,9 +61,11 @@ class SegmentationDataArguments:
     eval_fraction: float = HfArg(
         default=0.1, help="Share of the training data held out without an evaluation split, in (0, 1)."
     )
-    image_column: str = HfArg(default="image", help="Column of images.")
-    mask_column: str | None = HfArg(
-        default=None, help="Column of masks; default: annotation, mask, ..., whichever is there."
+    image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
+    mask_column_name: str | None = HfArg(
+        default=None,
+        help="Column of masks; default: annotation, mask, ..., whichever is there.",
+        aliases=["--mask_column"],
     )
     class_names: list[str] | None = HfArg(
         default=None,
@@ -171,7 +173,6 @@ class SegmentationTrainingArguments(BaseImageTrainingArguments):
         help="published: linear warm-up and polynomial decay to 0 (schedule.polynomial_factor); library: lr_scheduler_type.",
     )
     lr_power: float = HfArg(default=1.0, help="Power of the polynomial decay.")
-    per_device_eval_batch_size: int = HfArg(default=4, help="Images that a device takes at a time.")
     # the last batch of an epoch may have a single image, of which batch norms cannot take statistics
     dataloader_drop_last: bool = HfArg(default=True, help="Leave out the last, smaller batch.")
 

@@ -118,23 +118,23 @@ def open_segmentation_data(
 
 def find_mask_column(rows: datasets.Dataset, args: SegmentationDataArguments) -> str:
     """The column of masks; a `ValueError` if there is no such column, or none of images."""
-    if args.image_column not in rows.column_names:
+    if args.image_column_name not in rows.column_names:
         raise ValueError(
-            f"{args.dataset_name} has no column {args.image_column!r}; it has {rows.column_names}. Name it with `image_column`."
+            f"{args.dataset_name} has no column {args.image_column_name!r}; it has {rows.column_names}. Name it with `image_column`."
         )
     paths = [datasets.Value(name) for name in ("string", "large_string")]
-    for name in [args.mask_column] if args.mask_column is not None else MASK_COLUMNS:
+    for name in [args.mask_column_name] if args.mask_column_name is not None else MASK_COLUMNS:
         feature = rows.features.get(name)
-        if isinstance(feature, datasets.Image) or (args.mask_column is not None and feature in paths):
+        if isinstance(feature, datasets.Image) or (args.mask_column_name is not None and feature in paths):
             return name
-    wanted = f"no column {args.mask_column!r} of images"
-    if not args.mask_column:
+    wanted = f"no column {args.mask_column_name!r} of images"
+    if not args.mask_column_name:
         wanted = "no column of masks that is known by its name"
     about = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
     raise ValueError(
         f"{args.dataset_name} has {wanted}; it has {about}. Name it with `mask_column`. In the metadata.csv of an image folder "
         "the column is called mask_file_name; a folder of images and one of masks become such data by "
-        "dataset_scripts/image_mask_folder.py."
+        "lvvit masks."
     )
 
 
@@ -234,7 +234,7 @@ def build_samples(
         short_side=args.short_side,
         long_side=args.long_side,
     )
-    columns = {"image_column": args.image_column, "mask_column": opened.mask_column}
+    columns = {"image_column": args.image_column_name, "mask_column": opened.mask_column}
     samples = {}
     for name, rows in (("training", opened.train), ("evaluation", opened.evaluation), ("test", opened.test)):
         transform = train_transform if name == "training" else SegmentationEvalTransform(*statistics)

@@ -112,7 +112,7 @@ class MaskSurvey:
             row, value, color, first_row, first_color = self.recolored[0]
             logger.warning(
                 "%d of the %d %s masks have a palette in which a value has another color than in those before: %d is %s in row %d and %s "
-                "in row %d. Do values mean the same everywhere? dataset_scripts/image_mask_folder.py --colors goes by the colors.",
+                "in row %d. Do values mean the same everywhere? lvvit masks --colors goes by the colors.",
                 len(self.recolored), num_rows, name, value, first_color, first_row, color, row,
             )  # fmt: skip
 

@@ -1,10 +1,9 @@
 """Trains LV-ViT for semantic segmentation, or evaluates a trained model.
 
-accelerate launch -m modeling_lvvit.segmentation.train                     embedded data, a few minutes on two CPU cores
-accelerate launch -m modeling_lvvit.segmentation.train upernet_s --dataset_name path/to/ade20k
-accelerate launch -m modeling_lvvit.segmentation.train --dataset_name path/to/data --model_name_or_path CLASSIFIER --output_dir runs/a
-accelerate launch -m modeling_lvvit.segmentation.train --dataset_name path/to/data --model_name_or_path MODEL --evaluate_only true \\
-    --multi_scale true --output_dir runs/b
+lvvit segment                                 embedded data, a few minutes on two CPU cores
+lvvit segment upernet_s --dataset_name path/to/ade20k
+lvvit segment --dataset_name path/to/data --model_name_or_path CLASSIFIER --output_dir runs/a
+lvvit segment --dataset_name path/to/data --model_name_or_path MODEL --evaluate_only --multi_scale --output_dir runs/b
 """
 
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.model_card import find_provenance
-from ..cli.parser import EMBEDDED_RECIPE, Program
+from ..cli.parser import COMMON_OPTIONS, EMBEDDED_RECIPE, LAUNCHER, TrainingProgram
 from ..cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
 from ..data.images import PixelLimit
 from ..deployment import prepare_for_cpu
@@ -43,13 +42,14 @@ from .trainer import SegmentationTrainer
 
 
 MODULE = "modeling_lvvit.segmentation.train"
-PROGRAM = Program(
-    MODULE,
-    f"accelerate launch -m {MODULE}",
+PROGRAM = TrainingProgram(
+    "lvvit segment",
+    f"{__doc__}\n{LAUNCHER}",
     (SegmentationModelArguments, SegmentationDataArguments, SegmentationTrainingArguments),
-    Path(__file__).parent / "recipes",
+    shown=(*COMMON_OPTIONS, "segmentation_head", "mask_column_name", "class_names", "evaluate_only", "multi_scale"),
+    recipes=Path(__file__).parent / "recipes",
 )
-CARD_TEMPLATE = CARD_TEMPLATES / "segmentation_template.md"
+CARD_TEMPLATE = CARD_TEMPLATES / "segmentation.md"
 
 
 @dataclass
@@ -115,6 +115,10 @@ class SegmentationRun(TrainingRun):
         inference = settings.record(self.opened.encoding) | {"precision": self.trainer.accelerator.mixed_precision}
         return {f"{name}_split": split, f"{name}_samples": len(samples), f"{name}_inference": inference}
 
+    def draw(self, path: Path, num_images: int) -> None:
+        """See `draw_predictions`."""
+        draw_predictions(self.trainer, self.opened.class_names, path, num_images)
+
     def report(self) -> None:
         """Writes scores of the classes, figure and model card, and prints the table of the classes."""
         trainer, class_names = self.trainer, self.opened.class_names
@@ -137,7 +141,7 @@ def prepare(
     """Everything that can go wrong before training: output folder, data, model."""
     check_options(model_args, data_args, training_args)
     PixelLimit(data_args.max_image_pixels)
-    set_up(model_args, training_args, CARD_TEMPLATE)
+    set_up(model_args, training_args)
     with training_args.main_process_first(desc="opening the data"):
         args = with_embedded_data(data_args)
         config, processor = pretrained_config(model_args), pretrained_processor(model_args)

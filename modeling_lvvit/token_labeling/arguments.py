@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import SchedulerType
 
 from ..data.sampling import BALANCED
 from ..labels.label_crops import LabelCrop
@@ -20,6 +21,12 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
     their `help`. The paper states a `dense_weight` (beta) of 0.5, the published commands use 1.0."""
 
     reference_images_per_step: ClassVar[int] = REFERENCE_IMAGES_PER_STEP
+    option_groups: ClassVar[dict[str, str]] = {
+        "output_dir": "training",
+        "lr_schedule": "learning-rate schedule",
+        "cls_weight": "token labeling",
+        "ema_decay": "weight average",
+    }
     alternatives: ClassVar[tuple[str, ...]] = ("ema_decay", "base_ema_decay")  # at most one of them is given
 
     base_learning_rate: float = HfArg(default=1.6e-3, help="Learning rate for 1024 images a step.")
@@ -39,7 +46,7 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
     )
     base_min_learning_rate: float = HfArg(default=1e-5, help="Minimum for 1024 images a step, scaled like the peak.")
     weight_decay: float = HfArg(default=0.05, help="AdamW weight decay of matrices and convolutions.")
-    lr_scheduler_type: str = HfArg(default="cosine", help="Learning-rate schedule.")
+    lr_scheduler_type: SchedulerType | str = HfArg(default="cosine", help="Learning-rate schedule.")
     label_smoothing_factor: float = HfArg(default=0.1, help="Smoothing of human and dense targets.")
     cls_weight: float = HfArg(default=1.0, help="Weight of the class-token loss.")
     dense_weight: float = HfArg(default=1.0, help="Weight of the patch-token loss (beta); 0 trains with plain labels.")

@@ -22,6 +22,7 @@ class BaseImageTrainingArguments(TrainingArguments):
     """`TrainingArguments` whose learning rate follows the batch size, with defaults for images. Its options are described in their `help`."""
 
     reference_images_per_step: ClassVar[int] = 1
+    option_groups: ClassVar[dict[str, str]] = {"output_dir": "training"}
 
     learning_rate: float | None = field(
         default=None,
@@ -34,6 +35,9 @@ class BaseImageTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 switches it off (recipe)."})
     report_to: None | str | list[str] = field(  # noqa: RUF036  the library's own spelling, which its parser knows
         default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, ..., or none."}
+    )
+    logging_steps: float = field(
+        default=50, metadata={"help": "Steps between two logs, or below 1 their share of the run."}
     )
     # the filter reads every loss as soon as it is computed, so that the device waits for the processor; it also hides NaN
     logging_nan_inf_filter: bool = field(

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..backbones.patch_head import weights_by_own_names
+from ..backbones.patch_head import PATCH_HEAD, weights_by_own_names
 from ..data.image_dataset import ImageDataset
 from ..data.sampling import temporary_seed
 from ..hub.hub_trainer import HubTrainer
@@ -23,6 +23,7 @@ from .checkpoints import check_resumable
 from .divergence import DivergenceCheck, DivergenceError
 from .fsdp import broadcast_buffers, configure_fsdp2, own_class
 from .metrics import check_best_metric
+from .progress import use_run_progress
 from .schedule import decayed_parameters
 from .throughput import Throughput
 
@@ -47,6 +48,7 @@ class BaseImageTrainer(HubTrainer):
         # the losses are ours: the Trainer need not count labels over all processes at every step
         self.model_accepts_loss_kwargs = False
         self.throughput = Throughput()
+        use_run_progress(self, self.throughput)
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
         self.divergence = DivergenceCheck(self.accelerator, args)
@@ -239,6 +241,12 @@ class BaseImageTrainer(HubTrainer):
             with weights_by_own_names(unwrapped):
                 super()._save_checkpoint(model, trial)
             self.publish_in_background()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As in `Trainer`; a patch head that nothing trains is not saved, and so not missed."""
+        if not getattr(self.model, "saves_patch_head", True):
+            load_result.missing_keys[:] = [name for name in load_result.missing_keys if PATCH_HEAD not in name]
+        super()._issue_warnings_after_load(load_result)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..data.image_dataset import ImageDataset
+from ..launching import stop_launcher
 
 
 # Processes agree on stopping by a collective operation, which waits for the device: not at every step.
@@ -208,7 +209,10 @@ def end_after_signal(trainer: Trainer) -> NoReturn:
             f"{trainer.state.max_steps:,}; the same command with --resume_from_checkpoint last goes on from there",
             file=sys.stderr,
         )
-    sys.exit(128 + (signal.SIGINT if trainer.stop_on_signal.received == "SIGINT" else signal.SIGTERM))
+    is_interrupted = trainer.stop_on_signal.received == "SIGINT"
+    if is_interrupted:
+        stop_launcher()
+    sys.exit(128 + (signal.SIGINT if is_interrupted else signal.SIGTERM))
 
 
 def leave_signals_to_main_process(loader: DataLoader) -> DataLoader:

@@ -1,56 +1,61 @@
 """Images of what classifiers look at in an image, side by side.
 
-    python -m modeling_lvvit.visualization image.jpg --model outputs/digit_scenes --output looks.png
-    python -m modeling_lvvit.visualization image.jpg --model MODEL OTHER_MODEL --classes tabby 207 --annotator ANNOTATOR
+    lvvit visualize image.jpg outputs/digit_scenes --output_file looks.png
+    lvvit visualize image.jpg MODEL OTHER_MODEL --classes tabby 207 --annotator ANNOTATOR
 
 For each model: the image as it sees it, attention of the class token, relevance for the classes (its best ones, or those of
 `--classes`), patch predictions where it has them, and dense labels where an annotator is given.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from ..annotators.annotator import load_annotator
-from ..data.class_matching import normalized
+from ..console import program
+from ..data.class_matching import described_names, normalized, shown_names
 from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
-from ..launching import name_options, set_up_cpu
+from ..launching import set_up_cpu
+from ..options import Program
 from .figures import heat, save_relevance_figure
 from .panels import cells_panel, short, shown_image
 from .relevance import relevance_maps
 
 
-MODULE = "modeling_lvvit.visualization"
 NUM_CLASSES = 2  # best classes that are explained
 
 
 @dataclass
 class VisualizationArguments:
-    """Options of the program, behind the image.
+    """Options of the program."""
 
-    Args:
-        model: Classifiers of transformers or timm with a class token.
-        classes: Names or ids of classes to explain; default: the two best ones of each model.
-        annotator: A classifier whose scores of the cells are shown as dense labels; see `load_annotator`.
-        image_size: Side of the input in pixels, or height and width; default: that of each model.
-        max_image_pixels: See `PixelLimit`.
-        output: PNG to write.
-        trust_remote_code: See `from_pretrained`.
-    """
+    image: str | None = HfArg(default=None, help="Image file.")
+    models: list[str] | None = HfArg(
+        default=None,
+        help="Classifiers of transformers or timm with a class token.",
+        aliases=["--model", "--model_name_or_path"],
+    )
+    classes: list[str] | None = HfArg(
+        default=None, help="Names or ids of classes to explain; default: the two best ones of each model."
+    )
+    annotator: str | None = HfArg(default=None, help="Classifier whose scores of the cells are shown as dense labels.")
+    image_size: list[int] | None = HfArg(
+        default=None, help="Side of the input in pixels, or height and width; default: that of each model."
+    )
+    max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
+    output_file: str | None = HfArg(default=None, help="PNG to write; default: relevance.png.", aliases=["--output"])
+    trust_remote_code: bool = HfArg(default=False, help="Allow code of a Hub repository to run.")
 
-    model: list[str] = field(metadata={"help": "Classifiers."})
-    classes: list[str] | None = field(default=None, metadata={"help": "Names or ids of classes to explain."})
-    annotator: str | None = field(default=None, metadata={"help": "Classifier that makes dense labels."})
-    image_size: list[int] | None = field(default=None, metadata={"help": "Input side in pixels, or height and width."})
-    max_image_pixels: int | None = field(default=None, metadata={"help": MAX_PIXELS_HELP})
-    output: str = field(default="relevance.png", metadata={"help": "PNG to write."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a Hub repository to run."})
+
+PROGRAM = Program(
+    "lvvit visualize", __doc__, (VisualizationArguments,), ("image", "models*"), required=("image", "models")
+)
 
 
 def class_id(wanted: str, names: list[str]) -> int:
@@ -77,10 +82,10 @@ def class_id(wanted: str, names: list[str]) -> int:
 def draw_panels(classifier: Classifier, image: Image.Image, wanted: list[str] | None) -> list[tuple[str, np.ndarray]]:
     """Titles and images of one model."""
     pixel_values = classifier.transform(image)[None]
-    names = classifier.class_names
+    names = shown_names(classifier.class_names)
     with torch.no_grad():
-        probabilities = classifier.logits(pixel_values)[0].softmax(dim=0)
-    ids = [class_id(name, names) for name in wanted or ()] or probabilities.topk(
+        probabilities = classifier.probabilities(classifier.logits(pixel_values))[0]
+    ids = [class_id(name, described_names(classifier.class_names)) for name in wanted or ()] or probabilities.topk(
         min(NUM_CLASSES, len(names))
     ).indices.tolist()
     shown = shown_image(pixel_values[0])
@@ -103,42 +108,34 @@ def dense_label_panel(name: str, image: Image.Image, trust_remote_code: bool) ->
     with torch.inference_mode():
         scores = annotator.score_map(pixels[None])[0]  # (classes, rows, columns)
     shown = np.asarray(image.resize(pixels.shape[:0:-1])) / 255.0
-    return cells_panel(shown, scores.permute(1, 2, 0), annotator.class_names, "dense labels")
+    return cells_panel(shown, scores.permute(1, 2, 0), shown_names(annotator.class_names), "dense labels")
 
 
 def _title(names: list[str], probabilities: torch.Tensor, index: int) -> str:
     return f"{short(names[index])} {100 * probabilities[index]:.0f} %"
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
-    try:
-        if not arguments or arguments[0].startswith("-"):
-            arguments, path = arguments, None
-        else:
-            path, arguments = Path(arguments[0]), arguments[1:]
-        usage = f"python -m {MODULE} IMAGE --model MODEL [MODEL ...] [--option value ...]"
-        parser = HfArgumentParser(VisualizationArguments, prog=MODULE, usage=usage)
-        (args,) = parser.parse_args_into_dataclasses(arguments)
-        if path is None:
-            raise ValueError(f"Name an image first: {usage}.")
+    with PROGRAM.refusals():
+        (args,) = PROGRAM.parse(arguments)
         PixelLimit(args.max_image_pixels)
         try:
-            image = decode_image({"bytes": None, "path": str(path)})
+            image = decode_image({"bytes": None, "path": args.image})
         except IMAGE_ERRORS as error:
-            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+            raise ValueError(f"{args.image} cannot be read as an image: {error}") from error
         size = parse_image_size(args.image_size, "`image_size`")
         rows = []
-        for name in args.model:
+        for name in args.models:
             classifier = load_classifier(name, InputOptions(size), trust_remote_code=args.trust_remote_code)
             rows.append((Path(name).name, draw_panels(classifier, image, args.classes)))
         if args.annotator is not None:
             rows[0][1].append(dense_label_panel(args.annotator, image, args.trust_remote_code))
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        save_relevance_figure(Path(args.output), rows)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{MODULE}: {name_options(error, VisualizationArguments)}")
-    print(f"saved to {args.output}")
+        output = Path(args.output_file or "relevance.png")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_relevance_figure(output, rows)
+    print(f"saved to {output}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """Checks a label set: counts, ranges, keys, how sharp its targets are, and whether it agrees with the human labels.
 
-    python dataset_scripts/check_token_labels.py LABEL_SET [--dataset IMAGES]
+    lvvit check LABEL_SET
+    lvvit check LABEL_SET IMAGES --contact_sheet labels.png
 
-Ends with exit code 1 if anything is damaged or does not belong together. With --dataset the label maps are joined to their
+Ends with exit code 1 if anything is damaged or does not belong together. With the images the label maps are joined to their
 images as in training, compared with the labels, and drawn over some of them (--contact_sheet).
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from huggingface_hub import snapshot_download
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from ..annotators.annotate import AnnotateArguments
+from ..console import program
 from ..data.class_labels import check_class_names, check_columns, with_class_ids
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
@@ -23,6 +25,7 @@ from ..labels.checks import LabelSetReport, agreement, check_label_set
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader, covered_region, turn_with_images
 from ..launching import name_options
+from ..options import Program
 from ..token_labeling.arguments import TokenLabelTrainingArguments
 from ..token_labeling.dataset import TokenLabelDataset
 from . import save_contact_sheet
@@ -32,30 +35,36 @@ from . import save_contact_sheet
 class CheckArguments:
     """Options of the program."""
 
-    label_set: str = field(metadata={"help": "Folder or Hub name of the label set."})
-    split: str = field(default="train", metadata={"help": "Split to check."})
-    dataset: str | None = field(default=None, metadata={"help": "Images that the labels were made for."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration on the Hub."})
-    image_column: str = field(default="image", metadata={"help": "Column of images."})
-    label_column: str = field(default="label", metadata={"help": "Column of class ids or names."})
-    key_column: str | None = field(default=None, metadata={"help": "Column of keys; default: paths or row numbers."})
-    key_pattern: str | None = field(default=None, metadata={"help": "Expression that cuts the key out of both sides."})
-    contact_sheet: str | None = field(default=None, metadata={"help": "PNG to draw; needs --dataset."})
-    num_pictures: int = field(default=12, metadata={"help": "Images on it."})
-    max_samples: int | None = field(default=None, metadata={"help": "Join a subset only, as annotated."})
-    max_image_pixels: int | None = field(default=None, metadata={"help": MAX_PIXELS_HELP})
+    token_labels: str | None = HfArg(
+        default=None, help="Folder or Hub name of the label set.", aliases=["--label_set"]
+    )
+    token_labels_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
+    train_split: str = HfArg(default="train", help="Split to check.", aliases=["--split"])
+    dataset_name: str | None = HfArg(default=None, help="Images that the labels were made for.", aliases=["--dataset"])
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration on the Hub.")
+    dataset_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
+    image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
+    label_column_name: str = HfArg(default="label", help="Column of class ids or names.", aliases=["--label_column"])
+    key_column: str | None = HfArg(default=None, help="Column of keys; default: paths or row numbers.")
+    key_pattern: str | None = HfArg(default=None, help="Expression that cuts the key out of both sides.")
+    max_train_samples: int | None = HfArg(
+        default=None, help="Join a subset only, as annotated.", aliases=["--max_samples"]
+    )
+    contact_sheet: str | None = HfArg(default=None, help="PNG to draw; needs dataset_name.")
+    num_pictures: int = HfArg(default=12, help="Images on it.")
+    max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
 
     def __post_init__(self):
-        if self.contact_sheet is not None and self.dataset is None:
-            raise ValueError("--contact_sheet needs --dataset, the images to draw on.")
+        if self.contact_sheet is not None and self.dataset_name is None:
+            raise ValueError("`contact_sheet` needs `dataset_name`, the images to draw on.")
         if self.num_pictures < 1:
-            raise ValueError(f"--num_pictures must be at least 1, got {self.num_pictures}.")
+            raise ValueError(f"`num_pictures` must be at least 1, got {self.num_pictures}.")
 
 
-def local_folder(label_set: str) -> Path:
+def local_folder(label_set: str, revision: str | None) -> Path:
     """The folder of a label set; one on the Hub is downloaded."""
     folder = Path(label_set).expanduser()
-    return folder if folder.is_dir() else Path(snapshot_download(label_set, repo_type="dataset"))
+    return folder if folder.is_dir() else Path(snapshot_download(label_set, repo_type="dataset", revision=revision))
 
 
 def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
@@ -64,20 +73,24 @@ def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
     Raises:
         ValueError: If keys or classes do not match.
     """
-    labels = LabelSet.open(args.label_set, args.split)
-    splits = open_splits(args.dataset, args.dataset_config_name, split=args.split)
-    if args.split not in splits:
-        raise ValueError(f"{args.dataset} has no split {args.split!r}; it has {list(splits)}.")
-    images = splits[args.split]
-    images = take_subset(images, args.max_samples, args.label_column)
-    check_columns(images, args.dataset, args.image_column, args.label_column)
-    images = with_class_ids(images, args.dataset, args.label_column, class_names=labels.class_names)
-    check_class_names(labels.class_names, images.features[args.label_column].names)
-    joined = labels.join(images, args.image_column, args.key_column, args.key_pattern)
+    labels = LabelSet.open(args.token_labels, args.train_split, args.token_labels_revision)
+    splits = open_splits(args.dataset_name, args.dataset_config_name, args.dataset_revision, split=args.train_split)
+    if args.train_split not in splits:
+        raise ValueError(f"{args.dataset_name} has no split {args.train_split!r}; it has {list(splits)}.")
+    images = splits[args.train_split]
+    images = take_subset(images, args.max_train_samples, args.label_column_name)
+    check_columns(images, args.dataset_name, args.image_column_name, args.label_column_name)
+    images = with_class_ids(images, args.dataset_name, args.label_column_name, class_names=labels.class_names)
+    check_class_names(labels.class_names, images.features[args.label_column_name].names)
+    joined = labels.join(images, args.image_column_name, args.key_column, args.key_pattern)
     if joined.images is not None:
         images = images.select(joined.images)
     samples = TokenLabelDataset(
-        images, lambda image, *label_map: {}, args.image_column, args.label_column, label_maps=joined.label_maps
+        images,
+        lambda image, *label_map: {},
+        args.image_column_name,
+        args.label_column_name,
+        label_maps=joined.label_maps,
     )
     return samples, joined.label_maps
 
@@ -99,9 +112,9 @@ def draw(args: CheckArguments, samples: TokenLabelDataset, label_maps: LabelMapR
 
 def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
     """The report and its lines."""
-    report = check_label_set(local_folder(args.label_set), args.split)
+    report = check_label_set(local_folder(args.token_labels, args.token_labels_revision), args.train_split)
     lines = report.lines()
-    if args.dataset is None or report.problems:
+    if args.dataset_name is None or report.problems:
         return report, lines
     try:
         samples, label_maps = join(args)
@@ -119,16 +132,17 @@ def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
     return report, lines
 
 
+PROGRAM = Program(
+    "lvvit check", __doc__, (CheckArguments,), ("token_labels", "dataset_name"), required=("token_labels",)
+)
+
+
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--label_set", *arguments]
-    parser = HfArgumentParser(CheckArguments, description=__doc__.split("\n")[0], allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    with PROGRAM.refusals():
+        (args,) = PROGRAM.parse(arguments)
         PixelLimit(args.max_image_pixels)
         report, lines = check(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"check_token_labels.py: {name_options(error, CheckArguments)}")
     # options of this program and of those that annotate and train
     programs = (CheckArguments, AnnotateArguments, TokenLabelTrainingArguments)
     print(name_options("\n".join(lines), *programs))

@@ -1,7 +1,7 @@
 """How well maps of a classifier find the thing that an image is labelled with, measured on images with masks.
 
-    python -m modeling_lvvit.visualization.localization --model outputs/digit_scenes
-    python -m modeling_lvvit.visualization.localization --model MODEL --dataset DATA --mask_column mask
+    python -m modeling_lvvit.visualization.localization outputs/digit_scenes
+    python -m modeling_lvvit.visualization.localization MODEL --dataset_name DATA --mask_column_name mask
 
 For the labelled class of each image, relevance, attention of the class token, attention rollout and, where the model has them, patch
 predictions are compared with the pixels that have this class in the mask, and with chance.
@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from ..cli import digit_scenes
+from ..console import program, progress_bar
 from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image
 from ..data.masks import read_mask
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..evaluate.test_sets import model_class_map, open_test_set
-from ..launching import name_options, set_up_cpu
+from ..launching import set_up_cpu
+from ..options import Program
 from .relevance import relevance_maps
 
 
@@ -40,21 +40,36 @@ TITLES = {
 class LocalizationArguments:
     """Options of the program."""
 
-    model: list[str] = HfArg(help="Classifiers of transformers with a class token.")
-    dataset: str | None = HfArg(default=None, help="Images with labels and masks; default: the embedded digit scenes.")
-    split: str | None = HfArg(default=None, help="Split; default: found by name.")
-    image_column: str = HfArg(default="image", help="Column of images.")
-    label_column: str = HfArg(default="label", help="Column of class ids.")
-    mask_column: str = HfArg(default="mask", help="Column of masks, which hold the ids of the label column.")
-    max_samples: int | None = HfArg(default=None, help="Images of a subset, drawn over all classes.")
+    models: list[str] | None = HfArg(
+        default=None,
+        help="Classifiers of transformers with a class token.",
+        aliases=["--model", "--model_name_or_path"],
+    )
+    dataset_name: str | None = HfArg(
+        default=None, help="Images with labels and masks; default: the embedded digit scenes.", aliases=["--dataset"]
+    )
+    eval_split: str | None = HfArg(default=None, help="Split; default: found by name.", aliases=["--split"])
+    image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
+    label_column_name: str = HfArg(default="label", help="Column of class ids.", aliases=["--label_column"])
+    mask_column_name: str | None = HfArg(
+        default=None,
+        help="Column of masks, which hold the ids of the label column; default: mask.",
+        aliases=["--mask_column"],
+    )
+    max_eval_samples: int | None = HfArg(
+        default=None, help="Images of a subset, drawn over all classes.", aliases=["--max_samples"]
+    )
     crop_pct: float | None = HfArg(
         default=None,
         aliases=["--crop_fraction"],
         help="Share of the resized image that the center crop of the models keeps; default: theirs, which must be 1.",
     )
-    batch_size: int = HfArg(default=50, help="Images at a time.")
+    batch_size: int = HfArg(default=32, help="Images at a time.")
     max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     trust_remote_code: bool = HfArg(default=False, help="Allow code of a Hub repository to run.")
+
+    def __post_init__(self):
+        self.mask_column_name = self.mask_column_name or "mask"
 
 
 def localization_scores(maps: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,22 +107,32 @@ def chance_scores(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, tuple[float, float]]:
     """Pointing accuracy and mean overlap of each kind of map, in [0, 1]; a `ValueError` if classes, columns or masks do not fit, or the
     model has no such maps."""
-    name = args.dataset or str(digit_scenes.build_or_reuse())
+    name = args.dataset_name or str(digit_scenes.build_or_reuse())
     test_set = open_test_set(
-        name, args.split, image_column=args.image_column, label_column=args.label_column, max_samples=args.max_samples
+        name,
+        args.eval_split,
+        image_column=args.image_column_name,
+        label_column=args.label_column_name,
+        max_samples=args.max_eval_samples,
     )
-    if args.mask_column not in test_set.rows.column_names:
-        raise ValueError(f"{name} has no column {args.mask_column!r}; it has {test_set.rows.column_names}.")
+    if test_set.is_multi_label:
+        raise ValueError(
+            f"Images of {name} have several classes, and the maps are about one: name a column with one class of each image (`label_column`)."
+        )
+    if args.mask_column_name not in test_set.rows.column_names:
+        raise ValueError(f"{name} has no column {args.mask_column_name!r}; it has {test_set.rows.column_names}.")
     class_map = model_class_map(classifier.class_names, test_set)
     if classifier.view is None or classifier.view[1] < WHOLE_VIEW:
         raise ValueError(
             f"{classifier.name} does not see whole images, a center crop cuts off what the masks show. Set `crop_pct` to 1."
         )
-    rows = test_set.rows.select_columns([args.image_column, args.label_column, args.mask_column]).with_format("arrow")
+    rows = test_set.rows.select_columns(
+        [args.image_column_name, args.label_column_name, args.mask_column_name]
+    ).with_format("arrow")
     totals: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for start in tqdm(range(0, len(rows), args.batch_size), desc=classifier.name, unit="batch"):
+    for start in progress_bar(range(0, len(rows), args.batch_size), desc=classifier.name, unit="batch"):
         table = rows[start : start + args.batch_size]
-        labels = table[args.label_column].to_pylist()
+        labels = table[args.label_column_name].to_pylist()
         pixel_values, masks = _read(table, args, classifier, start)
         groups = [(label,) if class_map is None else class_map.groups[label] for label in labels]
         ids = torch.tensor([_single(group) for group in groups])
@@ -146,7 +171,7 @@ def _read(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Input `(B, 3, h, w)` and masks `(height, width)` of some rows, which must show what the model sees."""
     inputs, masks = [], []
-    for offset, (value, mask) in enumerate(zip(table[args.image_column], table[args.mask_column])):
+    for offset, (value, mask) in enumerate(zip(table[args.image_column_name], table[args.mask_column_name])):
         try:
             image, ids = decode_image(value.as_py()), read_mask(mask.as_py())
         except IMAGE_ERRORS as error:
@@ -171,19 +196,21 @@ def markdown_table(results: Mapping[str, Mapping[str, tuple[float, float]]]) -> 
     return "\n".join(lines)
 
 
+PROGRAM = Program(MODULE, __doc__, (LocalizationArguments,), ("models*",), required=("models",))
+
+
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
-    try:
-        (args,) = HfArgumentParser(LocalizationArguments, prog=MODULE).parse_args_into_dataclasses(arguments)
+    with PROGRAM.refusals():
+        (args,) = PROGRAM.parse(arguments)
         PixelLimit(args.max_image_pixels)
         results = {}
-        for name in args.model:
+        for name in args.models:
             classifier = load_classifier(
                 name, InputOptions(None, args.crop_pct), trust_remote_code=args.trust_remote_code
             )
             results[name] = localize(classifier, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{MODULE}: {name_options(error, LocalizationArguments)}")
     print(markdown_table(results))
 
 

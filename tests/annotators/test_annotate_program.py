@@ -269,7 +269,7 @@ def save_plain(path: Path, labels: pa.Array | None, count: int = 6) -> Path:
 
 def test_numbers_without_names_need_the_users_word(annotator, tmp_path):
     images = save_plain(tmp_path / "images" / "train.parquet", pa.array([0, 1, 2, 0, 1, 6]))
-    with pytest.raises(SystemExit, match="numbers that are not named.*'ant', 'bee'.*--class_map identity"):
+    with pytest.raises(SystemExit, match="numbers that are not named.*'ant', 'bee'.*--annotator_class_map identity"):
         annotate.main(options(images, annotator, tmp_path / "set"))
     annotate.main(options(images, annotator, tmp_path / "set", "--class_map", "identity"))
     rows = datasets.load_dataset(str(tmp_path / "set"), split="train")

@@ -69,13 +69,14 @@ def test_configuration_overrides_are_a_mapping(text):
 
 def test_unknown_recipe_key_is_named_with_the_nearest_one(tmp_path):
     with pytest.raises(
-        ValueError, match=r"recipe.yaml has unknown options: learning_rat \(did you mean learning_rate\?\)"
+        ValueError,
+        match=r"recipe.yaml has unknown options: learning_rat \(did you mean learning_rate or base_learning_rate\?\)",
     ):
         parse([write_recipe(tmp_path, learning_rat=1e-3)])
 
 
 def test_unknown_option_is_named_with_the_nearest_one():
-    with pytest.raises(ValueError, match=r"dense_wieght \(did you mean dense_weight\?\)"):
+    with pytest.raises(ValueError, match=r"--dense_wieght \(did you mean --dense_weight\?\)"):
         parse(["--dense_wieght", "1"])
 
 
@@ -201,7 +202,7 @@ BAD_VALUES = {
     "num_train_epochs": "many",
     "gradient_accumulation_steps": 2.5,
     "image_size": 32.5,
-    "horizontal_flip": None,
+    "crop_scale_min": None,
     "seed": [1],
     "cls_target": "both",
     "use_token_labels": [1],

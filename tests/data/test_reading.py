@@ -27,8 +27,8 @@ from modeling_lvvit.data.images import (
 )
 from modeling_lvvit.data.masks import MaskEncoding, read_file_facts
 from modeling_lvvit.export import predict
+from modeling_lvvit.segmentation.conversion.dataset_writer import Pair, check_pairs
 from modeling_lvvit.segmentation.dataset import SegmentationDataset
-from modeling_lvvit.segmentation.dataset_writer import Pair, check_pairs
 from modeling_lvvit.training.base_arguments import BaseImageTrainingArguments
 from support.image_files import COLORS, DEEP, encode, raw_tiff, refused_files, unusual_files
 from support.images import encode_image

@@ -125,10 +125,7 @@ def test_broken_upload_loses_nothing_and_the_second_completes(name, hub, folder)
         opened.upload(folder, "First")
     message = str(caught.value)
     assert message.startswith(f"The upload of {folder} to user/net failed: ")
-    assert (
-        f"Upload it again with: python -m modeling_lvvit.publish --folder {folder.resolve()} --repo_id user/net"
-        in message
-    )
+    assert f"Upload it again with: lvvit publish {folder.resolve()} user/net" in message
     if FAULTS[name].drop_after is None:
         assert f"(status {FAULTS[name].status}" in message
     else:
@@ -177,5 +174,5 @@ def test_token_that_is_no_token(hub):
 def test_folder_with_spaces_is_quoted_in_the_advice(hub, folder):
     spaced = folder.rename(folder.parent / "my model")
     hub.faults.append(Fault("POST", ".*/commit/main", status=409))
-    with pytest.raises(HubError, match="--folder '.*/my model' --repo_id user/net --revision"):
+    with pytest.raises(HubError, match="lvvit publish '.*/my model' user/net --hub_revision"):
         target(revision="main").open().upload(spaced, "First")

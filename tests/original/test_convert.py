@@ -109,13 +109,6 @@ def test_existing_output_is_left_alone(tiny_original, tmp_path):
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
-def test_without_the_folder_of_the_project_there_is_no_card(tiny_original, tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_lvvit.original.convert.TEMPLATE", tmp_path / "none.md")
-    torch.save(tiny_original[1], tmp_path / "model.pth")
-    assert convert_checkpoint(tmp_path / "model.pth", tmp_path / "out") < 1e-4
-    assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "README.md").exists()
-
-
 def test_images_of_the_recipe_are_those_of_the_reference():
     assert recipe_images(1, 224).flatten()[:4].tolist() == pytest.approx(
         [0.342481, 0.06326137, -0.9256287, 0.19838516]

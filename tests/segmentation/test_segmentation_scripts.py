@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_scripts import ade20k, image_mask_folder
 from modeling_lvvit.segmentation.arguments import SegmentationDataArguments
+from modeling_lvvit.segmentation.conversion import ade20k, image_mask_folder
 from modeling_lvvit.segmentation.data import open_segmentation_data
 
 
@@ -24,16 +24,16 @@ class Done:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     def call(program, *arguments) -> Done:
-        monkeypatch.setattr("sys.argv", [program.__name__, *map(str, arguments)])
         capsys.readouterr()
         try:
-            program.main()
-            code = 0
+            program.main([*map(str, arguments)])
+            code, message = 0, ""
         except SystemExit as stop:
-            code = stop.code
-        return Done(code, *capsys.readouterr())
+            code, message = 1, stop.code
+        out, err = capsys.readouterr()
+        return Done(code, out, err + message)
 
     return call
 

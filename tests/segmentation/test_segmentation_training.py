@@ -451,13 +451,13 @@ def test_early_stopping_keeps_the_best_by_mean_iou(data, tmp_path, capsys):
             "leave out --resume_from",
         ),
         ({"image_size": "30"}, "multiple"),
-        ({"mask_colum": "annotation"}, "did you mean mask_column"),
+        ({"mask_colum_name": "annotation"}, "did you mean --mask_column_name"),
     ],
 )
 def test_errors_come_before_training_and_leave_nothing(changed, message, data, tmp_path):
     with pytest.raises(SystemExit) as caught:
         program.main(options_of(data, tmp_path / "run", **changed))
-    assert message in str(caught.value) and str(caught.value).startswith("modeling_lvvit.segmentation.train: ")
+    assert message in str(caught.value) and str(caught.value).startswith("lvvit segment: ")
     assert not (tmp_path / "run" / "config.json").exists()
 
 

@@ -116,7 +116,7 @@ def test_all_processes_end_when_training_diverges(launcher, data, tmp_path):
     command = options(data, output, "--save_strategy", "steps", "--save_steps", "1", *more)
     result = run([*LAUNCH, *launcher, "--num_processes", "2", "train_tl.py", *command], data)
     assert result.returncode != 0
-    assert result.stderr.count("train_tl.py: Training diverged: weights are not finite at step") == 1
+    assert result.stderr.count("lvvit train: Training diverged: weights are not finite at step") == 1
     assert not (output / "model.safetensors").exists() and not (output / "README.md").exists()
     for path in output.rglob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path

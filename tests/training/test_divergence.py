@@ -217,7 +217,7 @@ def test_the_program_says_what_to_try_and_writes_no_model(tmp_path, capsys):
     options += ["--check_data", "False", "--report_to", "none", "--disable_tqdm", "True", "--max_train_samples", "16"]
     with pytest.raises(SystemExit) as end:
         main([*options, "--ema_decay", "0.9"])
-    assert "train_tl.py: Training diverged" in str(end.value) and "--learning_rate (it is 1600)" in str(end.value)
+    assert "lvvit train: Training diverged" in str(end.value) and "--learning_rate (it is 1600)" in str(end.value)
     assert not [
         name for name in ("model.safetensors", "README.md", "trainer_state.json") if (tmp_path / name).exists()
     ]
@@ -230,5 +230,5 @@ def test_a_finished_but_bad_model_is_not_pushed(tiny_model, labelled_rows, tmp_p
     trainer = trainer_for(tiny_model, labelled_rows, tmp_path)
     monkeypatch.setattr(trainer.args, "push_to_hub", True)
     tiny_model.get_parameter(WEIGHT).data[0] = math.nan
-    with pytest.raises(SystemExit, match=r"train_tl.py: .*classifier.weight"):
-        training_program.push_finished_run(trainer, "train_tl.py")
+    with pytest.raises(SystemExit, match=r"lvvit train: .*classifier.weight"):
+        training_program.push_finished_run(trainer, "lvvit train")

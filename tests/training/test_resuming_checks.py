@@ -15,7 +15,6 @@ from support.classifiers import samples_of as samples_at
 from support.classifiers import transformers_model
 from support.images import labelled_table
 from support.models import NUM_CLASSES, tiny_config
-from support.programs import ROOT
 from support.segmentation_rows import masked_rows, segmenter
 from support.segmentation_rows import trainer_of as segmentation_trainer
 from support.trainers import arguments, image_processor, trainer_for, trainer_of
@@ -170,7 +169,7 @@ def test_segmentation_schedules_follow_a_metric_that_there_is(tmp_path):
 def test_loggers_that_are_missing_are_named_before_the_data_is_opened(name, message, tmp_path):
     model_args, _, args = parse(["--report_to", name, "--output_dir", str(tmp_path / "run")])
     with pytest.raises(ValueError, match=f"`report_to` {name}: .*{message}"):
-        set_up(model_args, args, ROOT / "model_cards" / "template.md")
+        set_up(model_args, args)
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_localization_program(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "size", "message"),
     [
-        (["--mask_column", "masks"], 40, "no column 'masks'"),
+        (["--mask_column_name", "masks"], 40, "no column 'masks'"),
         ([], 36, "all must have one shape"),
         (["--crop_pct", "0.9"], 40, "does not see whole images"),
         (["--model", "./nowhere"], 40, "There is no model folder"),
@@ -268,7 +268,7 @@ def test_drawing_program(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "MODEL"], "Name an image first"),
+        (["--model", "MODEL"], "Give --image"),
         (["nowhere.png", "--model", "MODEL"], "nowhere.png cannot be read as an image"),
         (["IMAGE", "--model", "MODEL", "--classes", "dog"], "None of 7 classes has the name 'dog'"),
         (["IMAGE", "--model", "timm/resnet18"], "cannot be evaluated"),

@@ -1,0 +1,1 @@
+"""Other forms of segmentation data to Parquet files that training reads."""
