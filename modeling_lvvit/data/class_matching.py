@@ -77,6 +77,12 @@ def wordnet_names(class_names: Sequence[str]) -> dict[str, str]:
     return names
 
 
+def readable_names(class_names: Sequence[str]) -> list[str]:
+    """Class names for people: those that are WordNet ids by the first of their names."""
+    names = wordnet_names(class_names)
+    return [names.get(name, name).split(",")[0] if WORDNET_ID.fullmatch(name) else name for name in class_names]
+
+
 def imagenet_class_names() -> list[str]:
     """WordNet ids of the 1,000 classes of ImageNet-1k, in the order of their ids."""
     from timm.data import ImageNetInfo  # see `wordnet_names`
