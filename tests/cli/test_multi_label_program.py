@@ -4,18 +4,24 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
+from pyarrow import parquet
 from transformers import AutoConfig, pipeline
 
 import train_tl
+from modeling_lvvit import LVViTForImageClassification
+from modeling_lvvit.annotators.annotator import load_annotator
 from modeling_lvvit.cli.build_model import build_model
 from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.open_data import open_datasets
 from modeling_lvvit.data.multi_label.columns import MULTI_LABEL
 from modeling_lvvit.token_labeling.multi_label import METRICS
+from support.images import labelled_table
+from support.models import tiny_config
 from support.programs import TINY, options
 
 
@@ -74,6 +80,23 @@ def test_options_of_labels_exclude_each_other():
     ):
         with pytest.raises(ValueError, match=message):
             DataArguments(dataset_name="pets", **given)
+
+
+def test_dense_labels_of_the_data_and_models_for_several_classes_as_annotators_are_refused(tmp_path):
+    table = labelled_table()
+    lists = pa.array([[0, 2], [1]] * 6)
+    table = table.set_column(table.column_names.index("label"), "label", lists).replace_schema_metadata(None)
+    parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"several classes .*and dense labels .*`use_token_labels` false"):
+        opened(tmp_path / "train.parquet")
+    assert opened(tmp_path / "train.parquet", use_token_labels=False).label_maps is None
+    parquet.write_table(table, tmp_path / "test.parquet")
+    for given in ({}, {"label_column_names": ["cat", "dog"]}):
+        with pytest.raises(ValueError, match="no stream is trained"):
+            opened(tmp_path, streaming=True, **given)
+    LVViTForImageClassification(tiny_config(problem_type=MULTI_LABEL)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="cannot be loaded: it gives an image several classes"):
+        load_annotator(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("more", [{}, {"architecture": "resnet"}])
