@@ -26,6 +26,7 @@ from modeling_lvvit.token_labeling import (
     TrainTransform,
 )
 from modeling_lvvit.visualization.predictions import draw_predictions
+from modeling_lvvit.visualization.trained_maps import Localization, find_mask_column, measure_localization
 
 
 CARD_TEMPLATE = CARD_TEMPLATES / "classifier.md"
@@ -39,6 +40,7 @@ class ClassifierRun(TrainingRun):
     data_args: DataArguments
     opened: OpenedData
     trainer: TokenLabelTrainer
+    localization: Localization | None = None
 
     def describe(self) -> str:
         """What will be trained, with which labels."""
@@ -64,26 +66,30 @@ class ClassifierRun(TrainingRun):
             self.trainer.model.saves_patch_head = False
 
     def evaluate(self) -> None:
-        """Accuracy on the evaluation images."""
+        """Accuracy on the evaluation images, and where they have masks, how well the labelled class is found."""
         self.metrics = self.trainer.evaluate()
         about = {"eval_split": self.opened.eval_name, "eval_samples": len(self.opened.evaluation)}
-        self.trainer.save_metrics("eval", self.metrics | about)
+        self.localization = measure_localization(self.trainer, self.data_args, self.opened.evaluation)
+        places = {} if self.localization is None else self.localization.metrics()
+        self.trainer.save_metrics("eval", self.metrics | about | places)
 
     def report(self) -> None:
         """Writes figure and model card, and prints the accuracy."""
         trainer, data_args, opened = self.trainer, self.data_args, self.opened
         has_figure = self.model_args.save_picture and trainer.trains_patches
-        figure = draw_predictions(trainer, data_args, opened.evaluation) if has_figure else None
+        figure = draw_predictions(trainer, data_args, opened.evaluation, self.localization) if has_figure else None
         if not trainer.is_world_process_zero():
             return
         names = (data_args.dataset_name, data_args.token_labels)
         provenance = find_provenance(self.model_args, *names, EMBEDDED_RECIPE)
         is_part = data_args.max_eval_samples is not None
         split = f"{len(opened.evaluation):,} images of {opened.eval_name}" if is_part else opened.eval_name
-        write_model_card(CARD_TEMPLATE, trainer, provenance, split, self.metrics, figure)
+        write_model_card(CARD_TEMPLATE, trainer, provenance, split, self.metrics, figure, self.localization and self.localization.in_words())
         if "eval_accuracy" in self.metrics:
             accuracy = 100 * self.metrics["eval_accuracy"]
             print(f"top-1 on {len(opened.evaluation):,} evaluation images: {accuracy:.2f} %")
+        if self.localization is not None:
+            print(self.localization.describe())
 
 
 def build_samples(
@@ -130,6 +136,7 @@ def prepare(
     with training_args.main_process_first(desc="opening the data"):
         opened_args = with_embedded_data(data_args)
         opened = open_datasets(opened_args, training_args.seed)
+        find_mask_column(opened.evaluation, data_args.mask_column_name)  # raises if it is not there
         model, processor = build_model(model_args, opened.train.features[data_args.label_column_name].names)
         prepare_for_cpu(model, training_args.device, training_args.bf16)
         samples = build_samples(opened_args, training_args, model_image_size(model), processor, opened)

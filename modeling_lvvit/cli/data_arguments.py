@@ -37,6 +37,11 @@ class DataArguments(AnnotatorArguments):
     eval_fraction: float = HfArg(default=0.1, help="Share of training rows, in (0, 1), where no such split is.")
     image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
     label_column_name: str = HfArg(default="label", help="Column of class ids or names.", aliases=["--label_column"])
+    mask_column_name: str | None = HfArg(
+        default=None,
+        help="Column of masks with ids of the label column, by which the maps of the model are measured at the end; default: mask, if there.",
+        aliases=["--mask_column"],
+    )
     token_labels: str | None = HfArg(
         default=None, help="Label set to join: Hub name or folder; default: two columns of the data, if there."
     )

@@ -1,11 +1,13 @@
 """Images of dense labels and patch predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -66,6 +68,40 @@ def best_cells(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     return ids.numpy(), ((best - 1 / number) / (1 - 1 / number)).clamp(0, 1).numpy()
 
 
+@dataclass
+class ClassMaps:
+    """Maps of where the labelled class of images is, for a figure.
+
+    Args:
+        masks: Bool `(height, width)` of each image: where it is.
+        maps: By title, `(B, rows, columns)` each.
+        peaks: By title, for each image row and column of the largest value, in pixels of its mask.
+        note: What stands below the figure.
+    """
+
+    masks: Sequence[np.ndarray]
+    maps: Mapping[str, np.ndarray]
+    peaks: Mapping[str, Sequence[tuple[int, int]]]
+    note: str
+
+    def draw(self, image_axis: Axes, axes: Sequence[Axes], image: np.ndarray, index: int) -> None:
+        """Outlines the mask of an image `(height, width, 3)` uint8 in `image_axis`, and draws each map into one of `axes`, its largest
+        value marked: green on the mask, red beside it."""
+        height, width = image.shape[:2]
+        mask = self.masks[index]
+        scale_y, scale_x = height / mask.shape[0], width / mask.shape[1]
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)  # left, right, bottom, top: as `imshow` places the image
+        for axis, (title, maps) in zip(axes, self.maps.items()):
+            axis.imshow(heat(image / 255, maps[index]))
+            row, column = self.peaks[title][index]
+            color = "lime" if mask[row, column] else "red"
+            place = ((column + 0.5) * scale_x - 0.5, (row + 0.5) * scale_y - 0.5)
+            axis.plot(*place, marker="o", markersize=6, markeredgecolor="white", markerfacecolor=color)
+            axis.set(xticks=[], yticks=[])
+        for axis in (image_axis, *axes):
+            axis.contour(mask, levels=[0.5], colors="cyan", linewidths=0.7, extent=extent, origin="upper")
+
+
 def save_prediction_figure(
     path: Path,
     images: Sequence[Image.Image],
@@ -75,8 +111,10 @@ def save_prediction_figure(
     grid_size: tuple[int, int],
     class_names: Sequence[str],
     label_maps: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
+    class_maps: ClassMaps | None = None,
 ) -> None:
-    """One column for each image: the image with its true and predicted class, its dense labels, the model's patches.
+    """One column for each image: the image with its true and predicted class, its dense labels, the model's patches, and maps of where
+    its class is.
 
     Args:
         images: RGB images as the model saw them.
@@ -87,6 +125,8 @@ def save_prediction_figure(
     num_classes = len(class_names)
     colors = class_colors(num_classes)
     names = ["image"] + (["dense labels"] if label_maps is not None else []) + ["patch predictions"]
+    num_painted = len(names)
+    names += [] if class_maps is None else class_maps.maps
     figure = Figure(figsize=(1.5 * len(images) + 0.6, 1.6 * len(names) + 0.5), layout="constrained")
     axes = figure.subplots(len(names), len(images), squeeze=False)
     ids_of_cells, strengths = best_cells(patch_logits.unflatten(1, grid_size))  # (B, rows, columns)
@@ -96,7 +136,9 @@ def save_prediction_figure(
             ids, scores = label_maps[column]
             panels.append(overlay(image, ids[0], label_map_strengths(scores, num_classes), colors))
         panels.append(overlay(image, ids_of_cells[column], strengths[column], colors))
-        _show_column(axes[:, column], panels)
+        _show_column(axes[:num_painted, column], panels)
+        if class_maps is not None:
+            class_maps.draw(axes[0, column], axes[num_painted:, column], np.asarray(image), column)
         predicted = int(logits[column].argmax())
         is_right = predicted == labels[column]
         axes[0, column].set_title(
@@ -105,6 +147,8 @@ def save_prediction_figure(
             **SMALL,
         )
     _label_rows(axes, names)
+    if class_maps is not None:
+        figure.supxlabel(class_maps.note, **SMALL)
     FigureCanvasAgg(figure).print_png(path)
 
 
