@@ -19,10 +19,10 @@ import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
+from ..console import program, progress_bar
 from ..data.class_labels import describe_classes, names_in_data, pair_classes
 from ..data.class_matching import ClassMap
 from ..data.image_keys import hash_keys, read_keys, repeated_keys
@@ -282,7 +282,9 @@ def write_shards(
         broadcast_object_list(missing)  # all must share one list: shards that appear meanwhile would shift it
         shards = missing[0][rank::number]
         batches, total = rows.batches(shards), sum(rows.shard_size(shard) for shard in shards)
-    progress = tqdm(total=total, desc=f"Annotating{share}", unit="image", disable=not accelerator.is_main_process)
+    progress = progress_bar(
+        total=total, desc=f"Annotating{share}", unit="image", disable=not accelerator.is_main_process
+    )
     with progress:
         for batch, images in prepared_ahead(batches, annotator.preprocessing, workers):
             table = builder.add(batch.keys, images, batch.is_last)
@@ -291,6 +293,7 @@ def write_shards(
                 writer.write(batch.shard, table)
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     if start_missing_processes(["--module", MODULE], arguments):
         return

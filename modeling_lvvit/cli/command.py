@@ -70,6 +70,12 @@ COMMANDS = {
         "runs/mine timm/resnet50.a1_in1k --datasets path/to/images",
         is_launched=True,
     ),
+    "predict": Command(
+        f"{PACKAGE}.evaluate.predict",
+        "write the probabilities of a folder of images to a CSV file",
+        "runs/mine path/to/images",
+        is_launched=True,
+    ),
     "study": Command(
         f"{PACKAGE}.study.__main__",
         "compare ways of training over several seeds",

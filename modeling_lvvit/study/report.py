@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..cli.model_card import library_versions
-from ..data.atomic_files import write_json, write_text
+from ..data.atomic_files import write_atomically, write_json, write_text
 from .arms import Arm
 from .confidence_intervals import Estimate, estimate, paired_difference
 from .runs import Run
@@ -40,8 +40,8 @@ PER_CENT, PLAIN = Scale(100, 1, " (%)"), Scale(1, 4)
 
 
 def metric_scale(metric: str) -> Scale:
-    """Accuracies are shares; other metrics may not be."""
-    return PER_CENT if metric.endswith("accuracy") else PLAIN
+    """Accuracies are shares, and so are the metrics of images with several classes; others may not be."""
+    return PER_CENT if metric.endswith(("accuracy", "average_precision", "_f1", "exact_match")) else PLAIN
 
 
 @dataclass
@@ -159,4 +159,4 @@ def save_curves(path: Path, results: Sequence[ArmResults], title: str, factor: f
     ends.set_xlim(-0.5, len(results) - 0.5)
     ends.set_title("at the end: runs, mean, 95 % interval", fontsize=9)
     ends.grid(axis="y", alpha=0.3)
-    FigureCanvasAgg(figure).print_png(path)
+    write_atomically(path, FigureCanvasAgg(figure).print_png)

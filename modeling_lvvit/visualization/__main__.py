@@ -17,7 +17,8 @@ from PIL import Image
 from transformers.hf_argparser import HfArg
 
 from ..annotators.annotator import load_annotator
-from ..data.class_matching import normalized
+from ..console import program
+from ..data.class_matching import described_names, normalized, shown_names
 from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu
@@ -81,10 +82,10 @@ def class_id(wanted: str, names: list[str]) -> int:
 def draw_panels(classifier: Classifier, image: Image.Image, wanted: list[str] | None) -> list[tuple[str, np.ndarray]]:
     """Titles and images of one model."""
     pixel_values = classifier.transform(image)[None]
-    names = classifier.class_names
+    names = shown_names(classifier.class_names)
     with torch.no_grad():
-        probabilities = classifier.logits(pixel_values)[0].softmax(dim=0)
-    ids = [class_id(name, names) for name in wanted or ()] or probabilities.topk(
+        probabilities = classifier.probabilities(classifier.logits(pixel_values))[0]
+    ids = [class_id(name, described_names(classifier.class_names)) for name in wanted or ()] or probabilities.topk(
         min(NUM_CLASSES, len(names))
     ).indices.tolist()
     shown = shown_image(pixel_values[0])
@@ -107,13 +108,14 @@ def dense_label_panel(name: str, image: Image.Image, trust_remote_code: bool) ->
     with torch.inference_mode():
         scores = annotator.score_map(pixels[None])[0]  # (classes, rows, columns)
     shown = np.asarray(image.resize(pixels.shape[:0:-1])) / 255.0
-    return cells_panel(shown, scores.permute(1, 2, 0), annotator.class_names, "dense labels")
+    return cells_panel(shown, scores.permute(1, 2, 0), shown_names(annotator.class_names), "dense labels")
 
 
 def _title(names: list[str], probabilities: torch.Tensor, index: int) -> str:
     return f"{short(names[index])} {100 * probabilities[index]:.0f} %"
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     with PROGRAM.refusals():

@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from transformers.hf_argparser import HfArg
 
 from ..annotators.annotate import AnnotateArguments
+from ..console import program
 from ..data.class_labels import check_class_names, check_columns, with_class_ids
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
@@ -136,6 +137,7 @@ PROGRAM = Program(
 )
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)

@@ -18,10 +18,10 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from ..cli import digit_scenes
+from ..console import program, progress_bar
 from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image
 from ..data.masks import UNKNOWN, read_mask
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
@@ -174,6 +174,10 @@ def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, t
         label_column=args.label_column_name,
         max_samples=args.max_eval_samples,
     )
+    if test_set.is_multi_label:
+        raise ValueError(
+            f"Images of {name} have several classes, and the maps are about one: name a column with one class of each image (`label_column`)."
+        )
     if args.mask_column_name not in test_set.rows.column_names:
         raise ValueError(f"{name} has no column {args.mask_column_name!r}; it has {test_set.rows.column_names}.")
     class_map = model_class_map(classifier.class_names, test_set)
@@ -181,7 +185,7 @@ def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, t
     columns = (args.image_column_name, args.label_column_name, args.mask_column_name)
     rows = test_set.rows.select_columns(columns).with_format("arrow")
     totals = LocalizationTotals()
-    for start in tqdm(range(0, len(rows), args.batch_size), desc=classifier.name, unit="batch"):
+    for start in progress_bar(range(0, len(rows), args.batch_size), desc=classifier.name, unit="batch"):
         table = rows[start : start + args.batch_size]
         labels = table[args.label_column_name].to_pylist()
         pixel_values, masks = read_masked_images(table, *columns[::2], classifier.transform, start)
@@ -252,6 +256,7 @@ def markdown_table(results: Mapping[str, Mapping[str, tuple[float, float]]]) -> 
 PROGRAM = Program(MODULE, __doc__, (LocalizationArguments,), ("models*",), required=("models",))
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     with PROGRAM.refusals():

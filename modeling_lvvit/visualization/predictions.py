@@ -9,8 +9,8 @@ from PIL import Image
 
 from ..cli.open_data import DataArguments, has_dense_columns
 from ..token_labeling import TokenLabelDataset, TokenLabelTrainer
-from .figures import ClassMaps, save_prediction_figure
 from .localization import enlarged, read_masked_images
+from .prediction_figure import ClassMaps, save_prediction_figure
 from .trained_maps import FIGURE_TITLES, Localization, find_mask_column, trained_maps
 
 
@@ -58,9 +58,12 @@ def draw_predictions(
     trainer: TokenLabelTrainer,
     data_args: DataArguments,
     eval_rows: datasets.Dataset,
+    path: Path | None = None,
+    num_images: int = NUM_IMAGES,
     localization: Localization | None = None,
 ) -> str:
-    """Writes the figure of the first evaluation rows, as the model sees them, and returns its name.
+    """Writes the figure of the first evaluation rows, as the model sees them, to `path` (default: `predictions.png` in the output
+    folder), and returns its name.
 
     All processes must call it, because a sharded model needs all of them; the main process writes.
 
@@ -68,17 +71,18 @@ def draw_predictions(
         localization: What was measured of its maps of the labelled class, which are drawn too; `None` leaves them out.
     """
     model, config, samples = trainer.model.eval(), trainer.model.config, trainer.eval_dataset
-    count = min(NUM_IMAGES, len(samples))
+    path = path or Path(trainer.args.output_dir) / FIGURE
+    count = min(num_images, len(samples))
     pixel_values = torch.stack([sample["pixel_values"] for sample in samples.__getitems__(list(range(count)))])
     output = model(pixel_values.to(model.device))
     class_maps = localization and draw_class_maps(trainer, data_args, eval_rows, count, localization)
     if not trainer.is_world_process_zero():
-        return FIGURE
+        return path.name
     processor = trainer.processing_class
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
     arrays = (255 * (pixel_values * std + mean)).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     save_prediction_figure(
-        Path(trainer.args.output_dir) / FIGURE,
+        path,
         [Image.fromarray(array) for array in arrays],
         samples.labels(count),
         logits=output.logits.cpu(),
@@ -88,4 +92,4 @@ def draw_predictions(
         label_maps=read_dense_labels(eval_rows, data_args, count),
         class_maps=class_maps,
     )
-    return FIGURE
+    return path.name

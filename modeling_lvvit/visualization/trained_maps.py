@@ -1,6 +1,7 @@
 """What a training run has learned of places: how often patch predictions and attention find the labelled class, measured on evaluation
 images with masks."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import datasets
@@ -54,7 +55,10 @@ class Localization:
     def describe(self) -> str:
         """Lines for the terminal."""
         head = f"the labelled class in {self.num_images:,} images with masks"
-        rows = [(head, "pointed at", "overlap (IoU)"), *((f"  {name}", *scores) for name, *scores in self.in_words()[1])]
+        rows = [
+            (head, "pointed at", "overlap (IoU)"),
+            *((f"  {name}", *scores) for name, *scores in self.in_words()[1]),
+        ]
         return "\n".join(f"{name:<{len(head)}}{pointing:>14}{overlap:>16}" for name, pointing, overlap in rows)
 
 
@@ -89,10 +93,8 @@ def trained_maps(
             patch_logits = model(pixel_values).patch_logits
         maps[PATCHES] = class_shares(patch_logits, class_ids, trainer.grid_size)
     if not trainer.is_fsdp_enabled:
-        try:
+        with suppress(ValueError):  # no transformer with a class token
             maps[ATTENTION] = relevance_maps(model, pixel_values, class_ids).attention
-        except ValueError:  # no transformer with a class token
-            pass
     return {name: values.cpu() for name, values in maps.items()}
 
 
@@ -106,7 +108,7 @@ def measure_localization(
         processes that are not needed `None` too.
     """
     column = find_mask_column(rows, args.mask_column_name)
-    if column is None or not (trainer.is_world_process_zero() or trainer.is_fsdp_enabled):
+    if column is None or trainer.is_multi_label or not (trainer.is_world_process_zero() or trainer.is_fsdp_enabled):
         return None
     try:
         return _measure(trainer, args, rows, column)
@@ -133,7 +135,8 @@ def _measure(
         if not maps:
             return None
         totals.add(maps, masks, labels)
-    if args.mask_column_name is None and 2 * totals.num_images < len(rows) or not totals.num_images:
+    is_doubtful = args.mask_column_name is None and 2 * totals.num_images < len(rows)
+    if is_doubtful or not totals.num_images:
         raise ValueError(
             f"In {totals.num_images} of {len(rows)} images column {column!r} has pixels of the label of the image. If it holds ids of "
             f"column {args.label_column_name!r}, give `mask_column_name`."

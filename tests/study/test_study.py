@@ -111,7 +111,7 @@ def test_study_from_runs_to_report(stand_in, capsys):
     arguments = ["--output_dir", str(stand_in), "--seeds", "0", "1", "2", "--jobs", "2"]
     main(arguments)
     printed = capsys.readouterr().out
-    assert "9 runs, 2 at a time, of train_tl.py study" in printed
+    assert "9 runs, 2 at a time, of lvvit train study" in printed
     assert "| plain labels | 3 | 71.0 ± 2.5 | 70.0 to 72.0 | +6.0 ± 2.5 | 2 | 0.0 |" in printed
     record = json.loads((stand_in / "study.json").read_text())
     assert record["arms"][0]["values"] == {"0": 0.75, "1": 0.77, "2": 0.79}

@@ -268,7 +268,7 @@ def test_drawing_program(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "MODEL"], "Name an image first"),
+        (["--model", "MODEL"], "Give --image"),
         (["nowhere.png", "--model", "MODEL"], "nowhere.png cannot be read as an image"),
         (["IMAGE", "--model", "MODEL", "--classes", "dog"], "None of 7 classes has the name 'dog'"),
         (["IMAGE", "--model", "timm/resnet18"], "cannot be evaluated"),
