@@ -34,6 +34,7 @@ from modeling_lvvit.token_labeling import (
 from modeling_lvvit.token_labeling.multi_label import describe_metrics
 from modeling_lvvit.variants import AUTO
 from modeling_lvvit.visualization.predictions import draw_predictions
+from modeling_lvvit.visualization.trained_maps import Localization, find_mask_column, measure_localization
 
 
 FEW_TO_TRAIN_ON = 50_000  # images
@@ -49,6 +50,7 @@ class ClassifierRun(TrainingRun):
     opened: OpenedData
     trainer: TokenLabelTrainer
     notes: list[str]  # on how options were chosen
+    localization: Localization | None = None
 
     def describe(self) -> str:
         """What will be trained, with which labels."""
@@ -87,10 +89,12 @@ class ClassifierRun(TrainingRun):
             self.trainer.model.saves_patch_head = False
 
     def evaluate(self) -> None:
-        """Accuracy on the evaluation images."""
+        """Accuracy on the evaluation images, and where they have masks, how well the labelled class is found."""
         self.metrics = self.trainer.evaluate()
         about = {"eval_split": self.opened.eval_name, "eval_samples": len(self.opened.evaluation)}
-        self.trainer.save_metrics("eval", self.metrics | about)
+        self.localization = measure_localization(self.trainer, self.data_args, self.opened.evaluation)
+        places = {} if self.localization is None else self.localization.metrics()
+        self.trainer.save_metrics("eval", self.metrics | about | places)
 
     def draw(self, path: Path, num_images: int) -> None:
         """See `draw_predictions`."""
@@ -101,7 +105,9 @@ class ClassifierRun(TrainingRun):
         """Writes figure and model card, and prints the accuracy."""
         trainer, data_args, opened = self.trainer, self.data_args, self.opened
         has_figure = self.model_args.save_picture and trainer.trains_patches
-        figure = draw_predictions(trainer, data_args, opened.evaluation) if has_figure else None
+        figure = None
+        if has_figure:
+            figure = draw_predictions(trainer, data_args, opened.evaluation, localization=self.localization)
         if not trainer.is_world_process_zero():
             return
         names = (data_args.dataset_name, data_args.token_labels)
@@ -110,12 +116,15 @@ class ClassifierRun(TrainingRun):
         is_part = data_args.max_eval_samples is not None
         split = f"{len(opened.evaluation):,} images of {opened.eval_name}" if is_part else opened.eval_name
         table = None if confusions is None else class_table(trainer.class_names, confusions)
-        write_model_card(CARD_TEMPLATE, trainer, provenance, split, self.metrics, figure, table)
+        places = None if self.localization is None else self.localization.in_words()
+        write_model_card(CARD_TEMPLATE, trainer, provenance, split, self.metrics, figure, table, places)
         if trainer.is_multi_label:
             print(f"on {len(opened.evaluation):,} evaluation images: {describe_metrics(self.metrics)}")
         if "eval_accuracy" in self.metrics:
             accuracy = 100 * self.metrics["eval_accuracy"]
             print(f"top-1 on {len(opened.evaluation):,} evaluation images: {accuracy:.2f} %")
+        if self.localization is not None:
+            print(self.localization.describe())
         if confusions is not None:
             about = f"{len(opened.evaluation):,} images of {opened.eval_name}"
             print(write_class_report(Path(trainer.args.output_dir), trainer.class_names, confusions, about))
@@ -189,6 +198,7 @@ def prepare(
     with training_args.main_process_first(desc="opening the data"):
         opened_args = with_embedded_data(data_args)
         opened = open_datasets(opened_args, training_args.seed)
+        find_mask_column(opened.evaluation, data_args.mask_column_name)  # raises if it is not there
         column = data_args.label_column_name
         names = class_names(opened.train, column)
         model_args, notes = fit_options(model_args, data_args, training_args, opened, len(names))

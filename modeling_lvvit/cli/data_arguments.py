@@ -42,6 +42,11 @@ class DataArguments(AnnotatorArguments):
     )
     label_separator: str | None = HfArg(default=None, help=SEPARATOR_HELP)
     label_column_names: list[str] | None = HfArg(default=None, help=COLUMNS_HELP)
+    mask_column_name: str | None = HfArg(
+        default=None,
+        help="Column of masks with ids of the label column, by which the maps of the model are measured at the end; default: mask, if there.",
+        aliases=["--mask_column"],
+    )
     token_labels: str | None = HfArg(
         default=None, help="Label set to join: Hub name or folder; default: two columns of the data, if there."
     )

@@ -218,6 +218,7 @@ def write_model_card(
     metrics: dict[str, float],
     figure: str | None,
     class_table: str | None = None,
+    localization: tuple[int, Sequence[tuple[str, str, str]]] | None = None,
 ) -> None:
     """Fills the template from the finished run and saves it as README.md in the output folder.
 
@@ -226,6 +227,8 @@ def write_model_card(
         metrics: Result of `trainer.evaluate()`.
         figure: File name of the figure of predictions in the output folder, `None` if there is none.
         class_table: Markdown table of scores of each class, `None` for none.
+        localization: How well the labelled class was found: number of images with masks, and name, pointing accuracy and overlap of each
+            map; `None` if that was not measured.
     """
     args = trainer.args
     name = run_name(trainer)
@@ -262,6 +265,7 @@ def write_model_card(
         saves_patch_head=getattr(trainer.model, "saves_patch_head", True),
         image=figure,
         class_table=class_table,
+        localization=localization,
         eval_split=eval_name,
         metrics={key: f"{100 * value:.2f} %" for key, value in accuracies.items()},
         num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed",

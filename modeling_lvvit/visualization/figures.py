@@ -1,4 +1,4 @@
-"""Images of dense labels and patch predictions."""
+"""Images of label maps, segmentation and relevance, and what all figures are made of."""
 
 import textwrap
 from collections.abc import Sequence
@@ -81,49 +81,6 @@ def note_on_weak_cells(strengths: np.ndarray, num_classes: int) -> str | None:
     return f"no cell stands out: at most {100 * best:.2g} %"
 
 
-def save_prediction_figure(
-    path: Path,
-    images: Sequence[Image.Image],
-    labels: Sequence[int],
-    logits: torch.Tensor,
-    patch_logits: torch.Tensor,
-    grid_size: tuple[int, int],
-    class_names: Sequence[str],
-    label_maps: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
-) -> None:
-    """One column for each image: the image with its true and predicted class, its dense labels, the model's patches.
-
-    Args:
-        images: RGB images as the model saw them.
-        logits, patch_logits: `(B, C)` and `(B, N, C)`.
-        grid_size: Token rows and columns.
-        label_maps: Ids and scores of each image, `(K, rows, columns)` each; `None` leaves that row out.
-    """
-    num_classes, class_names = len(class_names), shown_names(class_names)
-    colors = class_colors(num_classes)
-    names = ["image"] + (["dense labels"] if label_maps is not None else []) + ["patch predictions"]
-    figure = Figure(figsize=(1.5 * len(images) + 0.6, 1.6 * len(names) + 0.5), layout="constrained")
-    axes = figure.subplots(len(names), len(images), squeeze=False)
-    ids_of_cells, strengths = best_cells(patch_logits.unflatten(1, grid_size))  # (B, rows, columns)
-    for column, image in enumerate(images):
-        panels = [np.asarray(image)]
-        if label_maps is not None:
-            ids, scores = label_maps[column]
-            panels.append(overlay(image, ids[0], label_map_strengths(scores, num_classes), colors))
-        panels.append(overlay(image, ids_of_cells[column], strengths[column], colors))
-        _show_column(axes[:, column], panels)
-        axes[-1, column].set_xlabel(note_on_weak_cells(strengths[column], num_classes) or "", fontsize=6)
-        predicted = int(logits[column].argmax())
-        is_right = predicted == labels[column]
-        axes[0, column].set_title(
-            f"{_shortened(class_names[labels[column]])}\n{'✓' if is_right else '✗'} {_shortened(class_names[predicted])}",
-            color="tab:green" if is_right else "tab:red",
-            **SMALL,
-        )
-    _label_rows(axes, names)
-    save_figure(path, figure)
-
-
 def panel_step(size: tuple[int, int]) -> int:
     """By what to divide the sides of an image so that it has no more pixels than a panel shows."""
     return max(1, max(size) // MAX_PANEL_SIDE)
@@ -158,9 +115,9 @@ def save_segmentation_figure(
         is_ignored = mask == ignore_index
         truth = np.where(is_ignored[..., None], 0.5, colors[np.where(is_ignored, 0, mask)])
         errors = np.where(((prediction != mask) & ~is_ignored)[..., None], (0.9, 0.1, 0.1), 0.6 * _grey(image))
-        _show_column(axes[:, column], (np.asarray(image), truth, colors[prediction], errors))
-    _label_rows(axes, names)
-    handles = [Patch(color=colors[index], label=_shortened(class_names[index])) for index in seen]
+        show_column(axes[:, column], (np.asarray(image), truth, colors[prediction], errors))
+    label_rows(axes, names)
+    handles = [Patch(color=colors[index], label=shortened(class_names[index])) for index in seen]
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7)
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -242,12 +199,12 @@ def save_contact_sheet(
         most = named[np.argsort(-counts, kind="stable")[:3]]
         upper, lower = axes[2 * row : 2 * row + 2, column]
         upper.imshow(np.asarray(image))
-        upper.set_title(_shortened(label), **SMALL)
+        upper.set_title(shortened(label), **SMALL)
         lower.imshow(overlay(covered, ids[0], label_map_strengths(scores, len(class_names)), colors))
         for line, index in enumerate(most):
             share = 100 * counts[named == index][0] / ids[0].size
             lower.text(
-                0.0, -0.08 - 0.1 * line, f"{_shortened(class_names[index])} {share:.0f} %", fontsize=7,
+                0.0, -0.08 - 0.1 * line, f"{shortened(class_names[index])} {share:.0f} %", fontsize=7,
                 color=colors[index] * 0.8, transform=lower.transAxes, parse_math=False,
             )  # fmt: skip
     save_figure(path, figure)
@@ -263,16 +220,19 @@ def _grey(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255.0
 
 
-def _show_column(axes: np.ndarray, panels: Sequence[np.ndarray]) -> None:
+def show_column(axes: np.ndarray, panels: Sequence[np.ndarray]) -> None:
+    """Shows images, one in each of some axes."""
     for axis, panel in zip(axes, panels):
         axis.imshow(panel)
         axis.set(xticks=[], yticks=[])
 
 
-def _label_rows(axes: np.ndarray, names: Sequence[str]) -> None:
+def label_rows(axes: np.ndarray, names: Sequence[str]) -> None:
+    """Names the rows of a grid of axes."""
     for axis, name in zip(axes[:, 0], names):
         axis.set_ylabel(name, fontsize=8)
 
 
-def _shortened(name: str, length: int = 22) -> str:
+def shortened(name: str, length: int = 22) -> str:
+    """A name that fits above a panel."""
     return name if len(name) <= length else name[: length - 1] + "…"

@@ -1,8 +1,6 @@
 """Relevance maps, how well they find things, and the programs that draw and measure them."""
 
-import datasets
 import numpy as np
-import pyarrow as pa
 import pytest
 import timm
 import torch
@@ -28,7 +26,7 @@ from modeling_lvvit.visualization.localization import chance_scores, localizatio
 from modeling_lvvit.visualization.localization import main as measure
 from modeling_lvvit.visualization.panels import cells_panel
 from modeling_lvvit.visualization.relevance import attention_rollout, class_relevance
-from support.images import encode_image
+from support.masked_images import masked, quarter
 from support.models import NUM_CLASSES, tiny_config
 
 
@@ -203,33 +201,6 @@ def model(tmp_path_factory):
     LVViTForImageClassification(config).save_pretrained(folder)
     evaluation_image_processor((32, 32), 1.0).save_pretrained(folder)
     return folder
-
-
-def masked(mask_of, size: int = 40) -> datasets.Dataset:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, NUM_CLASSES, 5).tolist()
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=[f"thing {index}" for index in range(NUM_CLASSES)]),
-            "mask": datasets.Image(),
-        }
-    )
-    images = [encode_image(rng.integers(0, 256, (size, size, 3), dtype=np.uint8), "PNG") for _ in labels]
-    masks = [encode_image(mask_of(label), "PNG") for label in labels]
-    kind = datasets.Image().pa_type
-    columns = [
-        pa.array([{"bytes": value, "path": None} for value in images], kind),
-        pa.array(labels),
-        pa.array([{"bytes": value, "path": None} for value in masks], kind),
-    ]
-    return datasets.Dataset(pa.Table.from_arrays(columns, schema=features.arrow_schema))
-
-
-def quarter(label: int) -> np.ndarray:
-    mask = np.full((40, 40), NUM_CLASSES, dtype=np.uint8)
-    mask[:20, :20] = label
-    return mask
 
 
 def test_localization_program(model, tmp_path, capsys):
