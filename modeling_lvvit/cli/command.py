@@ -2,7 +2,7 @@
 
 lvvit                      what there is, a line and an example for each
 lvvit COMMAND --help       options of one of them
-lvvit completion bash      a script that completes commands and options in a shell: bash, zsh or tcsh
+lvvit completion bash      a script that completes commands and options in a shell: bash or zsh
 """
 
 import argparse
@@ -104,7 +104,7 @@ COMMANDS = {
     "publish": Command(f"{PACKAGE}.publish", "upload a model or a label set to the Hub", "runs/mine OWNER/NAME"),
 }
 HIDDEN_COMMANDS = ("completion",)
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh")
 FILES = (
     "dataset_name",
     "model_name_or_path",

@@ -46,7 +46,7 @@ def test_completion_has_commands_and_options(shell, capsys):
 
 
 def test_completion_needs_a_known_shell():
-    with pytest.raises(OptionError, match="takes one of bash, zsh, tcsh"):
+    with pytest.raises(OptionError, match="takes one of bash, zsh"):
         command.run(["completion", "cmd"])
 
 

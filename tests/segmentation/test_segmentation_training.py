@@ -513,7 +513,7 @@ def test_recipe_headers_say_what_to_expect(name):
     for field in ("command:", "expected:", "duration:"):
         assert any(field in line for line in head), field
     assert any("devices:" in line or "hardware:" in line for line in head)
-    assert any(f"segmentation.train {name}" in line for line in head) or name == "digit_scenes"
+    assert any(f"lvvit segment {name}" in line for line in head) or name == "digit_scenes"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
