@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from modeling_lvvit.annotators.online import open_annotator
-from modeling_lvvit.cli.build_model import build_model, model_image_size
+from modeling_lvvit.cli.build_model import build_model, choose_for_data, model_image_size
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.model_card import find_provenance, write_model_card
 from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_datasets
-from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, TRAIN_TL
+from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, PRESET, TRAIN_TL, describe_preset
 from modeling_lvvit.cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
 from modeling_lvvit.data.images import PixelLimit
 from modeling_lvvit.data.multi_label.columns import class_names, has_lists
@@ -23,6 +23,7 @@ from modeling_lvvit.hub.folders import CARD_TEMPLATES
 from modeling_lvvit.per_class.report import class_table, write_class_report
 from modeling_lvvit.per_class.weights import describe_weights, note_uneven_classes
 from modeling_lvvit.token_labeling import (
+    AugmentationConfig,
     ImageProcessorTransform,
     TokenLabelDataset,
     TokenLabelStream,
@@ -31,10 +32,12 @@ from modeling_lvvit.token_labeling import (
     TrainTransform,
 )
 from modeling_lvvit.token_labeling.multi_label import describe_metrics
+from modeling_lvvit.variants import AUTO
 from modeling_lvvit.visualization.predictions import draw_predictions
 from modeling_lvvit.visualization.trained_maps import Localization, find_mask_column, measure_localization
 
 
+FEW_TO_TRAIN_ON = 50_000  # images
 CARD_TEMPLATE = CARD_TEMPLATES / "classifier.md"
 
 
@@ -46,6 +49,7 @@ class ClassifierRun(TrainingRun):
     data_args: DataArguments
     opened: OpenedData
     trainer: TokenLabelTrainer
+    notes: list[str]  # on how options were chosen
     localization: Localization | None = None
 
     def describe(self) -> str:
@@ -64,7 +68,8 @@ class ClassifierRun(TrainingRun):
             duration = 1000 / trainer.annotator.images_per_second(args.train_batch_size)
             name = trainer.annotator.annotator.name
             text += f"\nlabels by {name}, which takes {duration:.3g} ms an image here"
-        return "\n".join([text, *self.opened.describe(self.data_args.label_column_name), *self.describe_balance()])
+        data = self.opened.describe(self.data_args.label_column_name)
+        return "\n".join([*self.notes, text, *data, *self.describe_balance()])
 
     def describe_balance(self) -> list[str]:
         """How classes of different sizes are made up for, or that nothing does; no line where they have about the same size."""
@@ -158,6 +163,30 @@ def build_samples(
     return train, evaluation
 
 
+def fit_options(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TokenLabelTrainingArguments,
+    opened: OpenedData,
+    num_classes: int,
+) -> tuple[ModelArguments, list[str]]:
+    """Chooses for the data what `--variant auto` and `--min_steps` leave to it: model options, and lines that say what was chosen."""
+    num_images = None if data_args.streaming else len(opened.train)
+    notes = [describe_preset(model_args, data_args, training_args)]
+    is_published = data_args.augmentation() == AugmentationConfig() and model_args.model_name_or_path is None
+    if model_args.preset is None and is_published and num_images is not None and num_images < FEW_TO_TRAIN_ON:
+        notes.append(
+            f"{num_images:,} images are few for the augmentation of ImageNet runs, which are the defaults: --preset {PRESET} has others."
+        )
+    if model_args.variant == AUTO:
+        rows = opened.train
+        model_args, reason = choose_for_data(model_args, rows, data_args.image_column_name, num_classes, training_args)
+        notes.append(f"variant {AUTO}: {reason}")
+    if num_images is not None and training_args.lengthen(num_images):
+        notes.append(f"{training_args.num_train_epochs:g} epochs, for at least {training_args.min_steps:,} steps")
+    return model_args, [note for note in notes if note is not None]
+
+
 def prepare(
     model_args: ModelArguments, data_args: DataArguments, training_args: TokenLabelTrainingArguments
 ) -> ClassifierRun:
@@ -171,7 +200,9 @@ def prepare(
         opened = open_datasets(opened_args, training_args.seed)
         find_mask_column(opened.evaluation, data_args.mask_column_name)  # raises if it is not there
         column = data_args.label_column_name
-        model, processor = build_model(model_args, class_names(opened.train, column), has_lists(opened.train, column))
+        names = class_names(opened.train, column)
+        model_args, notes = fit_options(model_args, data_args, training_args, opened, len(names))
+        model, processor = build_model(model_args, names, has_lists(opened.train, column))
         prepare_for_cpu(model, training_args.device, training_args.bf16)
         samples = build_samples(opened_args, training_args, model_image_size(model), processor, opened)
         annotator = None
@@ -194,7 +225,7 @@ def prepare(
             for part in samples[data_args.streaming :] if training_args.should_save else ():
                 decode = decodes_all(data_args.decode_data, training_args, len(part))
                 part.check_rows(model.config.num_labels, decode)  # a stream is looked at while it is read
-    return ClassifierRun(model_args, data_args, opened, trainer)
+    return ClassifierRun(model_args, data_args, opened, trainer, notes)
 
 
 def main(arguments: list[str]) -> None:

@@ -118,6 +118,118 @@ SEGMENTERS: dict[str, LVViTSegmenter] = {
 }
 
 
+@dataclass(frozen=True)
+class AutoSize:
+    """One of the sizes among which `choose_variant` chooses.
+
+    Args:
+        name: What it is called.
+        settings: Fields of `LVViTConfig`.
+        min_images: From how many training images on it is chosen.
+        num_parameters: Without classifiers, rounded.
+        training_mib: What the backward pass of an image of 196 patches of 16 pixels keeps, in MiB, in float32 (counted with
+            `torch.autograd.graph.saved_tensors_hooks`; smaller patches need up to a third less).
+    """
+
+    name: str
+    settings: dict[str, Any]
+    min_images: int
+    num_parameters: float
+    training_mib: float
+
+
+@dataclass(frozen=True)
+class VariantChoice:
+    """What `choose_variant` chose.
+
+    Args:
+        image_size: Height and width of the input in pixels.
+        settings: Fields of `LVViTConfig` besides the input size.
+        reason: Size, input and what they were chosen by, in one or two lines.
+    """
+
+    image_size: tuple[int, int]
+    settings: dict[str, Any]
+    reason: str
+
+
+AUTO = "auto"
+_MINI = _architecture(layers=4, width=96, heads=3, residual_divisor=1.0, stem=16) | {"initializer_range": 0.12}
+_COMPACT = _architecture(layers=8, width=192, heads=3, residual_divisor=1.0, stem=32)
+AUTO_SIZES = (
+    AutoSize("mini", _MINI, 0, 0.5e6, 6),
+    AutoSize("compact", _COMPACT, 0, 3.4e6, 26),
+    AutoSize("the architecture of lvvit_t_224", _TINY | {"drop_path_rate": 0.1}, 20_000, 8.1e6, 50),
+    AutoSize("the architecture of lvvit_s_224", _SMALL | {"drop_path_rate": 0.1}, 200_000, 25.4e6, 85),
+)
+AUTO_PATCHES = (
+    (160, 16),
+    (64, 8),
+    (0, 4),
+)  # from which side on, in pixels, patches of which side: 8 to 20 tokens a row
+LARGEST_INPUT, LARGEST_CPU_INPUT, SMALLEST_INPUT = 224, 96, 32  # pixels
+MEMORY_SHARE = (
+    0.6  # of a device, for weights, gradients, optimizer and activations; the rest is for what libraries take
+)
+
+
+def choose_variant(
+    num_images: int,
+    num_classes: int,
+    side: int,
+    memory: int | None,
+    batch_size: int,
+    image_size: tuple[int, int] | None = None,
+    patch_size: int | None = None,
+) -> VariantChoice:
+    """Size of the model and of its input for a dataset, to be trained from random weights. The rules:
+
+    1. Input: the typical shorter side of the images, never enlarged beyond 32 pixels; at most 224 pixels, without an accelerator 96.
+    2. Patches: 16 pixels for inputs from 160 on, 8 from 64 on, else 4, so that there are 8 to 20 tokens a row (published: 14); the input is
+       a multiple of them.
+    3. Model: without an accelerator the size of the embedded job; else by the number of images. The published sizes were made for 1.28
+       million images: T from 20,000 on, S from 200,000 on, and M and L are never chosen.
+    4. The next smaller model where a batch does not fit into `MEMORY_SHARE` of the memory.
+
+    Args:
+        num_images, num_classes: Of the training data.
+        side: Typical shorter side of its images in pixels.
+        memory: Bytes of the accelerator; `None` without one.
+        batch_size: Images of a step on a device.
+        image_size, patch_size: Height and width of the input, and side of the patches, where the user fixed them.
+    """
+    if image_size is None:
+        largest = LARGEST_CPU_INPUT if memory is None else LARGEST_INPUT
+        length = max(SMALLEST_INPUT, min(largest, side))
+        patch_size = patch_size or _auto_patch(length)
+        image_size = (max(patch_size, length // patch_size * patch_size),) * 2
+    else:
+        wanted = _auto_patch(min(image_size))
+        fitting = [patch for _, patch in AUTO_PATCHES if patch <= wanted and not any(x % patch for x in image_size)]
+        patch_size = patch_size or (fitting or [wanted])[0]
+    num_tokens = image_size[0] * image_size[1] // patch_size**2
+    fitting = AUTO_SIZES[:1]
+    if memory is not None:
+        sizes = [size for size in AUTO_SIZES[1:] if num_images >= size.min_images]
+        fitting = [size for size in sizes if _training_bytes(size, num_tokens, batch_size) <= MEMORY_SHARE * memory]
+    chosen = (fitting or AUTO_SIZES)[-1 if fitting else 0]
+    device = "no accelerator" if memory is None else f"an accelerator of {memory / 2**30:.0f} GiB"
+    reason = (
+        f"{chosen.name} ({chosen.num_parameters / 1e6:.1f} M parameters), input {image_size[0]} x {image_size[1]} pixels, patches of "
+        f"{patch_size}, for {num_images:,} training images of {num_classes} classes, shorter side typically {side} pixels, and {device}"
+    )
+    return VariantChoice(image_size, chosen.settings | {"patch_size": patch_size}, reason)
+
+
+def _auto_patch(side: int) -> int:
+    return next(patch for smallest, patch in AUTO_PATCHES if side >= smallest)
+
+
+def _training_bytes(size: AutoSize, num_tokens: int, batch_size: int) -> float:
+    """Weights, gradients and two moments of AdamW, 16 bytes a parameter, and what the backward pass of a batch keeps."""
+    return 16 * size.num_parameters + size.training_mib * 2**20 * batch_size * num_tokens / 196
+
+
 def variant_config(name: str, **overrides: Any) -> LVViTConfig:
     """Configuration of a published size with 1000 classes, changed by `overrides`; a `ValueError` if there is none of this name."""
     if name not in VARIANTS:

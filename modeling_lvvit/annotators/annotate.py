@@ -44,6 +44,7 @@ logger = logging.get_logger(__name__)
 MODULE = "modeling_lvvit.annotators.annotate"
 STREAMED_ROWS_PER_SHARD = 1024
 DEFAULT_COLUMN = "label"
+TOP_K = 5
 
 
 @dataclass
@@ -103,7 +104,7 @@ class AnnotateArguments(HubUploadArguments):
     batch_size: int = HfArg(default=32, help="Images a forward pass.")
     bf16: bool = HfArg(default=False, help="Run the annotator in bfloat16.")
     output_dir: str | None = HfArg(default=None, help="Folder of the label set; an unfinished one is continued.")
-    top_k: int = HfArg(default=5, help="Classes kept for each cell.")
+    top_k: int | None = HfArg(default=None, help=f"Classes kept for each cell; default: {TOP_K}.")
     scores: Literal["logits", "relative"] = HfArg(
         default="logits", help="Logits as they are, or relative to the classes left out."
     )
@@ -117,6 +118,7 @@ class AnnotateArguments(HubUploadArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
+        self.top_k = TOP_K if self.top_k is None else self.top_k
         parse_image_size(self.annotator_image_size, "`annotator_image_size`")
         self.check_upload()
 

@@ -1,9 +1,13 @@
 """The model of a training run: from random weights, or from a checkpoint of another resolution or class count."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import psutil
 import torch
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -12,6 +16,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     TimmWrapperConfig,
+    TrainingArguments,
 )
 from transformers.utils import logging
 
@@ -20,11 +25,12 @@ from ..backbones.image_processors import fitted_processor
 from ..backbones.loading import BUILDING_ERRORS, LOADING_ERRORS, load_image_processor
 from ..backbones.patch_head import PATCH_HEAD
 from ..configuration_lvvit import LVViTConfig
+from ..data.image_dataset import read_image_sizes
 from ..data.multi_label.columns import MULTI_LABEL, is_multi_label
 from ..data.sources import looks_local
 from ..finite import check_weights
 from ..modeling_lvvit import LVViTForImageClassification
-from ..variants import DEFAULT_CROP_PCT, VARIANTS, evaluation_image_processor, variant_config
+from ..variants import AUTO, DEFAULT_CROP_PCT, VARIANTS, choose_variant, evaluation_image_processor, variant_config
 from .build_backbone import finish_pretrained, random_classifier
 from .model_arguments import ModelArguments, ModelSourceArguments, check_config_fields
 
@@ -66,6 +72,45 @@ def build_model(
     fraction = VARIANTS[args.variant].crop_pct if args.variant else DEFAULT_CROP_PCT
     processor = evaluation_image_processor(config.image_height_width, args.crop_pct or fraction)
     return LVViTForImageClassification(config), processor
+
+
+def choose_for_data(
+    args: ModelArguments, rows: datasets.Dataset, image_column: str, num_classes: int, training_args: TrainingArguments
+) -> tuple[ModelArguments, str]:
+    """What `--variant auto` stands for on some training rows: the options, and why.
+
+    Raises:
+        ValueError: If the rows are a stream, whose images are not counted, or no image can be read.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        raise ValueError(
+            f"`variant` {AUTO} counts the images, which a stream does not allow. Name one of {', '.join(VARIANTS)}."
+        )
+    sizes = read_image_sizes(rows, image_column)
+    if not len(sizes):
+        raise ValueError(f"`variant` {AUTO} looks at the sizes of images, and none could be read.")
+    choice = choose_variant(
+        len(rows),
+        num_classes,
+        int(np.median(sizes.min(axis=1))),
+        _accelerator_memory(training_args.device),
+        training_args.per_device_train_batch_size,
+        args.image_height_width,
+        (args.config_overrides or {}).get("patch_size"),
+    )
+    overrides = choice.settings | (args.config_overrides or {})
+    return replace(args, variant=None, image_size=list(choice.image_size), config_overrides=overrides), choice.reason
+
+
+def _accelerator_memory(device: torch.device) -> int | None:
+    """Bytes of an accelerator, those of the machine where it shares them; `None` for a CPU."""
+    if device.type == "cpu":
+        return None
+    return (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else psutil.virtual_memory().total
+    )
 
 
 def model_image_size(model: PreTrainedModel) -> tuple[int, int]:

@@ -23,13 +23,21 @@ class ModelSourceArguments:
 
     alternatives: ClassVar[tuple[str, ...]] = ("variant", "model_name_or_path")  # at most one of them is given
     option_groups: ClassVar[dict[str, str]] = {
-        "variant": "model",
+        "preset": "model",
         "overwrite_output_dir": "output",
         "architecture": "model",
         "save_patch_head": "output",
     }
 
-    variant: str | None = HfArg(default=None, help="Published size, trained from random weights, e.g. lvvit_s_224.")
+    preset: str | None = HfArg(
+        default=None,
+        help="A recipe by its name or file, as if it stood first; own_images: defaults for 500 to 50,000 images of your own.",
+    )
+    variant: str | None = HfArg(
+        default=None,
+        help="Published size, trained from random weights, e.g. lvvit_s_224; for a classifier also auto, which chooses size and input by "
+        "the data and the device, and says why.",
+    )
     model_name_or_path: str | None = HfArg(default=None, help="Instead, a model to start from: folder or Hub name.")
     model_revision: str | None = HfArg(default=None, help="Its revision on the Hub.")
     trust_remote_code: bool = HfArg(default=False, help="Allow code of its Hub repository to run.")

@@ -150,12 +150,13 @@ def _open_stream(
         raise ValueError(f"{name} has no split to evaluate on, and a stream cannot be divided. It has {list(splits)}.")
     train = splits[args.train_split]
     train = train if train.features is not None else train._resolve_features()
-    check_columns(train, name, *columns)
-    feature = train.features[args.label_column_name]
-    if isinstance(feature, (datasets.List, datasets.LargeList)):
+    is_asked = args.label_separator is not None or args.label_column_names is not None
+    if is_asked or has_lists(train, args.label_column_name):
         raise ValueError(
             f"Images of {name} have several classes, with which no stream is trained: leave out --streaming."
         )
+    check_columns(train, name, *columns)
+    feature = train.features[args.label_column_name]
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
             f"With --streaming column {args.label_column_name!r} of {name} must be a ClassLabel, got {feature}."

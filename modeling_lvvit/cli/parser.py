@@ -22,11 +22,12 @@ TRAIN_DESCRIPTION = f"""Trains an image classifier with token labels (or plain o
 
     lvvit train                                   embedded data, a few minutes on two CPU cores
     lvvit train RECIPE --output_dir runs/a        a recipe, by name or file; any option overrides its value
-    lvvit train --dataset_name path/to/images --variant lvvit_s_224 --output_dir runs/b
+    lvvit train --dataset_name path/to/images --preset own_images --output_dir runs/b
     lvvit train --dataset_name path/to/images --architecture timm/resnet50 --annotator MODEL --output_dir runs/c
 
 {LAUNCHER}"""
 COMMON_OPTIONS = [
+    "preset",
     "variant",
     "model_name_or_path",
     "image_size",
@@ -64,6 +65,8 @@ TRAIN_SHOWN = (
     "mix_methods",
     "ema_decay",
 )
+PRESET = "own_images"  # what small datasets are advised to use
+FINE_TUNING = "_fine_tuning"  # ending of the recipe that holds in place of another where a trained model is given
 EMBEDDED_RECIPE = "digit_scenes"  # of every program; used without a recipe and without data, it makes its own data
 
 
@@ -92,10 +95,13 @@ class TrainingProgram(Program):
 
     def merge(self, options: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
         """Options of two recipes. The later ones hold, and one of several alternatives replaces the others. Fields of
-        `config_overrides` are merged one by one, unless they belong to different architectures."""
+        `config_overrides` are merged one by one, unless they belong to different architectures. `switches_off` of a dataclass names
+        options that end others of earlier recipes."""
         chosen = {name for name, value in later.items() if value is not None}
         groups = [set(part.alternatives) for part in self.arguments if hasattr(part, "alternatives")]
         replaced = {name for group in groups if chosen & group for name in group}
+        ended = {name: other for part in self.arguments for name, other in getattr(part, "switches_off", {}).items()}
+        replaced |= {other for name, other in ended.items() if name in later}
         merged = {name: value for name, value in options.items() if name not in replaced} | later
         overrides = (options.get("config_overrides"), later.get("config_overrides"))
         if merged.get("architecture") != options.get("architecture"):
@@ -148,6 +154,8 @@ def read_recipe(path: Path, program: TrainingProgram = TRAIN_TL, above: tuple[Pa
     options: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         options = program.merge(options, read_recipe(find_recipe(str(base), program), program, (*above, path)))
+    if "preset" in recipe:
+        raise ValueError(f"Recipe {path}: write `base` for `preset`, which is an option of the command line.")
     if unknown := [with_nearest(str(key), set(program.types)) for key in recipe if key not in program.types]:
         raise ValueError(f"Recipe {path} has unknown options: {'; '.join(unknown)}.")
     parser = program.parser()
@@ -155,6 +163,25 @@ def read_recipe(path: Path, program: TrainingProgram = TRAIN_TL, above: tuple[Pa
         return program.merge(options, {key: _convert(key, recipe[key], program, parser) for key in recipe})
     except ValueError as error:
         raise ValueError(f"Recipe {path}: {error}") from error
+
+
+def fitting_recipe(name: str, model_name_or_path: str | None, program: TrainingProgram = TRAIN_TL) -> Path:
+    """Path of a recipe; if a trained model is given, that of the recipe for fine-tuning where there is one of this name."""
+    fine_tuning = program.recipes / f"{name}{FINE_TUNING}.yaml"
+    return fine_tuning if model_name_or_path and fine_tuning.is_file() else find_recipe(name, program)
+
+
+def describe_preset(model_args: Any, *others: Any, program: TrainingProgram = TRAIN_TL) -> str | None:
+    """What `--preset` set, and which of its options were given otherwise; `None` without one."""
+    if model_args.preset is None:
+        return None
+    path = fitting_recipe(model_args.preset, model_args.model_name_or_path, program)
+    values = {name: value for part in (model_args, *others) for name, value in vars(part).items()}
+    recipe = read_recipe(path, program)
+    held = [f"{name} {value}" for name, value in recipe.items() if values[name] == value]
+    changed = [f"{name} {values[name]}" for name, value in recipe.items() if values[name] != value]
+    text = f"preset {path.stem}: {', '.join(held)}"
+    return f"{text}; given otherwise: {', '.join(changed)}" if changed else text
 
 
 def _convert(name: str, value: Any, program: TrainingProgram, parser: OptionParser) -> Any:
@@ -182,7 +209,8 @@ def _convert(name: str, value: Any, program: TrainingProgram, parser: OptionPars
 
 
 def parse(arguments: list[str], program: TrainingProgram = TRAIN_TL) -> tuple[Any, ...]:
-    """Parses `[RECIPE ...] [--option value ...]`; later recipes override earlier ones, and options override recipes: see `Program.merge`.
+    """Parses `[RECIPE ...] [--option value ...]`; later recipes override earlier ones, and options override recipes: see
+    `TrainingProgram.merge`. `--preset` is the first recipe.
 
     Without a recipe and without `--dataset_name`, the embedded recipe is the base; if options choose a model, without its own.
 
@@ -198,9 +226,14 @@ def parse(arguments: list[str], program: TrainingProgram = TRAIN_TL) -> tuple[An
     program.check_unknown(rest)
     if "config_overrides" in given:
         given["config_overrides"] = read_config_overrides(given["config_overrides"])
+    if given.get("preset"):
+        recipes.insert(0, given["preset"])
+    elif PRESET in recipes:
+        given["preset"] = PRESET
     options: dict[str, Any] = {}
     for recipe in recipes:
-        options = program.merge(options, read_recipe(find_recipe(recipe, program), program))
+        path = fitting_recipe(recipe, given.get("model_name_or_path"), program)
+        options = program.merge(options, read_recipe(path, program))
     if not recipes and "dataset_name" not in given:
         options = read_recipe(find_recipe(EMBEDDED_RECIPE, program), program)
         model = program.arguments[0]

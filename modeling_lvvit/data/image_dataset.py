@@ -1,13 +1,15 @@
 """What all views of a `datasets.Dataset` with images share: rows read in batches, randomness that belongs to a row, and the check
 of all rows before training."""
 
+import io
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image, ImageFile
@@ -27,6 +29,9 @@ from .images import (
     decode_image,
     examine_image,
     libjpeg_reports_damage,
+    pillow_errors,
+    read_content,
+    upright_size,
 )
 from .sampling import fold_in, preserve_rng_state, seed_generators
 
@@ -34,6 +39,7 @@ from .sampling import fold_in, preserve_rng_state, seed_generators
 logger = logging.get_logger(__name__)
 MAX_REPORTED_PROBLEMS = 10
 ROWS_PER_CHECK = 128
+SAMPLED_IMAGES = 256  # whose sizes are read
 # up to so many images, or from so many passes on, all are decoded before training
 FEW_IMAGES, MANY_PASSES = 10_000, 10
 DECODE_HELP = (
@@ -226,6 +232,17 @@ class _ExaminedBlocks(torch.utils.data.Dataset):
     def __getitem__(self, block: int) -> list[ImageReport]:
         images = self.rows[block * ROWS_PER_CHECK : (block + 1) * ROWS_PER_CHECK][self.image_column]
         return [examine_image(image, self.decode) for image in images]
+
+
+def read_image_sizes(rows: datasets.Dataset, column: str, count: int = SAMPLED_IMAGES) -> np.ndarray:
+    """Heights and widths in pixels of up to `count` images, spread evenly over the rows, by the headers of their files, int64 `(n, 2)`.
+    Files that are no images are left out: `check_all_rows` names them."""
+    picked = np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64)).tolist()
+    sizes = []
+    for value in rows.select_columns(column).with_format("arrow")[picked][column]:
+        with suppress(*IMAGE_ERRORS), pillow_errors():
+            sizes.append(upright_size(Image.open(io.BytesIO(read_content(value.as_py())))))
+    return np.array(sizes, dtype=np.int64).reshape(-1, 2)
 
 
 def check_has_columns(dataset: datasets.Dataset, columns: list[str], name: str) -> None:

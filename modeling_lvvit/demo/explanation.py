@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..annotators.annotator import load_annotator
 from ..backbones.loading import FORWARD_ERRORS, library_errors
-from ..data.class_matching import shown_names
+from ..data.class_matching import readable_names
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..visualization.figures import MIN_STRENGTH, best_cells, heat, note_on_weak_cells
 from ..visualization.panels import short, shown_image
@@ -56,7 +56,7 @@ class Explainer:
     @cached_property
     def class_names(self) -> list[str]:
         """By id, WordNet ids with what they stand for."""
-        return shown_names(self.classifier.class_names)
+        return readable_names(self.classifier.class_names)
 
     @cached_property
     def distinct_names(self) -> list[str]:

@@ -77,7 +77,7 @@ class ProbabilityReports:
             return scores
         text = f"{about}\n{describe_curve(record, self.positive_class is not None)}"
         if self.output is None:
-            text += "\n`output` FILE.json writes the ROC (PNG) and its thresholds (JSON) next to it"
+            text += "\n`output_file` FILE.json writes the ROC (PNG) and its thresholds (JSON) next to it"
         else:
             table, figure = save_curve(self._stem(classifier, test_set), record)
             text += f"\nROC: {figure}\nthresholds: {table} (lvvit predict --threshold {table})"

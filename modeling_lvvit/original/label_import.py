@@ -140,7 +140,7 @@ def import_shards(folder: Path, files: list[str], writer: LabelSetWriter, args: 
     progress = progress_bar(total=sum(len(parts[shard]) for shard in missing), desc="Importing", unit="map")
     # children start again: a copy of a process with the threads of PyTorch may hang
     context = multiprocessing.get_context("spawn")
-    with progress, ProcessPoolExecutor(workers, context, ignore_interrupts) as pool:
+    with progress, ProcessPoolExecutor(workers, mp_context=context, initializer=ignore_interrupts) as pool:
         tasks = [pool.submit(import_shard, folder, parts[shard], writer, shard, args) for shard in missing]
         try:
             for task in as_completed(tasks):

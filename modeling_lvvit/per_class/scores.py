@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import precision_recall_fscore_support
 
 from ..training.metrics import AccumulatingMetric, compute_accuracy
 
@@ -50,6 +49,8 @@ class Confusions:
         Example: 3 images of class 0, of which 1 is taken for class 1, and 1 of class 1: precision 1 and 1/2, recall 2/3 and 1,
         F1 0.8 and 2/3.
         """
+        from sklearn.metrics import precision_recall_fscore_support  # takes a second, which not every program should
+
         if not len(self.counts):  # which scikit-learn refuses
             nothing = np.full(self.num_classes, np.nan)
             return {

@@ -1,5 +1,6 @@
 """Training arguments of token labeling."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -23,13 +24,21 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
     reference_images_per_step: ClassVar[int] = REFERENCE_IMAGES_PER_STEP
     option_groups: ClassVar[dict[str, str]] = {
         "output_dir": "training",
+        "min_steps": "training",
         "lr_schedule": "learning-rate schedule",
         "cls_weight": "token labeling",
         "ema_decay": "weight average",
     }
     alternatives: ClassVar[tuple[str, ...]] = ("ema_decay", "base_ema_decay")  # at most one of them is given
+    switches_off: ClassVar[dict[str, str]] = {
+        "num_train_epochs": "min_steps"
+    }  # options -> those of earlier recipes that they end
 
     base_learning_rate: float = HfArg(default=1.6e-3, help="Learning rate for 1024 images a step.")
+    min_steps: int = HfArg(
+        default=0,
+        help="Where num_train_epochs make fewer optimizer steps than this, as with few images, train for more epochs.",
+    )
     lr_schedule: Literal["library", "published"] = HfArg(
         default="library",
         help="library: that of lr_scheduler_type and warmup_steps; published: the authors' warm-up and cosine by epochs, with the "
@@ -105,11 +114,22 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
         """Whether the weights are averaged."""
         return self.ema_decay is not None or self.base_ema_decay is not None
 
+    def lengthen(self, num_images: int) -> bool:
+        """Raises `num_train_epochs` to what `min_steps` need with so many training images, in whole epochs, unless `max_steps` say how many.
+        Returns whether they were too few."""
+        needed = math.ceil(self.min_steps / math.ceil(num_images / self.images_per_step))
+        if self.max_steps > 0 or needed <= self.num_train_epochs:
+            return False
+        self.num_train_epochs = float(needed)
+        return True
+
     def check_options(self) -> None:
         """As in `BaseImageTrainingArguments`."""
         super().check_options()
         learning_rates = ("base_warmup_learning_rate", "base_min_learning_rate")
-        self.check_numbers(0, "cls_weight", "dense_weight", "warmup_epochs", "cooldown_epochs", *learning_rates)
+        self.check_numbers(
+            0, "cls_weight", "dense_weight", "warmup_epochs", "cooldown_epochs", "min_steps", *learning_rates
+        )
         self.check_numbers(positive=("label_temperature", "mix_alpha", "mixup_alpha"))
         for name in ("cls_target", "label_crop", "uncovered_tokens", "lr_schedule", "patch_target"):
             self.check_choice(name, *get_args(type(self).__dataclass_fields__[name].type))

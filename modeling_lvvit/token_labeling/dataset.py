@@ -75,7 +75,7 @@ class TokenLabelDataset(ImageDataset):
             self.label_feature = self.label_feature.feature
         elif not pa.types.is_integer(label_type):
             raise ValueError(
-                f"Column {label_column!r} of the {name} data must hold class ids, or lists of `ClassLabel`, got {label_type}."
+                f"Column {label_column!r} of the {name} data must hold class ids, got {label_type}; lists of `ClassLabel` are several classes of an image."
             )
         self.label_maps = label_maps
         if ids_column is not None:

@@ -111,8 +111,8 @@ def check_problem_type(args: TokenLabelTrainingArguments, config: PreTrainedConf
         return
     options = {
         "patch_target": args.patch_target == "image",
-        "class_weights": getattr(args, "class_weights", None) is not None,
-        "train_sampling_strategy": getattr(args, "train_sampling_strategy", None) == "balanced",
+        "class_weights": args.class_weights is not None,
+        "train_sampling_strategy": args.train_sampling_strategy == BALANCED,
     }
     if given := [f"`{name}`" for name, is_given in options.items() if is_given]:
         raise ValueError(

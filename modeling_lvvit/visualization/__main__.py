@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArg
 
 from ..annotators.annotator import load_annotator
 from ..console import program
-from ..data.class_matching import described_names, normalized, shown_names
+from ..data.class_matching import normalized, readable_names, shown_names
 from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu
@@ -83,9 +83,11 @@ def draw_panels(classifier: Classifier, image: Image.Image, wanted: list[str] | 
     """Titles and images of one model."""
     pixel_values = classifier.transform(image)[None]
     names = shown_names(classifier.class_names)
+    both = zip(classifier.class_names, readable_names(classifier.class_names))
+    synonyms = [name if name == readable else f"{name}, {readable}" for name, readable in both]
     with torch.no_grad():
         probabilities = classifier.probabilities(classifier.logits(pixel_values))[0]
-    ids = [class_id(name, described_names(classifier.class_names)) for name in wanted or ()] or probabilities.topk(
+    ids = [class_id(name, synonyms) for name in wanted or ()] or probabilities.topk(
         min(NUM_CLASSES, len(names))
     ).indices.tolist()
     shown = shown_image(pixel_values[0])

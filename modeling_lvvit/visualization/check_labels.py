@@ -18,6 +18,7 @@ from transformers.hf_argparser import HfArg
 from ..annotators.annotate import AnnotateArguments
 from ..console import program
 from ..data.class_labels import check_class_names, check_columns, with_class_ids
+from ..data.class_matching import shown_names
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
 from ..data.splits import take_subset
@@ -106,7 +107,7 @@ def draw(args: CheckArguments, samples: TokenLabelDataset, label_maps: LabelMapR
         width, height = image.size
         box = [round(value) for value in np.multiply(region, [width, height, width, height])]
         images.append((image, image.crop(box).convert("RGB") if box != [0, 0, width, height] else image))
-    pairs = list(zip(maps.ids, maps.scores))
+    pairs, names = list(zip(maps.ids, maps.scores)), shown_names(names)
     save_contact_sheet(Path(args.contact_sheet), images, pairs, [names[human[row]] for row in rows], names)
 
 

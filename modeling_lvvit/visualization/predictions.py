@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ..cli.open_data import DataArguments, has_dense_columns
+from ..data.class_matching import shown_names
 from ..token_labeling import TokenLabelDataset, TokenLabelTrainer
 from .localization import enlarged, read_masked_images
 from .prediction_figure import ClassMaps, save_prediction_figure
@@ -88,7 +89,7 @@ def draw_predictions(
         logits=output.logits.cpu(),
         patch_logits=output.patch_logits.cpu(),
         grid_size=trainer.grid_size,
-        class_names=[config.id2label[index] for index in range(config.num_labels)],
+        class_names=shown_names([config.id2label[index] for index in range(config.num_labels)]),
         label_maps=read_dense_labels(eval_rows, data_args, count),
         class_maps=class_maps,
     )

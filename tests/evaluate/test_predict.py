@@ -102,7 +102,7 @@ def test_damaged_images_are_named_before_the_work_or_in_their_rows(model, photos
     message = predict(model, photos)
     assert "train/cat/a.png): the image cannot be decoded" in message and "train/x/y/c.png" in message
     assert "--on_error empty gives such images a row" in message
-    rows = predict(model, photos, "--on_error", "empty", "--num_workers", 1)
+    rows = predict(model, photos, "--on_error", "empty", "--dataloader_num_workers", 1)
     assert [row["predicted_class"] == "" for row in rows] == [False, True, True, False]
     assert [row["error"][:27] for row in rows] == ["", *["the image cannot be decoded"] * 2, ""]
     assert rows[1]["eel"] == rows[1]["probability"] == ""

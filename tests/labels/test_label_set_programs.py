@@ -42,7 +42,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(autouse=True)
 def threads_for_processes(monkeypatch):
     """Processes take seconds to start; the slow test below starts them."""
-    pool = lambda workers, mp_context: ThreadPoolExecutor(workers)  # noqa: E731
+    pool = lambda workers, **_: ThreadPoolExecutor(workers)  # noqa: E731
     monkeypatch.setattr(label_import, "ProcessPoolExecutor", pool)
 
 

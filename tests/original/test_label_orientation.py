@@ -29,7 +29,7 @@ BLOCK = 10  # pixels of a token, a cell, and a block of one color
 @pytest.fixture(autouse=True)
 def own_cache_and_threads(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(label_import, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(label_import, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
 
 
 def colors_of(pixels: np.ndarray) -> np.ndarray:
