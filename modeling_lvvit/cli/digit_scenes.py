@@ -219,13 +219,16 @@ def build(output_dir: Path, seed: int = 0, annotator_epochs: int = 8) -> None:
         write_json(partial / "digit_scenes.json", record)
 
 
-def build_or_reuse() -> Path:
-    """The dataset in the cache folder of Hugging Face libraries, built on first use.
+def cache_folder() -> Path:
+    """Where the dataset lies once it was built: in the cache folder of Hugging Face libraries, outside that of `datasets`, which would put
+    its Arrow copies between the Parquet files."""
+    return Path(HF_HOME) / "lvvit" / f"digit-scenes-{VERSION}"
 
-    It must lie outside the cache of `datasets`, which would put its Arrow copies between the Parquet files. Processes
-    that start together may each build it; the first to finish wins and the others use its result.
-    """
-    folder = Path(HF_HOME) / "lvvit" / f"digit-scenes-{VERSION}"
+
+def build_or_reuse() -> Path:
+    """The dataset in `cache_folder`, built on first use. Processes that start together may each build it; the first to finish wins
+    and the others use its result."""
+    folder = cache_folder()
     if not folder.is_dir():
         try:
             build(folder)

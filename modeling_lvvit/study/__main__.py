@@ -10,6 +10,7 @@ folder for each run, study.md (the table), study.json, and curves.png. Started a
 """
 
 import itertools
+import math
 import shlex
 import signal
 import sys
@@ -21,17 +22,19 @@ from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArg
 
+from ..cli import digit_scenes
 from ..cli.model_arguments import ModelArguments
-from ..cli.parser import TRAIN_TL
+from ..cli.parser import EMBEDDED_RECIPE, TRAIN_TL
 from ..console import end_interrupted, program, progress_bar
 from ..launching import name_options, num_cpu_cores
 from ..options import Program
 from .arms import ARMS, Arm, check_options, parse_arm
-from .report import ArmResults, save_report
+from .report import ArmResults, save_report, seed_table, verdict
 from .runs import Run, RunError, Runner
 
 
-EMBEDDED_RECIPE, QUICK_RECIPE, LOCK = "study", "quick_study", ".lock"
+STUDY_RECIPE, QUICK_RECIPE, LOCK = "study", "quick_study", ".lock"
+QUICK_RUN_SECONDS, SCENES_SECONDS = 40, 60  # of one CPU core for a quick run; of two for the scenes
 
 
 @dataclass
@@ -105,7 +108,7 @@ def plan(args: StudyArguments, shared: tuple[str, ...]) -> tuple[list[Arm], list
             raise ValueError(
                 f"The embedded study has a model of its own: give `dataset_name` or a recipe with `{chosen[0]}`."
             )
-        shared = (QUICK_RECIPE if args.quick else EMBEDDED_RECIPE, *shared)
+        shared = (QUICK_RECIPE if args.quick else STUDY_RECIPE, *shared)
     elif args.quick:
         raise ValueError("A `quick` study has data of its own: leave out the recipe and `dataset_name`.")
     runs = [Run(arm, seed, args.folder / arm.name / f"seed_{seed}", shared) for seed in args.seeds for arm in arms]
@@ -145,13 +148,27 @@ def run_study(args: StudyArguments, arms: list[Arm], runs: list[Run]) -> None:
     runner = Runner(jobs, threads, shlex.split(args.launcher) if args.launcher else (sys.executable,))
     results = {arm: ArmResults(arm) for arm in arms}
     print(f"{len(runs)} runs, {jobs} at a time, of lvvit train {shlex.join(runs[0].options)}", flush=True)
+    if args.quick and not has_gpu:
+        print(quick_duration(missing, jobs), flush=True)
     args.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(args.folder / LOCK, timeout=0), progress_bar(total=len(runs), desc="Study", unit="run") as bar:
+        if runs[0].settings["dataset_name"] in ("None", EMBEDDED_RECIPE):
+            digit_scenes.build_or_reuse()  # before the runs, of which each would draw the scenes
         for run in runner.run_all(runs):
             results[run.arm].add(run, args.metric)
             bar.set_postfix_str(f"{run.arm.name}, seed {run.seed}: {results[run.arm].finals[run.seed]:.3f}")
             bar.update()
-    print(save_report(args.folder, list(results.values()), args.metric, runs[0].options))
+    arms_results = list(results.values())
+    table = save_report(args.folder, arms_results, args.metric, runs[0].options)
+    print(f"{seed_table(arms_results, args.metric)}\n{verdict(arms_results, args.metric)}" if args.quick else table)
+
+
+def quick_duration(num_runs: int, jobs: int) -> str:
+    """About how long so many runs of the quick study take, and before them the scenes where they are not drawn yet."""
+    seconds = QUICK_RUN_SECONDS * math.ceil(num_runs / jobs)
+    if num_runs and not digit_scenes.cache_folder().is_dir():
+        seconds += SCENES_SECONDS
+    return f"about {seconds / 60:.0f} minutes on {jobs} CPU cores that have nothing else to do"
 
 
 if __name__ == "__main__":
