@@ -182,11 +182,11 @@ def test_bars_become_lines_without_a_terminal(capsys, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     for index in console.progress_bar(range(1000), desc="Reading", unit="batch"):
-        now[0] += 0.1
+        now[0] += 0.125
         assert index < 1000
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "Reading: 300 of 1,000 batches, 00:30 so far, 01:10 left"
-    assert lines[-1] == "Reading: 1,000 of 1,000 batches, 01:40 so far" and len(lines) == 4
+    assert lines[0] == "Reading: 240 of 1,000 batches, 00:30 so far, 01:35 left"
+    assert lines[-1] == "Reading: 1,000 of 1,000 batches, 02:05 so far" and len(lines) == 5
 
 
 def test_ctrl_c_ends_a_program_with_a_line(capsys, monkeypatch):
