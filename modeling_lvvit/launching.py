@@ -67,11 +67,17 @@ def run_processes(number: int, program: list[str], arguments: list[str]) -> None
 def quiet_launch() -> Iterator[None]:
     """Around a launcher that runs in this process (torchrun, accelerate): when its processes fail or are interrupted, this one ends
     with their status. They have said why; the launcher's traceback and its notes of what it sends to whom say nothing more."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("agent.server.api", "multiprocessing.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
         yield
     except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
+        rank, failure = error.get_first_failure()
+        status = failure.exitcode
+        if status < 0:  # it could not say why
+            name = signal.Signals(-status).name
+            reason = ", perhaps for want of memory" if name == "SIGKILL" else ""
+            print(f"process {rank} was ended by {name}{reason}", file=sys.stderr, flush=True)
     except subprocess.CalledProcessError as error:
         status = error.returncode
     except SignalException as error:
@@ -89,12 +95,15 @@ def waiting_launcher() -> psutil.Process | None:
     """The `accelerate launch` that has started this process alone and does nothing but wait for it; `None` if there is none."""
     try:
         parent = psutil.Process(os.getppid())
-        program, *words = parent.cmdline()
+        python, *words = parent.cmdline()
     except (psutil.Error, ValueError):  # it is gone
         return None
-    names = {os.path.basename(word) for word in words[:3]}  # behind options of Python
-    is_launcher = bool(names & {"accelerate", "accelerate-launch", "accelerate.commands.launch", "launch.py"})
-    return parent if is_launcher and "python" in program and "WORLD_SIZE" not in os.environ else None
+    start = [os.path.basename(word) for word in words if word not in ("-u", "-m")][:2]
+    is_launcher = start == ["accelerate", "launch"] or start[:1] in (
+        ["accelerate-launch"],
+        ["accelerate.commands.launch"],
+    )
+    return parent if is_launcher and "python" in python and "WORLD_SIZE" not in os.environ else None
 
 
 def end_with_launcher() -> None:

@@ -2,11 +2,14 @@
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from modeling_lvvit import launching
 
@@ -73,3 +76,39 @@ def test_threads_are_those_asked_for_or_a_share_of_the_cores(variables, threads,
 def test_parameters_in_messages_become_options(message, expected):
     names = ("image_column", "annotator_class_map", "model_revision", "dataset_revision")
     assert launching.name_options(message, *names) == expected
+
+
+def test_launchers_in_this_process_end_it_with_the_status_of_theirs(capsys):
+    def status_of(error):
+        with pytest.raises(SystemExit) as ending, launching.quiet_launch():
+            raise error
+        return ending.value.code
+
+    failures = {rank: ProcessFailure(rank, 7, code, "unused") for rank, code in ((1, -9), (0, 3))}
+    assert status_of(ChildFailedError("train", {0: failures[0]})) == 3 and capsys.readouterr().err == ""
+    assert status_of(ChildFailedError("train", {1: failures[1]})) == 137
+    assert capsys.readouterr().err == "process 1 was ended by SIGKILL, perhaps for want of memory\n"
+    assert status_of(subprocess.CalledProcessError(2, "train")) == 2
+    assert status_of(SignalException("", signal.SIGTERM)) == 143
+    assert status_of(KeyboardInterrupt()) == 130
+    with launching.quiet_launch():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("command", "is_launcher"),
+    [
+        (["/usr/bin/python", "/usr/bin/accelerate", "launch", "train_tl.py"], True),
+        (["python3.11", "-m", "accelerate.commands.launch", "train_tl.py"], True),
+        (["bash", "-c", "accelerate launch train_tl.py"], False),
+        (["python", "run.py", "--config_file", "accelerate"], False),
+        ([], False),
+    ],
+)
+def test_only_a_launcher_is_taken_for_one(command, is_launcher, monkeypatch):
+    """A shell or a program that has the word in its options must not be ended."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(launching.psutil.Process, "cmdline", lambda self: command)
+    assert (launching.waiting_launcher() is not None) == is_launcher
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launching.waiting_launcher() is None

@@ -48,7 +48,7 @@ class BaseImageTrainer(HubTrainer):
         # the losses are ours: the Trainer need not count labels over all processes at every step
         self.model_accepts_loss_kwargs = False
         self.throughput = Throughput()
-        use_run_progress(self, self.throughput)
+        self.progress = use_run_progress(self, self.throughput)
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
         self.divergence = DivergenceCheck(self.accelerator, args)
@@ -149,6 +149,7 @@ class BaseImageTrainer(HubTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.is_in_train = False  # also where it ended with an error
+            self.progress.close()
             self.stop_on_signal.restore_handlers()
 
     def describe_best(self) -> str | None:

@@ -24,11 +24,13 @@ EVALUATION_UPDATES = 20
 NO_FIGURES = ("total_flos", "epoch")
 
 
-def use_run_progress(trainer: Trainer, throughput: Throughput) -> None:
-    """Replaces the callbacks with which the library shows progress; that of notebooks stays."""
+def use_run_progress(trainer: Trainer, throughput: Throughput) -> "RunProgress":
+    """Replaces the callbacks with which the library shows progress, and returns the new one; that of notebooks stays."""
+    progress = RunProgress(throughput)
     for callback in (ProgressCallback, PrinterCallback):
         if trainer.pop_callback(callback) is not None:
-            trainer.add_callback(RunProgress(throughput))
+            trainer.add_callback(progress)
+    return progress
 
 
 class RunProgress(ProgressCallback):
@@ -131,9 +133,14 @@ class RunProgress(ProgressCallback):
         self.prediction_bar = None
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Training is over, or was interrupted: what is written next stands below the bar."""
         self.is_training = False
         if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
+            self.training_bar.close()
+        self.training_bar = None
 
     def write(self, line: str) -> None:
         """A line of its own, above the bar if there is one."""
