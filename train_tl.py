@@ -5,6 +5,7 @@ accelerate launch train_tl.py [RECIPE ...] [--option value ...]
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from modeling_lvvit.annotators.online import open_annotator
@@ -15,8 +16,12 @@ from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_dataset
 from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, PRESET, TRAIN_TL, describe_preset
 from modeling_lvvit.cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
 from modeling_lvvit.data.images import PixelLimit
+from modeling_lvvit.data.multi_label.columns import class_names, has_lists
+from modeling_lvvit.data.sampling import BALANCED
 from modeling_lvvit.deployment import prepare_for_cpu
 from modeling_lvvit.hub.folders import CARD_TEMPLATES
+from modeling_lvvit.per_class.report import class_table, write_class_report
+from modeling_lvvit.per_class.weights import describe_weights, note_uneven_classes
 from modeling_lvvit.token_labeling import (
     AugmentationConfig,
     ImageProcessorTransform,
@@ -26,8 +31,10 @@ from modeling_lvvit.token_labeling import (
     TokenLabelTrainingArguments,
     TrainTransform,
 )
+from modeling_lvvit.token_labeling.multi_label import describe_metrics
 from modeling_lvvit.variants import AUTO
 from modeling_lvvit.visualization.predictions import draw_predictions
+from modeling_lvvit.visualization.trained_maps import Localization, find_mask_column, measure_localization
 
 
 FEW_TO_TRAIN_ON = 50_000  # images
@@ -43,11 +50,12 @@ class ClassifierRun(TrainingRun):
     opened: OpenedData
     trainer: TokenLabelTrainer
     notes: list[str]  # on how options were chosen
+    localization: Localization | None = None
 
     def describe(self) -> str:
         """What will be trained, with which labels."""
         trainer, args, samples = self.trainer, self.trainer.args, self.trainer.train_dataset
-        labels = "plain"
+        labels = "plain multi-label" if trainer.is_multi_label else "plain"
         if trainer.trains_patches:
             labels = "token" if args.patch_target == "dense" else "self-emerging token"
         images = "streamed" if isinstance(samples, TokenLabelStream) else f"{len(samples):,}"
@@ -60,7 +68,20 @@ class ClassifierRun(TrainingRun):
             duration = 1000 / trainer.annotator.images_per_second(args.train_batch_size)
             name = trainer.annotator.annotator.name
             text += f"\nlabels by {name}, which takes {duration:.3g} ms an image here"
-        return "\n".join([*self.notes, text, *self.opened.describe(self.data_args.label_column_name)])
+        data = self.opened.describe(self.data_args.label_column_name)
+        return "\n".join([*self.notes, text, *data, *self.describe_balance()])
+
+    def describe_balance(self) -> list[str]:
+        """How classes of different sizes are made up for, or that nothing does; no line where they have about the same size."""
+        trainer, lines = self.trainer, []
+        names, counts = trainer.class_names, trainer.class_counts
+        if trainer.class_weights is not None:
+            lines.append(describe_weights(trainer.class_weights, names, counts))
+        if trainer.args.train_sampling_strategy == BALANCED:
+            lines.append("training images drawn with replacement, of every class as often")
+        if not lines and counts is not None:
+            lines = [note_uneven_classes(counts, names)]
+        return [line for line in lines if line is not None]
 
     def finish_model(self) -> None:
         """Leaves the patch head out of the saved model if that was asked for."""
@@ -68,26 +89,45 @@ class ClassifierRun(TrainingRun):
             self.trainer.model.saves_patch_head = False
 
     def evaluate(self) -> None:
-        """Accuracy on the evaluation images."""
+        """Accuracy on the evaluation images, and where they have masks, how well the labelled class is found."""
         self.metrics = self.trainer.evaluate()
         about = {"eval_split": self.opened.eval_name, "eval_samples": len(self.opened.evaluation)}
-        self.trainer.save_metrics("eval", self.metrics | about)
+        self.localization = measure_localization(self.trainer, self.data_args, self.opened.evaluation)
+        places = {} if self.localization is None else self.localization.metrics()
+        self.trainer.save_metrics("eval", self.metrics | about | places)
+
+    def draw(self, path: Path, num_images: int) -> None:
+        """See `draw_predictions`."""
+        if self.trainer.trains_patches:
+            draw_predictions(self.trainer, self.data_args, self.opened.evaluation, path, num_images)
 
     def report(self) -> None:
         """Writes figure and model card, and prints the accuracy."""
         trainer, data_args, opened = self.trainer, self.data_args, self.opened
         has_figure = self.model_args.save_picture and trainer.trains_patches
-        figure = draw_predictions(trainer, data_args, opened.evaluation) if has_figure else None
+        figure = None
+        if has_figure:
+            figure = draw_predictions(trainer, data_args, opened.evaluation, localization=self.localization)
         if not trainer.is_world_process_zero():
             return
         names = (data_args.dataset_name, data_args.token_labels)
         provenance = find_provenance(self.model_args, *names, EMBEDDED_RECIPE)
+        confusions = getattr(trainer.compute_metrics, "confusions", None)
         is_part = data_args.max_eval_samples is not None
         split = f"{len(opened.evaluation):,} images of {opened.eval_name}" if is_part else opened.eval_name
-        write_model_card(CARD_TEMPLATE, trainer, provenance, split, self.metrics, figure)
+        table = None if confusions is None else class_table(trainer.class_names, confusions)
+        places = None if self.localization is None else self.localization.in_words()
+        write_model_card(CARD_TEMPLATE, trainer, provenance, split, self.metrics, figure, table, places)
+        if trainer.is_multi_label:
+            print(f"on {len(opened.evaluation):,} evaluation images: {describe_metrics(self.metrics)}")
         if "eval_accuracy" in self.metrics:
             accuracy = 100 * self.metrics["eval_accuracy"]
             print(f"top-1 on {len(opened.evaluation):,} evaluation images: {accuracy:.2f} %")
+        if self.localization is not None:
+            print(self.localization.describe())
+        if confusions is not None:
+            about = f"{len(opened.evaluation):,} images of {opened.eval_name}"
+            print(write_class_report(Path(trainer.args.output_dir), trainer.class_names, confusions, about))
 
 
 def build_samples(
@@ -158,9 +198,11 @@ def prepare(
     with training_args.main_process_first(desc="opening the data"):
         opened_args = with_embedded_data(data_args)
         opened = open_datasets(opened_args, training_args.seed)
-        class_names = opened.train.features[data_args.label_column_name].names
-        model_args, notes = fit_options(model_args, data_args, training_args, opened, len(class_names))
-        model, processor = build_model(model_args, class_names)
+        find_mask_column(opened.evaluation, data_args.mask_column_name)  # raises if it is not there
+        column = data_args.label_column_name
+        names = class_names(opened.train, column)
+        model_args, notes = fit_options(model_args, data_args, training_args, opened, len(names))
+        model, processor = build_model(model_args, names, has_lists(opened.train, column))
         prepare_for_cpu(model, training_args.device, training_args.bf16)
         samples = build_samples(opened_args, training_args, model_image_size(model), processor, opened)
         annotator = None

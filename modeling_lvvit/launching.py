@@ -2,22 +2,29 @@
 
 import ctypes
 import dataclasses
+import logging
 import os
 import platform
 import re
 import signal
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
 from accelerate.commands.launch import launch_command_parser
 from torch import distributed
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+_interrupted = threading.Event()  # by Ctrl-C, which has ended the launcher
 
 
 def missing_cpu_processes() -> int:
@@ -44,10 +51,9 @@ def start_missing_processes(program: list[str], arguments: list[str]) -> bool:
     processes = missing_cpu_processes()
     if not processes:
         return False
-    try:
+    end_launcher_at_interrupt()
+    with quiet_launch():
         run_processes(processes, program, arguments)
-    except ChildFailedError:
-        sys.exit(1)  # the processes have said why
     return True
 
 
@@ -57,11 +63,95 @@ def run_processes(number: int, program: list[str], arguments: list[str]) -> None
     torchrun(["--standalone", f"--nproc_per_node={number}", *program, *arguments])
 
 
+@contextmanager
+def quiet_launch() -> Iterator[None]:
+    """Around a launcher that runs in this process (torchrun, accelerate): when its processes fail or are interrupted, this one ends
+    with their status. They have said why; the launcher's traceback and its notes of what it sends to whom say nothing more."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        yield
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+    except subprocess.CalledProcessError as error:
+        status = error.returncode
+    except SignalException as error:
+        status = 128 + error.sigval
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    else:
+        return
+    if status == 128 + signal.SIGINT:
+        stop_launcher()
+    sys.exit(128 - status if status < 0 else status)
+
+
+def waiting_launcher() -> psutil.Process | None:
+    """The `accelerate launch` that has started this process alone and does nothing but wait for it; `None` if there is none."""
+    try:
+        parent = psutil.Process(os.getppid())
+        program, *words = parent.cmdline()
+    except (psutil.Error, ValueError):  # it is gone
+        return None
+    names = {os.path.basename(word) for word in words[:3]}  # behind options of Python
+    is_launcher = bool(names & {"accelerate", "accelerate-launch", "accelerate.commands.launch", "launch.py"})
+    return parent if is_launcher and "python" in program and "WORLD_SIZE" not in os.environ else None
+
+
 def end_with_launcher() -> None:
     """Has Linux send SIGTERM to this process when `accelerate launch` is ended: that passes no signals on to a single
     process, which would otherwise train on unnoticed."""
-    if sys.platform == "linux" and any("accelerate" in word for word in psutil.Process(os.getppid()).cmdline()):
+    if sys.platform == "linux" and waiting_launcher() is not None:
+        signal.signal(signal.SIGTERM, _end_unless_interrupted)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_launcher_at_interrupt() -> None:
+    """On Ctrl-C, ends an `accelerate launch` that waits for this process: it gets the signal too, and would print a traceback.
+
+    It prints it a quarter of a second later (`subprocess.Popen.wait`), so that a thread has to act, whatever the main one computes. Where
+    no terminal has sent the signal, only this process may have it: then the launcher waits for the end, see `stop_launcher`.
+    """
+    launcher = waiting_launcher()
+    if launcher is None or threading.current_thread() is not threading.main_thread() or not _is_in_foreground():
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while os.read(reader, 1) != bytes([signal.SIGINT]):
+            pass
+        _interrupted.set()
+        stop_launcher()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def stop_launcher() -> None:
+    """Ends an `accelerate launch` that waits for this process, which would answer a status other than 0 with a traceback."""
+    launcher = waiting_launcher()
+    if launcher is not None:
+        _interrupted.set()  # its end is no reason to end this process
+        launcher.terminate()
+
+
+def _is_in_foreground() -> bool:
+    """Whether Ctrl-C of the terminal reaches this process."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
+
+
+def _end_unless_interrupted(number: int, frame: object) -> None:
+    """Handles SIGTERM as if there were no handler, unless it tells of the end of a launcher that this process has ended."""
+    if not _interrupted.is_set():
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def end_together() -> None:

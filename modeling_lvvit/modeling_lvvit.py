@@ -489,7 +489,9 @@ class LVViTForImageClassification(LVViTPreTrainedModel):
         Args:
             pixel_values: Normalized images, `(batch_size, num_channels, height, width)`.
             labels: Class ids `(batch_size,)` in `[0, num_labels)`; when given, `loss` is the cross-entropy of
-                `logits` (the token-labeling losses belong to `TokenLabelTrainer`).
+                `logits` (the token-labeling losses belong to `TokenLabelTrainer`). With `config.problem_type`
+                `"multi_label_classification"` 0 and 1, `(batch_size, num_labels)`, and the binary cross-entropy of
+                each class.
             mix_mask: See `LVViTModel.forward`. The exchange is undone before the patch head, so all `patch_logits` of a row
                 belong to its image.
             interpolate_pos_encoding: See `LVViTModel.forward`.
@@ -508,6 +510,8 @@ class LVViTForImageClassification(LVViTPreTrainedModel):
             logits = logits + self.config.patch_logits_weight * patch_logits.amax(dim=1).to(wide)
         loss = None
         if labels is not None:
+            if self.config.problem_type == "multi_label_classification":
+                labels = labels.to(logits.dtype)
             loss = self.loss_function(labels, logits, self.config, **kwargs)
         return LVViTImageClassifierOutput(
             loss=loss,

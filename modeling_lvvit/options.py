@@ -9,7 +9,7 @@ import difflib
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -22,7 +22,6 @@ from transformers.hf_argparser import string_to_bool
 from .launching import is_main_process, name_options
 
 
-INTERRUPTED = 130  # exit status of shells for Ctrl-C
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 HELP_ALL = "--help_all"
 
@@ -229,11 +228,11 @@ class Program:
             raise OptionError(f"Give {' and '.join(missing)}. Usage: {self.usage}")
         return tuple(parsed)
 
-    def check_unknown(self, rest: list[str]) -> None:
-        """Raises an `OptionError` if a command line had words that no option took."""
+    def check_unknown(self, rest: list[str], further: Iterable[str] = ()) -> None:
+        """Raises an `OptionError` if a command line had words that no option took; it names the nearest options, also of `further` ones."""
         unknown = [word for word in rest if word.startswith("-")]
         if unknown:
-            names = {f"--{name}" for name in self.types}
+            names = {f"--{name}" for name in (*self.types, *further)}
             given = [word.partition("=")[0].replace("-", "_").replace("__", "--", 1) for word in unknown]
             described = "; ".join(with_nearest(word, names) for word in given)
             raise OptionError(f"Unknown options: {described}. See --help.")
@@ -246,7 +245,7 @@ class Program:
 
     @contextmanager
     def refusals(self, *exceptions: type[Exception], of_all_processes: bool = True) -> Iterator[None]:
-        """Ends the program with one message after a `ValueError`, `OSError` or one of `exceptions`, and after Ctrl-C.
+        """Ends the program with one message after a `ValueError`, `OSError` or one of `exceptions`.
 
         Args:
             of_all_processes: Whether all processes meet the same error, so that one of them speaks.
@@ -255,10 +254,6 @@ class Program:
             yield
         except (ValueError, OSError, *exceptions) as error:
             sys.exit(self.message(error) if is_main_process() or not of_all_processes else 1)
-        except KeyboardInterrupt:
-            if is_main_process():
-                print(f"{self.name}: interrupted", file=sys.stderr)
-            sys.exit(INTERRUPTED)
 
 
 def with_nearest(key: str, names: set[str]) -> str:

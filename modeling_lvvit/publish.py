@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from transformers.hf_argparser import HfArg
 
+from .console import program
 from .hub.folders import publish_model_folder
 from .hub.repository import HubTarget, HubTargetArguments
 from .labels.publishing import check_finished, push_label_set
@@ -72,6 +73,7 @@ def publish(args: PublishArguments) -> str:
     return publish_folder(folder, HubTarget(args.hub_model_id, repo_type, args.hub_private_repo, args.hub_revision))
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)

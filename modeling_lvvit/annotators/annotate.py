@@ -19,10 +19,10 @@ import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
+from ..console import program, progress_bar
 from ..data.class_labels import describe_classes, names_in_data, pair_classes
 from ..data.class_matching import ClassMap
 from ..data.image_keys import hash_keys, read_keys, repeated_keys
@@ -44,6 +44,7 @@ logger = logging.get_logger(__name__)
 MODULE = "modeling_lvvit.annotators.annotate"
 STREAMED_ROWS_PER_SHARD = 1024
 DEFAULT_COLUMN = "label"
+TOP_K = 5
 
 
 @dataclass
@@ -103,7 +104,7 @@ class AnnotateArguments(HubUploadArguments):
     batch_size: int = HfArg(default=32, help="Images a forward pass.")
     bf16: bool = HfArg(default=False, help="Run the annotator in bfloat16.")
     output_dir: str | None = HfArg(default=None, help="Folder of the label set; an unfinished one is continued.")
-    top_k: int = HfArg(default=5, help="Classes kept for each cell.")
+    top_k: int | None = HfArg(default=None, help=f"Classes kept for each cell; default: {TOP_K}.")
     scores: Literal["logits", "relative"] = HfArg(
         default="logits", help="Logits as they are, or relative to the classes left out."
     )
@@ -117,6 +118,7 @@ class AnnotateArguments(HubUploadArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
+        self.top_k = TOP_K if self.top_k is None else self.top_k
         parse_image_size(self.annotator_image_size, "`annotator_image_size`")
         self.check_upload()
 
@@ -282,7 +284,9 @@ def write_shards(
         broadcast_object_list(missing)  # all must share one list: shards that appear meanwhile would shift it
         shards = missing[0][rank::number]
         batches, total = rows.batches(shards), sum(rows.shard_size(shard) for shard in shards)
-    progress = tqdm(total=total, desc=f"Annotating{share}", unit="image", disable=not accelerator.is_main_process)
+    progress = progress_bar(
+        total=total, desc=f"Annotating{share}", unit="image", disable=not accelerator.is_main_process
+    )
     with progress:
         for batch, images in prepared_ahead(batches, annotator.preprocessing, workers):
             table = builder.add(batch.keys, images, batch.is_last)
@@ -291,6 +295,7 @@ def write_shards(
                 writer.write(batch.shard, table)
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     if start_missing_processes(["--module", MODULE], arguments):
         return

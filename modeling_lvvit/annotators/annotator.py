@@ -28,6 +28,7 @@ from ..backbones.patch_head import PATCH_HEAD, add_patch_head, load_patch_head
 from ..backbones.preprocessing import Fit, Preprocessing
 from ..backbones.resize import must_interpolate, native_image_size, resize_classifier
 from ..data.class_matching import ClassMap
+from ..data.multi_label.columns import is_multi_label
 from ..data.sources import looks_local
 from ..deployment import prepare_for_cpu
 from ..finite import check_scores
@@ -159,6 +160,11 @@ def _make_dense(
 
 def _load_transformers(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):
     model, unexpected = create_transformers_model(name, source, random_weights)
+    if is_multi_label(model.config):
+        raise ValueError(
+            "it gives an image several classes (`problem_type` multi_label_classification), and dense labels share every cell out among classes "
+            "that exclude each other. Take a classifier that chooses one class."
+        )
     processor = load_image_processor(name, source)
     settings = checked_settings(processor)
     image_size = choose_image_size(processor, image_size, settings.image_size, native_image_size(model))

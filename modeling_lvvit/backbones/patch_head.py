@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 
+from ..data.multi_label.columns import is_multi_label
 from ..finite import check_weights
 from .class_rows import ClassRows
 from .feature_hook import FeatureHook, find_features, unused_parameters
@@ -73,7 +74,8 @@ class PatchHeadMixin:
         """
         Args:
             pixel_values: Normalized images, `(batch_size, num_channels, height, width)`.
-            labels: Class ids `(batch_size,)`; when given, `loss` is the cross-entropy of `logits`.
+            labels: Class ids `(batch_size,)`; when given, `loss` is the cross-entropy of `logits`. With the `problem_type`
+                multi_label_classification 0 and 1 `(batch_size, num_labels)`, and the binary cross-entropy of each class.
             mix_mask: Boolean `(batch_size, rows, columns)`, equal for both partners of a pair. The pixels of masked cells are
                 exchanged between sample b and sample B-1-b, and `patch_logits` put back. For a patch embedding without overlap
                 this is MixToken exactly: what is exchanged before it and after it are the same patches.
@@ -90,7 +92,11 @@ class PatchHeadMixin:
             hook.close()
         if mix_mask is not None:
             features = torch.where(mix_mask.flatten(1).unsqueeze(-1), features.flip(0), features)
-        loss = nn.functional.cross_entropy(outputs.logits, labels) if labels is not None else None
+        loss = None
+        if labels is not None and is_multi_label(self.config):
+            loss = nn.functional.binary_cross_entropy_with_logits(outputs.logits, labels.to(outputs.logits))
+        elif labels is not None:
+            loss = nn.functional.cross_entropy(outputs.logits, labels)
         others = (getattr(outputs, name, None) for name in ("hidden_states", "attentions"))
         return PatchHeadOutput(loss, outputs.logits, outputs.logits, get_patch_head(self)(features), *others)
 

@@ -23,9 +23,9 @@ from typing import Literal
 
 import timm
 import torch
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
+from ..console import program, progress_bar
 from ..data.atomic_files import write_json
 from ..options import Program
 from .comparison import compare_loaders, compare_models, table
@@ -153,7 +153,7 @@ def run_table(args: BenchmarkArguments) -> list[dict[str, object]]:
     compared = compare_published(
         rows, setting, rounds, frozenset(args.options), args.output_file and Path(args.output_file)
     )
-    measured = list(tqdm(compared, total=len(rows), unit="model"))
+    measured = list(progress_bar(compared, total=len(rows), unit="model"))
     heading = "As published; and as counted here, FLOPs as multiply-adds of convolutions and matrix products."
     if rounds:
         machine = ", ".join(f"{name} {value}" for name, value in environment(args).items())
@@ -165,6 +165,7 @@ def run_table(args: BenchmarkArguments) -> list[dict[str, object]]:
     return measured
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     with PROGRAM.refusals(ImportError):

@@ -1,6 +1,7 @@
 """Taking turns: every model in a process of its own, so that none finds the heap or the caches that another left."""
 
 import multiprocessing
+import signal
 import statistics
 import time
 import warnings
@@ -8,9 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 
 import torch
 
+from ..console import ignore_interrupts
 from ..launching import keep_freed_memory
 from .measure import memory_now, peak_memory, time_call
 
@@ -59,9 +62,13 @@ def time_interleaved(
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(["modeling_lvvit.benchmark.comparison"])
+        resource_tracker.ensure_running()  # it unblocks the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C goes to it too, while it imports
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     times = {name: Times() for name in entries}
     with ExitStack() as stack:
-        processes = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for name in entries}
+        processes = {name: stack.enter_context(ProcessPoolExecutor(1, context, ignore_interrupts)) for name in entries}
         repeats = {
             name: processes[name].submit(_begin, entry, device, warmup).result() for name, entry in entries.items()
         }

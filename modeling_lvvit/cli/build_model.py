@@ -26,6 +26,7 @@ from ..backbones.loading import BUILDING_ERRORS, LOADING_ERRORS, load_image_proc
 from ..backbones.patch_head import PATCH_HEAD
 from ..configuration_lvvit import LVViTConfig
 from ..data.image_dataset import read_image_sizes
+from ..data.multi_label.columns import MULTI_LABEL, is_multi_label
 from ..data.sources import looks_local
 from ..finite import check_weights
 from ..modeling_lvvit import LVViTForImageClassification
@@ -35,10 +36,16 @@ from .model_arguments import ModelArguments, ModelSourceArguments, check_config_
 
 
 logger = logging.get_logger(__name__)
+SINGLE_LABEL = "single_label_classification"
 
 
-def build_model(args: ModelArguments, class_names: list[str]) -> tuple[PreTrainedModel, Any]:
+def build_model(
+    args: ModelArguments, class_names: list[str], has_several_classes: bool = False
+) -> tuple[PreTrainedModel, Any]:
     """Model and image processor; class names of the data become those of the model. Other models than LV-ViT get a patch head.
+
+    Args:
+        has_several_classes: Whether an image may have several classes, or none (`problem_type` multi_label_classification).
 
     Raises:
         FileNotFoundError: If a local model folder does not exist.
@@ -46,6 +53,14 @@ def build_model(args: ModelArguments, class_names: list[str]) -> tuple[PreTraine
             labels.
     """
     names = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
+    asked = (args.config_overrides or {}).get("problem_type")
+    if asked not in (None, MULTI_LABEL if has_several_classes else SINGLE_LABEL):
+        raise ValueError(
+            f"`config_overrides` has the `problem_type` {asked}, and images of the data have {'several classes' if has_several_classes else 'one class'}"
+            " each. Leave it out: it follows from the label column."
+        )
+    if has_several_classes:
+        names["problem_type"] = MULTI_LABEL
     if args.model_name_or_path is not None:
         return _load_pretrained(args, class_names, names)
     if args.architecture is not None:
@@ -148,6 +163,8 @@ def _load_pretrained(args: ModelArguments, class_names: list[str], names: dict[s
         check_weights(model)
     except errors as error:
         raise ValueError(f"The weights in {path} cannot be loaded: {error}") from error
+    if is_multi_label(model.config) and "problem_type" not in names:
+        model.config.problem_type = SINGLE_LABEL
     if hasattr(model.config, "label_names"):  # timm's own list, which would be saved next to the new names
         model.config.label_names = list(class_names)
     old_names = [(config.id2label or {}).get(index, f"LABEL_{index}") for index in range(config.num_labels)]

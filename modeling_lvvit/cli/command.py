@@ -2,7 +2,7 @@
 
 lvvit                      what there is, a line and an example for each
 lvvit COMMAND --help       options of one of them
-lvvit completion bash      a script that completes commands and options in a shell: bash, zsh or tcsh
+lvvit completion bash      a script that completes commands and options in a shell: bash or zsh
 """
 
 import argparse
@@ -70,6 +70,12 @@ COMMANDS = {
         "runs/mine timm/resnet50.a1_in1k --datasets path/to/images",
         is_launched=True,
     ),
+    "predict": Command(
+        f"{PACKAGE}.evaluate.predict",
+        "write the probabilities of a folder of images to a CSV file",
+        "runs/mine path/to/images",
+        is_launched=True,
+    ),
     "study": Command(
         f"{PACKAGE}.study.__main__",
         "compare ways of training over several seeds",
@@ -98,7 +104,7 @@ COMMANDS = {
     "publish": Command(f"{PACKAGE}.publish", "upload a model or a label set to the Hub", "runs/mine OWNER/NAME"),
 }
 HIDDEN_COMMANDS = ("completion",)
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh")
 FILES = (
     "dataset_name",
     "model_name_or_path",

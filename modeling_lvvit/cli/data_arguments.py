@@ -8,6 +8,7 @@ from transformers.hf_argparser import HfArg
 from ..annotators.online import AnnotatorArguments
 from ..data.image_dataset import DECODE_HELP
 from ..data.images import MAX_PIXELS_HELP
+from ..data.multi_label.columns import COLUMNS_HELP, SEPARATOR_HELP, check_label_options
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN
 from ..token_labeling.transforms import AugmentationConfig
 
@@ -36,7 +37,16 @@ class DataArguments(AnnotatorArguments):
     )
     eval_fraction: float = HfArg(default=0.1, help="Share of training rows, in (0, 1), where no such split is.")
     image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
-    label_column_name: str = HfArg(default="label", help="Column of class ids or names.", aliases=["--label_column"])
+    label_column_name: str = HfArg(
+        default="label", help="Column of class ids or names, or of lists of them.", aliases=["--label_column"]
+    )
+    label_separator: str | None = HfArg(default=None, help=SEPARATOR_HELP)
+    label_column_names: list[str] | None = HfArg(default=None, help=COLUMNS_HELP)
+    mask_column_name: str | None = HfArg(
+        default=None,
+        help="Column of masks with ids of the label column, by which the maps of the model are measured at the end; default: mask, if there.",
+        aliases=["--mask_column"],
+    )
     token_labels: str | None = HfArg(
         default=None, help="Label set to join: Hub name or folder; default: two columns of the data, if there."
     )
@@ -68,6 +78,7 @@ class DataArguments(AnnotatorArguments):
     def __post_init__(self):
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"`eval_fraction` must lie in (0, 1), got {self.eval_fraction}.")
+        check_label_options(self.label_column_name, self.label_separator, self.label_column_names)
         if self.horizontal_flip is None:
             self.horizontal_flip = AugmentationConfig.horizontal_flip
         self.augmentation()  # raises on bad strengths

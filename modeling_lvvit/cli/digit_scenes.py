@@ -23,10 +23,10 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from ..annotators.pipeline import annotate_batches
+from ..console import program, progress_bar
 from ..data.atomic_files import atomic_directory, write_json
 from ..labels.columns import label_map_features, to_arrow
 from ..options import Program
@@ -107,7 +107,7 @@ def draw_split(split: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarra
     streams = np.random.SeedSequence([seed, list(SPLITS).index(split) + 1]).spawn(count)
     scenes = [
         draw_scene(digits, labels, np.random.default_rng(stream))
-        for stream in tqdm(streams, desc=f"Drawing {split} scenes", unit="scene")
+        for stream in progress_bar(streams, desc=f"Drawing {split} scenes", unit="scene")
     ]
     images, masks, targets = zip(*scenes)
     return np.stack(images), np.stack(masks), np.array(targets)
@@ -149,7 +149,7 @@ def train_annotator(images: np.ndarray, masks: np.ndarray, seed: int, epochs: in
     steps = epochs * (len(scenes) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     annotator.train()
-    progress = tqdm(total=steps, desc="Training the annotator", unit="step")
+    progress = progress_bar(total=steps, desc="Training the annotator", unit="step")
     for _ in range(epochs):
         for rows in torch.randperm(len(scenes), generator=generator).split(batch_size)[: len(scenes) // batch_size]:
             top, left = (cell * torch.randint((SIDE - window) // cell + 1, (2,), generator=generator)).tolist()
@@ -183,7 +183,7 @@ def annotate_scenes(annotator: DigitAnnotator, images: np.ndarray, split: str) -
         return logits - logits.mean(dim=1, keepdim=True)
 
     batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(256)
-    progress = tqdm(batches, desc=f"Annotating {split} scenes", unit="batch")
+    progress = progress_bar(batches, desc=f"Annotating {split} scenes", unit="batch")
     return annotate_batches(score_map, (batch.float() / 255.0 for batch in progress), TOP_K)
 
 
@@ -219,13 +219,16 @@ def build(output_dir: Path, seed: int = 0, annotator_epochs: int = 8) -> None:
         write_json(partial / "digit_scenes.json", record)
 
 
-def build_or_reuse() -> Path:
-    """The dataset in the cache folder of Hugging Face libraries, built on first use.
+def cache_folder() -> Path:
+    """Where the dataset lies once it was built: in the cache folder of Hugging Face libraries, outside that of `datasets`, which would put
+    its Arrow copies between the Parquet files."""
+    return Path(HF_HOME) / "lvvit" / f"digit-scenes-{VERSION}"
 
-    It must lie outside the cache of `datasets`, which would put its Arrow copies between the Parquet files. Processes
-    that start together may each build it; the first to finish wins and the others use its result.
-    """
-    folder = Path(HF_HOME) / "lvvit" / f"digit-scenes-{VERSION}"
+
+def build_or_reuse() -> Path:
+    """The dataset in `cache_folder`, built on first use. Processes that start together may each build it; the first to finish wins
+    and the others use its result."""
+    folder = cache_folder()
     if not folder.is_dir():
         try:
             build(folder)
@@ -247,6 +250,7 @@ class ScenesArguments:
 PROGRAM = Program("digit_scenes", __doc__, (ScenesArguments,), ("output_dir",), required=("output_dir",))
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)

@@ -1,10 +1,6 @@
 """Starts programs through accelerate: in this process where one is enough, else in as many as its options ask for."""
 
-import logging
 import os
-import signal
-import subprocess
-import sys
 from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
@@ -13,11 +9,9 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ..launching import run_processes
-from ..options import INTERRUPTED, OptionError, Program
+from ..launching import quiet_launch, run_processes
+from ..options import OptionError, Program
 
 
 ACCELERATE_CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
@@ -81,25 +75,15 @@ def launch(program: Program, module: str, words: list[str]) -> None:
     with program.refusals():
         options, left = split_options(words, program)
         args = launcher_arguments(options, module, left)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it repeats what the processes say
     is_simple = not (args.multi_gpu or args.tpu or args.use_deepspeed or args.use_fsdp or args.use_megatron_lm)
-    try:
-        if args.cpu or (is_simple and args.num_machines == 1):
-            _, environment = prepare_simple_launcher_cmd_env(args)
-            os.environ.update(environment)
-            if args.num_machines == 1 and args.num_processes > 1:
-                run_processes(args.num_processes, ["--module", module], left)
-            else:
-                import_module(module).main(left)
-        else:
+    if not args.cpu and (not is_simple or args.num_machines > 1):
+        with quiet_launch():
             launch_command(args)
-    except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # else the process has said why
-            name = signal.Signals(-failure.exitcode).name
-            print(f"{program.name}: process {failure.local_rank} was ended by {name}", file=sys.stderr)
-        sys.exit(1)
-    except (KeyboardInterrupt, SignalException):
-        sys.exit(INTERRUPTED)
+        return
+    _, environment = prepare_simple_launcher_cmd_env(args)
+    os.environ.update(environment)
+    if args.num_machines == 1 and args.num_processes > 1:
+        with quiet_launch():
+            run_processes(args.num_processes, ["--module", module], left)
+    else:
+        import_module(module).main(left)

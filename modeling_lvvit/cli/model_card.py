@@ -1,6 +1,7 @@
 """The model card that a training run writes about itself."""
 
 import itertools
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from ..data.image_dataset import ImageDataset
 from ..data.sources import looks_local
 from ..hub.file_checks import CARD
 from ..hub.hub_trainer import HubTrainer
+from ..per_class.scores import AVERAGES
 from ..token_labeling import TokenLabelTrainer
+from ..token_labeling.multi_label import METRICS
 from .build_model import model_image_size
 from .model_arguments import ModelSourceArguments
 
@@ -27,7 +30,14 @@ DEFAULT_LICENSE = "apache-2.0"
 REPORTED_OPTIONS = (
     "cls_weight", "dense_weight", "cls_target", "patch_target", "mix_methods", "mix_probability", "ema_decay", "base_ema_decay"
 )  # fmt: skip
+OPTIONS_WHERE_GIVEN = (
+    "class_weights",
+    "train_sampling_strategy",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+)
 SHARED_OPTIONS = ("images_per_step", "weight_decay", "lr_schedule", "batch_norm", "max_grad_norm", "bf16", "fp16")
+METRIC_TYPES = {"macro_precision": "precision", "macro_f1": "f1"}  # as the Hub calls them; others are accuracies
 MAX_TABLE_ROWS = 30
 NOT_SCORES = ("runtime", "per_second", "_classes")  # endings of logged figures
 
@@ -113,11 +123,18 @@ def training_facts(trainer: Trainer, options: Sequence[str] = ()) -> dict[str, A
     another way, machine, time and versions."""
     args, history, best = trainer.args, trainer.state.log_history, trainer.state.best_model_checkpoint
     hyperparameters = extract_hyperparameters_from_trainer(trainer)
+    given = [
+        name
+        for name in OPTIONS_WHERE_GIVEN
+        if name in type(args).__dataclass_fields__
+        and getattr(args, name) != type(args).__dataclass_fields__[name].default
+    ]
     if args.lr_schedule == "published":  # it does not follow this option
         del hyperparameters["lr_scheduler_type"]
     seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
     return {
-        "hyperparameters": hyperparameters | {option: getattr(args, option) for option in (*SHARED_OPTIONS, *options)},
+        "hyperparameters": hyperparameters
+        | {option: getattr(args, option) for option in (*SHARED_OPTIONS, *options, *given)},
         "training_table": training_table(history),
         "other_readers": trainer.train_dataset.differences()
         if isinstance(trainer.train_dataset, ImageDataset)
@@ -127,6 +144,7 @@ def training_facts(trainer: Trainer, options: Sequence[str] = ()) -> dict[str, A
         "is_continued": args.resume_from_checkpoint is not None,
         "steps": trainer.state.global_step,
         "best": Path(best).name if args.load_best_model_at_end and best else None,
+        "stopped_early": trainer.early_stopping is not None and trainer.early_stopping.has_stopped,
         "versions": library_versions(),
     }
 
@@ -199,6 +217,8 @@ def write_model_card(
     eval_name: str,
     metrics: dict[str, float],
     figure: str | None,
+    class_table: str | None = None,
+    localization: tuple[int, Sequence[tuple[str, str, str]]] | None = None,
 ) -> None:
     """Fills the template from the finished run and saves it as README.md in the output folder.
 
@@ -206,29 +226,46 @@ def write_model_card(
         eval_name: What the evaluation rows are called.
         metrics: Result of `trainer.evaluate()`.
         figure: File name of the figure of predictions in the output folder, `None` if there is none.
+        class_table: Markdown table of scores of each class, `None` for none.
+        localization: How well the labelled class was found: number of images with masks, and name, pointing accuracy and overlap of each
+            map; `None` if that was not measured.
     """
     args = trainer.args
     name = run_name(trainer)
     facts = model_facts(trainer)
-    accuracies = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.endswith("accuracy")}
+    scores = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+    accuracies = {
+        key: value for key, value in scores.items() if key.endswith("accuracy") or key in AVERAGES or key in METRICS
+    }
     results = [
         EvalResult(
-            "image-classification", provenance.data, provenance.data, "accuracy", round(value, 4), metric_name=key, dataset_split=eval_name
+            "image-classification", provenance.data, provenance.data, key if key in METRICS else METRIC_TYPES.get(key, "accuracy"), round(value, 4), metric_name=key, dataset_split=eval_name
         )
         for key, value in accuracies.items()
+        if math.isfinite(value)
     ]  # fmt: skip
     tags = [*(["lvvit"] if facts["is_lvvit"] else []), "token-labeling"]
     card = ModelCard.from_template(
-        run_metadata(name, "image-classification", provenance, ["accuracy"], tags, results),
+        run_metadata(
+            name,
+            "image-classification",
+            provenance,
+            [*METRICS] if trainer.is_multi_label else ["accuracy"],
+            tags,
+            results,
+        ),
         template_path=str(template),
         model_name=name,
         provenance=provenance,
         token_labels=trainer.trains_patches,
+        is_multi_label=trainer.is_multi_label,
         is_labeler=args.patch_target == "image",
         annotator=trainer.annotator.annotator.provenance["annotator"] if trainer.annotator is not None else None,
         has_average=trainer.ema is not None,
         saves_patch_head=getattr(trainer.model, "saves_patch_head", True),
         image=figure,
+        class_table=class_table,
+        localization=localization,
         eval_split=eval_name,
         metrics={key: f"{100 * value:.2f} %" for key, value in accuracies.items()},
         num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed",

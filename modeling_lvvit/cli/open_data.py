@@ -10,13 +10,12 @@ from transformers.utils import logging
 from ..data.class_labels import (
     check_class_names,
     check_columns,
-    class_ids,
-    describe_classes,
     warn_of_missing_classes,
     with_class_ids,
 )
+from ..data.multi_label.columns import class_names, describe_labels, has_lists, label_counts, labelled, with_labels
 from ..data.sources import dataset_fingerprint, open_splits, streamed_rows
-from ..data.splits import find_eval_split, hold_out, select_subset, take_subset
+from ..data.splits import classes_of_rows, find_eval_split, hold_out, select_subset, take_subset
 from ..labels.checks import agreement
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
 from ..labels.label_set import LabelSet
@@ -33,7 +32,7 @@ class OpenedData:
     """What `open_datasets` found.
 
     Args:
-        train, evaluation: Image rows with a `ClassLabel` column of the same classes.
+        train, evaluation: Image rows with a column of `ClassLabel`, or of lists of them (multi-label), of the same classes.
         label_maps: Label maps of the training rows, in their order; `None` without dense labels.
         labels: For a stream, the label set to be joined while it is read; `None` for plain labels.
     """
@@ -48,7 +47,7 @@ class OpenedData:
         """A line for each part: images, classes, smallest and largest class; the images of a stream are not counted."""
         parts = {"training": self.train, f"evaluation ({self.eval_name})": self.evaluation}
         return [
-            describe_classes(rows, name, label_column)
+            describe_labels(rows, name, label_column)
             for name, rows in parts.items()
             if isinstance(rows, datasets.Dataset)
         ]
@@ -80,27 +79,32 @@ def _open_rows(
     args: DataArguments, splits: datasets.DatasetDict, eval_name: str | None, labels: LabelSet | None, seed: int
 ) -> OpenedData:
     """Training rows with their label maps, and evaluation rows: those of a split, or some that are held out."""
-    name, columns = args.dataset_name, (args.image_column_name, args.label_column_name)
-    train = splits[args.train_split]
-    check_columns(train, name, *columns)
-    train = with_class_ids(
+    name = args.dataset_name
+    train = _labelled_rows(args, splits[args.train_split])
+    if has_lists(train, args.label_column_name):
+        _check_plain_labels(args, labels is not None)
+    train = with_labels(
         train, name, args.label_column_name, class_names=None if labels is None else labels.class_names
     )
     if eval_name is not None:  # labels may be there for a subset only
         train = take_subset(train, args.max_train_samples, args.label_column_name)
     evaluation = label_maps = None
     if eval_name is not None:
-        check_columns(splits[eval_name], name, *columns)
-        evaluation = with_class_ids(splits[eval_name], name, args.label_column_name, like=train)
+        evaluation = with_labels(_labelled_rows(args, splits[eval_name]), name, args.label_column_name, like=train)
     if labels is not None:
         check_class_names(labels.class_names, train.features[args.label_column_name].names)
         joined = labels.join(train, args.image_column_name, args.key_column, args.key_pattern)
         train, label_maps = train if joined.images is None else train.select(joined.images), joined.label_maps
         _compare_with_labels(label_maps, train, args.label_column_name)
     elif args.use_token_labels and has_dense_columns(train, args.dense_columns):
+        if has_lists(train, args.label_column_name):
+            raise ValueError(
+                f"Images of {name} have several classes (column {args.label_column_name!r}) and dense labels ({', '.join(args.dense_columns)}), "
+                "which share every token out among classes that exclude each other. `use_token_labels` false trains with the plain labels."
+            )
         label_maps = LabelMapReader(train, None, *args.dense_columns)
     if evaluation is None:
-        classes = class_ids(train, args.label_column_name)
+        classes = classes_of_rows(train, args.label_column_name)
         rows, held_out, eval_name = hold_out(len(train), args.eval_fraction, seed, name, args.train_split, classes)
         evaluation = train.select(held_out)
         rows = rows[select_subset(len(rows), args.max_train_samples, classes[rows])]
@@ -109,8 +113,32 @@ def _open_rows(
     for part, rows in (("training", train), ("evaluation", evaluation)):
         if not len(rows):
             raise ValueError(f"There are no {part} rows in {name}.")
-    warn_of_missing_classes(train, evaluation, args.label_column_name)
+    counts = {"training": label_counts(train, args.label_column_name)}
+    counts["evaluation"] = label_counts(evaluation, args.label_column_name)
+    warn_of_missing_classes(class_names(train, args.label_column_name), counts)
     return OpenedData(train, evaluation, eval_name, label_maps)
+
+
+def _labelled_rows(args: DataArguments, rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows of a split, which must have the columns of images and labels."""
+    rows = labelled(rows, args.dataset_name, args.label_column_name, args.label_separator, args.label_column_names)
+    check_columns(rows, args.dataset_name, args.image_column_name, args.label_column_name)
+    return rows
+
+
+def _check_plain_labels(args: DataArguments, has_label_set: bool) -> None:
+    """Raises a `ValueError` if images with several classes would be trained on with anything but plain labels."""
+    options = {
+        "token_labels": has_label_set,
+        "annotator": args.annotator,
+        "require_token_labels": args.require_token_labels,
+    }
+    if given := [f"`{name}`" for name, value in options.items() if value]:
+        raise ValueError(
+            f"Images of {args.dataset_name} have several classes (column {args.label_column_name!r}), and dense labels share every token out "
+            f"among classes that exclude each other. Leave out {' and '.join(given)}: images with several classes are trained on with plain "
+            "labels. Or name a column with one class of each image (`label_column`)."
+        )
 
 
 def _open_stream(
@@ -122,6 +150,11 @@ def _open_stream(
         raise ValueError(f"{name} has no split to evaluate on, and a stream cannot be divided. It has {list(splits)}.")
     train = splits[args.train_split]
     train = train if train.features is not None else train._resolve_features()
+    is_asked = args.label_separator is not None or args.label_column_names is not None
+    if is_asked or has_lists(train, args.label_column_name):
+        raise ValueError(
+            f"Images of {name} have several classes, with which no stream is trained: leave out --streaming."
+        )
     check_columns(train, name, *columns)
     feature = train.features[args.label_column_name]
     if not isinstance(feature, datasets.ClassLabel):

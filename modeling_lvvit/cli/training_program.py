@@ -2,18 +2,22 @@
 
 import dataclasses
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
+from ..console import end_interrupted, quiet_libraries
 from ..data.image_dataset import FEW_IMAGES, MANY_PASSES
 from ..data.images import SampleError
 from ..finite import NotFiniteError
 from ..hub.hub_trainer import push_finished_run
 from ..launching import (
+    end_launcher_at_interrupt,
     end_together,
     end_with_launcher,
     is_main_process,
@@ -26,6 +30,7 @@ from ..training.callbacks import end_after_signal
 from ..training.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
 from ..training.divergence import DivergenceError
 from ..training.fsdp import is_fsdp_requested
+from ..training.progress import PredictionFigure, describe_outputs
 from . import digit_scenes
 from .model_arguments import ModelSourceArguments
 from .parser import EMBEDDED_RECIPE, TrainingProgram, parse
@@ -48,6 +53,9 @@ class TrainingRun(ABC):
     def evaluate(self) -> None:
         """Evaluates the model and saves the metrics."""
 
+    def draw(self, path: Path, num_images: int) -> None:  # noqa: B027  not every run has predictions to show
+        """Writes a figure of the predictions for so many evaluation images, the same ones each time."""
+
     @abstractmethod
     def report(self) -> None:
         """Writes figure and model card, and prints the results."""
@@ -65,6 +73,16 @@ def run_program(
     if start_missing_processes(start, arguments):
         return
     end_with_launcher()
+    end_launcher_at_interrupt()
+    quiet_libraries()
+    try:
+        _run(program, prepare, arguments)
+    except KeyboardInterrupt:  # a second one in training, or one after it
+        end_interrupted(f"{program.name}: interrupted")
+
+
+def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], arguments: list[str]) -> None:
+    began = time.time()
     try:
         model_args, data_args, training_args = parse(arguments, program)
         run = prepare(model_args, data_args, training_args)
@@ -72,14 +90,15 @@ def run_program(
         sys.exit(program.message(error) if is_main_process() else 1)
     except KeyboardInterrupt:
         check = "`decode_data` false decodes no images before training, `check_data` false looks at no rows."
-        sys.exit(program.message(f"Interrupted before training. {check}") if is_main_process() else 1)
+        end_interrupted(program.message(f"interrupted before training. {check}"))
     trainer, is_main = run.trainer, run.trainer.is_world_process_zero()
     is_trained = trainer.train_dataset is not None
     if is_main and is_trained:
         discard_overwritten_checkpoints(training_args, model_args.overwrite_output_dir)
+    trainer.add_callback(PredictionFigure(trainer, run.draw))
     description = run.describe()
     if is_main:
-        print(description, flush=True)
+        print("\n".join([description, *describe_early_stopping(trainer.args, is_trained)]), flush=True)
     try:
         if is_trained:
             train(run)
@@ -93,12 +112,27 @@ def run_program(
         trainer.save_state()
     run.report()
     if is_main:
-        print(f"saved to {training_args.output_dir}")
+        print(f"saved to {training_args.output_dir}", *describe_outputs(trainer, began), sep="\n  ", flush=True)
     if not is_fsdp_requested():  # else all processes take part in saving what is published
         end_together()  # the others need not wait for an upload
     if is_trained:
         push_finished_run(trainer, program.name)
     end_together()  # a process that leaves with its connections open may abort
+
+
+def describe_early_stopping(args: BaseImageTrainingArguments, is_trained: bool = True) -> list[str]:
+    """What early stopping goes by, and which options were set for it; no line without it."""
+    patience = args.early_stopping_patience
+    if patience is None or not is_trained:
+        return []
+    choices = args.early_stopping_choices.items()
+    chosen = ", ".join(
+        f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in choices
+    )
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    evaluations = "one evaluation" if patience == 1 else f"{patience} evaluations in a row"
+    text = f"early stopping: after {evaluations} without a better {metric} (--metric_for_best_model)"
+    return [f"{text}; set for it: {chosen}" if chosen else text]
 
 
 def train(run: TrainingRun) -> None:
@@ -107,6 +141,8 @@ def train(run: TrainingRun) -> None:
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.stop_on_signal.received:
         end_after_signal(trainer)
+    if trainer.is_world_process_zero() and (best := trainer.describe_best()) is not None:
+        print(best, flush=True)
     run.finish_model()
     trainer.save_model(_internal_call=True)  # it is published at the end, with evaluation and card
     trainer.save_metrics("train", result.metrics)

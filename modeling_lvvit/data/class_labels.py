@@ -2,7 +2,7 @@
 annotator's classes are those of the data."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -38,6 +38,16 @@ def check_columns(rows: datasets.Dataset | datasets.IterableDataset, name: str, 
             )
 
 
+def check_single_classes(rows: datasets.Dataset, name: str, column: str) -> None:
+    """Raises a `ValueError` if images have lists of classes in a column."""
+    column_type = rows.features.arrow_schema.field(column).type
+    if pa.types.is_nested(column_type):
+        raise ValueError(
+            f"Column {column!r} of {name} holds several values of each image ({column_type}). Here each has one class: name another column "
+            "with `label_column`. Images with several classes (multi-label) can be trained on with plain labels, evaluated and predicted."
+        )
+
+
 def _count_rows(rows: datasets.Dataset | datasets.IterableDataset) -> str:
     """How many rows of a split there are, for a message."""
     split = f" of split {rows.split}" if rows.split else ""
@@ -68,11 +78,15 @@ def describe_classes(rows: datasets.Dataset, split: str, column: str) -> str:
     return f"{split}: {len(rows):,} images of {len(present):,} classes, {sizes}"
 
 
-def warn_of_missing_classes(train: datasets.Dataset, evaluation: datasets.Dataset, column: str) -> None:
-    """Warns of classes that have no training image, which cannot be learned, or no evaluation image, which are not evaluated."""
-    names = train.features[column].names
-    for rows, part in ((train, "training"), (evaluation, "evaluation")):
-        missing = [names[index] for index in np.flatnonzero(class_counts(rows, column) == 0)]
+def warn_of_missing_classes(names: Sequence[str], counts: Mapping[str, np.ndarray]) -> None:
+    """Warns of classes that have no training image, which cannot be learned, or no evaluation image, which are not evaluated.
+
+    Args:
+        names: Of the classes, by id.
+        counts: What a part of the data is called -> images of each class, `(classes,)`.
+    """
+    for part, number in counts.items():
+        missing = [names[index] for index in np.flatnonzero(number == 0)]
         if missing:
             more = ", ..." if len(missing) > MAX_NAMED else ""
             logger.warning(
@@ -102,6 +116,7 @@ def names_in_data(
         return feature.names, True
     if isinstance(rows, datasets.IterableDataset):
         raise ValueError(f"In a stream column {column!r} of {name} must be a ClassLabel, got {feature}.")
+    check_single_classes(rows, name, column)
     values = rows.select_columns(column).with_format("arrow")[:][column]
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         return sorted(set(pc.unique(values.drop_null()).to_pylist())), True
@@ -203,6 +218,7 @@ def with_class_ids(
     """
     if not len(rows):
         raise ValueError(f"{name} has no rows in split {rows.split}.")
+    check_single_classes(rows, name, column)
     column_type = rows.features.arrow_schema.field(column).type
     is_text = pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
     if not (is_text or pa.types.is_integer(column_type) or pa.types.is_boolean(column_type)):

@@ -78,9 +78,19 @@ def wordnet_names(class_names: Sequence[str]) -> dict[str, str]:
 
 
 def readable_names(class_names: Sequence[str]) -> list[str]:
-    """Class names for people: those that are WordNet ids by the first of their names."""
-    names = wordnet_names(class_names)
-    return [names.get(name, name).split(",")[0] if WORDNET_ID.fullmatch(name) else name for name in class_names]
+    """Class names with what WordNet ids stand for in their place, all synonyms."""
+    described = wordnet_names(class_names)
+    return [described.get(name, name) for name in class_names]
+
+
+def shown_names(class_names: Sequence[str]) -> list[str]:
+    """Class names for figures: the first of their synonyms, those of WordNet for its ids. Where several classes would be called alike,
+    all of their synonyms or, where these are the same too, the number of the class behind it."""
+    whole = readable_names(class_names)
+    first = [name.split(",")[0].strip() or name for name in whole]
+    names = [name if first.count(name) == 1 else full for name, full in zip(first, whole)]
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} [{index}]" for index, name in enumerate(names)]
 
 
 def imagenet_class_names() -> list[str]:

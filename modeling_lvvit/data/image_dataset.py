@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image, ImageFile
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..console import ignore_interrupts, progress_bar
 from ..launching import num_cpu_cores
 from .images import (
     IMAGE_ERRORS,
@@ -93,24 +93,32 @@ class ImageDataset(torch.utils.data.Dataset):
         """Makes samples a function of `seed`, `epoch` and their row; the Trainer calls it."""
         self._seed_and_epoch.copy_(torch.tensor([seed, epoch]))
 
+    def seed_and_epoch(self) -> tuple[int, int]:
+        """What `start_epoch` was called with last; -1 both before."""
+        return tuple(self._seed_and_epoch.tolist())
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Samples of several rows; PyTorch's `DataLoader` calls this once for each batch."""
+    def __getitems__(self, indices: list[int | tuple[int, int]]) -> list[dict[str, Any]]:
+        """Samples of several rows; PyTorch's `DataLoader` calls this once for each batch. A row that is drawn several times in an epoch
+        is a pair of its number and how often it was drawn before, so that its samples differ."""
+        draws = [index[1] if isinstance(index, tuple) else 0 for index in indices]
+        indices = [index[0] if isinstance(index, tuple) else index for index in indices]
         table = self.rows[indices]
         fetched, images = self.fetch(table, indices), table[self.image_column]
-        run_seed, epoch = self._seed_and_epoch.tolist()
+        run_seed, epoch = self.seed_and_epoch()
         samples = []
         with preserve_rng_state() if epoch >= 0 else nullcontext():
             for offset, index in enumerate(indices):
                 image = self.decode(images[offset].as_py(), index)
                 seed = {}
                 if epoch >= 0:
-                    seed = {"seed": fold_in(run_seed, epoch, index)}
+                    again = [draws[offset]] if draws[offset] else []
+                    seed = {"seed": fold_in(run_seed, epoch, index, *again)}
                     seed_generators(seed["seed"])
                 samples.append({**self.sample(image, fetched, offset, index), **seed})
         return samples
@@ -149,7 +157,7 @@ class ImageDataset(torch.utils.data.Dataset):
             logger.warning(
                 "This build of torchvision says nothing of damage inside a JPEG: only what Pillow refuses is noticed."
             )
-        starts = tqdm(range(0, len(self), ROWS_PER_CHECK), desc=f"Checking {self.name} data", unit="batch")
+        starts = progress_bar(range(0, len(self), ROWS_PER_CHECK), desc=f"Checking {self.name} data", unit="batch")
         for start, reports in zip(starts, self._examined(decode)):
             table = self.rows[start : start + ROWS_PER_CHECK]
             images = table[self.image_column]
@@ -181,6 +189,7 @@ class ImageDataset(torch.utils.data.Dataset):
             batch_size=None,
             num_workers=number,
             multiprocessing_context="fork" if starts_fast else None,
+            worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # the run's own draws stay as they are
         )
 

@@ -87,7 +87,7 @@ def _open_folder(
     layout, metadata = read_layout(folder)
     num_images = sum(len(rows) for rows in layout.splits.values())
     parquet_files = [path for path in layout.left_out.get(NO_IMAGE, []) if path.lower().endswith(".parquet")]
-    if parquet_files and (not num_images or any(_holds_images(folder / path) for path in parquet_files)):
+    if parquet_files and (not num_images or any(holds_images(folder / path) for path in parquet_files)):
         if num_images:
             logger.warning("%s has Parquet files, which are read; %s image files are left out.", folder, num_images)
         files = parquet_splits(parquet_files)
@@ -145,7 +145,7 @@ def _open_configured_folder(
     return builder.as_dataset()
 
 
-def _holds_images(file: Path) -> bool:
+def holds_images(file: Path) -> bool:
     """Whether a Parquet file has a column of image files, not only of features or boxes."""
     types = parquet.read_schema(file).types
     return any(pa.types.is_struct(column) and column.get_field_index("bytes") >= 0 for column in types)

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
+from .multi_label.columns import is_list, rarest_classes
+
 
 logger = logging.get_logger(__name__)
 SUBSET_SEED = 0
@@ -91,12 +93,15 @@ def take_subset(rows: datasets.Dataset | None, count: int | None, label_column: 
 
 
 def draw_subset(rows: datasets.Dataset, count: int | None, label_column: str | None = None) -> np.ndarray:
-    """Row numbers of `select_subset`, by the classes in a column (ids or names) if it is there."""
-    classes = None
-    if label_column in rows.column_names:
-        labels = rows.select_columns(label_column).with_format("arrow")[:][label_column].to_pandas()
-        classes = pd.factorize(labels, sort=True)[0]
+    """Row numbers of `select_subset`, by the classes in a column (ids or names, or lists of them) if it is there."""
+    classes = classes_of_rows(rows, label_column) if label_column in rows.column_names else None
     return select_subset(len(rows), count, classes)
+
+
+def classes_of_rows(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """A number of the class of each row, `(n,)` int64, -1 for none; of several classes the rarest, see `rarest_classes`."""
+    labels = rows.select_columns(column).with_format("arrow")[:][column]
+    return rarest_classes(labels) if is_list(labels.type) else pd.factorize(labels.to_pandas(), sort=True)[0]
 
 
 def hold_out(

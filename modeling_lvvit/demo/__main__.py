@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers.hf_argparser import HfArg
 
+from ..console import program
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..launching import set_up_cpu
 from ..options import Program
@@ -39,6 +40,7 @@ class DemoArguments:
 PROGRAM = Program("lvvit demo", __doc__, (DemoArguments,), ("model_name_or_path",), required=("model_name_or_path",))
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     with PROGRAM.refusals(OverflowError):  # for impossible ports

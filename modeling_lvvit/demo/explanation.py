@@ -10,15 +10,15 @@ from PIL import Image
 
 from ..annotators.annotator import load_annotator
 from ..backbones.loading import FORWARD_ERRORS, library_errors
+from ..data.class_matching import readable_names
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
-from ..visualization.figures import best_cells, heat
+from ..visualization.figures import MIN_STRENGTH, best_cells, heat, note_on_weak_cells
 from ..visualization.panels import short, shown_image
 from ..visualization.relevance import relevance_maps
 
 
 MIN_SIDE = 448  # pixels of images on the page
 NUM_CELL_CLASSES = 12  # that are told apart
-MIN_STRENGTH = 0.1  # of cells that are counted: below it they are about at chance
 
 # image (height, width, 3) uint8; masks (height, width) in [0, 1] with their names
 Annotated = tuple[np.ndarray, list[tuple[np.ndarray, str]]]
@@ -53,10 +53,10 @@ class Explainer:
         self.name, self.trust_remote_code = name, trust_remote_code
         self.classifier: Classifier = load_classifier(name, InputOptions(), trust_remote_code=trust_remote_code)
 
-    @property
+    @cached_property
     def class_names(self) -> list[str]:
-        """By id."""
-        return self.classifier.class_names
+        """By id, WordNet ids with what they stand for."""
+        return readable_names(self.classifier.class_names)
 
     @cached_property
     def distinct_names(self) -> list[str]:
@@ -80,8 +80,8 @@ class Explainer:
 
     @torch.no_grad()
     def probabilities(self, image: Image.Image) -> torch.Tensor:
-        """Of all classes, `(C,)`."""
-        return self.classifier.logits(self.classifier.transform(image)[None])[0].softmax(dim=0)
+        """Of all classes, `(C,)`; they add up to 1 unless an image may have several classes."""
+        return self.classifier.probabilities(self.classifier.logits(self.classifier.transform(image)[None]))[0]
 
     def explain(self, image: Image.Image, class_id: int) -> Explanation:
         """Relevance for a class, and attention."""
@@ -108,7 +108,10 @@ class Explainer:
         pixels, _ = self._dense.preprocessing(image)
         with torch.inference_mode():
             scores = self._dense.score_map(pixels[None])[0].permute(1, 2, 0)  # (rows, columns, classes)
-        return annotated(_enlarged(shown_image(pixels)), *best_cells(scores), self.distinct_names), ""
+        ids, strengths = best_cells(scores)
+        note = note_on_weak_cells(strengths, len(self.class_names))
+        shown = annotated(_enlarged(shown_image(pixels)), ids, strengths, self.distinct_names)
+        return shown, "" if note is None else f"Cells: {note}."
 
     @cached_property
     def _dense(self):

@@ -28,6 +28,7 @@ from ..backbones.loading import (
 )
 from ..backbones.resize import must_interpolate, native_image_size, resize_classifier
 from ..configuration_lvvit import LVViTConfig
+from ..data.multi_label.columns import is_multi_label
 from ..data.sources import looks_local
 from ..finite import check_scores
 
@@ -65,6 +66,7 @@ class Classifier:
         facts: What a record says of it: library, parameters, resolution, crop, ...
         forward_options: Arguments of every forward pass.
         view: Shares of width and height of an image of 8:5 that it sees (`ProcessorSettings.view`); `None` if that is not known.
+        is_multi_label: Whether an image may have several of its classes, or none (`config.problem_type`).
     """
 
     name: str
@@ -74,10 +76,15 @@ class Classifier:
     facts: dict[str, Any]
     forward_options: dict[str, Any] = field(default_factory=dict)
     view: tuple[float, float] | None = None
+    is_multi_label: bool = False
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(B, 3, height, width)` to `(B, classes)`, float32."""
         return output_logits(self.model(pixel_values, **self.forward_options)).float()
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of each class, the shape of `logits`: by softmax, or by sigmoid where an image may have several classes."""
+        return logits.sigmoid() if self.is_multi_label else logits.softmax(dim=-1)
 
 
 class ProcessorTransform:
@@ -164,6 +171,7 @@ def _load_transformers(name: str, options: InputOptions, source: dict[str, Any],
         facts,
         forward_options,
         settings.view,
+        is_multi_label(model.config),
     )
 
 

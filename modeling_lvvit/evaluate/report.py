@@ -6,9 +6,13 @@ from pathlib import Path
 from statistics import mode
 from typing import Any
 
+import numpy as np
+
 from ..cli.model_card import library_versions
 from ..data.atomic_files import write_json
+from ..data.multi_label.columns import label_counts
 from ..data.sources import short_name
+from ..token_labeling.multi_label import METRICS
 from .scores import ALEXNET_ERRORS, missing_corruptions
 from .test_sets import TestSet
 
@@ -17,19 +21,27 @@ MEASURES = {"accuracy": "top-1", "top5_accuracy": "top-5", "real_accuracy": "Rea
 
 
 def markdown_table(results: Sequence[dict[str, Any]]) -> str:
-    """A row for each model and test set, accuracies in per cent; a row for the corruptions with their mean error (AlexNet 100)."""
+    """A row for each model and test set, accuracies in per cent; a row for the corruptions with their mean error (AlexNet 100). Test sets
+    whose images have several classes have a table of their own."""
     lines = ["| model | parameters | input | test set | images | top-1 | top-5 | ReaL | mCE |"]
     lines.append("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    several = ["| model | parameters | input | test set | images | mAP | micro F1 | macro F1 | all classes right |"]
+    several.append(lines[1])
     for record in results:
         shape = " x ".join(map(str, record["input_size"]))
         head = f"| {short_name(record['model'])} | {record['parameters'] / 1e6:.1f}M | {shape}"
         for name, scores in record["results"].items():
+            if "accuracy" not in scores:
+                row = " | ".join(_percent(scores[measure]) for measure in METRICS)
+                several.append(f"{head} | {short_name(name)} ({scores['split']}) | {scores['images']:,} | {row} |")
+                continue
             values = " | ".join(_percent(scores.get(measure)) for measure in MEASURES)
             lines.append(f"{head} | {short_name(name)} ({scores['split']}) | {scores['images']:,} | {values} | |")
         if "corruptions" in record:
             number = len(record["corruptions"]["errors"])
             lines.append(f"{head} | {number} corruptions | | | | | {_percent(record['corruptions'].get('mce'))} |")
-    return "\n".join([*lines, *notes_below(results)])
+    tables = [table for table in (lines, several) if len(table) > 2] or [lines]
+    return "\n".join(["\n\n".join("\n".join(table) for table in tables), *notes_below(results)])
 
 
 def notes_below(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -54,15 +66,16 @@ def notes_on(
         has_real: Whether there were re-assessed labels.
     """
     images, classes = scores["images"], len(test_set.class_names)
-    shown = len(test_set.rows.select_columns([label_column]).unique(label_column))
+    shown = np.count_nonzero(label_counts(test_set.rows, label_column))
     notes = []
     if images < test_set.num_rows:
         notes.append(f"{images:,} of its {test_set.num_rows:,} images")
     if shown < classes:
         notes.append(f"images of {shown:,} of its {classes:,} classes")
     if classes < num_model_classes:
-        notes.append(f"predictions are the best of its {classes:,} classes, of {num_model_classes:,} of the model")
-    if "top5_accuracy" not in scores:
+        best = "for" if test_set.is_multi_label else "the best of"
+        notes.append(f"predictions are {best} its {classes:,} classes, of {num_model_classes:,} of the model")
+    if "top5_accuracy" not in scores and not test_set.is_multi_label:
         notes.append(f"no top-5 accuracy, which says little of {classes} classes")
     if has_real and scores.get("real_images", 0) < images:
         about = "accuracy is" if "real_accuracy" in scores else "accuracy would be"

@@ -8,8 +8,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from ..data.class_labels import check_columns, names_in_data, pair_classes, with_class_ids
+from ..data.class_labels import check_columns, names_in_data, pair_classes
 from ..data.class_matching import ClassMap
+from ..data.multi_label.columns import are_lists_named, class_names, has_lists, labelled, with_labels
 from ..data.sources import open_splits
 from ..data.splits import draw_subset, split_to_evaluate
 
@@ -28,12 +29,13 @@ class TestSet:
 
     Args:
         name: What results call it.
-        rows: With an image and a `ClassLabel` column.
+        rows: With an image column, and one of `ClassLabel` or of lists of them.
         class_names: Names of its classes, by id.
         are_named: Whether they are more than numbers.
         split: Name of the split.
         num_rows: Rows of the split, also where a subset is evaluated.
         row_numbers: Which of them are evaluated, ascending int64.
+        is_multi_label: Whether an image may have several classes, or none.
     """
 
     __test__ = False  # not a test of pytest
@@ -45,6 +47,7 @@ class TestSet:
     split: str
     num_rows: int
     row_numbers: np.ndarray
+    is_multi_label: bool = False
 
 
 def open_test_set(
@@ -55,6 +58,8 @@ def open_test_set(
     image_column: str = "image",
     label_column: str = "label",
     max_samples: int | None = None,
+    label_separator: str | None = None,
+    label_column_names: list[str] | None = None,
 ) -> TestSet:
     """Opens a split of a dataset.
 
@@ -64,6 +69,7 @@ def open_test_set(
         config_name, revision: On the Hub.
         image_column, label_column: Column names.
         max_samples: Size of a subset, see `select_subset`.
+        label_separator, label_column_names: Of images with several classes, see `labelled`.
 
     Raises:
         FileNotFoundError: If there is no such data.
@@ -75,18 +81,20 @@ def open_test_set(
         raise ValueError(f"{name} has the splits {list(splits)}. Name one with `split`.")
     if split_name is None:
         raise ValueError(f"{name} has no split {split!r}; it has {list(splits)}.")
-    rows = splits[split_name]
+    rows = labelled(splits[split_name], name, label_column, label_separator, label_column_names)
     check_columns(rows, name, image_column, label_column)
     if not isinstance(rows.features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image())
-    _, are_named = names_in_data(rows, name, label_column)
-    rows = with_class_ids(rows, name, label_column)
-    class_names, num_rows = rows.features[label_column].names, len(rows)
+    is_multi_label = has_lists(rows, label_column)
+    are_named = are_lists_named(rows, label_column) if is_multi_label else names_in_data(rows, name, label_column)[1]
+    rows = with_labels(rows, name, label_column)
+    num_rows = len(rows)
     row_numbers = draw_subset(rows, max_samples, label_column)
     rows = rows.select(row_numbers)
     if not len(rows):
         raise ValueError(f"{name} has no rows in split {split_name}.")
-    return TestSet(name, rows, class_names, are_named, split_name, num_rows, row_numbers)
+    names = class_names(rows, label_column)
+    return TestSet(name, rows, names, are_named, split_name, num_rows, row_numbers, is_multi_label)
 
 
 def model_class_map(model_names: Sequence[str], test_set: TestSet, class_map: str | None = None) -> ClassMap | None:

@@ -18,6 +18,7 @@ import torch
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
+from ..console import program
 from ..launching import set_up_cpu
 from ..options import Program
 from .folder import FORMATS, export_folder
@@ -48,6 +49,7 @@ PROGRAM = Program(
 )
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     logging.disable_progress_bar()

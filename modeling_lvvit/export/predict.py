@@ -1,6 +1,7 @@
 """Classes of an image by the model that lies next to this file. Needs onnxruntime, numpy and Pillow, nothing else.
 
-    python predict.py image.jpg --top 5                   # a classifier: its best classes
+    python predict.py image.jpg --top 5                   # a classifier: its best classes, with a probability of their own where an image
+                                                          # may have several
     python predict.py image.jpg --output classes.png      # a segmentation model: classes painted, and their shares
 
 `model.onnx` is the model, `config.json` has its class names, `preprocessor_config.json` says how images are
@@ -131,6 +132,8 @@ class Model:
         )
         self.names = {int(index): name for index, name in config.get("id2label", {}).items()}
         self.patch_size = config["patch_size"]
+        # an image may have several classes, or none
+        self.is_multi_label = config.get("problem_type") == "multi_label_classification"
         # more providers, if there is a GPU: "CUDAExecutionProvider" before this one
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
         self.is_classifier = len(self.session.get_outputs()) > 1
@@ -146,8 +149,11 @@ class Model:
     def best_classes(self, image: Image.Image, count: int) -> list[tuple[str, float]]:
         """Names and probabilities of the best classes, the best first."""
         logits = self.logits(prepare(image, self.processor))
-        powers = np.exp(logits - logits.max())
-        shares = powers / powers.sum()
+        if self.is_multi_label:
+            shares = 0.5 + 0.5 * np.tanh(0.5 * logits)  # sigmoid, which never overflows
+        else:
+            powers = np.exp(logits - logits.max())
+            shares = powers / powers.sum()
         return [(self.name(index), float(shares[index])) for index in np.argsort(-shares, kind="stable")[:count]]
 
     def classes_of_pixels(self, image: Image.Image) -> np.ndarray:

@@ -50,7 +50,9 @@ class HubTargetArguments:
     hub_private_repo: bool | None = HfArg(
         default=None, help="Whether a new repository is private; default: the owner's rule.", aliases=["--private"]
     )
-    hub_revision: str | None = HfArg(default=None, help="Branch of it, made if there is none; default: main.", aliases=["--revision"])
+    hub_revision: str | None = HfArg(
+        default=None, help="Branch of it, made if there is none; default: main.", aliases=["--revision"]
+    )
 
 
 @dataclass(kw_only=True)
@@ -150,7 +152,7 @@ class HubTarget:
         revision = "" if self.revision in (None, MAIN) else f', revision="{self.revision}"'
         card = re.sub(r'(pipeline\([^)]*model=)"[^"]*"(, revision="[^"]*")?', rf'\1"{self.repo_id}"{revision}', card)
         card = re.sub(r'^(name = )"[^"]*"$', rf'\1"{self.repo_id}"', card, flags=re.MULTILINE)
-        command = r"^(accelerate launch train_tl.py .*--token_labels )\S+"
+        command = r"^((?:lvvit train|accelerate launch train_tl.py) .*--token_labels )\S+"
         return re.sub(command, rf"\1{self.repo_id}", card, flags=re.MULTILINE)
 
     def _advice(self, folder: Path) -> str:

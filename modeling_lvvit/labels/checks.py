@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
 
+from ..console import progress_bar
 from ..data.image_keys import repeated_keys
 from .columns import SCORES_COLUMN, LabelMapError, label_map_problems, list_nesting
 from .label_crops import top_classes
@@ -133,7 +133,7 @@ def agreement(label_maps: LabelMapReader, classes: np.ndarray) -> tuple[float, f
     """
     first = named = 0
     starts = range(0, len(classes), ROWS_PER_BATCH)
-    for start in tqdm(starts, desc="Comparing with labels", unit="batch", disable=len(starts) < 2):
+    for start in progress_bar(starts, desc="Comparing with labels", unit="batch", disable=len(starts) < 2):
         expected = classes[start : start + ROWS_PER_BATCH]
         maps = label_maps.fetch(range(start, start + len(expected)))
         first += int((top_classes(maps, label_maps.num_classes) == expected).sum())
@@ -144,7 +144,7 @@ def agreement(label_maps: LabelMapReader, classes: np.ndarray) -> tuple[float, f
 def _tables(paths: list[Path], report: LabelSetReport) -> Iterator[tuple[Path, pa.Table]]:
     """Rows of all shards a batch at a time; shards that cannot be read, or unlike the first one, are problems."""
     first_schema = None
-    for path in tqdm(paths, desc="Checking", unit="shard"):
+    for path in progress_bar(paths, desc="Checking", unit="shard"):
         try:
             with pq.ParquetFile(path) as file:
                 schema = file.schema_arrow

@@ -22,6 +22,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
 from ..configuration_lvvit import LVViTConfig
+from ..console import program
 from ..data.atomic_files import atomic_directory, check_new_directory
 from ..finite import check_weights
 from ..hub.file_checks import CARD
@@ -204,6 +205,7 @@ PROGRAM = Program(
 )
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)

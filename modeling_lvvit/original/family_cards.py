@@ -110,7 +110,7 @@ def _classifier(name: str, variant: LVViTVariant) -> dict[str, Any]:
         "figures": [(title, f"{value}{unit}", source) for title, value, unit, source in figures if value is not None],
         "gmacs": variant.counted_gmacs,
         "checkpoint": variant.checkpoint,
-        "recipe": f"accelerate launch train_tl.py {recipe}",
+        "recipe": f"lvvit train {recipe}",
         "data": IMAGENET,
         "results": [
             _published(name, "image-classification", IMAGENET, "accuracy", title, value)
@@ -139,7 +139,7 @@ def _segmenter(name: str, row: LVViTSegmenter) -> dict[str, Any]:
             ("parameters, with the auxiliary head of training", f"{row.num_parameters:,}", COUNTED),
         ],
         "checkpoint": row.checkpoint,
-        "recipe": f"accelerate launch -m modeling_lvvit.segmentation.train {name}",
+        "recipe": f"lvvit segment {name}",
         "data": ADE20K,
         "results": [
             _published(name, "image-segmentation", ADE20K, "mean_iou" if "IoU" in title else "accuracy", title, value)

@@ -19,9 +19,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
+from ..console import ignore_interrupts, program, progress_bar
 from ..data.class_labels import read_class_names
 from ..data.class_matching import imagenet_class_names
 from ..hub.repository import HubUploadArguments
@@ -137,10 +137,10 @@ def import_shards(folder: Path, files: list[str], writer: LabelSetWriter, args: 
     parts = [files[start : start + size] for start in range(0, len(files), size)]
     missing = [shard for shard in range(len(parts)) if not writer.is_written(shard)]
     workers = min(args.num_workers or num_cpu_cores(), max(1, len(missing)))
-    progress = tqdm(total=sum(len(parts[shard]) for shard in missing), desc="Importing", unit="map")
+    progress = progress_bar(total=sum(len(parts[shard]) for shard in missing), desc="Importing", unit="map")
     # children start again: a copy of a process with the threads of PyTorch may hang
     context = multiprocessing.get_context("spawn")
-    with progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with progress, ProcessPoolExecutor(workers, mp_context=context, initializer=ignore_interrupts) as pool:
         tasks = [pool.submit(import_shard, folder, parts[shard], writer, shard, args) for shard in missing]
         try:
             for task in as_completed(tasks):
@@ -196,6 +196,7 @@ def import_labels(args: ImportArguments) -> list[str]:
         writer.release()
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)

@@ -10,6 +10,8 @@ from ..cli.model_arguments import ModelSourceArguments
 from ..data.image_dataset import DECODE_HELP
 from ..data.images import MAX_PIXELS_HELP, parse_image_size
 from ..data.masks import IGNORED
+from ..per_class.weights import BALANCED, MEDIAN_FREQUENCY, check_class_weights
+from ..per_class.weights import HELP as CLASS_WEIGHTS_HELP
 from ..training.base_arguments import BaseImageTrainingArguments
 from ..training.metrics import check_best_metric
 from .inference import SCALES, InferenceSettings, default_stride
@@ -18,7 +20,6 @@ from .transforms import SegmentationAugmentation
 
 # images of an optimizer step for which the learning rate of the published recipe holds
 REFERENCE_IMAGES_PER_STEP = 16
-BALANCED = "median_frequency"
 SCORES = ("mean_iou", "pixel_accuracy", "mean_accuracy")  # what an evaluation gives
 
 
@@ -84,7 +85,8 @@ class SegmentationDataArguments:
     decode_data: bool | None = HfArg(default=None, help=DECODE_HELP)
     max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     class_weights: list[str] | None = HfArg(
-        default=None, help="Weight of each class in the loss, or median_frequency, from the training masks."
+        default=None,
+        help=CLASS_WEIGHTS_HELP.format("or median_frequency, of the pixels of the masks that have the class; "),
     )
     scale_min: float = HfArg(default=0.5, help="Smallest factor of the size of training images.")
     scale_max: float = HfArg(default=2.0, help="Largest factor of the size of training images.")
@@ -117,7 +119,7 @@ class SegmentationDataArguments:
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"`eval_fraction` must lie in (0, 1), got {self.eval_fraction}.")
         self.augmentation()  # raises on bad strengths
-        self.given_class_weights()
+        check_class_weights(self.class_weights)
         for name in ("short_side", "long_side"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is a length in pixels, got {getattr(self, name)}.")
@@ -133,19 +135,10 @@ class SegmentationDataArguments:
         flip = SegmentationAugmentation.horizontal_flip if self.horizontal_flip is None else self.horizontal_flip
         return SegmentationAugmentation((self.scale_min, self.scale_max), self.max_class_share, flip, self.photometric)
 
-    def given_class_weights(self) -> list[float] | None:
-        """The weights that were given as numbers; a `ValueError` if they are neither that nor `"median_frequency"`."""
-        if self.class_weights is None or self.class_weights == [BALANCED]:
-            return None
-        try:
-            weights = [float(weight) for weight in self.class_weights]
-        except ValueError:
-            weights = []
-        if not weights or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-            raise ValueError(
-                f"`class_weights` must be {BALANCED} or a number for each class, at least 0, got {self.class_weights}."
-            )
-        return weights
+    @property
+    def counts_class_weights(self) -> bool:
+        """Whether `class_weights` are to be counted in the training masks."""
+        return self.class_weights in ([BALANCED], [MEDIAN_FREQUENCY])
 
     @property
     def ignored_value(self) -> int:
@@ -205,8 +198,10 @@ def check_options(
     training_args: SegmentationTrainingArguments,
 ) -> None:
     """Raises a `ValueError` if options do not fit each other."""
-    if data_args.class_weights == [BALANCED] and not data_args.check_data:
-        raise ValueError(f"`class_weights` {BALANCED} counts pixels in the check of the data: leave `check_data` on.")
+    if data_args.counts_class_weights and not data_args.check_data:
+        raise ValueError(
+            f"`class_weights` {data_args.class_weights[0]} counts pixels in the check of the data: leave `check_data` on."
+        )
     if model_args.evaluate_only and training_args.push_to_hub:
         raise ValueError("`evaluate_only` makes nothing to publish: leave out `push_to_hub`.")
     if model_args.evaluate_only and training_args.resume_from_checkpoint is not None:

@@ -15,8 +15,9 @@ from ..cli.model_arguments import check_config_fields
 from ..configuration_lvvit import LVViTConfig
 from ..finite import check_weights
 from ..modeling_lvvit import LVViTForSemanticSegmentation
+from ..per_class.weights import MEDIAN_FREQUENCY, balanced_weights, given_class_weights
 from ..variants import variant_config
-from .arguments import BALANCED, SegmentationDataArguments, SegmentationModelArguments
+from .arguments import SegmentationDataArguments, SegmentationModelArguments
 from .dataset import ClassCounts
 from .inference import trained_inference
 
@@ -250,7 +251,13 @@ def set_class_weights(
     model: LVViTForSemanticSegmentation, args: SegmentationDataArguments, counts: ClassCounts | None
 ) -> None:
     """Gives the loss the weights that were asked for, the same in all processes. Only the main process needs `counts`."""
-    weights = args.given_class_weights()
-    if args.class_weights == [BALANCED]:
-        weights = broadcast_object_list([counts and counts.median_frequency_weights()])[0]
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    weights = given_class_weights(args.class_weights, names)
+    if args.counts_class_weights:
+        counted = counts and (
+            counts.median_frequency_weights()
+            if args.class_weights == [MEDIAN_FREQUENCY]
+            else balanced_weights(counts.pixels).tolist()
+        )
+        weights = broadcast_object_list([counted])[0]
     model.config.semantic_loss_class_weights = weights

@@ -16,6 +16,7 @@ from ..data.class_labels import read_class_names
 from ..data.masks import MANY_VALUES, NEAREST_VALUES, MaskEncoding, has_soft_borders, list_values
 from ..data.sources import looks_local, open_splits
 from ..data.splits import EVALUATION_SPLITS, find_eval_split, hold_out, split_to_evaluate, take_subset
+from ..per_class.weights import given_class_weights
 from .arguments import SegmentationDataArguments
 from .dataset import ClassCounts, SegmentationDataset, count_mask_values
 from .transforms import SegmentationEvalTransform, SegmentationTrainTransform
@@ -109,9 +110,7 @@ def open_segmentation_data(
     mask_column = find_mask_column(evaluation, args)
     parts = [part for part in rows.values() if part is not None]
     class_names, encoding = _find_classes(args, parts, mask_column, model_names)
-    weights = args.given_class_weights()
-    if weights is not None and len(weights) != len(class_names):
-        raise ValueError(f"`class_weights` has {len(weights)} numbers; the data has {len(class_names)} classes.")
+    given_class_weights(args.class_weights, class_names)  # raises on those of other classes
     return OpenedSegmentationData(
         rows["training"], rows["evaluation"], eval_name, mask_column, class_names, encoding, test=rows["test"]
     )

@@ -53,11 +53,15 @@ def save_class_scores(
     write_json(output_dir / CLASS_SCORES, record)
 
 
-def draw_predictions(trainer: SegmentationTrainer, class_names: list[str]) -> str:
-    """Writes a figure of some evaluation rows, evenly spread, and returns its name."""
+def draw_predictions(
+    trainer: SegmentationTrainer, class_names: list[str], path: Path | None = None, num_images: int = NUM_IMAGES
+) -> str:
+    """Writes a figure of some evaluation rows, evenly spread, to `path` (default: `predictions.png` in the output folder), and returns
+    its name."""
+    path = path or Path(trainer.args.output_dir) / FIGURE
     samples, model = trainer.eval_dataset, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     model.eval()
-    count = min(NUM_IMAGES, len(samples))
+    count = min(num_images, len(samples))
     images, masks, predictions = [], [], []
     for row in (index * len(samples) // count for index in range(count)):
         predicted = trainer.predict_images(model, samples[row]["pixel_values"][None])[0].cpu().numpy()
@@ -65,9 +69,8 @@ def draw_predictions(trainer: SegmentationTrainer, class_names: list[str]) -> st
         images.append(samples.read_image(row).reduce(step))
         masks.append(samples.mask(row)[::step, ::step].copy())
         predictions.append(predicted[::step, ::step].copy())
-    path, ignored = Path(trainer.args.output_dir) / FIGURE, samples.encoding.label_ignore_index
-    save_segmentation_figure(path, images, masks, predictions, class_names, ignored)
-    return FIGURE
+    save_segmentation_figure(path, images, masks, predictions, class_names, samples.encoding.label_ignore_index)
+    return path.name
 
 
 def headline(metrics: Mapping[str, float], prefix: str) -> str:

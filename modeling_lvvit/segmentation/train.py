@@ -115,6 +115,10 @@ class SegmentationRun(TrainingRun):
         inference = settings.record(self.opened.encoding) | {"precision": self.trainer.accelerator.mixed_precision}
         return {f"{name}_split": split, f"{name}_samples": len(samples), f"{name}_inference": inference}
 
+    def draw(self, path: Path, num_images: int) -> None:
+        """See `draw_predictions`."""
+        draw_predictions(self.trainer, self.opened.class_names, path, num_images)
+
     def report(self) -> None:
         """Writes scores of the classes, figure and model card, and prints the table of the classes."""
         trainer, class_names = self.trainer, self.opened.class_names

@@ -1,65 +1,99 @@
 """Trains with and without token labels over several seeds at equal budget, and says what the labels are worth.
 
-    python -m modeling_lvvit.study                                             embedded data, about 21 minutes on two CPU cores
-    python -m modeling_lvvit.study --dataset_name DATA --token_labels LABELS --variant lvvit_t_224 --num_train_epochs 30
-    python -m modeling_lvvit.study cifar10 --dataset_name FOLDER --arms token_labels plain_labels "half=--dense_weight 0.5"
+    lvvit study --quick                                   embedded data, a few minutes on two CPU cores
+    lvvit study                                           embedded data, about 21 minutes on two CPU cores
+    lvvit study --dataset_name DATA --token_labels LABELS --variant lvvit_t_224 --num_train_epochs 30
+    lvvit study cifar10 --dataset_name FOLDER --arms token_labels plain_labels "half=--dense_weight 0.5"
 
-Recipes of train_tl.py come first; its options may stand between those of the study. They hold for all runs. Written to --output_dir: a
+Recipes of `lvvit train` come first; its options may stand between those of the study. They hold for all runs. Written to --output_dir: a
 folder for each run, study.md (the table), study.json, and curves.png. Started again, it goes on where it was stopped.
 """
 
-import argparse
+import itertools
+import math
 import shlex
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
-from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
+from ..cli import digit_scenes
 from ..cli.model_arguments import ModelArguments
-from ..cli.parser import TRAIN_TL
+from ..cli.parser import EMBEDDED_RECIPE, TRAIN_TL
+from ..console import end_interrupted, program, progress_bar
 from ..launching import name_options, num_cpu_cores
+from ..options import Program
 from .arms import ARMS, Arm, check_options, parse_arm
-from .report import ArmResults, save_report
-from .runs import PROGRAM, Run, RunError, Runner
+from .report import ArmResults, save_report, seed_table, verdict
+from .runs import Run, RunError, Runner
 
 
-MODULE = "modeling_lvvit.study"
-EMBEDDED_RECIPE, LOCK = "study", ".lock"
+STUDY_RECIPE, QUICK_RECIPE, LOCK = "study", "quick_study", ".lock"
+QUICK_RUN_SECONDS, SCENES_SECONDS = 40, 60  # of one CPU core for a quick run; of two for the scenes
 
 
-def parser() -> argparse.ArgumentParser:
-    """Options of the program."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}",
-        usage=f"python -m {MODULE} [RECIPE ...] [--option value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+@dataclass
+class StudyArguments:
+    """Options of the program; those of the training are not among them."""
+
+    quick: bool = HfArg(
+        default=False,
+        help="A small study on the embedded data, a few minutes on two CPU cores: tokens against plain labels.",
     )
-    names = ", ".join(ARMS)
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        default=list(ARMS),
-        metavar="ARM",
-        help=f"of {names}, or 'NAME=--option value'; the first is what the others are compared with; default: these",
+    arms: list[str] | None = HfArg(
+        default=None,
+        help=f"Of {', '.join(ARMS)}, or 'NAME=--option value'; the first is what the others are compared with; default: these, in a "
+        "quick study the first two.",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default: 0 to 4")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"), help="default: %(default)s")
-    parser.add_argument("--metric", default="eval_accuracy", help="what is compared; default: %(default)s")
-    parser.add_argument("--jobs", type=int, help="runs at a time; default: one for each CPU core, with a GPU 1")
-    parser.add_argument("--launcher", help="stands before train_tl.py; default: this Python")
-    return parser
+    seeds: list[int] | None = HfArg(
+        default=None, help="Of the runs of each arm; default: 0 to 4, in a quick study 0 to 3."
+    )
+    output_dir: str | None = HfArg(default=None, help="Default: outputs/study, of a quick study outputs/quick_study.")
+    metric: str = HfArg(default="eval_accuracy", help="What is compared.")
+    jobs: int | None = HfArg(default=None, help="Runs at a time; default: one for each CPU core, with a GPU 1.")
+    launcher: str | None = HfArg(default=None, help="Command before the training program; default: this Python.")
+
+    def __post_init__(self):
+        self.arms = self.arms or list(ARMS)[: 2 if self.quick else None]
+        self.seeds = self.seeds or list(range(4 if self.quick else 5))
+        self.output_dir = self.output_dir or ("outputs/quick_study" if self.quick else "outputs/study")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return Path(self.output_dir)
 
 
-def plan(args: argparse.Namespace, shared: tuple[str, ...]) -> tuple[list[Arm], list[Run]]:
+@dataclass(frozen=True)
+class StudyProgram(Program):
+    """A program that passes on options of the training, and recipes."""
+
+    def split(self, words: list[str]) -> tuple[StudyArguments, tuple[str, ...]]:
+        """Its own options, and the words for the training; an `OptionError` if neither takes an option."""
+        args, rest = self.parser().parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
+        options = itertools.dropwhile(lambda word: not word.startswith("-"), rest)
+        _, unknown = TRAIN_TL.given_options(list(options))
+        self.check_unknown(unknown, TRAIN_TL.types)
+        return args, tuple(rest)
+
+    @property
+    def usage(self) -> str:
+        """How it is called."""
+        return f"{self.name} [RECIPE ...] [--option value ...] [option of lvvit train ...]"
+
+
+PROGRAM = StudyProgram("lvvit study", __doc__, (StudyArguments,))
+
+
+def plan(args: StudyArguments, shared: tuple[str, ...]) -> tuple[list[Arm], list[Run]]:
     """Arms, and all runs, seed by seed; a `ValueError` if something is wrong with the options."""
-    if not PROGRAM.is_file():
-        raise ValueError(f"The study starts {PROGRAM.name}, which is not at {PROGRAM}: run it from a checkout.")
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"`jobs` must be at least 1, got {args.jobs}.")
     check_options(shared)
@@ -74,8 +108,10 @@ def plan(args: argparse.Namespace, shared: tuple[str, ...]) -> tuple[list[Arm], 
             raise ValueError(
                 f"The embedded study has a model of its own: give `dataset_name` or a recipe with `{chosen[0]}`."
             )
-        shared = (EMBEDDED_RECIPE, *shared)
-    runs = [Run(arm, seed, args.output_dir / arm.name / f"seed_{seed}", shared) for seed in args.seeds for arm in arms]
+        shared = (QUICK_RECIPE if args.quick else STUDY_RECIPE, *shared)
+    elif args.quick:
+        raise ValueError("A `quick` study has data of its own: leave out the recipe and `dataset_name`.")
+    runs = [Run(arm, seed, args.folder / arm.name / f"seed_{seed}", shared) for seed in args.seeds for arm in arms]
     for run in runs[: len(arms)]:
         _ = run.settings  # raises if they are wrong
     for run in runs:
@@ -83,32 +119,56 @@ def plan(args: argparse.Namespace, shared: tuple[str, ...]) -> tuple[list[Arm], 
     return arms, runs
 
 
+def _stop(number: int, frame: object) -> None:
+    sys.exit(f"{PROGRAM.name}: stopped; the same command goes on from here.")
+
+
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
-    args, shared = parser().parse_known_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs are ended too
-    has_gpu = torch.accelerator.is_available()
+    signal.signal(signal.SIGTERM, _stop)  # so that the runs are ended too
     try:
-        arms, runs = plan(args, tuple(shared))
-        missing = sum(not run.is_finished() for run in runs)
-        jobs = args.jobs or (1 if has_gpu else max(1, min(num_cpu_cores(), missing)))
-        threads = None if has_gpu else max(1, num_cpu_cores() // jobs)
-        runner = Runner(jobs, threads, shlex.split(args.launcher) if args.launcher else (sys.executable,))
-        results = {arm: ArmResults(arm) for arm in arms}
-        print(f"{len(runs)} runs, {jobs} at a time, of train_tl.py {shlex.join(runs[0].options)}", flush=True)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(args.output_dir / LOCK, timeout=0), tqdm(total=len(runs), unit="run") as bar:
-            for run in runner.run_all(runs):
-                results[run.arm].add(run, args.metric)
-                bar.set_postfix_str(f"{run.arm.name}, seed {run.seed}: {results[run.arm].finals[run.seed]:.3f}")
-                bar.update()
-        print(save_report(args.output_dir, list(results.values()), args.metric, runs[0].options))
+        args, shared = PROGRAM.split(arguments)
+        arms, runs = plan(args, shared)
+        run_study(args, arms, runs)
     except Timeout:
-        sys.exit(f"{MODULE}: another study writes to {args.output_dir}.")
+        sys.exit(f"{PROGRAM.name}: another study writes to {args.folder}.")
     except (ValueError, OSError, RunError, StrictDataclassError) as error:
-        sys.exit(f"{MODULE}: {name_options(error, *vars(args), *TRAIN_TL.arguments)}")
+        sys.exit(f"{PROGRAM.name}: {name_options(error, StudyArguments, *TRAIN_TL.arguments)}")
     except KeyboardInterrupt:
-        sys.exit(f"{MODULE}: stopped; the same command goes on from here.")
-    print(f"saved to {args.output_dir}")
+        end_interrupted(f"{PROGRAM.name}: interrupted; the same command goes on from here.")
+    print(f"saved to {args.folder}")
+
+
+def run_study(args: StudyArguments, arms: list[Arm], runs: list[Run]) -> None:
+    """Makes the runs that are missing, and the report."""
+    has_gpu = torch.accelerator.is_available()
+    missing = sum(not run.is_finished() for run in runs)
+    jobs = args.jobs or (1 if has_gpu else max(1, min(num_cpu_cores(), missing)))
+    threads = None if has_gpu else max(1, num_cpu_cores() // jobs)
+    runner = Runner(jobs, threads, shlex.split(args.launcher) if args.launcher else (sys.executable,))
+    results = {arm: ArmResults(arm) for arm in arms}
+    print(f"{len(runs)} runs, {jobs} at a time, of lvvit train {shlex.join(runs[0].options)}", flush=True)
+    if args.quick and not has_gpu:
+        print(quick_duration(missing, jobs), flush=True)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(args.folder / LOCK, timeout=0), progress_bar(total=len(runs), desc="Study", unit="run") as bar:
+        if runs[0].settings["dataset_name"] in ("None", EMBEDDED_RECIPE):
+            digit_scenes.build_or_reuse()  # before the runs, of which each would draw the scenes
+        for run in runner.run_all(runs):
+            results[run.arm].add(run, args.metric)
+            bar.set_postfix_str(f"{run.arm.name}, seed {run.seed}: {results[run.arm].finals[run.seed]:.3f}")
+            bar.update()
+    arms_results = list(results.values())
+    table = save_report(args.folder, arms_results, args.metric, runs[0].options)
+    print(f"{seed_table(arms_results, args.metric)}\n{verdict(arms_results, args.metric)}" if args.quick else table)
+
+
+def quick_duration(num_runs: int, jobs: int) -> str:
+    """About how long so many runs of the quick study take, and before them the scenes where they are not drawn yet."""
+    seconds = QUICK_RUN_SECONDS * math.ceil(num_runs / jobs)
+    if num_runs and not digit_scenes.cache_folder().is_dir():
+        seconds += SCENES_SECONDS
+    return f"about {seconds / 60:.0f} minutes on {jobs} CPU cores that have nothing else to do"
 
 
 if __name__ == "__main__":

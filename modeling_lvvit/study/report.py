@@ -9,11 +9,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..cli.model_card import library_versions
-from ..data.atomic_files import write_json, write_text
+from ..data.atomic_files import write_atomically, write_json, write_text
 from .arms import Arm
 from .confidence_intervals import Estimate, estimate, paired_difference
 from .runs import Run
@@ -40,8 +41,8 @@ PER_CENT, PLAIN = Scale(100, 1, " (%)"), Scale(1, 4)
 
 
 def metric_scale(metric: str) -> Scale:
-    """Accuracies are shares; other metrics may not be."""
-    return PER_CENT if metric.endswith("accuracy") else PLAIN
+    """Accuracies are shares, and so are the metrics of images with several classes; others may not be."""
+    return PER_CENT if metric.endswith(("accuracy", "average_precision", "_f1", "exact_match")) else PLAIN
 
 
 @dataclass
@@ -101,15 +102,51 @@ def study_table(results: Sequence[ArmResults], metric: str) -> str:
     return "\n".join(lines)
 
 
+def seed_table(results: Sequence[ArmResults], metric: str) -> str:
+    """Markdown: each arm with its values by seed, and for each but the first how far that one is ahead."""
+    first, scale = results[0], metric_scale(metric)
+    seeds = sorted(first.finals)
+    lines = [
+        f"| {TITLES.get(metric, metric)}{scale.unit} | {' | '.join(f'seed {seed}' for seed in seeds)} | mean, 95 % interval |",
+        f"| --- |{' ---: |' * (len(seeds) + 1)}",
+    ]
+    for row in results:
+        values = " | ".join(scale.text(row.finals[seed]) for seed in seeds)
+        lines.append(f"| {row.arm.title} | {values} | {_text(estimate(row.values()), scale)} |")
+    for row in results[1:]:
+        values = " | ".join(scale.text(first.finals[seed] - row.finals[seed], "+") for seed in seeds)
+        gain = _text(paired_difference(first.values(), row.values()), scale, signed=True)
+        lines.append(f"| {first.arm.title} minus {row.arm.title} | {values} | {gain} |")
+    return "\n".join(lines)
+
+
+def verdict(results: Sequence[ArmResults], metric: str) -> str:
+    """What the first arm is worth against the second, in a sentence."""
+    first, second = results[:2]
+    scale, gain = metric_scale(metric), paired_difference(first.values(), second.values())
+    title, points = TITLES.get(metric, metric), " points" if scale == PER_CENT else ""
+    text = f"With {first.arm.title} {title} is {scale.text(abs(gain.mean))}{points} {'higher' if gain.mean >= 0 else 'lower'} "
+    text += f"than with {second.arm.title}"
+    if math.isnan(gain.half_width):
+        return f"{text}; one seed cannot say whether that is chance."
+    low, high = gain.mean - gain.half_width, gain.mean + gain.half_width
+    is_clear = low > 0 or high < 0
+    return (
+        f"{text} (95 % interval of {len(first.finals)} pairs of runs: {scale.text(low, '+')} to {scale.text(high, '+')}): "
+        + ("more than chance." if is_clear else "that may be chance, the interval includes 0.")
+    )
+
+
 def _text(value: Estimate, scale: Scale, signed: bool = False) -> str:
     mean = scale.text(value.mean, "+" if signed else "")
     return mean if math.isnan(value.half_width) else f"{mean} ± {scale.text(value.half_width)}"
 
 
 def save_report(folder: Path, results: Sequence[ArmResults], metric: str, options: Sequence[str]) -> str:
-    """Writes table, record and figure, and returns the table."""
+    """Writes table, record and figure, and returns the table; with several arms their values by seed and what the first is worth follow."""
     table = study_table(results, metric)
-    write_text(folder / TABLE, table + "\n")
+    text = [table, seed_table(results, metric), *([verdict(results, metric)] if len(results) > 1 else [])]
+    write_text(folder / TABLE, "\n\n".join(text) + "\n")
     first = results[0]
     arms = [
         {
@@ -134,29 +171,40 @@ def _plain(value: Estimate) -> Mapping[str, Any]:
     return {name: number if math.isfinite(number) else None for name, number in asdict(value).items()}
 
 
-def save_curves(path: Path, results: Sequence[ArmResults], title: str, factor: float) -> None:
-    """Left the metric times `factor` over the epochs, a line for each run and a thick one for their mean; right the ends with mean and
-    interval."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    curves, ends = figure.subplots(1, 2, width_ratios=(2, 1))
+def draw_curves(axis: Axes, results: Sequence[ArmResults], factor: float) -> None:
+    """The metric times `factor` over the epochs: a thin line for each run and a thick one for their mean, or points where runs were
+    evaluated once."""
     for position, row in enumerate(results):
-        color = matplotlib.colormaps["tab10"](position % 10)
+        color = arm_color(position)
         for epochs, values in row.curves.values():
-            curves.plot(epochs, factor * np.array(values), color=color, alpha=0.3, linewidth=0.8)
+            axis.plot(epochs, factor * np.array(values), color=color, alpha=0.4, linewidth=0.8, marker=".")
         if len({tuple(epochs) for epochs, _ in row.curves.values()}) == 1:
             mean = factor * np.mean([values for _, values in row.curves.values()], axis=0)
-            curves.plot(epochs, mean, color=color, linewidth=2, marker="o", markersize=3, label=row.arm.title)
-        values = factor * np.array(row.values())
-        middle = estimate(row.values())
+            axis.plot(epochs, mean, color=color, linewidth=2, marker="o", markersize=5)
+        axis.plot([], [], color=color, linewidth=2, marker="o", label=row.arm.title)
+    axis.set_xlabel("epoch")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def arm_color(position: int) -> tuple[float, ...]:
+    """Color of an arm in the figure."""
+    return matplotlib.colormaps["tab10"](position % 10)
+
+
+def save_curves(path: Path, results: Sequence[ArmResults], title: str, factor: float) -> None:
+    """Left the curves of `draw_curves`; right the ends with mean and interval."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    curves, ends = figure.subplots(1, 2, width_ratios=(2, 1))
+    draw_curves(curves, results, factor)
+    curves.set_ylabel(title)
+    for position, row in enumerate(results):
+        color, values, middle = arm_color(position), factor * np.array(row.values()), estimate(row.values())
         ends.scatter(np.full(len(values), position), values, color=color, alpha=0.5, s=16)
         half = 0.0 if math.isnan(middle.half_width) else factor * middle.half_width
         ends.errorbar([position + 0.2], [factor * middle.mean], yerr=[[half], [half]], color=color, fmt="D", capsize=4)
-    curves.set_xlabel("epoch")
-    curves.set_ylabel(title)
-    curves.grid(alpha=0.3)
-    curves.legend(fontsize=8)
     ends.set_xticks(range(len(results)), [row.arm.title.replace(", ", ",\n") for row in results], fontsize=8)
     ends.set_xlim(-0.5, len(results) - 0.5)
     ends.set_title("at the end: runs, mean, 95 % interval", fontsize=9)
     ends.grid(axis="y", alpha=0.3)
-    FigureCanvasAgg(figure).print_png(path)
+    write_atomically(path, FigureCanvasAgg(figure).print_png)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..cli.parser import parse
@@ -19,7 +20,7 @@ from ..training.checkpoints import last_whole_checkpoint
 from .arms import Arm
 
 
-PROGRAM = Path(__file__).parents[2] / "train_tl.py"
+PROGRAM = Path(find_spec("train_tl").origin)  # a module next to the package, wherever that is
 LOG, RECORD = "log.txt", "study_run.json"
 LINES_OF_ERROR = 12
 MAX_NAMED = 3  # options that a message names

@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import SchedulerType
 
+from ..data.sampling import BALANCED
 from ..labels.label_crops import LabelCrop
+from ..per_class.weights import HELP as CLASS_WEIGHTS_HELP
+from ..per_class.weights import check_class_weights
 from ..training.base_arguments import BaseImageTrainingArguments
 from ..training.schedule import REFERENCE_IMAGES_PER_STEP
 from .collator import MIX_METHODS
@@ -51,7 +55,7 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
     )
     base_min_learning_rate: float = HfArg(default=1e-5, help="Minimum for 1024 images a step, scaled like the peak.")
     weight_decay: float = HfArg(default=0.05, help="AdamW weight decay of matrices and convolutions.")
-    lr_scheduler_type: str = HfArg(default="cosine", help="Learning-rate schedule.")
+    lr_scheduler_type: SchedulerType | str = HfArg(default="cosine", help="Learning-rate schedule.")
     label_smoothing_factor: float = HfArg(default=0.1, help="Smoothing of human and dense targets.")
     cls_weight: float = HfArg(default=1.0, help="Weight of the class-token loss.")
     dense_weight: float = HfArg(default=1.0, help="Weight of the patch-token loss (beta); 0 trains with plain labels.")
@@ -64,6 +68,15 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
         default="dense",
         help="Target of the patch tokens: dense, the label map, each token its place; image, the human label by the mean of their "
         "scores, so that labels of places emerge and the model can annotate for others (arXiv:2401.03844), without dense labels.",
+    )
+    class_weights: list[str] | None = HfArg(
+        default=None, help=CLASS_WEIGHTS_HELP.format("scaled to a mean of 1 over the training images; ")
+    )
+    train_sampling_strategy: str = HfArg(
+        default="random",
+        help="Order of training images: random; sequential; or balanced, drawn with replacement, of every class as often; and those of "
+        "the library for sequences.",
+        metadata={"choices": ["random", "sequential", BALANCED, "group_by_length", "batch_rebalance"]},
     )
     label_crop: LabelCrop = HfArg(
         default="correct",
@@ -125,6 +138,11 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
         if not 0 <= self.mix_probability <= 1:
             raise ValueError(f"`mix_probability` must lie in [0, 1], got {self.mix_probability}.")
         self._check_mixing_and_average()
+        self.class_weights = [self.class_weights] if isinstance(self.class_weights, str) else self.class_weights
+        check_class_weights(self.class_weights)
+        self.check_choice(
+            "train_sampling_strategy", *type(self).__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
+        )
         if self.lr_schedule == "published" and self.num_train_epochs <= self.warmup_epochs + self.cooldown_epochs:
             raise ValueError(
                 f"`num_train_epochs` ({self.num_train_epochs}) must be more than `warmup_epochs` ({self.warmup_epochs}) and "

@@ -46,7 +46,7 @@ class TokenLabelCollator:
         mixup_alpha: Parameter of the Beta distribution for Mixup (DeiT: 0.8).
 
     Returns (from the call):
-        `pixel_values` `[B, 3, H, W]`; `labels` int64 `[B]`; for training samples `crop_box` `[B, 4]`, with RandAugment also
+        `pixel_values` `[B, 3, H, W]`; `labels` int64 `[B]`, or float32 `[B, C]` of images with several classes; for training samples `crop_box` `[B, 4]`, with RandAugment also
         `label_affine` `[B, 2, 3]` and `image_box` `[B, 4]`; when mixed by tokens `mix_mask` bool `[B, rows, columns]`, the
         same box for every sample; when mixed by pixels `mix_share` float32 `[B, rows, columns]`, how much of each token
         shows the other image; with dense labels `token_label_palette` int64 `[B, U]`, the classes that each map names, padded
@@ -65,7 +65,8 @@ class TokenLabelCollator:
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
         if "labels" in samples[0]:
-            batch["labels"] = torch.as_tensor([sample["labels"] for sample in samples])
+            labels = [sample["labels"] for sample in samples]
+            batch["labels"] = torch.stack(labels) if isinstance(labels[0], torch.Tensor) else torch.as_tensor(labels)
         if "crop_box" not in samples[0]:
             return batch
         for name in ("crop_box", "label_affine", "image_box", "token_label_index", "token_label_scores"):

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
+from ..data.class_labels import class_ids
 from ..data.image_dataset import ImageDataset, check_has_columns, with_image_column
 from ..data.images import LYING, SampleError, read_orientation
+from ..data.multi_label.columns import is_list, multi_hot
 from ..labels.columns import LabelMapError
 from ..labels.reader import SIDEWAYS, LabelMapReader, covered_region, turn_with_images
 from ..labels.storage import PaletteMaps
@@ -36,7 +38,8 @@ class TokenLabelDataset(ImageDataset):
     """Decodes images and label maps of a `datasets.Dataset` and transforms them together; label maps never become Python lists.
 
     Args:
-        dataset: Rows with an image column and an integer or `ClassLabel` column.
+        dataset: Rows with an image column and an integer or `ClassLabel` column; or one of lists of `ClassLabel`, for images with several
+            classes (without dense labels).
         transform: Called with an image, and where there are maps with the palette positions, scores and region of its map;
             returns a dict of tensors (`TrainTransform`, `ImageProcessorTransform`).
         ids_column, scores_column: Dense-label columns of the dataset itself, or `None` for both.
@@ -67,30 +70,50 @@ class TokenLabelDataset(ImageDataset):
         super().__init__(dataset, [image_column, label_column], name)
         self.label_feature = dataset.features[label_column]
         label_type = dataset.features.arrow_schema.field(label_column).type
-        if not pa.types.is_integer(label_type):
-            raise ValueError(f"Column {label_column!r} of the {name} data must hold class ids, got {label_type}.")
+        self.is_multi_label = is_list(label_type) and isinstance(self.label_feature.feature, datasets.ClassLabel)
+        if self.is_multi_label:
+            self.label_feature = self.label_feature.feature
+        elif not pa.types.is_integer(label_type):
+            raise ValueError(
+                f"Column {label_column!r} of the {name} data must hold class ids, got {label_type}; lists of `ClassLabel` are several classes of an image."
+            )
         self.label_maps = label_maps
         if ids_column is not None:
             check_has_columns(dataset, [ids_column, scores_column], name)
             self.label_maps = LabelMapReader(dataset, ids_column=ids_column, scores_column=scores_column)
         if self.label_maps is not None and len(self.label_maps) != len(dataset):
             raise ValueError(f"The {name} data has {len(dataset)} rows, its label maps are {len(self.label_maps)}.")
+        if self.label_maps is not None and self.is_multi_label:
+            raise ValueError(
+                f"The {name} data has several classes of each image; such data is trained on without dense labels."
+            )
 
     @property
     def has_label_maps(self) -> bool:
         """Whether samples carry dense labels."""
         return self.label_maps is not None
 
-    def fetch(self, table: pa.Table, indices: list[int]) -> tuple[list[int], PaletteMaps | None]:
-        """Class ids and, where there are any, label maps."""
-        return table[self.label_column].to_pylist(), self._fetch_maps(table, indices) if self.has_label_maps else None
+    def fetch(self, table: pa.Table, indices: list[int]) -> tuple[list[int] | torch.Tensor, PaletteMaps | None]:
+        """Class ids, or 1 for each class of an image `(rows, classes)`; and, where there are any, label maps."""
+        column = table[self.label_column]
+        labels = multi_hot(column, self.label_feature.num_classes) if self.is_multi_label else column.to_pylist()
+        return labels, self._fetch_maps(table, indices) if self.has_label_maps else None
 
     def sample(
-        self, image: Image.Image, fetched: tuple[list[int], PaletteMaps | None], offset: int, index: int
+        self, image: Image.Image, fetched: tuple[list[int] | torch.Tensor, PaletteMaps | None], offset: int, index: int
     ) -> dict[str, Any]:
-        """What the transform makes of a row, the palette of its map, and its class id as `labels`."""
+        """What the transform makes of a row, the palette of its map, and as `labels` its class id, or float32 `(classes,)`."""
         labels, maps = fetched
         return {**transformed(self.transform, image, maps, offset), "labels": labels[offset]}
+
+    def class_counts(self, num_classes: int) -> np.ndarray:
+        """Rows of each class, `(num_classes,)` int64; ids that are none of a class are left out."""
+        ids = self.class_ids()
+        return np.bincount(ids[(ids >= 0) & (ids < num_classes)], minlength=num_classes)
+
+    def class_ids(self) -> np.ndarray:
+        """Class ids of all rows, `(n,)` int64; -1 for missing ones."""
+        return class_ids(self.rows, self.label_column)
 
     def labels(self, count: int) -> list[int]:
         """Class ids of the first `count` rows."""
@@ -118,6 +141,8 @@ class TokenLabelDataset(ImageDataset):
 
         def find_problems(table: pa.Table, start: int) -> list[tuple[int, str]]:
             nonlocal expected_shape
+            if self.is_multi_label:  # `with_labels` has looked at the lists
+                return []
             labels = table[self.label_column]
             bad = pc.fill_null(pc.or_(pc.less(labels, 0), pc.greater_equal(labels, num_classes)), True)
             offsets = np.flatnonzero(bad.to_numpy()).tolist()

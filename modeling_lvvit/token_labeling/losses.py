@@ -16,6 +16,7 @@ def mixed_cross_entropy(
     targets: SparseTargets,
     weight: torch.Tensor | float = 1.0,
     own_share: torch.Tensor | None = None,
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted cross-entropy of a class token whose image may be mixed with its flip partner.
 
@@ -27,15 +28,17 @@ def mixed_cross_entropy(
         targets: Targets of the unmixed images, `excess` `(batch_size, U)`.
         weight: `(batch_size,)` weight of the unmixed images, or one number.
         own_share: `(batch_size,)` share of tokens that show the image itself, in [0, 1]; `None` for an unmixed batch.
+        class_weights: See `soft_cross_entropy`.
 
     Returns:
         `(batch_size,)` float32.
     """
-    losses = weight * soft_cross_entropy(logits, targets)
+    losses = weight * soft_cross_entropy(logits, targets, class_weights)
     if own_share is None:
         return losses
     partner_weight = weight.flip(0) if isinstance(weight, torch.Tensor) else weight
-    return own_share * losses + (1 - own_share) * partner_weight * soft_cross_entropy(logits, targets.flip())
+    partner_losses = soft_cross_entropy(logits, targets.flip(), class_weights)
+    return own_share * losses + (1 - own_share) * partner_weight * partner_losses
 
 
 def blend_weight(dense: SparseTargets, labels: torch.Tensor) -> torch.Tensor:
@@ -49,6 +52,7 @@ def token_cross_entropy(
     targets: SparseTargets,
     counted_tokens: torch.Tensor | None = None,
     partner_share: torch.Tensor | None = None,
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean cross-entropy of patch tokens, a scalar in float32.
 
@@ -58,14 +62,16 @@ def token_cross_entropy(
         counted_tokens: Bool `(batch_size, N)`, tokens of the unmixed images over which the mean is taken; `None` for all.
         partner_share: `(batch_size, N)` in [0, 1]: how much of each token shows the image of the flip partner (CutMix, Mixup);
             a token then learns both targets in that proportion. `None` where every token shows one image.
+        class_weights: See `soft_cross_entropy`; the mean is over tokens, whatever their weights.
     """
-    losses = soft_cross_entropy(patch_logits, targets)  # (B, N)
+    losses = soft_cross_entropy(patch_logits, targets, class_weights)  # (B, N)
     weights = torch.ones_like(losses) if counted_tokens is None else counted_tokens.float()
     if partner_share is None:
         return losses.mean() if counted_tokens is None else (losses * weights).sum() / weights.sum().clamp(min=1)
     own_weights = (1 - partner_share) * weights
     partner_weights = partner_share * weights.flip(0)
-    total = own_weights * losses + partner_weights * soft_cross_entropy(patch_logits, targets.flip())
+    partner_losses = soft_cross_entropy(patch_logits, targets.flip(), class_weights)
+    total = own_weights * losses + partner_weights * partner_losses
     return total.sum() / (own_weights + partner_weights).sum().clamp(min=1)
 
 
@@ -77,6 +83,7 @@ def token_labeling_loss(
     dense_weight: float = 1.0,
     counted_tokens: torch.Tensor | None = None,
     partner_share: torch.Tensor | None = None,
+    class_weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Sum of the class-token loss and the mean patch-token loss (paper, section 3.2):
 
@@ -88,7 +95,7 @@ def token_labeling_loss(
         patch_logits: `(batch_size, N, C)`, put back after mixing tokens.
         cls_losses: `(batch_size,)` losses of the class token.
         token_targets: Targets of the patch tokens; `None` trains with plain labels.
-        counted_tokens, partner_share: See `token_cross_entropy`.
+        counted_tokens, partner_share, class_weights: See `token_cross_entropy`.
 
     Returns:
         `loss`, `cls_loss` and `token_loss`, scalars in float32. Without token targets `token_loss` is an exact zero that
@@ -98,7 +105,7 @@ def token_labeling_loss(
     if token_targets is None:
         token_loss = 0.0 * patch_logits.float().mean()
     else:
-        token_loss = token_cross_entropy(patch_logits, token_targets, counted_tokens, partner_share)
+        token_loss = token_cross_entropy(patch_logits, token_targets, counted_tokens, partner_share, class_weights)
     loss = cls_weight * cls_loss + dense_weight * token_loss
     return {"loss": loss, "cls_loss": cls_loss, "token_loss": token_loss}
 
@@ -111,10 +118,18 @@ LABEL_FIELDS = (
 
 
 class TokenLabelingLoss:
-    """The loss of a training batch, for a model of `grid_size` (rows, columns) tokens."""
+    """The loss of a training batch, for a model of `grid_size` (rows, columns) tokens; `class_weights` `(C,)` float32 or `None`
+    weigh the terms of class token and patch tokens alike (`soft_cross_entropy`), after smoothing."""
 
-    def __init__(self, args: TokenLabelTrainingArguments, grid_size: tuple[int, int], num_classes: int):
+    def __init__(
+        self,
+        args: TokenLabelTrainingArguments,
+        grid_size: tuple[int, int],
+        num_classes: int,
+        class_weights: torch.Tensor | None = None,
+    ):
         self.args, self.grid_size, self.num_classes = args, grid_size, num_classes
+        self.class_weights = class_weights
 
     def __call__(
         self,
@@ -151,7 +166,7 @@ class TokenLabelingLoss:
         for target, weight in self._cls_targets(cls_dense, labels.get("labels")):
             share = dense_own_share if target is cls_dense else own_share
             cls_losses = cls_losses + mixed_cross_entropy(
-                outputs["cls_logits"], target.smooth(smoothing), weight, share
+                outputs["cls_logits"], target.smooth(smoothing), weight, share, self.class_weights
             )
         patch_logits = outputs["patch_logits"]
         if args.patch_target == "image":
@@ -163,8 +178,8 @@ class TokenLabelingLoss:
             )
             partner_share = None if partner_share is None else partner_share.mean(dim=1, keepdim=True)
         token_targets = None if token_targets is None else token_targets.smooth(smoothing)
-        weights = (args.cls_weight, args.dense_weight)
-        return token_labeling_loss(patch_logits, cls_losses, token_targets, *weights, counted, partner_share)
+        options = (args.cls_weight, args.dense_weight, counted, partner_share, self.class_weights)
+        return token_labeling_loss(patch_logits, cls_losses, token_targets, *options)
 
     def crop_targets(self, labels: dict[str, torch.Tensor]) -> tuple[CropGeometry, SparseTargets, SparseTargets]:
         """Where the crops lie in the label maps, and the targets of class token and patch tokens, not smoothed."""

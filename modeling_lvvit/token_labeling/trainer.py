@@ -1,30 +1,45 @@
 """A `Trainer` that learns from dense labels."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..annotators.online import OnlineAnnotator
+from ..data.multi_label.columns import is_multi_label
+from ..data.sampling import BALANCED, BalancedSampler
+from ..per_class.scores import AVERAGES, ComputeClassMetrics
+from ..per_class.weights import training_weights
 from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import leave_signals_to_main_process
 from ..training.divergence import DivergenceError
 from ..training.ema import EMACallback
-from ..training.metrics import TOP_K, compute_accuracy, rank_classes
+from ..training.metrics import TOP_K, rank_classes
 from ..training.schedule import published_factor
 from ..training.throughput import LossComponents
 from .arguments import TokenLabelTrainingArguments
 from .collator import TokenLabelCollator
+from .dataset import TokenLabelDataset
 from .iterable_dataset import TokenLabelStream, stream_loader
 from .losses import LABEL_FIELDS, TokenLabelingLoss
-from .trainer_setup import check_fit, token_grid_size, trains_patches, use_patch_head, with_patch_head
+from .multi_label import METRICS, MultiLabelLoss, compute_multi_label_metrics
+from .trainer_setup import (
+    check_fit,
+    check_problem_type,
+    token_grid_size,
+    trains_patches,
+    use_patch_head,
+    with_patch_head,
+)
 
 
 class TokenLabelTrainer(BaseImageTrainer):
@@ -37,7 +52,7 @@ class TokenLabelTrainer(BaseImageTrainer):
     Args:
         model, args, data_collator, train_dataset, eval_dataset, ...: As in `transformers.Trainer`. Without
             `data_collator` a `TokenLabelCollator` is made from the arguments; without `compute_metrics` top-1 and
-            top-5 accuracy are reported.
+            top-5 accuracy are reported, or for `problem_type` multi_label_classification those of `multi_label.METRICS`.
         annotator: Labels the crops of every batch on the device, instead of stored label maps.
 
     Raises:
@@ -59,23 +74,59 @@ class TokenLabelTrainer(BaseImageTrainer):
         self.num_classes = model.config.num_labels
         self.annotator = annotator
         check_fit(args, train_dataset, self.num_classes, self.grid_size, annotator)
+        check_problem_type(args, model.config, train_dataset, kwargs.get("eval_dataset"))
         if hasattr(train_dataset, "has_label_maps"):
             use_patch_head(model, trains_patches(args, train_dataset, annotator))
         if data_collator is None:
             mixing = (args.mix_probability, args.mix_alpha, tuple(args.mix_methods), args.mixup_alpha)
             data_collator = TokenLabelCollator(self.grid_size, *mixing)
-        if compute_metrics is None:
+        self.is_multi_label = is_multi_label(model.config)
+        if compute_metrics is None and self.is_multi_label:
+            compute_metrics = compute_multi_label_metrics
+        elif compute_metrics is None:
             kwargs.setdefault("preprocess_logits_for_metrics", rank_classes)
-            compute_metrics = compute_accuracy
-        super().__init__(model, args, data_collator, train_dataset, compute_metrics=compute_metrics, **kwargs)
+            compute_metrics = ComputeClassMetrics(self.num_classes)
+        with warnings.catch_warnings():  # the loss here smooths the targets of several classes too
+            warnings.filterwarnings("ignore", "Label smoothing is not compatible with multi-label")
+            super().__init__(model, args, data_collator, train_dataset, compute_metrics=compute_metrics, **kwargs)
         if annotator is not None:
             annotator.seed(args.seed + args.process_index)
-        self.objective = TokenLabelingLoss(args, self.grid_size, self.num_classes)
+        self.class_weights = self._training_weights()
+        if self.is_multi_label:
+            self.objective = MultiLabelLoss(args)
+        else:
+            weights = (
+                None if self.class_weights is None else torch.tensor(self.class_weights).to(args.device, torch.float32)
+            )
+            self.objective = TokenLabelingLoss(args, self.grid_size, self.num_classes, weights)
         self.ema = None
         if args.has_ema:
             self.ema = EMACallback(args.ema_decay or args.base_ema_decay, is_base=args.ema_decay is None)
             self.add_callback(self.ema)
         self.components = LossComponents()
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by id."""
+        return [self.model.config.id2label[index] for index in range(self.num_classes)]
+
+    @property
+    def class_counts(self) -> np.ndarray | None:
+        """Training images of each class; `None` where they are not counted: of a stream, or with several classes an image."""
+        dataset = self.train_dataset
+        is_counted = isinstance(dataset, TokenLabelDataset) and not self.is_multi_label
+        return dataset.class_counts(self.num_classes) if is_counted else None
+
+    def _training_weights(self) -> np.ndarray | None:
+        """See `training_weights`."""
+        words = self.args.class_weights
+        return None if words is None else training_weights(words, self.class_names, self.class_counts)
+
+    def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == BALANCED:
+            return BalancedSampler(dataset.class_ids(), dataset.seed_and_epoch)
+        return super()._get_train_sampler(dataset)
 
     @property
     def trains_patches(self) -> bool:
@@ -85,11 +136,15 @@ class TokenLabelTrainer(BaseImageTrainer):
     @property
     def metric_names(self) -> list[str] | None:
         """Metrics of an evaluation, without prefix; `None` if they are not known."""
-        if self.compute_metrics is not compute_accuracy or isinstance(self.eval_dataset, dict):
+        if isinstance(self.eval_dataset, dict):
             return None
-        names = ["accuracy", *(["top5_accuracy"] if self.num_classes > TOP_K else [])]
         has_raw = self.args.has_ema and self.args.evaluate_raw_weights
-        return ["loss", *names, *(f"raw_{name}" for name in names if has_raw)]
+        if self.compute_metrics is compute_multi_label_metrics:
+            return ["loss", *METRICS, *([f"raw_{METRICS[0]}"] if has_raw else [])]
+        if not isinstance(self.compute_metrics, ComputeClassMetrics):
+            return None
+        names = ["accuracy", *(["top5_accuracy"] if self.num_classes > TOP_K else []), *AVERAGES]
+        return ["loss", *names, *(f"raw_{name}" for name in names if has_raw and name.endswith("accuracy"))]
 
     def tensors_to_save(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As in `BaseImageTrainer`, and the weight average."""
@@ -157,7 +212,8 @@ class TokenLabelTrainer(BaseImageTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Token-labeling loss in training; cross-entropy of `logits` with the labels in evaluation."""
+        """Token-labeling loss in training; in evaluation cross-entropy of `logits` with the labels. For images with several
+        classes both are the binary cross-entropy of each class."""
         labels = {name: inputs[name] for name in LABEL_FIELDS if name in inputs}
         fields = {name: value for name, value in inputs.items() if name not in labels}
         online_targets = None
@@ -178,7 +234,10 @@ class TokenLabelTrainer(BaseImageTrainer):
             loss = losses["loss"]
         else:
             outputs = convert_to_fp32(outputs)
-            loss = nn.functional.cross_entropy(outputs["logits"], labels["labels"])
+            if self.is_multi_label:
+                loss = nn.functional.binary_cross_entropy_with_logits(outputs["logits"], labels["labels"])
+            else:
+                loss = nn.functional.cross_entropy(outputs["logits"], labels["labels"])
         return (loss, outputs) if return_outputs else loss
 
     def check_loss(self, loss: float) -> None:
@@ -196,7 +255,8 @@ class TokenLabelTrainer(BaseImageTrainer):
         """Adds the mean loss components since the last log, over all processes, and the speed."""
         if "loss" in logs and self.components.count:
             for name, mean in self.components.take().items():
-                logs[name] = self.accelerator.reduce(mean, reduction="mean").item()
+                if name != "token_loss" or self.trains_patches:
+                    logs[name] = self.accelerator.reduce(mean, reduction="mean").item()
         super().log(logs, *args, **kwargs)
 
     def speed(self) -> dict[str, float]:
@@ -228,7 +288,7 @@ class TokenLabelTrainer(BaseImageTrainer):
                     ignore_keys=ignore_keys,
                     metric_key_prefix=f"{metric_key_prefix}_raw",
                 ).metrics
-            raw = {name: value for name, value in figures.items() if name.endswith("accuracy")}
+            raw = {name: value for name, value in figures.items() if name.endswith(("accuracy", METRICS[0]))}
             self.log(dict(raw))
         with self.ema.average_in_model():
             return raw | super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

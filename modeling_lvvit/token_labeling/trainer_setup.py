@@ -3,11 +3,14 @@
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..annotators.online import OnlineAnnotator
 from ..backbones.patch_head import add_patch_head, has_patch_head
 from ..backbones.resize import native_image_size
+from ..data.multi_label.columns import MULTI_LABEL, is_multi_label
+from ..data.sampling import BALANCED
 from .arguments import TokenLabelTrainingArguments
 from .dataset import TokenLabelDataset
 from .iterable_dataset import TokenLabelStream
@@ -81,8 +84,41 @@ def check_fit(
             "remove_unused_columns=True would drop the dense labels and crop boxes before they reach the loss; "
             "leave it at False."
         )
+    if args.train_sampling_strategy == BALANCED and not isinstance(train_dataset, TokenLabelDataset | None):
+        raise ValueError(
+            "`train_sampling_strategy` balanced needs to know the class of every image before training, which a stream does not: use "
+            "`class_weights` with a file or numbers, or data that is no stream (a TokenLabelDataset)."
+        )
     if isinstance(train_dataset, (TokenLabelDataset, TokenLabelStream)):
         train_dataset.check_num_classes(num_classes)
+
+
+def check_problem_type(args: TokenLabelTrainingArguments, config: PreTrainedConfig, *samples: Any) -> None:
+    """Checks that model and data agree on whether an image may have several classes, and that nothing else is asked for than plain
+    labels of such images.
+
+    Raises:
+        ValueError: If they do not, or there is.
+    """
+    for part in samples:
+        has_several = getattr(part, "is_multi_label", False)
+        if isinstance(part, (TokenLabelDataset, TokenLabelStream)) and has_several != is_multi_label(config):
+            raise ValueError(
+                f"The data has {'several classes' if has_several else 'one class'} of each image, the model has the `problem_type` "
+                f"{config.problem_type}. Set `model.config.problem_type` to {MULTI_LABEL if has_several else 'single_label_classification'}."
+            )
+    if not is_multi_label(config):
+        return
+    options = {
+        "patch_target": args.patch_target == "image",
+        "class_weights": args.class_weights is not None,
+        "train_sampling_strategy": args.train_sampling_strategy == BALANCED,
+    }
+    if given := [f"`{name}`" for name, is_given in options.items() if is_given]:
+        raise ValueError(
+            f"Images have several classes, and {' and '.join(given)} {'is' if len(given) == 1 else 'are'} for images with one class each: leave "
+            f"{'it' if len(given) == 1 else 'them'} out."
+        )
 
 
 def trains_patches(args: TokenLabelTrainingArguments, train_dataset: Any, annotator: OnlineAnnotator | None) -> bool:

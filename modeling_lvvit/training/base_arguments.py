@@ -11,6 +11,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import HubStrategy
 
 from .batch_norm import BatchNormMode
+from .callbacks import choose_early_stopping_schedule
 
 
 RESUME_WORDS = {"true": "last", "yes": "last", "false": None, "no": None, "none": None}
@@ -35,6 +36,9 @@ class BaseImageTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036  the library's own spelling, which its parser knows
         default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, ..., or none."}
     )
+    logging_steps: float = field(
+        default=50, metadata={"help": "Steps between two logs, or below 1 their share of the run."}
+    )
     # the filter reads every loss as soon as it is computed, so that the device waits for the processor; it also hides NaN
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN and infinite losses out of logs."}
@@ -48,6 +52,17 @@ class BaseImageTrainingArguments(TrainingArguments):
     # of the library: every_save, which puts drafts in the place of a finished model that is there already
     hub_strategy: HubStrategy | str = field(
         default="end", metadata={"help": "What --push_to_hub publishes: end, or every_save."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "End training after so many evaluations in a row without a better metric_for_best_model; the best checkpoint is kept, "
+            "saved and published. Evaluates and saves every epoch unless eval_strategy, eval_steps or save_steps say otherwise; default: "
+            "off."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "How much better than the best value so far counts as better."}
     )
     batch_norm: BatchNormMode = field(
         default="local",
@@ -106,6 +121,20 @@ class BaseImageTrainingArguments(TrainingArguments):
             )
         if self.learning_rate is not None:
             self.check_numbers(0, "learning_rate")
+        self._check_early_stopping()
+
+    def _check_early_stopping(self) -> None:
+        """Chooses what early stopping needs and was not given; `early_stopping_choices` says what."""
+        self.early_stopping_choices: dict[str, object] = {}
+        if self.early_stopping_patience is None:
+            if self.early_stopping_threshold:
+                raise ValueError("`early_stopping_threshold` needs `early_stopping_patience`.")
+            return
+        self.check_numbers(1, "early_stopping_patience")
+        self.check_numbers(0, "early_stopping_threshold")
+        self.early_stopping_choices = choose_early_stopping_schedule(self)
+        for name, value in self.early_stopping_choices.items():
+            setattr(self, name, value)
 
     def check_reporting(self) -> None:
         """Raises a `ValueError` if something to log to is unknown or not installed."""

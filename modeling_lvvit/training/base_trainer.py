@@ -8,21 +8,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..backbones.patch_head import weights_by_own_names
+from ..backbones.patch_head import PATCH_HEAD, weights_by_own_names
 from ..data.image_dataset import ImageDataset
 from ..data.sampling import temporary_seed
 from ..hub.hub_trainer import HubTrainer
 from .base_arguments import BaseImageTrainingArguments
 from .batch_norm import set_batch_norm
-from .callbacks import EpochCallback, StopOnSignal, leave_signals_to_main_process
+from .callbacks import EarlyStopping, EpochCallback, StopOnSignal, describe_best, leave_signals_to_main_process
 from .checkpoints import check_resumable
 from .divergence import DivergenceCheck, DivergenceError
 from .fsdp import broadcast_buffers, configure_fsdp2, own_class
 from .metrics import check_best_metric
+from .progress import use_run_progress
 from .schedule import decayed_parameters
 from .throughput import Throughput
 
@@ -47,11 +48,20 @@ class BaseImageTrainer(HubTrainer):
         # the losses are ours: the Trainer need not count labels over all processes at every step
         self.model_accepts_loss_kwargs = False
         self.throughput = Throughput()
+        use_run_progress(self, self.throughput)
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
         self.divergence = DivergenceCheck(self.accelerator, args)
         self.num_overflows = torch.zeros((), dtype=torch.int64, device=args.device)
         self.add_callback(self.divergence)
+        self.early_stopping = None
+        if args.early_stopping_patience is not None:
+            self.early_stopping = EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold)
+            self.add_callback(self.early_stopping)
+            if isinstance(self.train_dataset, IterableDataset) and args.eval_strategy == "epoch":
+                raise ValueError(
+                    "A stream has no epochs to evaluate after: give `early_stopping_patience` with `eval_steps`."
+                )
         check_best_metric(args, self.metric_names)
         set_batch_norm(model, args.batch_norm, args.device, args.world_size)
         if args.resume_from_checkpoint is not None:
@@ -141,6 +151,18 @@ class BaseImageTrainer(HubTrainer):
             self.is_in_train = False  # also where it ended with an error
             self.stop_on_signal.restore_handlers()
 
+    def describe_best(self) -> str | None:
+        """See `callbacks.describe_best`."""
+        return describe_best(self.state, self.args, self.early_stopping)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # a run that had stopped early is continued to its end
+            super()._run_epoch(*args, **kwargs)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        # `save_strategy` best saves what is better; a run that is told to stop saves anyway
+        return super()._determine_best_metric(*args, **kwargs) or self.stop_on_signal.is_stopping
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
         prepared = super()._prepare_for_training(*args, **kwargs)
         self.check_weights()
@@ -219,6 +241,12 @@ class BaseImageTrainer(HubTrainer):
             with weights_by_own_names(unwrapped):
                 super()._save_checkpoint(model, trial)
             self.publish_in_background()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As in `Trainer`; a patch head that nothing trains is not saved, and so not missed."""
+        if not getattr(self.model, "saves_patch_head", True):
+            load_result.missing_keys[:] = [name for name in load_result.missing_keys if PATCH_HEAD not in name]
+        super()._issue_warnings_after_load(load_result)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -44,10 +45,9 @@ class EMACallback(TrainerCallback):
         if self.is_base:
             self.effective_decay = scaled_ema_decay(self.decay, args.images_per_step, state.max_steps)
         if state.is_world_process_zero and self.effective_decay != self.decay:
-            print(
+            tqdm.write(  # above the bar
                 f"weight average: decay {self.effective_decay:.6g} for {state.max_steps:,} steps of {args.images_per_step:,} "
-                f"images (base {self.decay:g} for 1,024 images a step)",
-                flush=True,
+                f"images (base {self.decay:g} for 1,024 images a step)"
             )
         if state.global_step:
             path = Path(self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}") / EMA_FILE

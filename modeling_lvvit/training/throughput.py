@@ -32,9 +32,13 @@ class Throughput:
 
     A share of waiting near 0 says that the loader keeps up. On a GPU the processor works ahead of the device, so that a small
     share need not slow anything.
+
+    Attributes:
+        waited_seconds, paused_seconds: Of all intervals.
     """
 
     def __init__(self):
+        self.waited_seconds = self.paused_seconds = 0.0
         self.start()
 
     def start(self) -> None:
@@ -51,6 +55,7 @@ class Throughput:
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
+        self.waited_seconds += time.perf_counter() - begin
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -58,6 +63,7 @@ class Throughput:
         begin = time.perf_counter()
         yield
         self._paused += time.perf_counter() - begin
+        self.paused_seconds += time.perf_counter() - begin
 
     def report(self, annotation_seconds: float | None = None) -> dict[str, float]:
         """`images_per_second`, and `data_wait` and perhaps `annotation` as shares of the time in [0, 1], since the interval began; begins

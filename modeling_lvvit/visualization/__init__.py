@@ -6,10 +6,10 @@ from .figures import (
     overlay,
     panel_step,
     save_contact_sheet,
-    save_prediction_figure,
     save_relevance_figure,
     save_segmentation_figure,
 )
+from .prediction_figure import save_prediction_figure
 from .relevance import RelevanceMaps, relevance_maps
 
 

@@ -17,7 +17,8 @@ from PIL import Image
 from transformers.hf_argparser import HfArg
 
 from ..annotators.annotator import load_annotator
-from ..data.class_matching import normalized, readable_names
+from ..console import program
+from ..data.class_matching import normalized, readable_names, shown_names
 from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu
@@ -81,24 +82,24 @@ def class_id(wanted: str, names: list[str]) -> int:
 def draw_panels(classifier: Classifier, image: Image.Image, wanted: list[str] | None) -> list[tuple[str, np.ndarray]]:
     """Titles and images of one model."""
     pixel_values = classifier.transform(image)[None]
-    names, shown_names = classifier.class_names, readable_names(classifier.class_names)
+    names = shown_names(classifier.class_names)
+    both = zip(classifier.class_names, readable_names(classifier.class_names))
+    synonyms = [name if name == readable else f"{name}, {readable}" for name, readable in both]
     with torch.no_grad():
-        probabilities = classifier.logits(pixel_values)[0].softmax(dim=0)
-    ids = [class_id(name, names) for name in wanted or ()] or probabilities.topk(
+        probabilities = classifier.probabilities(classifier.logits(pixel_values))[0]
+    ids = [class_id(name, synonyms) for name in wanted or ()] or probabilities.topk(
         min(NUM_CLASSES, len(names))
     ).indices.tolist()
     shown = shown_image(pixel_values[0])
-    panels = [(_title(shown_names, probabilities, int(probabilities.argmax())), shown)]
+    panels = [(_title(names, probabilities, int(probabilities.argmax())), shown)]
     for index in ids:
         maps = relevance_maps(classifier.model, pixel_values, torch.tensor([index]), classifier.forward_options)
         if len(panels) == 1:
             panels.append(("attention of the class token", heat(shown, maps.attention[0].numpy())))
-        panels.append(
-            (f"relevance\n{_title(shown_names, probabilities, index)}", heat(shown, maps.relevance[0].numpy()))
-        )
+        panels.append((f"relevance\n{_title(names, probabilities, index)}", heat(shown, maps.relevance[0].numpy())))
     if maps.patch_logits is not None:
         cells = maps.patch_logits[0].unflatten(0, maps.relevance.shape[1:])
-        panels.append(cells_panel(shown, cells, shown_names, "patch predictions"))
+        panels.append(cells_panel(shown, cells, names, "patch predictions"))
     return panels
 
 
@@ -109,13 +110,14 @@ def dense_label_panel(name: str, image: Image.Image, trust_remote_code: bool) ->
     with torch.inference_mode():
         scores = annotator.score_map(pixels[None])[0]  # (classes, rows, columns)
     shown = np.asarray(image.resize(pixels.shape[:0:-1])) / 255.0
-    return cells_panel(shown, scores.permute(1, 2, 0), readable_names(annotator.class_names), "dense labels")
+    return cells_panel(shown, scores.permute(1, 2, 0), shown_names(annotator.class_names), "dense labels")
 
 
 def _title(names: list[str], probabilities: torch.Tensor, index: int) -> str:
     return f"{short(names[index])} {100 * probabilities[index]:.0f} %"
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     with PROGRAM.refusals():

@@ -16,8 +16,9 @@ from huggingface_hub import snapshot_download
 from transformers.hf_argparser import HfArg
 
 from ..annotators.annotate import AnnotateArguments
+from ..console import program
 from ..data.class_labels import check_class_names, check_columns, with_class_ids
-from ..data.class_matching import readable_names
+from ..data.class_matching import shown_names
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
 from ..data.splits import take_subset
@@ -106,7 +107,7 @@ def draw(args: CheckArguments, samples: TokenLabelDataset, label_maps: LabelMapR
         width, height = image.size
         box = [round(value) for value in np.multiply(region, [width, height, width, height])]
         images.append((image, image.crop(box).convert("RGB") if box != [0, 0, width, height] else image))
-    pairs, names = list(zip(maps.ids, maps.scores)), readable_names(names)
+    pairs, names = list(zip(maps.ids, maps.scores)), shown_names(names)
     save_contact_sheet(Path(args.contact_sheet), images, pairs, [names[human[row]] for row in rows], names)
 
 
@@ -137,6 +138,7 @@ PROGRAM = Program(
 )
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)

@@ -1,20 +1,26 @@
-"""Images of dense labels and patch predictions."""
+"""Images of label maps, segmentation and relevance, and what all figures are made of."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
+
+from ..data.atomic_files import write_atomically
+from ..data.class_matching import shown_names
 
 
 LEGEND_COLUMNS, MAX_LEGEND = 6, 60
 SMALL = {"fontsize": 8, "parse_math": False}  # class names may hold dollar signs
 MAX_PANEL_SIDE = 640  # pixels
+MIN_STRENGTH = 0.1  # of cells that say something: below it they are about at chance
+PANEL_WIDTH, LINE_HEIGHT = 2.4, 0.16  # inches
+CHARACTERS_PER_INCH = 14  # of small letters
 
 
 def class_colors(num_classes: int) -> np.ndarray:
@@ -66,46 +72,13 @@ def best_cells(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     return ids.numpy(), ((best - 1 / number) / (1 - 1 / number)).clamp(0, 1).numpy()
 
 
-def save_prediction_figure(
-    path: Path,
-    images: Sequence[Image.Image],
-    labels: Sequence[int],
-    logits: torch.Tensor,
-    patch_logits: torch.Tensor,
-    grid_size: tuple[int, int],
-    class_names: Sequence[str],
-    label_maps: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
-) -> None:
-    """One column for each image: the image with its true and predicted class, its dense labels, the model's patches.
-
-    Args:
-        images: RGB images as the model saw them.
-        logits, patch_logits: `(B, C)` and `(B, N, C)`.
-        grid_size: Token rows and columns.
-        label_maps: Ids and scores of each image, `(K, rows, columns)` each; `None` leaves that row out.
-    """
-    num_classes = len(class_names)
-    colors = class_colors(num_classes)
-    names = ["image"] + (["dense labels"] if label_maps is not None else []) + ["patch predictions"]
-    figure = Figure(figsize=(1.5 * len(images) + 0.6, 1.6 * len(names) + 0.5), layout="constrained")
-    axes = figure.subplots(len(names), len(images), squeeze=False)
-    ids_of_cells, strengths = best_cells(patch_logits.unflatten(1, grid_size))  # (B, rows, columns)
-    for column, image in enumerate(images):
-        panels = [np.asarray(image)]
-        if label_maps is not None:
-            ids, scores = label_maps[column]
-            panels.append(overlay(image, ids[0], label_map_strengths(scores, num_classes), colors))
-        panels.append(overlay(image, ids_of_cells[column], strengths[column], colors))
-        _show_column(axes[:, column], panels)
-        predicted = int(logits[column].argmax())
-        is_right = predicted == labels[column]
-        axes[0, column].set_title(
-            f"{class_names[labels[column]]}\n{'✓' if is_right else '✗'} {class_names[predicted]}",
-            color="tab:green" if is_right else "tab:red",
-            **SMALL,
-        )
-    _label_rows(axes, names)
-    FigureCanvasAgg(figure).print_png(path)
+def note_on_weak_cells(strengths: np.ndarray, num_classes: int) -> str | None:
+    """What to say where no cell stands out, so that a gray image is no riddle; `None` where one does. `strengths` as of `best_cells`."""
+    strongest = float(strengths.max())
+    if strongest >= MIN_STRENGTH:
+        return None
+    best = strongest * (1 - 1 / num_classes) + 1 / num_classes
+    return f"no cell stands out: at most {100 * best:.2g} %"
 
 
 def panel_step(size: tuple[int, int]) -> int:
@@ -127,7 +100,7 @@ def save_segmentation_figure(
         images: RGB images.
         masks, predictions: Class ids `(height, width)` of each; pixels of the mask that are `ignore_index` are grey.
     """
-    colors = class_colors(len(class_names))
+    colors, class_names = class_colors(len(class_names)), shown_names(class_names)
     width, height = (float(np.mean(sides)) for sides in zip(*(image.size for image in images)))
     names = ("image", "mask", "prediction", "errors")
     seen = np.unique(np.concatenate([maps.ravel() for maps in (*masks, *predictions)]))
@@ -142,13 +115,13 @@ def save_segmentation_figure(
         is_ignored = mask == ignore_index
         truth = np.where(is_ignored[..., None], 0.5, colors[np.where(is_ignored, 0, mask)])
         errors = np.where(((prediction != mask) & ~is_ignored)[..., None], (0.9, 0.1, 0.1), 0.6 * _grey(image))
-        _show_column(axes[:, column], (np.asarray(image), truth, colors[prediction], errors))
-    _label_rows(axes, names)
-    handles = [Patch(color=colors[index], label=_shortened(class_names[index])) for index in seen]
+        show_column(axes[:, column], (np.asarray(image), truth, colors[prediction], errors))
+    label_rows(axes, names)
+    handles = [Patch(color=colors[index], label=shortened(class_names[index])) for index in seen]
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    FigureCanvasAgg(figure).print_png(path)
+    save_figure(path, figure)
 
 
 def heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -173,18 +146,25 @@ def save_relevance_figure(
         rows: Name of the model, and its panels: title and image `(height, width, 3)` in [0, 1].
     """
     columns = max(len(panels) for _, panels in rows)
-    figure = Figure(figsize=(2.4 * columns + 0.4, 2.75 * len(rows) + (0.3 if note else 0)), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
+    heights = []
+    for _, panels in rows:
+        sides = [PANEL_WIDTH * image.shape[0] / image.shape[1] for _, image in panels]
+        lines = max(title.count("\n") + 1 for title, _ in panels)
+        heights.append(max(sides) + LINE_HEIGHT * (lines + 1))
+    size = (PANEL_WIDTH * columns + 0.6, sum(heights) + (2 * LINE_HEIGHT if note else 0))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], frame_on=False)
     for row, (name, panels) in enumerate(rows):
         for column, (title, image) in enumerate(panels):
             axes[row, column].imshow(image.clip(0, 1))
             axes[row, column].set_title(title, **SMALL)
-        axes[row, 0].set_ylabel(name, **SMALL)
+        letters = max(1, round(CHARACTERS_PER_INCH * heights[row]))
+        axes[row, 0].set_ylabel(textwrap.fill(name, letters), **SMALL)
     if note:
         figure.supxlabel(note, **SMALL)
-    FigureCanvasAgg(figure).print_png(path)
+    save_figure(path, figure)
 
 
 def save_contact_sheet(
@@ -202,6 +182,8 @@ def save_contact_sheet(
         label_maps: Ids and scores of each, `(K, rows, columns)`, in any order of K.
         columns: Pairs in a row.
     """
+    names = dict(zip(class_names, shown_names(class_names)))
+    labels, class_names = [names.get(label, label) for label in labels], list(names.values())
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.1 * columns + 0.2, 4.6 * rows), layout="constrained")
@@ -217,15 +199,20 @@ def save_contact_sheet(
         most = named[np.argsort(-counts, kind="stable")[:3]]
         upper, lower = axes[2 * row : 2 * row + 2, column]
         upper.imshow(np.asarray(image))
-        upper.set_title(_shortened(label), **SMALL)
+        upper.set_title(shortened(label), **SMALL)
         lower.imshow(overlay(covered, ids[0], label_map_strengths(scores, len(class_names)), colors))
         for line, index in enumerate(most):
             share = 100 * counts[named == index][0] / ids[0].size
             lower.text(
-                0.0, -0.08 - 0.1 * line, f"{_shortened(class_names[index])} {share:.0f} %", fontsize=7,
+                0.0, -0.08 - 0.1 * line, f"{shortened(class_names[index])} {share:.0f} %", fontsize=7,
                 color=colors[index] * 0.8, transform=lower.transAxes, parse_math=False,
             )  # fmt: skip
-    FigureCanvasAgg(figure).print_png(path)
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes a figure as PNG, with all of its texts, also those that stand over its edges."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.05))
 
 
 def _grey(image: Image.Image) -> np.ndarray:
@@ -233,16 +220,19 @@ def _grey(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255.0
 
 
-def _show_column(axes: np.ndarray, panels: Sequence[np.ndarray]) -> None:
+def show_column(axes: np.ndarray, panels: Sequence[np.ndarray]) -> None:
+    """Shows images, one in each of some axes."""
     for axis, panel in zip(axes, panels):
         axis.imshow(panel)
         axis.set(xticks=[], yticks=[])
 
 
-def _label_rows(axes: np.ndarray, names: Sequence[str]) -> None:
+def label_rows(axes: np.ndarray, names: Sequence[str]) -> None:
+    """Names the rows of a grid of axes."""
     for axis, name in zip(axes[:, 0], names):
         axis.set_ylabel(name, fontsize=8)
 
 
-def _shortened(name: str, length: int = 22) -> str:
+def shortened(name: str, length: int = 22) -> str:
+    """A name that fits above a panel."""
     return name if len(name) <= length else name[: length - 1] + "…"

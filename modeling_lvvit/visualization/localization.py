@@ -8,19 +8,22 @@ predictions are compared with the pixels that have this class in the mask, and w
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
+from PIL import Image
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from ..cli import digit_scenes
+from ..console import program, progress_bar
 from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image
-from ..data.masks import read_mask
+from ..data.masks import UNKNOWN, read_mask
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..evaluate.test_sets import model_class_map, open_test_set
 from ..launching import set_up_cpu
@@ -30,9 +33,10 @@ from .relevance import relevance_maps
 
 MODULE = "modeling_lvvit.visualization.localization"
 WHOLE_VIEW = 0.99  # share of the height that a model must see of images of its own shape
+PATCHES, CHANCE = "patches", "chance"
 TITLES = {
     "relevance": "relevance", "attention": "attention of the class token", "rollout": "attention rollout",
-    "patches": "patch predictions", "chance": "chance",
+    PATCHES: "patch predictions", CHANCE: "chance",
 }  # fmt: skip
 
 
@@ -72,6 +76,11 @@ class LocalizationArguments:
         self.mask_column_name = self.mask_column_name or "mask"
 
 
+def enlarged(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Maps `(B, rows, columns)` at the height and width of their images, bilinearly, float32."""
+    return nn.functional.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
 def localization_scores(maps: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Whether the largest value of a map lies on the thing (pointing game, Zhang et al. 2016, arXiv:1608.00507), and how much its
     strongest pixels overlap the thing.
@@ -84,9 +93,7 @@ def localization_scores(maps: torch.Tensor, masks: torch.Tensor) -> tuple[torch.
         Hits, 0 or 1, float32 `(B,)`; and intersection over union, float32 `(B,)`, of the mask and as many of the largest pixels of the
         map. A map of a single value gets what chance does.
     """
-    size = masks.shape[-2:]
-    wide = nn.functional.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)
-    values, inside = wide.flatten(1), masks.flatten(1)
+    values, inside = enlarged(maps, masks.shape[-2:]).flatten(1), masks.flatten(1)
     hits = inside.gather(1, values.argmax(dim=1, keepdim=True))[:, 0].float()
     order = values.argsort(dim=1, descending=True, stable=True)
     areas = inside.sum(dim=1)
@@ -104,6 +111,58 @@ def chance_scores(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return share, share / (2 - share)
 
 
+class LocalizationTotals:
+    """Scores of maps that were compared with masks so far."""
+
+    def __init__(self):
+        self._scores: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def add(self, maps: Mapping[str, torch.Tensor], masks: Sequence[torch.Tensor], labels: Sequence[int]) -> None:
+        """Compares maps `(B, rows, columns)` by name with the pixels of masks, ids `(height, width)` each, that have the label of their
+        image; images whose mask has none are passed over."""
+        for position, (mask, label) in enumerate(zip(masks, labels)):
+            thing = (mask == label)[None]
+            if not thing.any():
+                continue
+            for name, values in maps.items():
+                scores = localization_scores(values[position : position + 1].cpu(), thing)
+                self._scores.setdefault(name, []).append(scores)
+            self._scores.setdefault(CHANCE, []).append(chance_scores(thing))
+
+    @property
+    def num_images(self) -> int:
+        """How many images had their label in the mask."""
+        return len(self._scores.get(CHANCE, ()))
+
+    def means(self) -> dict[str, tuple[float, float]]:
+        """Pointing accuracy and mean overlap of each map and of chance, in [0, 1]."""
+        return {
+            name: tuple(float(torch.cat([part[index].float() for part in parts]).mean()) for index in (0, 1))
+            for name, parts in self._scores.items()
+        }
+
+
+def class_maps(
+    model: nn.Module,
+    pixel_values: torch.Tensor,
+    class_ids: torch.Tensor,
+    forward_options: dict[str, Any] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Maps of where a class is, `(B, rows, columns)` by name (see `TITLES`): those of `relevance_maps`, and where there are trained patch
+    logits the probability of the class in each."""
+    maps = relevance_maps(model, pixel_values, class_ids, forward_options)
+    named = {"relevance": maps.relevance, "attention": maps.attention, "rollout": maps.rollout}
+    if maps.patch_logits is not None:
+        named[PATCHES] = class_shares(maps.patch_logits, class_ids, maps.relevance.shape[1:])
+    return named
+
+
+def class_shares(patch_logits: torch.Tensor, class_ids: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Probability of a class `(B,)` in each of the patches, `(B, N, C)` to `(B, rows, columns)`."""
+    shares = patch_logits.float().softmax(dim=-1)[torch.arange(len(class_ids)), :, class_ids]
+    return shares.unflatten(1, tuple(grid_size))
+
+
 def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, tuple[float, float]]:
     """Pointing accuracy and mean overlap of each kind of map, in [0, 1]; a `ValueError` if classes, columns or masks do not fit, or the
     model has no such maps."""
@@ -115,43 +174,28 @@ def localize(classifier: Classifier, args: LocalizationArguments) -> dict[str, t
         label_column=args.label_column_name,
         max_samples=args.max_eval_samples,
     )
+    if test_set.is_multi_label:
+        raise ValueError(
+            f"Images of {name} have several classes, and the maps are about one: name a column with one class of each image (`label_column`)."
+        )
     if args.mask_column_name not in test_set.rows.column_names:
         raise ValueError(f"{name} has no column {args.mask_column_name!r}; it has {test_set.rows.column_names}.")
     class_map = model_class_map(classifier.class_names, test_set)
-    if classifier.view is None or classifier.view[1] < WHOLE_VIEW:
-        raise ValueError(
-            f"{classifier.name} does not see whole images, a center crop cuts off what the masks show. Set `crop_pct` to 1."
-        )
-    rows = test_set.rows.select_columns(
-        [args.image_column_name, args.label_column_name, args.mask_column_name]
-    ).with_format("arrow")
-    totals: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for start in tqdm(range(0, len(rows), args.batch_size), desc=classifier.name, unit="batch"):
+    check_view(classifier.view, classifier.name)
+    columns = (args.image_column_name, args.label_column_name, args.mask_column_name)
+    rows = test_set.rows.select_columns(columns).with_format("arrow")
+    totals = LocalizationTotals()
+    for start in progress_bar(range(0, len(rows), args.batch_size), desc=classifier.name, unit="batch"):
         table = rows[start : start + args.batch_size]
         labels = table[args.label_column_name].to_pylist()
-        pixel_values, masks = _read(table, args, classifier, start)
+        pixel_values, masks = read_masked_images(table, *columns[::2], classifier.transform, start)
         groups = [(label,) if class_map is None else class_map.groups[label] for label in labels]
         ids = torch.tensor([_single(group) for group in groups])
-        maps = relevance_maps(classifier.model, pixel_values, ids, classifier.forward_options)
-        named_maps = {"relevance": maps.relevance, "attention": maps.attention, "rollout": maps.rollout}
-        if maps.patch_logits is not None:
-            shares = maps.patch_logits.softmax(dim=-1)[torch.arange(len(ids)), :, ids]
-            named_maps["patches"] = shares.unflatten(1, maps.relevance.shape[1:])
-        for position, (mask, label) in enumerate(zip(masks, labels)):
-            thing = (mask == label)[None]
-            if not thing.any():
-                continue
-            for map_name, values in named_maps.items():
-                totals.setdefault(map_name, []).append(localization_scores(values[position : position + 1], thing))
-            totals.setdefault("chance", []).append(chance_scores(thing))
-    used = len(totals.get("chance", ()))
-    if not used:
+        totals.add(class_maps(classifier.model, pixel_values, ids, classifier.forward_options), masks, labels)
+    if not totals.num_images:
         raise ValueError(f"No mask of {name} has the label of its image.")
-    print(f"{classifier.name}: {used:,} of {len(rows):,} images have their label in the mask", flush=True)
-    return {
-        map_name: tuple(float(torch.cat([part[index].float() for part in parts]).mean()) for index in (0, 1))
-        for map_name, parts in totals.items()
-    }
+    print(f"{classifier.name}: {totals.num_images:,} of {len(rows):,} images have their label in the mask", flush=True)
+    return totals.means()
 
 
 def _single(group: tuple[int, ...]) -> int:
@@ -162,17 +206,34 @@ def _single(group: tuple[int, ...]) -> int:
     return group[0]
 
 
-def _read(
-    table, args: LocalizationArguments, classifier: Classifier, start: int
+def check_view(view: tuple[float, float] | None, name: str) -> None:
+    """Raises a `ValueError` unless a model of some name sees whole images (see `Classifier.view`)."""
+    if view is None or view[1] < WHOLE_VIEW:
+        raise ValueError(
+            f"{name} does not see whole images, a center crop cuts off what the masks show. Set `crop_pct` to 1."
+        )
+
+
+def read_masked_images(
+    table: pa.Table, image_column: str, mask_column: str, transform: Callable[[Image.Image], torch.Tensor], start: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Input `(B, 3, h, w)` and masks `(height, width)` of some rows, which must show what the model sees."""
+    """Input `(B, 3, h, w)` and masks, int64 `(height, width)` each, of some rows, which must show what the model sees. The mask of an image
+    without one is `UNKNOWN` everywhere.
+
+    Args:
+        start: Row number of the first, for messages.
+
+    Raises:
+        ValueError: If an image or mask cannot be read, or they show different parts.
+    """
     inputs, masks = [], []
-    for offset, (value, mask) in enumerate(zip(table[args.image_column_name], table[args.mask_column_name])):
+    for offset, (value, mask) in enumerate(zip(table[image_column], table[mask_column])):
         try:
-            image, ids = decode_image(value.as_py()), read_mask(mask.as_py())
+            image = decode_image(value.as_py())
+            ids = read_mask(mask.as_py()) if mask.is_valid else np.full((image.height, image.width), UNKNOWN)
         except IMAGE_ERRORS as error:
             raise ValueError(f"Row {start + offset} cannot be used: {error}") from error
-        pixels = classifier.transform(image)
+        pixels = transform(image)
         if ids.shape != (image.height, image.width) or image.height * pixels.shape[2] != image.width * pixels.shape[1]:
             raise ValueError(
                 f"Row {start + offset}: image {image.width} x {image.height}, mask {ids.shape[1]} x {ids.shape[0]}, model input "
@@ -195,6 +256,7 @@ def markdown_table(results: Mapping[str, Mapping[str, tuple[float, float]]]) -> 
 PROGRAM = Program(MODULE, __doc__, (LocalizationArguments,), ("models*",), required=("models",))
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     with PROGRAM.refusals():

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .figures import best_cells, class_colors, overlay
+from .figures import best_cells, class_colors, note_on_weak_cells, overlay
 
 
 def shown_image(pixel_values: torch.Tensor) -> np.ndarray:
@@ -14,17 +14,18 @@ def shown_image(pixel_values: torch.Tensor) -> np.ndarray:
 
 
 def cells_panel(shown: np.ndarray, logits: torch.Tensor, names: list[str], kind: str) -> tuple[str, np.ndarray]:
-    """Title and image of the best class of each cell.
+    """Title and image of the best class of each cell; the title says where none stands out.
 
     Args:
         shown: Image `(height, width, 3)` in [0, 1].
         logits: `(rows, columns, classes)`.
-        names: Of the classes.
+        names: Of the classes, as they are shown.
         kind: What they are called.
     """
     ids, strengths = best_cells(logits)
     painted = overlay(Image.fromarray(np.uint8(255 * shown)), ids, strengths, class_colors(len(names)))
-    return f"{kind}\nmost: {short(names[int(np.bincount(ids.ravel()).argmax())])}", painted
+    note = note_on_weak_cells(strengths, len(names))
+    return f"{kind}\n{note or 'most: ' + short(names[int(np.bincount(ids.ravel()).argmax())])}", painted
 
 
 def short(name: str, length: int = 24) -> str:

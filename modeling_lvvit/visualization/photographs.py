@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from transformers.hf_argparser import HfArg
 
 from ..annotators.annotator import Annotator, load_annotator
-from ..data.class_matching import readable_names
+from ..data.class_matching import shown_names
 from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu
@@ -196,7 +196,7 @@ def main(arguments: list[str]) -> None:
             rows.append((f"patches, {Path(name).name}", load_annotator(name, **trusted), classifier))
         panels, color_orders = [], [{} for _ in images]
         for title, annotator, classifier in rows:
-            about = (annotator, readable_names(annotator.class_names))
+            about = (annotator, shown_names(annotator.class_names))
             row = [map_panel(*about, image, classifier, order) for image, order in zip(images, color_orders)]
             panels.append((title, row))
         output = Path(args.output_file or "photographs.png")

@@ -69,7 +69,8 @@ def test_configuration_overrides_are_a_mapping(text):
 
 def test_unknown_recipe_key_is_named_with_the_nearest_one(tmp_path):
     with pytest.raises(
-        ValueError, match=r"recipe.yaml has unknown options: learning_rat \(did you mean learning_rate or base_learning_rate\?\)"
+        ValueError,
+        match=r"recipe.yaml has unknown options: learning_rat \(did you mean learning_rate or base_learning_rate\?\)",
     ):
         parse([write_recipe(tmp_path, learning_rat=1e-3)])
 

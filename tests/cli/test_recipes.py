@@ -51,7 +51,7 @@ def test_recipe_headers_say_what_to_expect(name):
     for field in ("command:", "expected:", "duration:"):
         assert any(field in line for line in head), field
     assert any("devices:" in line or "hardware:" in line for line in head)
-    assert any(f"train_tl.py {name}" in line for line in head) or name == "digit_scenes"
+    assert any(f"lvvit train {name}" in line for line in head) or name == "digit_scenes"
 
 
 def test_every_published_row_has_its_recipe_and_a_plain_baseline():

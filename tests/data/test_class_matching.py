@@ -17,6 +17,7 @@ from modeling_lvvit.data.class_matching import (
     normalized,
     read_class_map,
     same_classes,
+    shown_names,
     wordnet_names,
 )
 
@@ -335,3 +336,11 @@ def test_name_that_a_dropped_class_has_too_is_refused():
         match_classes(annotator, ["Cardigan", "pug"], ignore_extra_classes=True)
     found = match_classes(annotator, ["Cardigan Welsh corgi", "pug"], ignore_extra_classes=True)
     assert [group[0] for group in found.groups] == [1, 2]
+
+
+def test_figures_show_names_and_no_wordnet_ids():
+    assert shown_names(["n01440764", "n02012849", "n03126707"]) == ["tench", "crane bird", "crane"]
+    assert shown_names(["cat, house cat", "dog, small", "dog, large", "n99999999"]) == [
+        "cat", "dog, small", "dog, large", "n99999999",
+    ]  # fmt: skip
+    assert shown_names(["crane", "n03126707"]) == ["crane [0]", "crane [1]"]

@@ -68,6 +68,15 @@ def test_model_that_was_trained_with_plain_labels_still_has_cells(tmp_path, imag
     assert explainer.cells(image)[0] is not None
 
 
+def test_cells_at_chance_are_explained_and_wordnet_ids_have_names(tmp_path, image):
+    explainer = Explainer(save_model(tmp_path / "model"))
+    explainer.classifier.class_names[:2] = ["n01440764", "n02012849"]
+    explainer._dense.score_map = lambda pixels: torch.zeros(1, 5, 4, 6)
+    (_, sections), note = explainer.cells(image)
+    assert sections == [] and note == "Cells: no cell stands out: at most 20 %."
+    assert explainer.distinct_names[0] == "tench, Tinca tinca"
+
+
 def test_model_without_class_token_says_what_is_missing(tmp_path, image):
     shape = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}
     ResNetForImageClassification(ResNetConfig(**shape, num_labels=5, id2label=NAMES)).save_pretrained(tmp_path)

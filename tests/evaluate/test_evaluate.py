@@ -353,7 +353,7 @@ def test_errors_come_before_any_work(changes, message, model, data):
     options = {"--model": str(model), "--dataset": str(data), **changes}
     with pytest.raises(SystemExit) as caught:
         main([word for option, value in options.items() if value is not None for word in (option, value)])
-    assert message in str(caught.value) and str(caught.value).startswith(f"{MODULE}: ")
+    assert message in str(caught.value) and str(caught.value).startswith("lvvit evaluate: ")
 
 
 def test_other_classes_are_refused(model, tmp_path):

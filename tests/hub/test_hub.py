@@ -125,10 +125,7 @@ def test_broken_upload_loses_nothing_and_the_second_completes(name, hub, folder)
         opened.upload(folder, "First")
     message = str(caught.value)
     assert message.startswith(f"The upload of {folder} to user/net failed: ")
-    assert (
-        f"Upload it again with: lvvit publish {folder.resolve()} user/net"
-        in message
-    )
+    assert f"Upload it again with: lvvit publish {folder.resolve()} user/net" in message
     if FAULTS[name].drop_after is None:
         assert f"(status {FAULTS[name].status}" in message
     else:

@@ -42,7 +42,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(autouse=True)
 def threads_for_processes(monkeypatch):
     """Processes take seconds to start; the slow test below starts them."""
-    pool = lambda workers, mp_context: ThreadPoolExecutor(workers)  # noqa: E731
+    pool = lambda workers, **_: ThreadPoolExecutor(workers)  # noqa: E731
     monkeypatch.setattr(label_import, "ProcessPoolExecutor", pool)
 
 
@@ -180,9 +180,7 @@ def test_broken_label_files_are_named(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_label_files(tmp_path / "maps", ["a/1", "b/1", "b/2"])
     write(tmp_path / "maps" / "b" / "1.pt")
-    with pytest.raises(
-        SystemExit, match=rf"(?s)import_original_labels.py: .*maps/b/1.pt .*{message}.*--on_error empty"
-    ):
+    with pytest.raises(SystemExit, match=rf"(?s)import_original_labels: .*maps/b/1.pt .*{message}.*--on_error empty"):
         import_labels(tmp_path / "maps", tmp_path / "labels", "--class_names", class_file(tmp_path))
     assert not (tmp_path / "was-run").exists()
 
@@ -280,7 +278,7 @@ def test_missing_label_files_are_named(tmp_path):
     (tmp_path / "maps").mkdir()
     with pytest.raises(SystemExit, match=r"There is no .pt file in .*maps or its folders"):
         import_labels(tmp_path / "maps", tmp_path / "labels")
-    with pytest.raises(SystemExit, match="--on_error must be one of stop, empty, got 'skip'"):
+    with pytest.raises(SystemExit, match="--on_error: invalid choice: 'skip'"):
         import_labels(tmp_path / "maps", tmp_path / "labels", "--on_error", "skip")
     assert not (tmp_path / "labels").exists()
 
@@ -471,7 +469,7 @@ def test_foreign_images_are_a_problem(case, tmp_path, capsys):
 
 def test_missing_images_are_an_error(tmp_path):
     folder = sound_set(tmp_path / "labels")
-    with pytest.raises(SystemExit, match="check_token_labels.py: There is no dataset at .*pets"):
+    with pytest.raises(SystemExit, match="lvvit check: There is no dataset at .*pets"):
         check_labels.main([str(folder), "--dataset", str(tmp_path / "pets")])
 
 

@@ -53,10 +53,10 @@ def test_card_says_what_the_table_says(name):
     assert set(figures.values()) == {"published", "counted here"}
     assert f"{row.num_parameters:,}" in card.text
     if row.checkpoint is None:
-        assert "released no weights" in card.text and "convert_original_checkpoint" not in card.text
+        assert "released no weights" in card.text and "lvvit convert" not in card.text
     else:
         assert f"wget {RELEASES}/{row.checkpoint}" in card.text
-        assert f"convert_original_checkpoint {row.checkpoint.rpartition('/')[2]} {name}" in card.text
+        assert f"lvvit convert {row.checkpoint.rpartition('/')[2]} {name}" in card.text
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -86,7 +86,7 @@ def test_card_is_one_of_the_hub(name, hub):
 
 
 def test_every_card_has_a_row():
-    others = {"comparison"}
+    others = {"comparison", "photographs"}
     assert {path.stem for path in CARDS.glob("*.md")} == {*ROWS, *others}
 
 

@@ -29,7 +29,7 @@ BLOCK = 10  # pixels of a token, a cell, and a block of one color
 @pytest.fixture(autouse=True)
 def own_cache_and_threads(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(label_import, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(label_import, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
 
 
 def colors_of(pixels: np.ndarray) -> np.ndarray:
@@ -117,7 +117,7 @@ def test_maps_of_whole_images_and_those_of_a_stream_turn_too(tmp_path):
 def test_contact_sheet_draws_turned_maps(tmp_path, monkeypatch):
     write_data(tmp_path)
     args = check_labels.CheckArguments(
-        str(tmp_path / "labels"), dataset="unused", contact_sheet=str(tmp_path / "s.png")
+        str(tmp_path / "labels"), dataset_name="unused", contact_sheet=str(tmp_path / "s.png")
     )
     labels, rows = LabelSet.open(str(tmp_path / "labels"), "train"), rows_of(tmp_path)
     samples = TokenLabelDataset(rows, plain, label_maps=labels.join(rows).label_maps)

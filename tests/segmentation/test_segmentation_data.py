@@ -296,8 +296,8 @@ def test_binary_masks_of_0_and_255_get_an_explanation(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mask_column": "masks"}, "no column 'masks' of images; it has image .Image., annotation .Image."),
-        ({"image_column": "photo"}, "Name it with `image_column`"),
+        ({"mask_column_name": "masks"}, "no column 'masks' of images; it has image .Image., annotation .Image."),
+        ({"image_column_name": "photo"}, "Name it with `image_column`"),
         ({"test_split": "testing"}, "no split 'testing'"),
         ({"class_names": ["one"]}, "two or more different names"),
         ({"class_names": ["nowhere.txt"]}, "no file of class names nowhere.txt"),
@@ -339,7 +339,7 @@ def test_columns_of_other_kinds_are_no_masks(tmp_path):
     masked_rows(4).rename_column("annotation", "label").to_parquet(tmp_path / "train.parquet")
     assert opened(tmp_path / "train.parquet").mask_column == "label"
     datasets.Dataset.from_dict({"image": ["a", "b"], "label": [1, 0]}).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="no column of masks that is known by its name.*image_mask_folder.py"):
+    with pytest.raises(ValueError, match="no column of masks that is known by its name.*lvvit masks"):
         opened(tmp_path / "train.parquet")
 
 
@@ -352,7 +352,7 @@ def test_columns_of_paths_are_masks_when_they_are_named(stored, tmp_path):
         features = datasets.Features({"image": datasets.Value(kind), "path": datasets.Value(kind)})
         rows = datasets.Dataset.from_dict({"image": [paths[0]] * 2, "path": [paths[1]] * 2}, features=features)
         rows.to_parquet(tmp_path / "train.parquet")
-        found = opened(tmp_path / "train.parquet", mask_column="path")
+        found = opened(tmp_path / "train.parquet", mask_column_name="path")
         samples = SegmentationDataset(found.train, lambda image, ids: {"ids": ids}, found.encoding, "image", "path")
         samples.check_rows()
         assert samples[0]["ids"].tolist() == mask.tolist()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix as independent_confusion_matrix
 from torch import nn
 from transformers import AutoModelForSemanticSegmentation, pipeline
@@ -19,6 +20,9 @@ from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmenta
 from modeling_lvvit.cli.parser import parse, recipe_names
 from modeling_lvvit.data.sampling import ShardedEvalSampler
 from modeling_lvvit.segmentation import train as program
+from modeling_lvvit.segmentation.arguments import SegmentationDataArguments
+from modeling_lvvit.segmentation.build_model import set_class_weights
+from modeling_lvvit.segmentation.dataset import ClassCounts
 from modeling_lvvit.segmentation.inference import InferenceSettings, best_classes, predict_classes
 from modeling_lvvit.training.schedule import polynomial_factor
 from modeling_lvvit.variants import variant_config
@@ -401,13 +405,41 @@ def test_median_frequency_weights_enter_the_loss(data, tmp_path):
     assert len(weights) == 4 and sorted(weights)[1] < 1.0 < max(weights)
 
 
+def test_words_and_files_of_class_weights_mean_what_they_do_in_classification(tmp_path):
+    """10 pixels of class 0 and 30 of class 2: 40 / (2 * 10) and 40 / (2 * 30)."""
+    counts, model = ClassCounts(np.array([10, 0, 30, 0])), segmenter()
+    set_class_weights(model, SegmentationDataArguments(class_weights=["balanced"]), counts)
+    assert model.config.semantic_loss_class_weights == pytest.approx([2.0, 1.0, 2 / 3, 1.0])
+    names = [model.config.id2label[index] for index in range(4)]
+    (tmp_path / "weights.json").write_text(json.dumps({name: place for place, name in enumerate(reversed(names))}))
+    set_class_weights(model, SegmentationDataArguments(class_weights=[str(tmp_path / "weights.json")]), None)
+    assert model.config.semantic_loss_class_weights == [3.0, 2.0, 1.0, 0.0]
+
+
+def test_early_stopping_keeps_the_best_by_mean_iou(data, tmp_path, capsys):
+    """No mean IoU is better than another by more than 1."""
+    stopping = {"early_stopping_patience": 1, "early_stopping_threshold": 1, "eval_steps": 1, "save_strategy": "steps"}
+    program.main(options_of(data, tmp_path / "run", save_picture="false", max_steps=5, **stopping))
+    said = capsys.readouterr().out
+    assert "without a better mean_iou" in said and "ended after step 2 of 5" in said
+    best = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["best_global_step"]
+    weights = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "run", tmp_path / "run" / f"checkpoint-{best}")
+    )
+    assert_same_weights(*weights)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"dataset_name": "./nowhere"}, "There is no dataset at"),
         ({"model_name_or_path": "./nowhere", "config_overrides": None}, "There is no model folder"),
         ({"class_weights": "1 2 3"}, "--class_weights has 3 numbers; the data has 4 classes"),
-        ({"class_weights": "many"}, "--class_weights must be median_frequency or a number for each class"),
+        (
+            {"class_weights": "many"},
+            "--class_weights must be balanced, median_frequency, a JSON or CSV file, or a number",
+        ),
         ({"class_weights": "median_frequency", "check_data": "false"}, "leave --check_data on"),
         ({"class_names": "a b"}, "has the values"),
         ({"stride": "40 60"}, "larger than the windows"),
@@ -419,13 +451,13 @@ def test_median_frequency_weights_enter_the_loss(data, tmp_path):
             "leave out --resume_from",
         ),
         ({"image_size": "30"}, "multiple"),
-        ({"mask_colum": "annotation"}, "did you mean mask_column"),
+        ({"mask_colum_name": "annotation"}, "did you mean --mask_column_name"),
     ],
 )
 def test_errors_come_before_training_and_leave_nothing(changed, message, data, tmp_path):
     with pytest.raises(SystemExit) as caught:
         program.main(options_of(data, tmp_path / "run", **changed))
-    assert message in str(caught.value) and str(caught.value).startswith("modeling_lvvit.segmentation.train: ")
+    assert message in str(caught.value) and str(caught.value).startswith("lvvit segment: ")
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -481,7 +513,7 @@ def test_recipe_headers_say_what_to_expect(name):
     for field in ("command:", "expected:", "duration:"):
         assert any(field in line for line in head), field
     assert any("devices:" in line or "hardware:" in line for line in head)
-    assert any(f"segmentation.train {name}" in line for line in head) or name == "digit_scenes"
+    assert any(f"lvvit segment {name}" in line for line in head) or name == "digit_scenes"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -10,13 +10,15 @@ import time
 import psutil
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
+from modeling_lvvit.cli import digit_scenes
 from modeling_lvvit.study import runs as study_runs
 from modeling_lvvit.study.__main__ import main
 from modeling_lvvit.study.arms import ARMS, Arm, parse_arm
 from modeling_lvvit.study.confidence_intervals import estimate, paired_difference
-from modeling_lvvit.study.report import ArmResults, study_table
+from modeling_lvvit.study.report import ArmResults, draw_curves, seed_table, study_table, verdict
 from modeling_lvvit.study.runs import Run, RunError, Runner
 
 
@@ -48,6 +50,7 @@ def stand_in(tmp_path, monkeypatch):
     program = tmp_path / "stand_in.py"
     program.write_text(textwrap.dedent(STAND_IN))
     monkeypatch.setattr(study_runs, "PROGRAM", program)
+    monkeypatch.setattr(digit_scenes, "build_or_reuse", lambda: None)
     return tmp_path / "study"
 
 
@@ -94,6 +97,32 @@ def test_table_says_when_budgets_differ():
     assert "**The budgets differ**" in study_table(unequal, "eval_accuracy")
 
 
+def test_values_by_seed_and_what_they_say():
+    """Pairs differ by 0.3, 0.2 and 0.4: their mean is 30 points, its interval 4.303 * 10 / sqrt(3) = 24.8 points."""
+    first = results_of(ARMS["token_labels"], {2: 0.9, 0: 0.8, 1: 0.6})
+    plain = results_of(ARMS["plain_labels"], {0: 0.5, 1: 0.4, 2: 0.5})
+    lines = seed_table([first, plain], "eval_accuracy").splitlines()
+    assert lines[0] == "| top-1 (%) | seed 0 | seed 1 | seed 2 | mean, 95 % interval |"
+    assert lines[2].startswith("| token labels | 80.0 | 60.0 | 90.0 | 76.7 ± ")
+    assert lines[4] == "| token labels minus plain labels | +30.0 | +20.0 | +40.0 | +30.0 ± 24.8 |"
+    text = verdict([first, plain], "eval_accuracy")
+    assert text.startswith("With token labels top-1 is 30.0 points higher than with plain labels")
+    assert "3 pairs of runs: +5.2 to +54.8" in text and text.endswith("more than chance.")
+    first.finals[1] = 0.3  # then the pairs differ by 0.3, -0.1 and 0.4
+    assert verdict([first, plain], "eval_accuracy").endswith("the interval includes 0.")
+    assert "10.0 points lower" in verdict(
+        [results_of(first.arm, {0: 0.5}), results_of(plain.arm, {0: 0.6})], "eval_accuracy"
+    )
+
+
+def test_runs_that_were_evaluated_once_are_points():
+    axis = Figure().subplots()
+    draw_curves(axis, [results_of(ARMS["token_labels"], {0: 0.5, 1: 0.9})], 100)
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if len(line.get_xdata())]
+    assert points == [(1.0, 50.0), (1.0, 90.0), (1.0, 70.0)]
+    assert all(line.get_marker() in (".", "o") for line in axis.lines)
+
+
 def test_own_arms():
     assert parse_arm("half=--dense_weight 0.5") == Arm("half", "half", ("--dense_weight", "0.5"))
     for text, message in (
@@ -111,7 +140,7 @@ def test_study_from_runs_to_report(stand_in, capsys):
     arguments = ["--output_dir", str(stand_in), "--seeds", "0", "1", "2", "--jobs", "2"]
     main(arguments)
     printed = capsys.readouterr().out
-    assert "9 runs, 2 at a time, of train_tl.py study" in printed
+    assert "9 runs, 2 at a time, of lvvit train study" in printed
     assert "| plain labels | 3 | 71.0 ± 2.5 | 70.0 to 72.0 | +6.0 ± 2.5 | 2 | 0.0 |" in printed
     record = json.loads((stand_in / "study.json").read_text())
     assert record["arms"][0]["values"] == {"0": 0.75, "1": 0.77, "2": 0.79}
@@ -123,6 +152,19 @@ def test_study_from_runs_to_report(stand_in, capsys):
     main([*arguments, "--arms", "token_labels", "half=--dense_weight 0.5"])  # finished runs are not made again
     assert len(calls_of(stand_in / "token_labels" / "seed_0")) == 1
     assert "| half |" in (stand_in / "study.md").read_text()
+
+
+def test_quick_study_says_how_long_it_takes_and_what_labels_are_worth(stand_in, capsys):
+    main(["--quick", "--output_dir", str(stand_in), "--seeds", "1", "3", "--jobs", "2"])
+    printed = capsys.readouterr().out
+    assert "4 runs, 2 at a time, of lvvit train quick_study" in printed
+    assert torch.accelerator.is_available() or "minutes on 2 CPU cores" in printed
+    assert "| token labels minus plain labels | +6.0 | +8.0 | +7.0 ± 12.7 |" in printed
+    assert "With token labels top-1 is 7.0 points higher" in printed
+    written = (stand_in / "study.md").read_text()
+    assert "| plain labels | 2 | 72.0 ± 12.7 |" in written and "With token labels" in written
+    with pytest.raises(SystemExit, match="has data of its own"):
+        main(["--quick", "--output_dir", str(stand_in), "--dataset_name", "images"])
 
 
 def test_runs_of_other_options_are_not_mistaken(stand_in, tmp_path):
@@ -174,6 +216,7 @@ def test_failed_run_ends_the_study_with_its_log_and_those_beside_it(stand_in):
 
 def test_sigterm_ends_the_runs_too(stand_in):
     code = "import sys; from pathlib import Path; from modeling_lvvit.study import runs, __main__ as study\n"
+    code += "study.digit_scenes.build_or_reuse = lambda: None\n"
     code += "runs.PROGRAM = Path(sys.argv[1]); study.main(sys.argv[2:])"
     arguments = ["--output_dir", str(stand_in), "--seeds", "0", "--arms", "slow=--dense_weight 0.75"]
     study = subprocess.Popen(

@@ -299,7 +299,7 @@ def test_class_names_as_text_become_ids(tmp_path, labelled_rows):
     names = ["no", "yes"] * 6
     rows = labelled_rows.remove_columns("label").add_column("kind", names)
     rows.to_parquet(tmp_path / "train.parquet")
-    arguments = DataArguments(dataset_name=str(tmp_path), label_column="kind")
+    arguments = DataArguments(dataset_name=str(tmp_path), label_column_name="kind")
     opened = open_datasets(arguments, seed=0)
     train, evaluation = opened.train, opened.evaluation
     assert train.features["kind"].names == evaluation.features["kind"].names == ["no", "yes"]
@@ -373,7 +373,7 @@ BAD_LABELS = {
     "huge ids": (pa.array([3_000_000_000] * 12), "stay below 1,000,000"),
     "negative ids": (pa.array([-1] * 12), "count from 0"),
     "one class": (pa.array(["cat"] * 12), "a classifier needs two"),
-    "lists": (pa.array([[1]] * 12), "must hold class ids or names, got list"),
+    "lists": (pa.array([[0.5]] * 12), "must hold lists of class names or of class ids, got lists of double"),
 }
 
 
@@ -382,7 +382,7 @@ def test_columns_that_are_no_labels_are_refused(case, tmp_path):
     column, message = BAD_LABELS[case]
     table = labelled_table().select(["image"]).replace_schema_metadata(None).append_column("kind", column)
     pq.write_table(table, tmp_path / "train.parquet")
-    arguments = DataArguments(dataset_name=str(tmp_path), label_column="kind")
+    arguments = DataArguments(dataset_name=str(tmp_path), label_column_name="kind")
     with pytest.raises(ValueError, match=message):
         open_datasets(arguments, seed=0)
 
@@ -391,7 +391,7 @@ def test_large_strings_are_class_names(tmp_path):
     names = pa.array(["no", "yes"] * 6, pa.large_string())
     table = labelled_table().select(["image"]).replace_schema_metadata(None).append_column("kind", names)
     pq.write_table(table, tmp_path / "train.parquet")
-    opened = open_datasets(DataArguments(dataset_name=str(tmp_path), label_column="kind"), seed=0)
+    opened = open_datasets(DataArguments(dataset_name=str(tmp_path), label_column_name="kind"), seed=0)
     train = opened.train
     assert train.features["kind"].names == ["no", "yes"]
 

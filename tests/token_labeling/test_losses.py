@@ -5,13 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_lvvit.labels.label_crops import CropGeometry, crop_label_maps
 from modeling_lvvit.labels.label_maps import build_palette
 from modeling_lvvit.labels.sparse_targets import SparseTargets
-from modeling_lvvit.token_labeling.losses import blend_weight, mixed_cross_entropy, token_labeling_loss
+from modeling_lvvit.token_labeling.losses import (
+    TokenLabelingLoss,
+    blend_weight,
+    mixed_cross_entropy,
+    token_labeling_loss,
+)
 from modeling_lvvit.token_labeling.sparse_cross_entropy import soft_cross_entropy
+from support.trainers import arguments
 
 
 def random_targets(batch_size: int = 4, num_classes: int = 9) -> tuple[SparseTargets, SparseTargets]:
@@ -40,6 +47,64 @@ def test_sparse_loss_and_gradient_equal_dense_ones():
         torch.testing.assert_close(ours, reference)
         gradients = [torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (ours, reference)]
         torch.testing.assert_close(*gradients)
+
+
+def test_weighted_worked_number():
+    targets = SparseTargets(torch.tensor([[1]]), torch.tensor([[0.5]]), torch.tensor([0.25]), 2)
+    loss = soft_cross_entropy(torch.tensor([[0.0, math.log(2)]]), targets, torch.tensor([3.0, 1.0]))
+    assert loss.item() == pytest.approx(1.5 * math.log(3) - 0.75 * math.log(2))
+
+
+@pytest.mark.parametrize("names_all", [False, True])
+def test_weighted_loss_and_gradient_are_those_of_torch(names_all, monkeypatch):
+    """In parts of five rows, of class token and patch tokens, smoothed."""
+    monkeypatch.setattr("modeling_lvvit.token_labeling.sparse_cross_entropy.CHUNK_ELEMENTS", 9 * 5)
+    weights, scale = torch.rand(9) + 0.1, torch.rand(4, 6)
+    cls, tokens = random_targets()
+    if names_all:
+        everything = torch.arange(9).expand(4, -1)
+        cls, tokens = (
+            SparseTargets(everything, part.to_dense(), torch.zeros_like(part.other), 9, names_all=True)
+            for part in (cls, tokens)
+        )
+    for targets, rows in ((cls.smooth(0.1), scale[:, 0]), (tokens.smooth(0.1), scale)):
+        logits = torch.randn(*rows.shape, 9, requires_grad=True)
+        dense = targets.to_dense().reshape(-1, 9)
+        ours = soft_cross_entropy(logits, targets, weights)
+        reference = nn.functional.cross_entropy(logits.reshape(-1, 9), dense, weights, reduction="none").view_as(ours)
+        torch.testing.assert_close(ours, reference)
+        gradients = [
+            torch.autograd.grad((rows * loss).sum(), logits, retain_graph=True)[0] for loss in (ours, reference)
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("mixing", ["none", "token", "pixels"])
+def test_class_weights_act_on_class_token_and_patch_tokens(mixing, tmp_path):
+    """Against the formula, with dense labels of 9 classes for 3 x 2 tokens, smoothing and mixing."""
+    weights = torch.rand(9) + 0.1
+    cls, tokens = random_targets()
+    generator = torch.Generator().manual_seed(2)
+    outputs = {"cls_logits": torch.randn(4, 9), "patch_logits": torch.randn(4, 6, 9)}
+    mask = torch.rand(1, 3, 2, generator=generator) < 0.5
+    share = torch.rand(1, 3, 2, generator=generator).expand(4, -1, -1)
+    labels = {"labels": torch.zeros(4, dtype=torch.long), **({"mix_share": share} if mixing == "pixels" else {})}
+    objective = TokenLabelingLoss(arguments(tmp_path, label_smoothing_factor=0.1), (3, 2), 9, weights)
+    objective.crop_targets = lambda labels: (None, cls, tokens)
+    labels["token_label_palette"] = None
+    losses = objective(outputs, labels, mask.expand(4, -1, -1) if mixing == "token" else None)
+    exchanged = {"none": torch.zeros(1), "token": mask.float().flatten(1), "pixels": share.flatten(1)}[mixing]
+    kept = 1 - exchanged.expand(4, 6).mean(dim=1, keepdim=True)
+    one, many = cls.smooth(0.1).to_dense(), tokens.smooth(0.1).to_dense()
+    one = kept * one + (1 - kept) * one.flip(0)
+    if mixing == "pixels":
+        many = (1 - share).flatten(1)[..., None] * many + share.flatten(1)[..., None] * many.flip(0)
+    expected = [
+        dense_cross_entropy(outputs[name], weights * target).mean()
+        for name, target in (("cls_logits", one), ("patch_logits", many))
+    ]
+    torch.testing.assert_close(losses["cls_loss"], expected[0])
+    torch.testing.assert_close(losses["token_loss"], expected[1])
 
 
 def test_mixed_loss_equals_loss_of_mixed_target():

@@ -231,4 +231,4 @@ def test_a_finished_but_bad_model_is_not_pushed(tiny_model, labelled_rows, tmp_p
     monkeypatch.setattr(trainer.args, "push_to_hub", True)
     tiny_model.get_parameter(WEIGHT).data[0] = math.nan
     with pytest.raises(SystemExit, match=r"lvvit train: .*classifier.weight"):
-        training_program.push_finished_run(trainer, "train_tl.py")
+        training_program.push_finished_run(trainer, "lvvit train")

@@ -26,7 +26,11 @@ from support.trainers import STATEFUL, StopAfter, arguments, assert_same_weights
 STATEFUL |= {"mix_methods": ["token", "cutmix", "mixup"], "per_device_train_batch_size": 5}
 
 
-@pytest.mark.parametrize("variation", [{}, {"dataloader_num_workers": 2}, {"gradient_accumulation_steps": 2}], ids=str)
+VARIATIONS = [{}, {"dataloader_num_workers": 2}, {"gradient_accumulation_steps": 2}]
+BALANCED = {"train_sampling_strategy": "balanced", "class_weights": ["balanced"], "dataloader_num_workers": 1}
+
+
+@pytest.mark.parametrize("variation", [*VARIATIONS, BALANCED], ids=str)
 @pytest.mark.parametrize("stop", [2, 5])  # three steps an epoch: both within an epoch; with accumulation two steps
 def test_resumed_run_equals_an_uninterrupted_one(stop, variation, tiny_model, labelled_rows, tmp_path):
     whole, first, second = (copy.deepcopy(random_model(tiny_model)) for _ in range(3))

@@ -126,13 +126,15 @@ def test_unknown_metrics_are_refused_with_the_list(labelled_rows, tmp_path):
         options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "max_steps": 1, **options}
         return trainer_of(model_of(), labelled_rows, tmp_path, samples, **options)
 
-    with pytest.raises(ValueError, match="must be one of loss, accuracy, top5_accuracy, raw_accuracy.*got acc"):
+    with pytest.raises(
+        ValueError, match="top5_accuracy, balanced_accuracy, macro_precision, macro_f1, raw_accuracy.*got acc"
+    ):
         trainer(metric_for_best_model="eval_acc")
     with pytest.raises(
         ValueError, match="`greater_is_better` False would keep the checkpoint with the worst accuracy"
     ):
         trainer(metric_for_best_model="accuracy", greater_is_better=False)
-    with pytest.raises(ValueError, match="must be one of loss, accuracy, top5_accuracy, got raw_accuracy"):
+    with pytest.raises(ValueError, match="must be one of loss, accuracy, .*macro_f1, got raw_accuracy"):
         trainer(metric_for_best_model="raw_accuracy", evaluate_raw_weights=False)
     with pytest.raises(ValueError, match="`save_strategy` best saves after evaluations, of which there are none"):
         trainer(metric_for_best_model="accuracy", save_strategy="best", eval_strategy="no")

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_lvvit.data.class_matching import readable_names
+from modeling_lvvit.data.class_matching import shown_names
 from modeling_lvvit.visualization.photographs import NUM_NAMED, main, map_panel
 from support.models import save_tiny_lvvit
 
 
 def test_wordnet_ids_become_names_and_others_stay():
-    assert readable_names(["n02123045", "my n02123045", "dog, hound"]) == ["tabby", "my n02123045", "dog, hound"]
+    assert shown_names(["n02123045", "my n02123045", "dog, hound"]) == ["tabby", "my n02123045", "dog"]
 
 
 def test_largest_classes_are_named_and_keep_their_colors():

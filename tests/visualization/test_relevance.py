@@ -1,8 +1,6 @@
 """Relevance maps, how well they find things, and the programs that draw and measure them."""
 
-import datasets
 import numpy as np
-import pyarrow as pa
 import pytest
 import timm
 import torch
@@ -23,10 +21,12 @@ from modeling_lvvit.variants import evaluation_image_processor
 from modeling_lvvit.visualization import relevance_maps
 from modeling_lvvit.visualization.__main__ import class_id
 from modeling_lvvit.visualization.__main__ import main as draw
+from modeling_lvvit.visualization.figures import save_relevance_figure
 from modeling_lvvit.visualization.localization import chance_scores, localization_scores
 from modeling_lvvit.visualization.localization import main as measure
+from modeling_lvvit.visualization.panels import cells_panel
 from modeling_lvvit.visualization.relevance import attention_rollout, class_relevance
-from support.images import encode_image
+from support.masked_images import masked, quarter
 from support.models import NUM_CLASSES, tiny_config
 
 
@@ -203,33 +203,6 @@ def model(tmp_path_factory):
     return folder
 
 
-def masked(mask_of, size: int = 40) -> datasets.Dataset:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, NUM_CLASSES, 5).tolist()
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=[f"thing {index}" for index in range(NUM_CLASSES)]),
-            "mask": datasets.Image(),
-        }
-    )
-    images = [encode_image(rng.integers(0, 256, (size, size, 3), dtype=np.uint8), "PNG") for _ in labels]
-    masks = [encode_image(mask_of(label), "PNG") for label in labels]
-    kind = datasets.Image().pa_type
-    columns = [
-        pa.array([{"bytes": value, "path": None} for value in images], kind),
-        pa.array(labels),
-        pa.array([{"bytes": value, "path": None} for value in masks], kind),
-    ]
-    return datasets.Dataset(pa.Table.from_arrays(columns, schema=features.arrow_schema))
-
-
-def quarter(label: int) -> np.ndarray:
-    mask = np.full((40, 40), NUM_CLASSES, dtype=np.uint8)
-    mask[:20, :20] = label
-    return mask
-
-
 def test_localization_program(model, tmp_path, capsys):
     masked(quarter).to_parquet(tmp_path / "test.parquet")
     measure(["--model", str(model), "--dataset", str(tmp_path / "test.parquet"), "--batch_size", "2"])
@@ -268,7 +241,7 @@ def test_drawing_program(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "MODEL"], "Name an image first"),
+        (["--model", "MODEL"], "Give --image"),
         (["nowhere.png", "--model", "MODEL"], "nowhere.png cannot be read as an image"),
         (["IMAGE", "--model", "MODEL", "--classes", "dog"], "None of 7 classes has the name 'dog'"),
         (["IMAGE", "--model", "timm/resnet18"], "cannot be evaluated"),
@@ -286,3 +259,21 @@ def test_classes_are_found_by_name_synonym_and_id():
     assert [class_id(word, names) for word in ("Tench, tinca_tinca", "tinca tinca", "0", "2", "3")] == [0, 0, 0, 2, 3]
     with pytest.raises(ValueError, match="Several classes have the name 'crane'"):
         class_id("crane", names)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_no_text_of_a_relevance_figure_is_cut(rows, tmp_path):
+    panels = [(f"relevance\nname {column}", np.full((8, 8 + 4 * column, 3), 0.5)) for column in range(3)]
+    save_relevance_figure(tmp_path / "a.png", [("a_model_with_a_name_" * 3, panels)] * rows, note="a note")
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = np.asarray(image.convert("L"))
+    edges = (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:])
+    assert all((edge == 255).all() for edge in edges) and pixels.min() < 100
+
+
+def test_cells_that_all_lie_at_chance_are_no_riddle():
+    names, shown = ["n01440764, tench", "b"], np.zeros((4, 4, 3))
+    logits = torch.zeros(2, 2, 2)
+    assert cells_panel(shown, logits, names, "cells")[0] == "cells\nno cell stands out: at most 50 %"
+    logits[0, 0, 1] = 3.0
+    assert cells_panel(shown, logits + torch.tensor([0.1, 0]), names, "cells")[0] == "cells\nmost: n01440764"

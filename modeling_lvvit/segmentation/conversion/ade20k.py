@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 from transformers.hf_argparser import HfArg
 
+from ...console import program
 from ...options import Program
 from .dataset_writer import (
     Pair,
@@ -84,6 +85,7 @@ def build(release: Path, output_dir: Path) -> dict[str, int]:
     return write_segmentation_set(output_dir, splits, names, NOTES, extra_features=features, reduce_labels=True)
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ...console import progress_bar
 from ...data.atomic_files import atomic_directory, write_json
 from ...data.image_folder import Layout, list_folder
 from ...data.images import IMAGE_ERRORS, pillow_errors, upright_size
@@ -75,7 +75,7 @@ def check_pairs(pairs: Sequence[Pair], allows_colors: bool) -> None:
     """Raises a `ValueError` unless all files can be opened and masks have the size of their images and, unless colors are allowed, one
     channel."""
     problems = []
-    for pair in tqdm(pairs, desc="Looking at the files", unit="image"):
+    for pair in progress_bar(pairs, desc="Looking at the files", unit="image"):
         sizes, broken = [], []
         for path in (pair.image, pair.mask):
             try:
@@ -143,7 +143,7 @@ def _write_split(
     folder: Path, split: str, pairs: Sequence[Pair], schema: pa.Schema, mask_content: Callable[[Path], bytes]
 ) -> None:
     starts = range(0, len(pairs), ROWS_PER_SHARD)
-    progress = iter(tqdm(pairs, desc=f"Writing {split}", unit="image"))
+    progress = iter(progress_bar(pairs, desc=f"Writing {split}", unit="image"))
     for shard, _ in enumerate(starts):
         path = folder / f"{split}-{shard:05d}-of-{len(starts):05d}.parquet"
         shard_pairs = islice(progress, ROWS_PER_SHARD)

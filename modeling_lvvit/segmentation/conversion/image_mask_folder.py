@@ -1,6 +1,6 @@
 """Turns a folder of images and a folder of masks into Parquet files for `lvvit segment`.
 
-    lvvit masks IMAGES MASKS --output_dir my_data --class_names names.txt
+    lvvit masks IMAGES MASKS --output_dir my_data --class_names_file names.txt
     lvvit masks IMAGES MASKS --output_dir my_data --colors colors.json
     lvvit masks IMAGES MASKS --output_dir my_data --nearest_values 0 255
 
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
+from ...console import program, progress_bar
 from ...data.class_labels import read_class_names
 from ...data.image_folder import SPLIT_FOLDERS
 from ...data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image
@@ -45,8 +45,10 @@ class MaskFolderArguments:
     masks: Path = HfArg(help="Folder of masks.")
     output_dir: str | None = HfArg(default=None, help="Folder to create.")
     mask_suffix: str = HfArg(default="", help="What names of masks have after those of their images, e.g. _mask.")
-    class_names: Path | None = HfArg(default=None, help="JSON or text file with the names of the classes.")
-    colors: Path | None = HfArg(default=None, help="JSON file with the color of each class.")
+    class_names_file: str | None = HfArg(
+        default=None, help="JSON or text file with the names of the classes.", aliases=["--class_names"]
+    )
+    colors: str | None = HfArg(default=None, help="JSON file with the color of each class.")
     ignore_other_colors: bool = HfArg(default=False, help="Colors of no class do not count.")
     nearest_values: list[int] | None = HfArg(
         default=None, help="Values of the classes; every pixel takes the nearest, e.g. 0 255."
@@ -127,7 +129,7 @@ def as_png(ids: np.ndarray) -> bytes:
 def values_note(pairs: Sequence[Pair]) -> str:
     """Which values the masks hold, and the option that they need in training where they do not count classes."""
     is_there = np.zeros(MAX_VALUE + 1, dtype=bool)
-    for pair in tqdm(pairs, desc="Counting values", unit="mask"):
+    for pair in progress_bar(pairs, desc="Counting values", unit="mask"):
         try:
             is_there[np.unique(read_mask({"bytes": None, "path": str(pair.mask)}))] = True
         except IMAGE_ERRORS as error:
@@ -145,10 +147,14 @@ def values_note(pairs: Sequence[Pair]) -> str:
 def build(args: MaskFolderArguments) -> tuple[dict[str, int], str]:
     """Writes the dataset; returns the number of images of each split and what there is to say of the masks."""
     PixelLimit(args.max_image_pixels)
-    if args.colors is not None and (args.class_names or args.nearest_values):
-        raise ValueError("Give --colors, which names the classes, or --class_names and --nearest_values, not both.")
-    colors = read_colors(args.colors) if args.colors is not None else None
-    names = read_class_names(args.class_names) if args.class_names is not None else colors and list(colors)
+    if args.colors is not None and (args.class_names_file or args.nearest_values):
+        raise ValueError(
+            "Give --colors, which names the classes, or --class_names_file and --nearest_values, not both."
+        )
+    colors = read_colors(Path(args.colors)) if args.colors is not None else None
+    names = (
+        read_class_names(Path(args.class_names_file)) if args.class_names_file is not None else colors and list(colors)
+    )
     contents, notes = {}, f"Masks hold class ids; {IGNORED} does not count."
     if args.nearest_values is not None:
         contents = {"mask_content": nearest_ids(args.nearest_values)}
@@ -164,6 +170,7 @@ def build(args: MaskFolderArguments) -> tuple[dict[str, int], str]:
     return write_segmentation_set(Path(args.output_dir), split_pairs(pairs), names, notes, **contents), notes
 
 
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)

@@ -1,0 +1,1 @@
+"""Images with several classes, or none: labels that are lists."""
