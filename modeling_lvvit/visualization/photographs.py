@@ -29,6 +29,7 @@ from ..options import Program
 from .figures import SMALL, best_cells, class_colors, overlay
 
 
+MODULE = "modeling_lvvit.visualization.photographs"
 NUM_NAMED, NUM_COLORS = 3, 10  # classes named below a map, colors
 WEAKEST_SHARE = 0.02  # of the cells, weighted by their probability, for a class to be named
 SIDE = 320  # pixels of a drawn photograph
@@ -57,7 +58,7 @@ class PhotographArguments:
 
 
 PROGRAM = Program(
-    "lvvit visualize photographs",
+    MODULE,
     __doc__,
     (PhotographArguments,),
     ("images*",),
