@@ -34,7 +34,7 @@ from .runs import Run, RunError, Runner
 
 
 STUDY_RECIPE, QUICK_RECIPE, LOCK = "study", "quick_study", ".lock"
-QUICK_RUN_SECONDS, SCENES_SECONDS = 40, 60  # of one CPU core for a quick run; of two for the scenes
+QUICK_RUN_SECONDS, SCENES_SECONDS = 45, 60  # of one CPU core for a quick run; of two for the scenes
 
 
 @dataclass
