@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import psutil
 import torch
+from accelerate import PartialState
 from accelerate.commands.launch import launch_command_parser
 from torch import distributed
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -55,6 +56,18 @@ def start_missing_processes(program: list[str], arguments: list[str]) -> bool:
     with quiet_launch():
         run_processes(processes, program, arguments)
     return True
+
+
+def join_processes(module: str, arguments: list[str]) -> PartialState | None:
+    """The place of this process among those of a program that computes without training, its share of the cores taken; `None` if it only
+    started the others, see `start_missing_processes`."""
+    if start_missing_processes(["--module", module], arguments):
+        return None
+    end_with_launcher()
+    # without the word, accelerate takes several processes on CPUs for single ones
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    set_up_cpu(state.device)
+    return state
 
 
 def run_processes(number: int, program: list[str], arguments: list[str]) -> None:

@@ -148,8 +148,8 @@ def read_recipe(path: Path, program: TrainingProgram = TRAIN_TL, above: tuple[Pa
         raise ValueError(f"Recipe {path} must be a mapping of options to values, got {type(recipe).__name__}.")
     if path in above:
         raise ValueError(f"Recipe {path} is its own base.")
-    renamed = program.parser().renamed
-    recipe = {renamed.get(key, key): value for key, value in recipe.items()}
+    parser = program.parser()
+    recipe = {parser.renamed.get(key, key): value for key, value in recipe.items()}
     bases = recipe.pop("base", None) or []
     options: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
@@ -158,7 +158,6 @@ def read_recipe(path: Path, program: TrainingProgram = TRAIN_TL, above: tuple[Pa
         raise ValueError(f"Recipe {path}: write `base` for `preset`, which is an option of the command line.")
     if unknown := [with_nearest(str(key), set(program.types)) for key in recipe if key not in program.types]:
         raise ValueError(f"Recipe {path} has unknown options: {'; '.join(unknown)}.")
-    parser = program.parser()
     try:
         return program.merge(options, {key: _convert(key, recipe[key], program, parser) for key in recipe})
     except ValueError as error:

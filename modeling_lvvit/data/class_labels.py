@@ -60,9 +60,19 @@ def class_counts(rows: datasets.Dataset, column: str) -> np.ndarray:
     return np.bincount(ids[ids >= 0], minlength=rows.features[column].num_classes)
 
 
+def read_column(rows: datasets.Dataset, column: str) -> pa.ChunkedArray:
+    """A column as it is stored."""
+    return rows.select_columns(column).with_format("arrow")[:][column]
+
+
+def is_text(column_type: pa.DataType) -> bool:
+    """Whether the values of an Arrow column are texts."""
+    return pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
+
+
 def class_ids(rows: datasets.Dataset, column: str) -> np.ndarray:
     """Values of a column of class ids, `(n,)` int64; -1 for missing ones."""
-    return rows.select_columns(column).with_format("arrow")[:][column].fill_null(-1).to_numpy()
+    return read_column(rows, column).fill_null(-1).to_numpy()
 
 
 def describe_classes(rows: datasets.Dataset, split: str, column: str) -> str:
@@ -117,8 +127,8 @@ def names_in_data(
     if isinstance(rows, datasets.IterableDataset):
         raise ValueError(f"In a stream column {column!r} of {name} must be a ClassLabel, got {feature}.")
     check_single_classes(rows, name, column)
-    values = rows.select_columns(column).with_format("arrow")[:][column]
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+    values = read_column(rows, column)
+    if is_text(values.type):
         return sorted(set(pc.unique(values.drop_null()).to_pylist())), True
     if not pa.types.is_integer(values.type) or not len(values):
         raise ValueError(f"Column {column!r} of {name} must hold class ids or names, got {values.type}.")
@@ -220,10 +230,10 @@ def with_class_ids(
         raise ValueError(f"{name} has no rows in split {rows.split}.")
     check_single_classes(rows, name, column)
     column_type = rows.features.arrow_schema.field(column).type
-    is_text = pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
-    if not (is_text or pa.types.is_integer(column_type) or pa.types.is_boolean(column_type)):
+    is_name = is_text(column_type)
+    if not (is_name or pa.types.is_integer(column_type) or pa.types.is_boolean(column_type)):
         raise ValueError(f"Column {column!r} of {name} must hold class ids or names, got {column_type}.")
-    values = rows.select_columns(column).with_format("arrow")[:][column]
+    values = read_column(rows, column)
     if values.null_count:
         row = pc.index(values.is_null().combine_chunks(), True).as_py()
         raise ValueError(f"Row {row} of {name}, split {rows.split}, has no label in column {column!r}.")
@@ -231,9 +241,9 @@ def with_class_ids(
     if is_named:
         present = rows.features[column].names
     else:
-        present = sorted(set(pc.unique(values).to_pylist())) if is_text else _numbered_names(values, name, column)
+        present = sorted(set(pc.unique(values).to_pylist())) if is_name else _numbered_names(values, name, column)
     names = present if like is None else like.features[column].names
-    if like is None and class_names is not None and not (is_named or is_text) and len(present) <= len(class_names):
+    if like is None and class_names is not None and not (is_named or is_name) and len(present) <= len(class_names):
         names = class_names
     if len(names) < 2:
         raise ValueError(f"{name} has {len(names)} class in column {column!r}; a classifier needs two.")
@@ -242,7 +252,7 @@ def with_class_ids(
         return rows
     if is_named and has_names(names) and has_names(present):
         return _renumbered(rows, name, column, feature)
-    if is_text:
+    if is_name:
         if foreign := sorted(set(present) - set(names)):
             raise ValueError(f"Split {rows.split} of {name} has classes that training lacks: {foreign[:MAX_NAMED]}.")
         values = pc.index_in(values.cast(pa.string()), pa.array(names))

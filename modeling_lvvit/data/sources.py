@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,8 +86,7 @@ def _open_folder(
         raise ValueError(f"{folder} has no configuration {config_name!r}: it has no README.md that names some.")
     layout, metadata = read_layout(folder)
     num_images = sum(len(rows) for rows in layout.splits.values())
-    parquet_files = [path for path in layout.left_out.get(NO_IMAGE, []) if path.lower().endswith(".parquet")]
-    if parquet_files and (not num_images or any(holds_images(folder / path) for path in parquet_files)):
+    if parquet_files := find_parquet_data(folder, layout.left_out, num_images > 0):
         if num_images:
             logger.warning("%s has Parquet files, which are read; %s image files are left out.", folder, num_images)
         files = parquet_splits(parquet_files)
@@ -145,7 +144,18 @@ def _open_configured_folder(
     return builder.as_dataset()
 
 
-def holds_images(file: Path) -> bool:
+def find_parquet_data(folder: Path, left_out: Mapping[str, Sequence[str]], has_images: bool) -> list[str]:
+    """Parquet files that are the data of a folder, relative to it: those in it, unless there are image files, and no images in them.
+
+    Args:
+        left_out: Files that are no images, see `list_folder`.
+        has_images: Whether the folder has image files.
+    """
+    files = [path for path in left_out.get(NO_IMAGE, ()) if path.lower().endswith(".parquet")]
+    return files if not has_images or any(_holds_images(folder / path) for path in files) else []
+
+
+def _holds_images(file: Path) -> bool:
     """Whether a Parquet file has a column of image files, not only of features or boxes."""
     types = parquet.read_schema(file).types
     return any(pa.types.is_struct(column) and column.get_field_index("bytes") >= 0 for column in types)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
+from .class_labels import read_column
 from .multi_label.columns import is_list, rarest_classes
 
 
@@ -55,7 +56,7 @@ def _has_labels(rows: datasets.Dataset | datasets.IterableDataset, column: str) 
         return rows.column_names is None or column in rows.column_names
     if column not in rows.column_names:
         return False
-    values = rows.select_columns(column).with_format("arrow")[:][column].drop_null()
+    values = read_column(rows, column).drop_null()
     return len(values) > 0 and not (pa.types.is_integer(values.type) and pc.max(values).as_py() < 0)
 
 
@@ -100,7 +101,7 @@ def draw_subset(rows: datasets.Dataset, count: int | None, label_column: str | N
 
 def classes_of_rows(rows: datasets.Dataset, column: str) -> np.ndarray:
     """A number of the class of each row, `(n,)` int64, -1 for none; of several classes the rarest, see `rarest_classes`."""
-    labels = rows.select_columns(column).with_format("arrow")[:][column]
+    labels = read_column(rows, column)
     return rarest_classes(labels) if is_list(labels.type) else pd.factorize(labels.to_pandas(), sort=True)[0]
 
 

@@ -8,36 +8,28 @@
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
-from transformers.hf_argparser import HfArg
 
 from ..console import ignore_interrupts, program, progress_bar
-from ..data.images import MAX_PIXELS_HELP, PixelLimit, SampleError, parse_image_size
-from ..data.multi_label.columns import COLUMNS_HELP, SEPARATOR_HELP, check_label_options, describe_labels
+from ..data.images import PixelLimit, SampleError
+from ..data.multi_label.columns import describe_labels
 from ..data.sampling import ShardedEvalSampler
 from ..deployment import prepare_for_cpu
 from ..finite import NotFiniteError, check_scores
-from ..launching import (
-    end_together,
-    end_with_launcher,
-    name_options,
-    set_up_cpu,
-    start_missing_processes,
-)
+from ..launching import end_together, join_processes, name_options
 from ..options import Program
 from ..per_class.scores import ConfusionMatrix
 from ..token_labeling.dataset import TokenLabelDataset
-from .classifier import Classifier, InputOptions, load_classifier
-from .per_class import PerClassReports
+from .arguments import EvaluationArguments
+from .class_reports import CollectedProbabilities, PerClassReports, ProbabilityReports, check_problem_types
+from .classifier import Classifier, load_classifier
 from .prediction_table import find_positive
-from .probabilities import CollectedProbabilities, ProbabilityReports, check_problem_types
 from .report import markdown_table, notes_on, notes_on_corruptions, save_results
 from .scores import ClassificationScores, find_real_labels, mean_corruption_error
 from .test_sets import TestSet, corruption_folders, model_class_map, open_test_set, reassessed_labels
@@ -47,109 +39,6 @@ from .two_classes import Wish
 MODULE = "modeling_lvvit.evaluate"
 FOLDER_COLUMNS = ("image", "label")  # of image folders
 RANKS = 5
-
-
-@dataclass
-class EvaluationArguments:
-    """Options of the program."""
-
-    option_groups: ClassVar[dict[str, str]] = {
-        "models": "models",
-        "datasets": "test sets",
-        "image_size": "models",
-        "batch_size": "computation",
-    }
-
-    models: list[str] | None = HfArg(
-        default=None,
-        help="Classifiers: Hub names or folders of transformers, timm/NAME, folders that timm saved.",
-        aliases=["--model", "--model_name_or_path"],
-    )
-    model_revision: str | None = HfArg(default=None, help="Revision of the models on the Hub.")
-    trust_remote_code: bool = HfArg(default=False, help="Allow code of a Hub repository to run.")
-    random_weights: bool = HfArg(default=False, help="Build architectures without weights, to try things out.")
-    datasets: list[str] | None = HfArg(
-        default=None,
-        help="Test sets: Hub names, image folders, folders of Parquet files, or such files.",
-        aliases=["--dataset", "--dataset_name"],
-    )
-    eval_split: str | None = HfArg(
-        default=None, help="Split of all of them; default: found by name.", aliases=["--split"]
-    )
-    dataset_config_name: str | None = HfArg(default=None, help="Configuration on the Hub.")
-    dataset_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
-    image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
-    label_column_name: str = HfArg(
-        default="label", help="Column of class ids or names, or of lists of them.", aliases=["--label_column"]
-    )
-    label_separator: str | None = HfArg(default=None, help=SEPARATOR_HELP)
-    label_column_names: list[str] | None = HfArg(default=None, help=COLUMNS_HELP)
-    class_map: str | None = HfArg(
-        default=None,
-        help="Which class of a model is which of the data: identity, or a file; default: by name, synonym or WordNet id.",
-    )
-    real_labels: str | None = HfArg(
-        default=None,
-        help="Re-assessed labels of the first test set: imagenet, those of its validation set, or a JSON file or its URL.",
-    )
-    corruptions: str | None = HfArg(default=None, help="Folder of ImageNet-C.")
-    positive_class: str | None = HfArg(
-        default=None, help="Name of the positive one of two classes; default: the second."
-    )
-    min_recall: float | None = HfArg(
-        default=None,
-        help="Of two classes: choose the highest threshold with at least this recall of the positive one; default: Youden's J.",
-    )
-    min_precision: float | None = HfArg(
-        default=None,
-        help="Of two classes: choose the lowest threshold with at least this precision of the positive one.",
-    )
-    max_eval_samples: int | None = HfArg(
-        default=None, help="Images of a subset of each test set, drawn over all classes.", aliases=["--max_samples"]
-    )
-    max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
-    image_size: list[int] | None = HfArg(
-        default=None, help="Side of the input in pixels, or height and width; default: that of each model."
-    )
-    crop_pct: float | None = HfArg(
-        default=None,
-        help="Share of the resized image that the center crop keeps; default: that of each model.",
-        aliases=["--crop_fraction"],
-    )
-    batch_size: int = HfArg(default=32, help="Images that a device takes at a time.")
-    dataloader_num_workers: int = HfArg(default=0, help="Processes that load images.", aliases=["--num_workers"])
-    bf16: bool = HfArg(default=False, help="Compute in bfloat16.")
-    output_file: str | None = HfArg(
-        default=None,
-        help="JSON file for all results and settings; the table is always printed.",
-        aliases=["--output"],
-    )
-
-    def __post_init__(self):
-        self.datasets = self.datasets or []
-        if not self.datasets and self.corruptions is None:
-            raise ValueError("Give test sets (`datasets`) or a folder of corruptions (`corruptions`).")
-        if self.real_labels is not None and not self.datasets:
-            raise ValueError("`real_labels` belong to a test set: give `datasets`.")
-        parse_image_size(self.image_size, "`image_size`")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"`crop_pct` must lie in (0, 1], got {self.crop_pct}.")
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
-        if self.output_file is not None and Path(self.output_file).is_dir():
-            raise ValueError(f"`output_file` {self.output_file} is a folder; give the name of a JSON file.")
-
-        check_label_options(self.label_column_name, self.label_separator, self.label_column_names)
-        Wish(self.min_recall, self.min_precision)
-
-    @property
-    def wishes_two_classes(self) -> bool:
-        """Whether an option is for two classes alone."""
-        return any(value is not None for value in (self.positive_class, self.min_recall, self.min_precision))
-
-    def input_options(self) -> InputOptions:
-        """Changes of the models' preprocessing."""
-        return InputOptions(parse_image_size(self.image_size, "`image_size`"), self.crop_pct)
 
 
 PROGRAM = Program("lvvit evaluate", __doc__, (EvaluationArguments,), ("models*",), required=("models",))
@@ -289,12 +178,9 @@ def prepare(args: EvaluationArguments) -> tuple[list[Classifier], list[TestSet],
 
 @program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
-    if start_missing_processes(["--module", MODULE], arguments):
+    state = join_processes(MODULE, arguments)
+    if state is None:
         return
-    end_with_launcher()
-    # without the word, accelerate takes several processes on CPUs for single ones
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    set_up_cpu(state.device)
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)
         with state.main_process_first():

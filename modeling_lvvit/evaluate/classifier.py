@@ -48,6 +48,10 @@ class InputOptions:
     image_size: tuple[int, int] | None = None
     crop_pct: float | None = None
 
+    def __post_init__(self):
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"`crop_pct` must lie in (0, 1], got {self.crop_pct}.")
+
     @property
     def are_given(self) -> bool:
         """Whether something is to be changed."""

@@ -25,7 +25,7 @@ from ..data.images import MAX_PIXELS_HELP, PixelLimit, SampleError, parse_image_
 from ..data.sampling import ShardedEvalSampler
 from ..deployment import prepare_for_cpu
 from ..finite import NotFiniteError, check_scores
-from ..launching import end_together, end_with_launcher, set_up_cpu, start_missing_processes
+from ..launching import end_together, join_processes
 from ..options import Program
 from ..token_labeling.multi_label import THRESHOLD
 from .classifier import Classifier, InputOptions, load_classifier
@@ -86,9 +86,7 @@ class PredictArguments:
     bf16: bool = HfArg(default=False, help="Compute in bfloat16.")
 
     def __post_init__(self):
-        parse_image_size(self.image_size, "`image_size`")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"`crop_pct` must lie in (0, 1], got {self.crop_pct}.")
+        self.input_options()  # raises on bad sizes
         for name in ("batch_size", "top_k"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -96,6 +94,10 @@ class PredictArguments:
         self.output_file = self.output_file or "predictions.csv"
         if Path(self.output_file).expanduser().is_dir():
             raise ValueError(f"`output_file` {self.output_file} is a folder; give the name of a CSV file.")
+
+    def input_options(self) -> InputOptions:
+        """Changes of the model's preprocessing."""
+        return InputOptions(parse_image_size(self.image_size, "`image_size`"), self.crop_pct)
 
 
 PROGRAM = Program(
@@ -132,8 +134,8 @@ def prepare(args: PredictArguments, is_main_process: bool) -> tuple[Classifier, 
     images = open_images(
         args.dataset_name, args.eval_split, args.dataset_config_name, args.dataset_revision, args.image_column_name
     )
-    options = InputOptions(parse_image_size(args.image_size, "`image_size`"), args.crop_pct)
-    classifier = load_classifier(args.model_name_or_path, options, args.model_revision, args.trust_remote_code)
+    source = (args.model_revision, args.trust_remote_code)
+    classifier = load_classifier(args.model_name_or_path, args.input_options(), *source)
     decision = decide(args, classifier)
     if args.top_k is not None and args.top_k > len(classifier.class_names):
         raise ValueError(
@@ -198,12 +200,9 @@ def predict(
 
 @program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
-    if start_missing_processes(["--module", MODULE], arguments):
+    state = join_processes(MODULE, arguments)
+    if state is None:
         return
-    end_with_launcher()
-    # without the word, accelerate takes several processes on CPUs for single ones
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    set_up_cpu(state.device)
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)
         with state.main_process_first():

@@ -12,9 +12,9 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..data.image_dataset import ImageDataset, check_has_columns, with_image_column
-from ..data.image_folder import NO_IMAGE, Layout, list_folder
+from ..data.image_folder import Layout, list_folder
 from ..data.images import IMAGE_ERRORS, decode_image
-from ..data.sources import holds_images, looks_local, open_splits
+from ..data.sources import find_parquet_data, looks_local, open_splits
 from ..data.splits import split_to_evaluate
 
 
@@ -65,8 +65,7 @@ def open_images(
         return _image_files(name, [str(path)])
     if path.is_dir():
         content = list_folder(path)
-        parquet = [file for file in content.left_out.get(NO_IMAGE, ()) if file.lower().endswith(".parquet")]
-        if content.images and not any(holds_images(path / file) for file in parquet):
+        if content.images and not find_parquet_data(path, content.left_out, has_images=True):
             for line in Layout(left_out=content.left_out).warnings():
                 logger.warning("%s: %s", name, line)
             if split is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..data.atomic_files import write_json
+from ..data.atomic_files import write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def save_roc_figure(path: Path, record: dict[str, Any]) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
 
 
 def save_curve(stem: Path, record: dict[str, Any]) -> tuple[Path, Path]:

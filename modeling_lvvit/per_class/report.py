@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..data.atomic_files import write_json
+from ..data.atomic_files import write_atomically, write_json
 from ..data.class_matching import WORDNET_ID, wordnet_names
 from .scores import Confusions
 
@@ -137,4 +137,4 @@ def save_confusion_figure(path: Path, class_names: Sequence[str], confusions: Co
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_title(title, fontsize=11, wrap=True)
     figure.colorbar(shown, ax=axes, label="share of the true class", shrink=0.7)
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,9 @@ class Confusions:
         true, predicted = np.nonzero(matrix)
         return cls(true, predicted, matrix[true, predicted], len(matrix))
 
-    def scores(self) -> dict[str, np.ndarray]:
-        """`precision`, `recall` and `f1` in [0, 1] and `support`, the number of images, of each class, `(C,)`. The recall of a class
-        without images is `nan`; the precision of one that is never predicted is 0 if it has images, else `nan`.
-
-        Example: 3 images of class 0, of which 1 is taken for class 1, and 1 of class 1: precision 1 and 1/2, recall 2/3 and 1,
-        F1 0.8 and 2/3.
-        """
+    @cached_property
+    def _scores(self) -> dict[str, np.ndarray]:
+        """See `scores`, which several parts of a report ask for."""
         from sklearn.metrics import precision_recall_fscore_support  # takes a second, which not every program should
 
         if not len(self.counts):  # which scikit-learn refuses
@@ -65,6 +62,15 @@ class Confusions:
         recall, f1 = (np.where(absent, np.nan, values) for values in (recall, f1))
         precision = np.where(absent & (predicted == 0), np.nan, precision)
         return {"precision": precision, "recall": recall, "f1": f1, "support": support.astype(np.int64)}
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """`precision`, `recall` and `f1` in [0, 1] and `support`, the number of images, of each class, `(C,)`. The recall of a class
+        without images is `nan`; the precision of one that is never predicted is 0 if it has images, else `nan`.
+
+        Example: 3 images of class 0, of which 1 is taken for class 1, and 1 of class 1: precision 1 and 1/2, recall 2/3 and 1,
+        F1 0.8 and 2/3.
+        """
+        return self._scores
 
     def averages(self) -> dict[str, float]:
         """`balanced_accuracy` (mean recall), `macro_precision` and `macro_f1`: means over the classes that have images, all alike, in

@@ -83,6 +83,10 @@ class StudyProgram(Program):
         self.check_unknown(unknown, TRAIN_TL.types)
         return args, tuple(rest)
 
+    def message(self, error: object) -> str:
+        """As in `Program`, with the options of the training too."""
+        return f"{self.name}: {name_options(error, *self.arguments, *TRAIN_TL.arguments)}"
+
     @property
     def usage(self) -> str:
         """How it is called."""
@@ -127,13 +131,13 @@ def _stop(number: int, frame: object) -> None:
 def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, _stop)  # so that the runs are ended too
     try:
-        args, shared = PROGRAM.split(arguments)
-        arms, runs = plan(args, shared)
-        run_study(args, arms, runs)
-    except Timeout:
-        sys.exit(f"{PROGRAM.name}: another study writes to {args.folder}.")
-    except (ValueError, OSError, RunError, StrictDataclassError) as error:
-        sys.exit(f"{PROGRAM.name}: {name_options(error, StudyArguments, *TRAIN_TL.arguments)}")
+        with PROGRAM.refusals(RunError, StrictDataclassError):
+            args, shared = PROGRAM.split(arguments)
+            arms, runs = plan(args, shared)
+            try:
+                run_study(args, arms, runs)
+            except Timeout as error:
+                raise ValueError(f"another study writes to {args.folder}.") from error
     except KeyboardInterrupt:
         end_interrupted(f"{PROGRAM.name}: interrupted; the same command goes on from here.")
     print(f"saved to {args.folder}")

@@ -91,7 +91,9 @@ class TokenLabelTrainer(BaseImageTrainer):
             super().__init__(model, args, data_collator, train_dataset, compute_metrics=compute_metrics, **kwargs)
         if annotator is not None:
             annotator.seed(args.seed + args.process_index)
-        self.class_weights = self._training_weights()
+        self.class_weights = None
+        if args.class_weights is not None:
+            self.class_weights = training_weights(args.class_weights, self.class_names, self.class_counts)
         if self.is_multi_label:
             self.objective = MultiLabelLoss(args)
         else:
@@ -116,11 +118,6 @@ class TokenLabelTrainer(BaseImageTrainer):
         dataset = self.train_dataset
         is_counted = isinstance(dataset, TokenLabelDataset) and not self.is_multi_label
         return dataset.class_counts(self.num_classes) if is_counted else None
-
-    def _training_weights(self) -> np.ndarray | None:
-        """See `training_weights`."""
-        words = self.args.class_weights
-        return None if words is None else training_weights(words, self.class_names, self.class_counts)
 
     def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset

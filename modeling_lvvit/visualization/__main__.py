@@ -19,12 +19,12 @@ from transformers.hf_argparser import HfArg
 from ..annotators.annotator import load_annotator
 from ..console import program
 from ..data.class_matching import normalized, readable_names, shown_names
-from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image, parse_image_size
+from ..data.images import MAX_PIXELS_HELP, PixelLimit, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu
 from ..options import Program
 from .figures import heat, save_relevance_figure
-from .panels import cells_panel, short, shown_image
+from .panels import cells_panel, read_image_file, short, shown_image
 from .relevance import relevance_maps
 
 
@@ -123,10 +123,7 @@ def main(arguments: list[str]) -> None:
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)
         PixelLimit(args.max_image_pixels)
-        try:
-            image = decode_image({"bytes": None, "path": args.image})
-        except IMAGE_ERRORS as error:
-            raise ValueError(f"{args.image} cannot be read as an image: {error}") from error
+        image = read_image_file(args.image)
         size = parse_image_size(args.image_size, "`image_size`")
         rows = []
         for name in args.models:

@@ -15,7 +15,7 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from transformers.hf_argparser import HfArg
 
-from ..annotators.annotate import AnnotateArguments
+from ..annotators.arguments import AnnotateArguments
 from ..console import program
 from ..data.class_labels import check_class_names, check_columns, with_class_ids
 from ..data.class_matching import shown_names

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.images import IMAGE_ERRORS, decode_image
 from .figures import best_cells, class_colors, note_on_weak_cells, overlay
 
 
@@ -31,3 +32,11 @@ def cells_panel(shown: np.ndarray, logits: torch.Tensor, names: list[str], kind:
 def short(name: str, length: int = 24) -> str:
     """The first of a class's names, cut."""
     return name.split(",")[0][:length]
+
+
+def read_image_file(path: str) -> Image.Image:
+    """The RGB image of a file; a `ValueError` if it cannot be read."""
+    try:
+        return decode_image({"bytes": None, "path": path})
+    except IMAGE_ERRORS as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error

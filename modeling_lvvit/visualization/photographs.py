@@ -10,23 +10,26 @@ classes; other cells, and those of which a classifier is unsure, stay gray.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from transformers.hf_argparser import HfArg
 
 from ..annotators.annotator import Annotator, load_annotator
+from ..console import program
+from ..data.atomic_files import write_atomically
 from ..data.class_matching import shown_names
-from ..data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image, parse_image_size
+from ..data.images import MAX_PIXELS_HELP, PixelLimit, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu
 from ..options import Program
 from .figures import SMALL, best_cells, class_colors, overlay
+from .panels import read_image_file
 
 
 MODULE = "modeling_lvvit.visualization.photographs"
@@ -155,8 +158,10 @@ def draw_photographs(
     for axis, (name, _) in zip(axes[:, 0], [("image", None), *rows]):
         axis.set_ylabel(name, **SMALL)
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"pil_kwargs": {"quality": 88, "subsampling": 0}} if path.suffix.lower() in (".jpg", ".jpeg") else {}
-    FigureCanvasAgg(figure).print_figure(path, dpi=figure.dpi, **options)
+    options = {"format": "png"}
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        options = {"format": "jpeg", "pil_kwargs": {"quality": 88, "subsampling": 0}}
+    write_atomically(path, lambda file: figure.savefig(file, **options))
 
 
 def _show(axis: Axes, image: np.ndarray) -> None:
@@ -173,21 +178,14 @@ def _write_legend(axis: Axes, panel: MapPanel) -> None:
         )
 
 
-def read_square(path: str) -> Image.Image:
-    """The central square of an image file, `SIDE` pixels wide; a `ValueError` if it cannot be read."""
-    try:
-        image = decode_image({"bytes": None, "path": path})
-    except IMAGE_ERRORS as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.LANCZOS)
-
-
+@program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)
         PixelLimit(args.max_image_pixels)
-        images = [read_square(path) for path in args.images]
+        squares = partial(ImageOps.fit, size=(SIDE, SIDE), method=Image.Resampling.LANCZOS)
+        images = [squares(read_image_file(path)) for path in args.images]
         trusted = {"trust_remote_code": args.trust_remote_code}
         size = parse_image_size(args.image_size, "`image_size`")
         rows = [("dense labels", load_annotator(args.annotator, size, **trusted), None)]

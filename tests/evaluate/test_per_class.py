@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, recall_score
 from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.data.images import decode_image
 from modeling_lvvit.evaluate.__main__ import main
-from modeling_lvvit.evaluate.per_class import MAX_CLASSES, PerClassReports
+from modeling_lvvit.evaluate.class_reports import MAX_CLASSES, PerClassReports
 from modeling_lvvit.variants import evaluation_image_processor
 from support.models import save_tiny_lvvit
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 from transformers.utils import logging
 
-from ..class_labels import MAX_NAMED, class_counts, describe_classes, with_class_ids
+from ..class_labels import MAX_NAMED, class_counts, describe_classes, is_text, read_column, with_class_ids
 
 
 logger = logging.get_logger(__name__)
@@ -108,7 +108,7 @@ def with_labels(
     if not len(rows):
         raise ValueError(f"{name} has no rows in split {rows.split}.")
     feature = rows.features[column]
-    lists = rows.select_columns(column).with_format("arrow")[:][column]
+    lists = read_column(rows, column)
     if lists.null_count:
         row = pc.index(lists.is_null().combine_chunks(), True).as_py()
         raise ValueError(
@@ -121,7 +121,7 @@ def with_labels(
     flat = with_class_ids(flat, name, column, like_flat, class_names) if len(flat) else like_flat
     if flat is None:
         raise ValueError(f"No image of {name}, split {rows.split}, has a class in column {column!r}.")
-    ids = flat.with_format("arrow")[:][column].to_numpy()
+    ids = read_column(flat, column).to_numpy()
     places, ids = _without_repeated(places, ids, name, column, rows.split)
     offsets = np.concatenate([[0], np.bincount(places, minlength=len(rows)).cumsum()]).astype(np.int32)
     lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids, pa.int64()))
@@ -141,13 +141,12 @@ def _flat_rows(values: pa.Array, feature: Any, column: str, split: Any = None) -
 def _check_values(places: np.ndarray, values: pa.Array, name: str, column: str, split: Any) -> None:
     """Raises a `ValueError` if lists hold neither names nor ids, or look like one value of 0 or 1 for each class."""
     about = f"Column {column!r} of {name}, split {split},"
-    is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
-    if not (is_text or pa.types.is_integer(values.type) or not len(values)):
+    if not (is_text(values.type) or pa.types.is_integer(values.type) or not len(values)):
         raise ValueError(f"{about} must hold lists of class names or of class ids, got lists of {values.type}.")
     if values.null_count:
         row = places[pc.index(values.is_null(), True).as_py()]
         raise ValueError(f"{about} has an empty value in the list of row {row}.")
-    if is_text or not len(values):
+    if is_text(values.type) or not len(values):
         return
     lengths = np.bincount(places)
     ids = values.to_numpy(zero_copy_only=False)
@@ -173,10 +172,9 @@ def _without_repeated(
 
 def _note_separator(rows: datasets.Dataset, name: str, column: str) -> None:
     """Warns if texts of a label column look like several names: "cat;dog" next to "cat"."""
-    column_type = rows.features.arrow_schema.field(column).type
-    if not (pa.types.is_string(column_type) or pa.types.is_large_string(column_type)):
+    if not is_text(rows.features.arrow_schema.field(column).type):
         return
-    names = set(rows.select_columns(column).with_format("arrow")[:][column].unique().drop_null().to_pylist())
+    names = set(read_column(rows, column).unique().drop_null().to_pylist())
     for separator in (";", "|", ","):
         parts = {part.strip() for text in names for part in text.split(separator)}
         if len(parts) < len(names):
@@ -217,8 +215,8 @@ def divided(rows: datasets.Dataset, name: str, column: str, separator: str | Non
     """
     if separator is None or column not in rows.column_names:
         return rows
-    texts = rows.select_columns(column).with_format("arrow")[:][column]
-    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
+    texts = read_column(rows, column)
+    if not is_text(texts.type):
         raise ValueError(
             f"`label_separator` {separator!r} divides text, and column {column!r} of {name} holds {texts.type}. Leave it out."
         )
@@ -259,7 +257,7 @@ def label_counts(rows: datasets.Dataset, column: str) -> np.ndarray:
     """Rows of each class, `(classes,)` int64, of a column that `with_labels` made."""
     if not has_lists(rows, column):
         return class_counts(rows, column)
-    ids = flattened(rows.select_columns(column).with_format("arrow")[:][column])[1].to_numpy(zero_copy_only=False)
+    ids = flattened(read_column(rows, column))[1].to_numpy(zero_copy_only=False)
     return np.bincount(ids.astype(np.int64), minlength=len(class_names(rows, column)))
 
 
@@ -268,7 +266,7 @@ def describe_labels(rows: datasets.Dataset, split: str, column: str) -> str:
     if not has_lists(rows, column):
         return describe_classes(rows, split, column)
     names, counts = class_names(rows, column), label_counts(rows, column)
-    numbers = pc.list_value_length(rows.select_columns(column).with_format("arrow")[:][column]).to_numpy()
+    numbers = pc.list_value_length(read_column(rows, column)).to_numpy()
     present = np.flatnonzero(counts)
     if not len(numbers) or not len(present):
         return f"{split}: {len(rows):,} images, none of which has a class"

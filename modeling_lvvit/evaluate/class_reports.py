@@ -1,4 +1,4 @@
-"""Measures that need the probabilities of all images: those of two classes, and of images with several classes."""
+"""What an evaluation says of classes, and the files next to its results: scores of each class, the ROC of two, average precisions of several."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,6 +10,8 @@ import torch
 from accelerate.utils import gather_object
 
 from ..data.sources import short_name
+from ..per_class.report import describe_classes, write_class_report
+from ..per_class.scores import MAX_CLASSES, ConfusionMatrix
 from ..token_labeling.multi_label import multi_label_metrics
 from .prediction_table import find_positive
 from .test_sets import TestSet
@@ -38,6 +40,75 @@ class CollectedProbabilities:
         return probabilities[order], labels[order]
 
 
+class ReportNames:
+    """Names of the files of each classifier and test set.
+
+    Args:
+        output: JSON file of the results, next to which they lie; `None` for no files.
+    """
+
+    def __init__(self, output: str | None):
+        self.output = None if output is None else Path(output).expanduser()
+        self._taken: set[str] = set()
+
+    def next(self, classifier: str, test_set: TestSet) -> Path:
+        """A path without ending that no other pair has."""
+        wanted = re.sub(r"[^\w.-]+", "_", f"{self.output.stem}_{short_name(classifier)}_{short_name(test_set.name)}")
+        names = (wanted, *(f"{wanted}_{number}" for number in range(2, 1000)))
+        name = next(name for name in names if name not in self._taken)
+        self._taken.add(name)
+        return self.output.with_name(name)
+
+
+class PerClassReports:
+    """What is said of the classes of each classifier and test set.
+
+    Args:
+        output: JSON file of the results, next to which figures and scores are written; `None` writes none.
+
+    Attributes:
+        texts: For the terminal, one of each pair.
+    """
+
+    def __init__(self, output: str | None):
+        self.names = ReportNames(output)
+        self.texts: list[str] = []
+
+    def matrix_for(self, class_names: list[str]) -> ConfusionMatrix | None:
+        """What counts the images of a test set; `None`, which is said, for more classes than it can count."""
+        if len(class_names) <= MAX_CLASSES:
+            return ConfusionMatrix(len(class_names))
+        text = f"no scores of each class: {len(class_names):,} classes are more than {MAX_CLASSES:,}"
+        if text not in self.texts:
+            self.texts.append(text)
+        return None
+
+    def add(
+        self, confusion: ConfusionMatrix, classifier: str, test_set: TestSet, is_main_process: bool
+    ) -> dict[str, float]:
+        """Averages over the classes; all processes must call it, and the main one writes.
+
+        Args:
+            confusion: Filled by `evaluate`.
+            classifier: Its name.
+        """
+        measures = confusion.compute()
+        confusions = measures.pop("confusions")
+        if not is_main_process:
+            return measures
+        model, name, images = short_name(classifier), short_name(test_set.name), int(confusions.counts.sum())
+        about = f"{model} on {images:,} images of {name} ({test_set.split})"
+        if self.names.output is None:
+            files = "--output FILE.json writes the confusion matrix (PNG) and these scores (JSON) next to it"
+            self.texts.append(f"{about}: {describe_classes(test_set.class_names, confusions)}\n{files}")
+            return measures
+        stem = self.names.next(classifier, test_set)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        text = write_class_report(stem.parent, test_set.class_names, confusions, about, f"{stem.name}_")
+        self.texts.append(f"{about}: {text}")
+        return measures
+
+
 class ProbabilityReports:
     """What is said of two classes and of images with several, for each classifier and test set.
 
@@ -51,9 +122,8 @@ class ProbabilityReports:
     """
 
     def __init__(self, output: str | None, positive_class: str | None = None, wish: Wish | None = None):
-        self.output = None if output is None else Path(output).expanduser()
+        self.names = ReportNames(output)
         self.positive_class, self.wish, self.texts = positive_class, wish or Wish(), []
-        self._stems: set[str] = set()
 
     def add(
         self, collected: CollectedProbabilities, classifier: str, test_set: TestSet, is_main_process: bool
@@ -76,10 +146,10 @@ class ProbabilityReports:
         if not is_main_process:
             return scores
         text = f"{about}\n{describe_curve(record, self.positive_class is not None)}"
-        if self.output is None:
+        if self.names.output is None:
             text += "\n`output_file` FILE.json writes the ROC (PNG) and its thresholds (JSON) next to it"
         else:
-            table, figure = save_curve(self._stem(classifier, test_set), record)
+            table, figure = save_curve(self.names.next(classifier, test_set), record)
             text += f"\nROC: {figure}\nthresholds: {table} (lvvit predict --threshold {table})"
         self.texts.append(text)
         return scores
@@ -94,14 +164,6 @@ class ProbabilityReports:
             for index, name in enumerate(test_set.class_names)
         }
         return {**multi_label_metrics(probabilities, labels), "images": len(labels), "average_precisions": precisions}
-
-    def _stem(self, classifier: str, test_set: TestSet) -> Path:
-        """Path without ending that no other pair has."""
-        wanted = re.sub(r"[^\w.-]+", "_", f"{self.output.stem}_{short_name(classifier)}_{short_name(test_set.name)}")
-        names = (wanted, *(f"{wanted}_{number}" for number in range(2, 1000)))
-        stem = next(name for name in names if name not in self._stems)
-        self._stems.add(stem)
-        return self.output.with_name(stem)
 
 
 def check_problem_types(is_multi_label: bool, classifier: str, test_set: TestSet) -> None:

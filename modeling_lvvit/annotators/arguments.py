@@ -1,0 +1,89 @@
+"""Options of annotation."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from transformers.hf_argparser import HfArg
+
+from ..data.images import MAX_PIXELS_HELP, parse_image_size
+from ..hub.repository import HubUploadArguments
+
+
+DEFAULT_COLUMN = "label"
+TOP_K = 5
+
+
+@dataclass
+class AnnotateArguments(HubUploadArguments):
+    """Options of the program."""
+
+    option_groups: ClassVar[dict[str, str]] = {
+        "dataset_name": "images",
+        "annotator": "annotator",
+        "output_dir": "label set",
+        "hub_model_id": "upload",
+    }
+
+    dataset_name: str | None = HfArg(
+        default=None, help="Images: Hub name, image folder, Parquet file or folder of them.", aliases=["--dataset"]
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration on the Hub.")
+    dataset_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
+    train_split: str = HfArg(default="train", help="Split to annotate.", aliases=["--split"])
+    streaming: bool = HfArg(default=False, help="Read images one after another without preparing all.")
+    image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
+    label_column_name: str = HfArg(
+        default=DEFAULT_COLUMN,
+        help="Column whose classes the labels shall have, if there is one.",
+        aliases=["--label_column"],
+    )
+    key_column: str | None = HfArg(default=None, help="Column that tells images apart; default: paths.")
+    number_rows: bool = HfArg(default=False, help="Tell images apart by their row number.")
+    max_train_samples: int | None = HfArg(
+        default=None,
+        help="Images of a subset, drawn over all classes as in training; in a stream the first ones.",
+        aliases=["--max_samples"],
+    )
+    on_error: Literal["stop", "empty"] = HfArg(default="stop", help="Damaged image: stop, or an empty label.")
+    max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
+    num_workers: int | None = HfArg(
+        default=None, help="Threads that read and resize images; default: one for each core."
+    )
+    annotator: str | None = HfArg(default=None, help="Classifier: Hub name or folder of transformers, or timm/NAME.")
+    annotator_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
+    annotator_trust_remote_code: bool = HfArg(
+        default=False, help="Allow code of its Hub repository.", aliases=["--trust_remote_code"]
+    )
+    annotator_image_size: list[int] | None = HfArg(
+        default=None, help="Its input: side, or height and width.", aliases=["--image_size"]
+    )
+    annotator_class_map: str | None = HfArg(
+        default=None, help="File that pairs classes (JSON, CSV), or: identity.", aliases=["--class_map"]
+    )
+    annotator_ignore_extra_classes: bool = HfArg(
+        default=False, help="Drop classes the data lacks.", aliases=["--ignore_extra_classes"]
+    )
+    random_weights: bool = HfArg(default=False, help="Architecture without weights; to try things out.")
+    fit: Literal["squash", "pad", "center_crop"] = HfArg(
+        default="squash", help="How images get its shape (see README)."
+    )
+    batch_size: int = HfArg(default=32, help="Images a forward pass.")
+    bf16: bool = HfArg(default=False, help="Run the annotator in bfloat16.")
+    output_dir: str | None = HfArg(default=None, help="Folder of the label set; an unfinished one is continued.")
+    top_k: int | None = HfArg(default=None, help=f"Classes kept for each cell; default: {TOP_K}.")
+    scores: Literal["logits", "relative"] = HfArg(
+        default="logits", help="Logits as they are, or relative to the classes left out."
+    )
+    score_type: Literal["float16", "int8"] = HfArg(
+        default="float16", help="float16 is lossless; int8 rounds scores to quarters."
+    )
+    rows_per_shard: int | None = HfArg(default=None, help="Rows of a Parquet file.")
+
+    def __post_init__(self):
+        for name in ("top_k", "batch_size", "max_train_samples", "num_workers", "rows_per_shard"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}.")
+        self.top_k = TOP_K if self.top_k is None else self.top_k
+        parse_image_size(self.annotator_image_size, "`annotator_image_size`")
+        self.check_upload()
