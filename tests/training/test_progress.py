@@ -54,6 +54,7 @@ def test_a_bar_on_a_terminal_and_rows_above_it(tiny_model, labelled_rows, tmp_pa
     assert rows[0][:4] == ["epoch", "step", "loss", "top-1"] and "raw" in rows[0]
     assert [row[1] for row in rows[1:]] == ["4", "8"] and rows[1][-1] == "best"
     assert "images/s, data wait" in written.err and "8/8" in written.err
+    assert "batch 2 of 2" in written.err and "batch 3 of 2" not in written.err
 
 
 def test_plain_runs_have_no_token_loss(tiny_model, labelled_rows, tmp_path):

@@ -108,13 +108,14 @@ class RunProgress(ProgressCallback):
         else:
             for line in self.table.lines(state, metrics, is_best):
                 self.write(line)
+            self.training_bar.set_postfix_str(self.postfix(args, state))  # in place of how far the evaluation was
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if not state.is_world_process_zero or not has_length(eval_dataloader):
             return
         batches = len(eval_dataloader)
         if self.training_bar is not None:
-            self.predicted += 1
+            self.predicted = self.predicted % batches + 1  # average and raw weights are evaluated one after the other
             if self.predicted % max(1, batches // EVALUATION_UPDATES) == 0:
                 self.training_bar.set_postfix_str(f"evaluating, batch {self.predicted:,} of {batches:,}")
         elif not self.is_training and is_terminal() and not args.disable_tqdm:
