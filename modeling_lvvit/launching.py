@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -181,6 +182,9 @@ def end_together() -> None:
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
+        # Threads of gloo still drop the tensors of the last collective, for which they need the interpreter's lock. One that waits
+        # for it while the interpreter ends aborts the process, so they get the lock here for longer than they need it.
+        time.sleep(0.1)
 
 
 def is_main_process() -> bool:

@@ -8,6 +8,7 @@ import datasets
 import torch
 
 from modeling_lvvit import LVViTForImageClassification
+from modeling_lvvit.launching import end_together
 from modeling_lvvit.token_labeling import TokenLabelDataset, TokenLabelTrainer
 from support.images import labelled_table
 from support.models import tiny_config
@@ -37,3 +38,4 @@ trainer.train()
 weights = {name: value.sum().item() for name, value in model.named_parameters()}
 record = {"seen": seen, "crops": crops, "weights": weights}
 (folder / f"{trainer.args.process_index}.json").write_text(json.dumps(record))
+end_together()  # as programs do: a process that leaves with its connections open may abort
