@@ -157,7 +157,9 @@ def build_samples(
             num_processes=training_args.world_size,
         )
     else:
-        train = TokenLabelDataset(opened.train, transform, **columns, name="training", label_maps=opened.label_maps)
+        may_lack_labels = opened.label_maps is not None or args.annotator is not None
+        options = {"label_maps": opened.label_maps, "may_lack_labels": may_lack_labels}
+        train = TokenLabelDataset(opened.train, transform, **columns, name="training", **options)
     if train.has_label_maps and training_args.label_crop == "authors":
         train.label_maps = train.label_maps.without_regions()
     return train, evaluation

@@ -25,8 +25,9 @@ from ..data.class_labels import describe_classes, names_in_data, pair_classes
 from ..data.class_matching import ClassMap
 from ..data.image_keys import hash_keys, read_keys, repeated_keys
 from ..data.images import PixelLimit, parse_image_size
-from ..data.sources import dataset_fingerprint, open_splits
+from ..data.sources import dataset_fingerprint, open_splits, short_name
 from ..data.splits import take_subset
+from ..data.unlabeled import add_unlabeled
 from ..hub.repository import HubError
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelSetLayout
@@ -71,6 +72,9 @@ def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.Iterable
             f"{args.dataset_name} has no column {args.image_column_name!r}; it has {rows.column_names}. Name it with --image_column."
         )
     if not args.streaming:
+        columns = (args.image_column_name, args.label_column_name, args.train_split)
+        keys = [] if args.key_column is None else [args.key_column]
+        rows = add_unlabeled(rows, args.unlabeled_dataset_name, *columns, keys)
         rows = take_subset(rows, args.max_train_samples, args.label_column_name)
     elif args.max_train_samples is not None:
         rows = rows.take(args.max_train_samples)
@@ -121,6 +125,8 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | Streamed
     """
     path = Path(args.dataset_name).expanduser()
     about = {"dataset": path.resolve().name if path.exists() else args.dataset_name}
+    if args.unlabeled_dataset_name is not None:
+        about |= {"unlabeled_dataset": short_name(args.unlabeled_dataset_name)}
     about |= {"dataset_revision": args.dataset_revision, "dataset_config_name": args.dataset_config_name}
     if args.streaming:
         about |= {"dataset_state": dataset_fingerprint(args.dataset_name, args.dataset_revision)}

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from transformers.hf_argparser import HfArg
 
 from ..data.images import MAX_PIXELS_HELP, parse_image_size
+from ..data.unlabeled import UNLABELED_HELP
 from ..hub.repository import HubUploadArguments
 
 
@@ -27,6 +28,7 @@ class AnnotateArguments(HubUploadArguments):
     dataset_name: str | None = HfArg(
         default=None, help="Images: Hub name, image folder, Parquet file or folder of them.", aliases=["--dataset"]
     )
+    unlabeled_dataset_name: str | None = HfArg(default=None, help=UNLABELED_HELP)
     dataset_config_name: str | None = HfArg(default=None, help="Configuration on the Hub.")
     dataset_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
     train_split: str = HfArg(default="train", help="Split to annotate.", aliases=["--split"])
@@ -84,6 +86,10 @@ class AnnotateArguments(HubUploadArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
+        if self.streaming and self.unlabeled_dataset_name is not None:
+            raise ValueError(
+                "Images without labels are not added to a stream: leave out `streaming`, or annotate them by themselves."
+            )
         self.top_k = TOP_K if self.top_k is None else self.top_k
         parse_image_size(self.annotator_image_size, "`annotator_image_size`")
         self.check_upload()

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from ..console import progress_bar
 from ..data.image_keys import repeated_keys
 from .columns import SCORES_COLUMN, LabelMapError, label_map_problems, list_nesting
-from .label_crops import top_classes
+from .label_crops import top_classes, whole_image_classes
 from .label_maps import mass_outside
 from .reader import LabelMapReader, label_class_names
 from .storage import INDEX_COLUMN, KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN, map_problems, read_maps
@@ -139,6 +139,17 @@ def agreement(label_maps: LabelMapReader, classes: np.ndarray) -> tuple[float, f
         first += int((top_classes(maps, label_maps.num_classes) == expected).sum())
         named += sum(label in palette for label, palette in zip(expected, maps.palettes))
     return first / len(classes), named / len(classes)
+
+
+def image_classes(label_maps: LabelMapReader, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each label map says of its whole image: the most probable class `(n,)` int64, and its probability `(n,)` float32."""
+    parts = []
+    starts = range(0, len(label_maps), ROWS_PER_BATCH)
+    for start in progress_bar(starts, desc="Reading label maps", unit="batch", disable=len(starts) < 2):
+        rows = range(start, min(start + ROWS_PER_BATCH, len(label_maps)))
+        parts.append(whole_image_classes(label_maps.fetch(rows), num_classes))
+    classes, confidence = zip(*parts)
+    return np.concatenate(classes), np.concatenate(confidence)
 
 
 def _tables(paths: list[Path], report: LabelSetReport) -> Iterator[tuple[Path, pa.Table]]:

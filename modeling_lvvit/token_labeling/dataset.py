@@ -44,6 +44,7 @@ class TokenLabelDataset(ImageDataset):
             returns a dict of tensors (`TrainTransform`, `ImageProcessorTransform`).
         ids_column, scores_column: Dense-label columns of the dataset itself, or `None` for both.
         label_maps: Instead of them, a label set joined to the rows (`LabelSet.join`).
+        may_lack_labels: Whether the class -1 stands for images without a human label, which dense labels teach.
         name: What messages call the dataset.
 
     Raises:
@@ -60,12 +61,13 @@ class TokenLabelDataset(ImageDataset):
         scores_column: str | None = None,
         name: str = "train",
         label_maps: LabelMapReader | None = None,
+        may_lack_labels: bool = False,
     ):
         if (ids_column is None) != (scores_column is None):
             raise ValueError("Give both dense-label columns, ids and scores, or neither.")
         if ids_column is not None and label_maps is not None:
             raise ValueError("Give dense-label columns or a label set, not both.")
-        self.transform, self.label_column = transform, label_column
+        self.transform, self.label_column, self.may_lack_labels = transform, label_column, may_lack_labels
         dataset = with_image_column(dataset, image_column)
         super().__init__(dataset, [image_column, label_column], name)
         self.label_feature = dataset.features[label_column]
@@ -111,6 +113,11 @@ class TokenLabelDataset(ImageDataset):
         ids = self.class_ids()
         return np.bincount(ids[(ids >= 0) & (ids < num_classes)], minlength=num_classes)
 
+    @property
+    def num_unlabeled(self) -> int:
+        """Rows without a human label, of class -1."""
+        return 0 if self.is_multi_label else int((self.class_ids() == -1).sum())
+
     def class_ids(self) -> np.ndarray:
         """Class ids of all rows, `(n,)` int64; -1 for missing ones."""
         return class_ids(self.rows, self.label_column)
@@ -144,7 +151,8 @@ class TokenLabelDataset(ImageDataset):
             if self.is_multi_label:  # `with_labels` has looked at the lists
                 return []
             labels = table[self.label_column]
-            bad = pc.fill_null(pc.or_(pc.less(labels, 0), pc.greater_equal(labels, num_classes)), True)
+            lowest = -1 if self.may_lack_labels else 0
+            bad = pc.fill_null(pc.or_(pc.less(labels, lowest), pc.greater_equal(labels, num_classes)), True)
             offsets = np.flatnonzero(bad.to_numpy()).tolist()
             problems = [(offset, f"class id {labels[offset]} is outside [0, {num_classes})") for offset in offsets]
             if not self.has_label_maps:

@@ -91,6 +91,26 @@ def check_fit(
         )
     if isinstance(train_dataset, (TokenLabelDataset, TokenLabelStream)):
         train_dataset.check_num_classes(num_classes)
+    if isinstance(train_dataset, TokenLabelDataset) and (count := train_dataset.num_unlabeled):
+        _check_unlabeled(args, count, len(train_dataset), trains_patches(args, train_dataset, annotator))
+    if args.cell_target != "map" and annotator is not None and set(args.mix_methods) - {"token"}:
+        raise ValueError(
+            f"`cell_target` {args.cell_target!r} compares the annotator's classes of an image with its human label, and `mix_methods` cutmix and "
+            "mixup show it two images at once. Mix by token."
+        )
+
+
+def _check_unlabeled(args: TokenLabelTrainingArguments, count: int, total: int, has_dense: bool) -> None:
+    """Raises a `ValueError` if images without a human label would have nothing to learn from, or something needs that label."""
+    reasons = {
+        "`patch_target` image learns the human label": args.patch_target == "image",
+        "`train_sampling_strategy` balanced draws by it": args.train_sampling_strategy == BALANCED,
+        "there are no dense labels to learn from instead (`token_labels` or `annotator`, and `dense_weight` above 0)": not has_dense,
+    }
+    if given := [reason for reason, holds in reasons.items() if holds]:
+        raise ValueError(
+            f"{count:,} of {total:,} training images have no human label, and {' and '.join(given)}. Leave these images out, or label them."
+        )
 
 
 def check_problem_type(args: TokenLabelTrainingArguments, config: PreTrainedConfig, *samples: Any) -> None:

@@ -22,7 +22,8 @@ from ..data.class_matching import shown_names
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
 from ..data.splits import take_subset
-from ..labels.checks import LabelSetReport, agreement, check_label_set
+from ..data.unlabeled import UNLABELED_HELP, add_unlabeled, without_labels
+from ..labels.checks import LabelSetReport, agreement, check_label_set, image_classes
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader, covered_region, turn_with_images
 from ..launching import name_options
@@ -42,6 +43,7 @@ class CheckArguments:
     token_labels_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
     train_split: str = HfArg(default="train", help="Split to check.", aliases=["--split"])
     dataset_name: str | None = HfArg(default=None, help="Images that the labels were made for.", aliases=["--dataset"])
+    unlabeled_dataset_name: str | None = HfArg(default=None, help=UNLABELED_HELP)
     dataset_config_name: str | None = HfArg(default=None, help="Configuration on the Hub.")
     dataset_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
     image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
@@ -78,10 +80,16 @@ def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
     splits = open_splits(args.dataset_name, args.dataset_config_name, args.dataset_revision, split=args.train_split)
     if args.train_split not in splits:
         raise ValueError(f"{args.dataset_name} has no split {args.train_split!r}; it has {list(splits)}.")
-    images = splits[args.train_split]
-    images = take_subset(images, args.max_train_samples, args.label_column_name)
-    check_columns(images, args.dataset_name, args.image_column_name, args.label_column_name)
-    images = with_class_ids(images, args.dataset_name, args.label_column_name, class_names=labels.class_names)
+    images, column = splits[args.train_split], args.label_column_name
+    if column not in images.column_names and labels.class_names is not None:
+        images = without_labels(images, column, labels.class_names)
+    check_columns(images, args.dataset_name, args.image_column_name, column)
+    keys = [] if args.key_column is None else [args.key_column]
+    columns = (args.image_column_name, column, args.train_split)
+    images = add_unlabeled(images, args.unlabeled_dataset_name, *columns, keys)
+    images = take_subset(images, args.max_train_samples, column)
+    options = {"class_names": labels.class_names, "may_be_missing": True}
+    images = with_class_ids(images, args.dataset_name, column, **options)
     check_class_names(labels.class_names, images.features[args.label_column_name].names)
     joined = labels.join(images, args.image_column_name, args.key_column, args.key_pattern)
     if joined.images is not None:
@@ -108,7 +116,13 @@ def draw(args: CheckArguments, samples: TokenLabelDataset, label_maps: LabelMapR
         box = [round(value) for value in np.multiply(region, [width, height, width, height])]
         images.append((image, image.crop(box).convert("RGB") if box != [0, 0, width, height] else image))
     pairs, names = list(zip(maps.ids, maps.scores)), shown_names(names)
-    save_contact_sheet(Path(args.contact_sheet), images, pairs, [names[human[row]] for row in rows], names)
+    save_contact_sheet(
+        Path(args.contact_sheet),
+        images,
+        pairs,
+        [names[human[row]] if human[row] >= 0 else "no label" for row in rows],
+        names,
+    )
 
 
 def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
@@ -122,11 +136,25 @@ def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
     except ValueError as error:
         report.add_problem(str(error))
         return report, [*lines, f"PROBLEM: {error}"]
-    first, named = agreement(label_maps, np.asarray(samples.labels(len(samples))))
+    labels = samples.class_ids()
+    labeled = np.flatnonzero(labels >= 0)
     lines.append(f"all {len(samples):,} images that can be trained on have a label map")
-    if first < 0.5:
-        lines.append("WARNING: most maps have another first class than their image. Do ids mean the same classes?")
-    lines.append(f"{100 * first:.1f} % of maps have the human label as their first class, {100 * named:.1f} % name it")
+    if len(labeled):
+        first, named = agreement(label_maps.select(labeled), labels[labeled])
+        if first < 0.5:
+            lines.append("WARNING: most maps have another first class than their image. Do ids mean the same classes?")
+        of = "maps" if len(labeled) == len(samples) else f"the {len(labeled):,} maps of images with a human label"
+        lines.append(
+            f"{100 * first:.1f} % of {of} have the human label as their first class, {100 * named:.1f} % name it"
+        )
+    if len(labeled) < len(samples):
+        unlabeled = np.flatnonzero(labels < 0)
+        confidence = image_classes(label_maps.select(unlabeled), samples.label_feature.num_classes)[1]
+        quarter, median, most = np.quantile(confidence, (0.25, 0.5, 0.75))
+        lines.append(
+            f"{len(unlabeled):,} images have no human label; probability of the class that their map gives them: median {median:.2f}, half of "
+            f"them from {quarter:.2f} to {most:.2f}"
+        )
     if args.contact_sheet is not None:
         draw(args, samples, label_maps, samples.label_feature.names)
         lines.append(f"contact sheet -> {args.contact_sheet}")
