@@ -24,7 +24,31 @@ from transformers import (
 
 
 PAD, START, END = 0, 1, 3  # an end of 2 stands for old models in transformers, which end with the highest token
-WORDS = "a photo of the in an part image with it . seen from nearby distance red green blue sky grass cat dog owl".split()
+WORDS = [
+    "a",
+    "photo",
+    "of",
+    "the",
+    "in",
+    "an",
+    "part",
+    "image",
+    "with",
+    "it",
+    ".",
+    "seen",
+    "from",
+    "nearby",
+    "distance",
+    "red",
+    "green",
+    "blue",
+    "sky",
+    "grass",
+    "cat",
+    "dog",
+    "owl",
+]
 MAX_TOKENS = 40
 WIDTH = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 SQUARE = {"height": 32, "width": 32}
@@ -38,7 +62,9 @@ PROCESSORS = {
     "clip": lambda: CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE),
     "siglip": lambda: SiglipImageProcessor(size=SQUARE),
     "siglip2": lambda: Siglip2ImageProcessor(patch_size=8, max_num_patches=16),
-    "clipseg": lambda: ViTImageProcessor(size={"height": 48, "width": 48}),  # not the 32 of the model, as the published ones
+    "clipseg": lambda: ViTImageProcessor(
+        size={"height": 48, "width": 48}
+    ),  # not the 32 of the model, as the published ones
 }
 
 
@@ -47,7 +73,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<start>", "<unk>", "<end>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing("<start> $A <end>", None, [("<start>", START), ("<end>", END)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<start> $A <end>", None, [("<start>", START), ("<end>", END)]
+    )
     names = {"pad_token": "<pad>", "bos_token": "<start>", "eos_token": "<end>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
@@ -66,7 +94,11 @@ def tiny_text_model(kind: str, **vision: object) -> nn.Module:
     text = {**WIDTH, "vocab_size": 40, "max_position_embeddings": MAX_TOKENS}
     text |= {"bos_token_id": START, "eos_token_id": 99 if "siglip" in kind else END, "pad_token_id": PAD}
     shape = {"num_patches": 16} if kind == "siglip2" else {"image_size": 32}
-    settings = {"text_config": text, "vision_config": {**WIDTH, "patch_size": 8, **shape, **vision}, "projection_dim": 10}
+    settings = {
+        "text_config": text,
+        "vision_config": {**WIDTH, "patch_size": 8, **shape, **vision},
+        "projection_dim": 10,
+    }
     if kind == "clipseg":
         settings |= {"extract_layers": [0, 1, 2], "reduce_dim": 8, "decoder_num_attention_heads": 2}
         settings |= {"decoder_intermediate_size": 12, "conditional_layer": 1}

@@ -91,7 +91,7 @@ def _preprocessing(
     whole = tuple(side // vision.patch_size * vision.patch_size for side in size)
     if image_size is not None and (whole != tuple(size) or 0 in whole):
         raise ValueError(
-            f"`image_size` must be multiples of its patches of {vision.patch_size} pixels, so that cells cover the image; "
+            f"`annotator_image_size` must be multiples of its patches of {vision.patch_size} pixels, so that cells cover the image; "
             f"got {size[0]} x {size[1]}."
         )
     if whole != tuple(size):
