@@ -34,7 +34,7 @@ from ..data.multi_label.columns import is_multi_label
 from ..data.sources import looks_local
 from ..deployment import prepare_for_cpu
 from ..finite import check_scores
-from .text.loading import load_text_model, score_texts
+from .text.loading import is_text_model, load_text_model, score_texts
 from .text.prompts import TEXT_PREFIX, Prompts, read_prompts
 
 
@@ -119,13 +119,13 @@ def load_annotator(
         raise ValueError(f"The annotator {name} cannot be loaded: there is no such folder (seen from {Path.cwd()}).")
     is_timm = not is_text and (name.startswith(TIMM_PREFIX) or is_timm_folder(path))
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    asked, texts, about_texts = (location, image_size, source, random_weights), [], {}
+    asked, about_texts = (location, image_size, source, random_weights), {}
     try:
         if is_text:
-            prompts = read_prompts(prompts)
-            class_names, texts = _class_texts(prompts, class_names)
+            given = read_prompts(prompts)
+            class_names, texts = _class_texts(given, class_names)
             model, preprocessing = load_text_model(*asked)
-            about_texts = {"annotator_model_type": model.config.model_type, **prompts.record(texts)}
+            about_texts = {"annotator_model_type": model.config.model_type, **given.record(texts)}
         else:
             load = _load_timm if is_timm else _load_transformers
             model, class_names, preprocessing, grid_size = load(*asked)
@@ -137,7 +137,7 @@ def load_annotator(
     model = prepare_for_cpu(model.eval().requires_grad_(False).to(device))
     weights = "random, seed 0" if random_weights else f"sha256 {fingerprint(model)}"
     if is_text:
-        dense = _make_text_scores(name, model, preprocessing.image_size, source, texts, prompts)
+        dense = _make_text_scores(name, model, preprocessing.image_size, source, texts, given.background)
     else:
         dense = _make_dense(name, model, preprocessing.image_size, grid_size)
     provenance = {
@@ -178,11 +178,11 @@ def _make_text_scores(
     image_size: tuple[int, int],
     source: dict[str, Any],
     texts: list[list[str]],
-    prompts: Prompts,
+    background: Sequence[str],
 ) -> nn.Module:
     """An image-text model as a map of class scores; run once, as in `_make_dense`."""
     try:
-        dense = score_texts(model, name.removeprefix(TEXT_PREFIX), source, image_size, texts, prompts.background)
+        dense = score_texts(model, name.removeprefix(TEXT_PREFIX), source, image_size, texts, background)
         _try_out(dense, image_size, model.device, "the image-text model")
     except ValueError as error:
         raise ValueError(f"The annotator {name} cannot label cells: {error}") from error
@@ -220,7 +220,12 @@ def _make_dense(
 
 
 def _load_transformers(name: str, image_size: tuple[int, int] | None, source: dict[str, Any], random_weights: bool):
-    model, unexpected = create_transformers_model(name, source, random_weights)
+    try:
+        model, unexpected = create_transformers_model(name, source, random_weights)
+    except ValueError as error:
+        if not is_text_model(name, source):
+            raise
+        raise ValueError(f"{error} It is an image-text model: give it as {TEXT_PREFIX}{name}.") from error
     if is_multi_label(model.config):
         raise ValueError(
             "it gives an image several classes (`problem_type` multi_label_classification), and dense labels share every cell out among classes "

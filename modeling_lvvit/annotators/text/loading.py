@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ...backbones.image_processors import checked_settings, choose_image_size, read_settings
-from ...backbones.loading import LOADING_ERRORS, library_errors, load_image_processor
+from ...backbones.loading import FORWARD_ERRORS, LOADING_ERRORS, library_errors, load_image_processor
 from ...backbones.preprocessing import Preprocessing
 from ...backbones.resize import native_image_size
 from ...console import progress_bar
@@ -33,6 +33,7 @@ PADDED = (
     "siglip",
     "siglip2",
 )  # read the last of a fixed number of tokens, of lower-case texts, without attention mask
+READ = {False: ("input_ids", "attention_mask"), True: ("input_ids",)}  # of what a tokenizer gives
 TEXTS_PER_BATCH = 64
 MANY_TEXTS = 1000  # from here on a bar shows that something goes on
 
@@ -70,6 +71,14 @@ def load_text_model(
         raise ValueError(f"it is no trained {MODELS[config.model_type]}, its weights lack {sorted(missing)[:10]}.")
     check_weights(model)
     return model, _preprocessing(model, name, image_size, source)
+
+
+def is_text_model(name: str, source: dict[str, Any]) -> bool:
+    """Whether a name or folder is that of an image-text model, as far as can be told."""
+    try:
+        return AutoConfig.from_pretrained(name, **source).model_type in MODELS
+    except LOADING_ERRORS:
+        return False
 
 
 def _preprocessing(
@@ -145,8 +154,11 @@ def embed_texts(
     Raises:
         ValueError: If the tokenizer cannot be loaded, or a text has more tokens than the model takes.
     """
-    with library_errors((*LOADING_ERRORS, ImportError, TypeError)):
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    try:
+        with library_errors((*LOADING_ERRORS, TypeError)):
+            tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    except ImportError as error:  # SigLIP
+        raise ValueError(f"its tokenizer needs more packages: pip install sentencepiece protobuf. {error}") from error
     padded, limit = model.config.model_type in PADDED, model.config.text_config.max_position_embeddings
     words = [text.lower() for text in texts] if padded else list(texts)
     for text, ids in zip(texts, tokenizer(words)["input_ids"]):
@@ -159,8 +171,9 @@ def embed_texts(
     with progress:
         for start in range(0, len(words), TEXTS_PER_BATCH):
             inputs = tokenizer(words[start : start + TEXTS_PER_BATCH], return_tensors="pt", **padding)
-            inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")[: 2 - padded]}
-            pooled = tower.text_model(**inputs).pooler_output  # (texts, D)
+            inputs = {key: inputs[key].to(model.device) for key in inputs if key in READ[padded]}
+            with library_errors(FORWARD_ERRORS):
+                pooled = tower.text_model(**inputs).pooler_output  # (texts, D)
             features.append(pooled if padded else tower.text_projection(pooled))
             progress.update(len(pooled))
     return dict(zip(texts, torch.cat(features).float()))

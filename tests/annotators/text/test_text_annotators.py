@@ -11,6 +11,7 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
+from transformers.utils import is_sentencepiece_available
 
 import train_tl
 from modeling_lvvit.annotators import annotate
@@ -198,6 +199,13 @@ def test_other_models_are_refused_with_the_list_of_types(tmp_path):
         load_annotator(f"text:{tmp_path}/none/at/all", class_names=NAMES)
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_image_text_model_given_as_a_classifier_gets_a_hint(tmp_path, kind):
+    folder = save_text_model(tmp_path, kind)
+    with pytest.raises(ValueError, match=f"It is an image-text model: give it as text:{folder}"):
+        load_annotator(str(folder))
+
+
 def test_damaged_models_and_texts_that_are_too_long_are_refused(tmp_path):
     folder = save_text_model(tmp_path, "clip")
     with pytest.raises(ValueError, match="has 4[0-9] tokens, the model takes 40. Shorten it"):
@@ -215,6 +223,16 @@ def test_damaged_models_and_texts_that_are_too_long_are_refused(tmp_path):
     weights["visual_projection.weight"] = projection
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="cannot label cells"):
+        load_annotator(f"text:{folder}", class_names=NAMES)
+
+
+def test_a_tokenizer_that_needs_sentencepiece_says_so(tmp_path):
+    if is_sentencepiece_available():
+        pytest.skip("it is installed")
+    folder = save_text_model(tmp_path, "siglip")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "SiglipTokenizer"}))
+    with pytest.raises(ValueError, match="pip install sentencepiece"):
         load_annotator(f"text:{folder}", class_names=NAMES)
 
 
