@@ -1,4 +1,4 @@
-"""Annotates images: any image dataset, any image classifier, a label set that `lvvit train --token_labels` joins to them.
+"""Annotates images: any image dataset, any image classifier or image-text model, a label set that `lvvit train --token_labels` joins to them.
 
     lvvit annotate path/to/images --annotator timm/dm_nfnet_f6.dm_in1k --annotator_image_size 576 --output_dir labels
 
@@ -38,6 +38,7 @@ from .annotator import Annotator, load_annotator
 from .arguments import DEFAULT_COLUMN, AnnotateArguments
 from .image_batches import ImageBatches, StreamedImageBatches
 from .pipeline import Scorer, ShardBuilder, prepared_ahead
+from .text.prompts import TEXT_PREFIX
 
 
 logger = logging.get_logger(__name__)
@@ -83,24 +84,36 @@ def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.Iterable
     return rows
 
 
-def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...]:
-    """Gives the annotator the classes of the data, and returns their names. `args.top_k` becomes their number where it is more.
+def open_annotator(args: AnnotateArguments, rows, device: torch.device) -> tuple[Annotator, tuple[str, ...]]:
+    """The annotator with the classes of the data, and their names. `args.top_k` becomes their number where it is more.
 
     Raises:
-        ValueError: If the classes of both do not match or cannot be compared.
+        ValueError: If it cannot be loaded, or the classes of both do not match or cannot be compared.
     """
-    names, column = annotator.class_names, args.label_column_name
+    column = args.label_column_name
     data_names, are_named = names_in_data(rows, args.dataset_name, column)
     if data_names is None and (column != DEFAULT_COLUMN or args.annotator_class_map is not None):
         raise ValueError(
             f"{args.dataset_name} has no column {column!r} to match classes with; it has {rows.column_names}."
         )
+    annotator = load_annotator(
+        args.annotator,
+        parse_image_size(args.annotator_image_size, "`annotator_image_size`"),
+        args.fit,
+        device,
+        args.annotator_revision,
+        args.annotator_trust_remote_code,
+        args.random_weights,
+        class_names=data_names,
+        prompts=args.prompts,
+    )
+    names = annotator.class_names
     if data_names is None:
         logger.warning(
             "%s has no column 'label': the labels get the annotator's %d classes.", args.dataset_name, len(names)
         )
         data_names = names
-    else:
+    elif not args.annotator.startswith(TEXT_PREFIX):  # which has the classes of the data
         choice = (
             args.annotator_class_map,
             args.annotator_ignore_extra_classes,
@@ -114,7 +127,7 @@ def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...
         args.top_k = len(data_names)
     groups = annotator.class_map or ClassMap(tuple((index,) for index in range(len(names))), len(names))
     annotator.provenance["class_map_sha256"] = hashlib.sha256(repr(groups.groups).encode()).hexdigest()
-    return tuple(data_names)
+    return annotator, tuple(data_names)
 
 
 def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | StreamedImageBatches, dict[str, Any]]:
@@ -149,10 +162,7 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     main = accelerator.is_main_process
     PixelLimit(args.max_image_pixels)
     dataset = open_images(args)
-    image_size = parse_image_size(args.annotator_image_size, "`annotator_image_size`")
-    source = (args.annotator_revision, args.annotator_trust_remote_code, args.random_weights)
-    annotator = load_annotator(args.annotator, image_size, args.fit, accelerator.device, *source)
-    class_names = match(args, annotator, dataset)
+    annotator, class_names = open_annotator(args, dataset, accelerator.device)
     layout = LabelSetLayout(class_names, args.top_k, tuple(annotator.dense.grid_size), args.score_type)
     rows, about = open_rows(args, dataset)
     # not --on_error: finished shards are the same whatever it says
