@@ -10,15 +10,18 @@ from typing import Any, Literal
 import torch
 from timm.data.random_erasing import RandomErasing
 from torch import nn
+from transformers.utils import logging
 
 from ..data.class_labels import pair_classes
 from ..data.images import parse_image_size
 from ..finite import check_weights
 from ..labels.label_crops import CropGeometry, crop_palette_scores
 from ..labels.sparse_targets import SparseTargets
+from ..launching import is_main_process
 from .annotator import Annotator, load_annotator
 
 
+logger = logging.get_logger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -228,6 +231,11 @@ def open_annotator(
         revision=args.annotator_revision,
         trust_remote_code=args.annotator_trust_remote_code,
     )
+    if annotator.fold_heads is not None and is_main_process():
+        logger.warning(
+            "The annotator %s has heads for the images that it was fitted on, which only stored labels use: crops in training are labeled by "
+            "the head that has seen them all.", args.annotator,
+        )  # fmt: skip
     are_named = not all(name.isdigit() for name in class_names)
     choice = (args.annotator_class_map, args.annotator_ignore_extra_classes)
     annotator.class_map, names = pair_classes(
