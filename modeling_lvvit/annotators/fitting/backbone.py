@@ -1,5 +1,7 @@
 """Any pretrained image network as a classifier of the data's classes, with a new head."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, DeiTImageProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, DeiTImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils import logging
 
 from ...backbones.class_rows import find_head_tensors
 from ...backbones.feature_search import output_logits, probe_images
@@ -125,18 +128,22 @@ def _load_timm(name: str, class_names: list[str], image_size: tuple[int, int] | 
 
 def _load_transformers(name: str, class_names: list[str], image_size: tuple[int, int] | None, source: dict[str, Any]):
     names = {"id2label": dict(enumerate(class_names)), "label2id": {text: i for i, text in enumerate(class_names)}}
-    with library_errors((*LOADING_ERRORS, *BUILDING_ERRORS)):
-        config = _classifier_config(AutoConfig.from_pretrained(name, **source))
+    with library_errors((*LOADING_ERRORS, *BUILDING_ERRORS)), _without_report():
+        saved = AutoConfig.from_pretrained(name, **source)
+        config = _classifier_config(saved)
         for key, value in {**names, "problem_type": "single_label_classification"}.items():
             setattr(config, key, value)
-        if hasattr(config, "label_names"):  # timm's own list
-            config.label_names = list(class_names)
-        if config.num_labels != len(class_names):
-            config.num_labels = len(class_names)
-            config.id2label, config.label2id = names["id2label"], names["label2id"]
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **source
-        )
+        if hasattr(config, "label_names"):  # timm's own list, and its number of classes
+            config.label_names, config.num_labels = list(class_names), len(class_names)
+            config.id2label, config.label2id = names.values()
+        options = {**source, "dtype": torch.float32, "output_loading_info": True}
+        if config is saved:
+            load = AutoModelForImageClassification.from_pretrained
+            model, info = load(name, config=config, ignore_mismatched_sizes=True, **options)
+        else:
+            tower, info = AutoModel.from_pretrained(name, **options)
+            model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+            model.vision_model.load_state_dict(tower.state_dict())
     vars(model.config).pop("pretrained_cfg", None)  # of timm, whose preprocessing would be taken for that of the model
     heads = find_head_tensors(model)
     lacking = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(heads)
@@ -152,6 +159,18 @@ def _load_transformers(name: str, class_names: list[str], image_size: tuple[int,
         model = resize_classifier(model, size)
     statistics = (settings.image_mean, settings.image_std, settings.resample)
     return Backbone(model, False, class_names, size, *statistics)
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without the table of missing weights of transformers: those of the head are expected, and others are refused here."""
+    logger = logging.get_logger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _classifier_config(config: Any) -> Any:

@@ -94,17 +94,15 @@ class Crops(Dataset):
 
 
 def _lists(module: nn.Module) -> Iterator[list[nn.Module]]:
-    """The outermost lists of blocks or stages below a module; several that lie side by side are the stages of one list."""
-    lists = [
-        child for child in module.children() if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1
-    ]
-    if len(lists) == 1:
-        yield list(lists[0])
-    elif lists:
-        yield lists
-    for child in module.children():
-        if child not in lists:
+    """The outermost lists of blocks or stages below a module; `layer1`, `layer2`, ... are the stages of one list."""
+    groups: dict[str, list[nn.Module]] = {}
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1:
+            groups.setdefault(name.rstrip("0123456789"), []).append(child)
+        else:
             yield from _lists(child)
+    for group in groups.values():
+        yield group if len(group) > 1 else list(group[0])
 
 
 @torch.no_grad()
