@@ -1,5 +1,6 @@
 """Any pretrained image network as a classifier of the data's classes, with a new head."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ...backbones.loading import (
 )
 from ...backbones.preprocessing import Fit
 from ...backbones.resize import must_interpolate, native_image_size, resize_classifier
+from ...data.atomic_files import write_json
 from ...data.sources import looks_local
 from ...finite import check_weights
 from ...variants import evaluation_image_processor
@@ -87,6 +89,11 @@ class Backbone:
         model_args = None if made_for is None else {"img_size": list(made_for)}
         names = {"label_names": list(self.class_names)}
         save_for_hf(self.model, folder, model_config=names, model_args=model_args, safe_serialization=True)
+        path = folder / "config.json"
+        written = json.loads(path.read_text(encoding="utf-8"))
+        # newer versions of timm state it here too, and the wrapper of transformers would then give it twice
+        written.get("model_args", {}).pop("num_classes", None)
+        write_json(path, written)
 
 
 def load_backbone(
@@ -165,12 +172,12 @@ def _load_transformers(name: str, class_names: list[str], image_size: tuple[int,
 def _without_report() -> Iterator[None]:
     """Without the table of missing weights of transformers: those of the head are expected, and others are refused here."""
     logger = logging.get_logger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel("ERROR")
+    passes = lambda record: "LOAD REPORT" not in record.getMessage()  # noqa: E731  it is removed by its name
+    logger.addFilter(passes)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(passes)
 
 
 def _classifier_config(config: Any) -> Any:

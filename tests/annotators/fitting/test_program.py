@@ -24,6 +24,7 @@ from modeling_lvvit.data.images import content_hash, decode_image
 from modeling_lvvit.evaluate.classifier import InputOptions, load_classifier
 from modeling_lvvit.labels.storage import read_maps
 from support.fitting import NAMES, arguments, colored_images, save_resnet, save_rows
+from support.models import save_tiny_lvvit
 
 
 CPU = torch.device("cpu")
@@ -239,6 +240,42 @@ def test_options_that_exclude_each_other_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             arguments(tmp_path, "b", tmp_path, **more)
+
+
+def test_images_without_a_label_are_left_out(tmp_path, images, data, backbone, capsys):
+    labels = [-1 if row % 10 == 3 else index for row, index in enumerate(CLASSES)]
+    program.fit_annotator(
+        arguments(save_rows(tmp_path / "train.parquet", images, labels), backbone, tmp_path / "a"), CPU
+    )
+    assert "6 of 60 images have no label and are left out" in capsys.readouterr().out
+    rows = [row for row, index in enumerate(labels) if index >= 0]
+    some = save_rows(tmp_path / "some.parquet", [images[row] for row in rows], [labels[row] for row in rows])
+    program.fit_annotator(arguments(some, backbone, tmp_path / "b"), CPU)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_lvvit_annotates_by_the_head_of_its_patch_tokens(tmp_path, images, data, capsys):
+    backbone = save_tiny_lvvit(tmp_path / "lvvit", ["x", "y"])
+    record = program.fit_annotator(arguments(data, backbone, tmp_path / "a", fit="pad", folds=3), CPU)
+    assert list(record["heads"]) == ["patch_classifier", "classifier"]
+    out = capsys.readouterr().out
+    assert "patch_classifier: regularization" in out and "image processors cannot pad" in out and "--fit pad" in out
+    annotator = load_annotator(str(tmp_path / "a"), fit="pad")
+    heads = load_file(tmp_path / "a" / "fold_heads.safetensors")
+    pixels = torch.stack(
+        [annotator.preprocessing(decode_image({"bytes": one, "path": None}))[0] for one in images[:3]]
+    )
+    with torch.no_grad():
+        tokens = annotator.dense.model.lvvit(annotator.preprocessing.normalize(pixels)).last_hidden_state[:, 1:]
+        annotator.fold_heads.choose([int(heads["hashes"][0]), None, int(heads["hashes"][1])])
+        maps = annotator.score_map(pixels).flatten(2).mT
+        again = annotator.score_map(pixels).flatten(2).mT  # without a choice: the head of all
+    for place, number in ((0, 0), (2, 1)):
+        fold = heads["folds"][number]
+        expected = tokens[place] @ heads["weight"][fold].T + heads["bias"][fold]
+        torch.testing.assert_close(maps[place], expected, atol=1e-4, rtol=1e-3)
+        assert not torch.allclose(maps[place], again[place], atol=1e-4)
+    torch.testing.assert_close(maps[1], again[1])
 
 
 def test_small_class_is_told_and_fitted(tmp_path, images, backbone, caplog):
