@@ -127,7 +127,7 @@ class FeatureExtractor:
 def hash_images(rows: datasets.Dataset, keys: Strings, column: str, num_workers: int) -> list[int | None]:
     """Content hash of each image, `None` of those that cannot be read."""
 
-    def hash_of(value: dict[str, Any] | None) -> int | None:
+    def read_hash(value: dict[str, Any] | None) -> int | None:
         try:
             return None if value is None else content_hash(read_content(value))
         except MISSING:
@@ -140,7 +140,7 @@ def hash_images(rows: datasets.Dataset, keys: Strings, column: str, num_workers:
     ):
         hashes: list[int | None] = []
         for _, values in batches.batches([0]):
-            hashes += pool.map(hash_of, values)
+            hashes += pool.map(read_hash, values)
             bar.update(len(values))
     return hashes
 

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ...backbones.feature_search import output_logits, probe_images
 from ...backbones.preprocessing import Preprocessing
+from ...console import progress_bar
 from ...data.images import decode_image
 from ...finite import check_weights
+from ...launching import num_cpu_cores
 from ..image_batches import ImageBatches
 from ..pipeline import prepared_ahead
 from .arguments import FitAnnotatorArguments
@@ -66,6 +68,22 @@ class LossModule(nn.Module):
         """Normalized images `(B, 3, height, width)` and class ids `(B,)` to `loss` and `logits`."""
         logits = output_logits(self.model(pixel_values, **self.options)).float()
         return {"loss": nn.functional.cross_entropy(logits, labels, self.class_weights), "logits": logits}
+
+
+class StepBar(TrainerCallback):
+    """Progress by steps, as other programs of the package show it."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Begins the bar."""
+        self.bar = progress_bar(total=state.max_steps, desc="Finetuning", unit="step")
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Moves it on."""
+        self.bar.update()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Ends it."""
+        self.bar.close()
 
 
 class Crops(Dataset):
@@ -192,7 +210,7 @@ def finetune(
     figures = {"epochs": args.finetune_epochs, "held_out_images": len(rows), "accuracy_frozen": accuracies[0]}
     figures |= {"accuracy_finetuned": accuracies[1], "log_loss_finetuned": loss, "temperature_finetuned": temperature}
     return Finetuned(
-        model.cpu().requires_grad_(True), figures | {"kept": "finetuned" if is_better else "frozen"}, is_better
+        model.cpu().requires_grad_(True), figures | {"chosen": "finetuned" if is_better else "frozen"}, is_better
     )
 
 
@@ -205,7 +223,7 @@ def predict(
     preprocessing: Preprocessing,
     device: torch.device,
 ) -> np.ndarray:
-    """Logits of images `(n, C)`, float64."""
+    """Logits of images `(n, C)`, float32."""
     batches = ImageBatches(
         images.rows.select(rows), args.image_column_name, images.keys.take(rows), len(rows), args.batch_size
     )
@@ -214,7 +232,7 @@ def predict(
     for _, prepared in prepared_ahead(batches.batches([0]), preprocessing, args.num_workers or 1):
         pixels = torch.stack([image.pixels for image in prepared]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            logits.append(output_logits(model(preprocessing.normalize(pixels), **options)).double().cpu().numpy())
+            logits.append(output_logits(model(preprocessing.normalize(pixels), **options)).float().cpu().numpy())
     return np.concatenate(logits)
 
 
@@ -235,8 +253,8 @@ def train(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    device = next(model.parameters()).device
-    slow = "; this is slow on a CPU" if device.type == "cpu" else ""
+    is_cpu = next(model.parameters()).device.type == "cpu"
+    slow = "; this is slow on a CPU" if is_cpu else ""
     print(f"finetuning {number:,} parameters of the last stage for {args.finetune_epochs:g} epochs{slow}", flush=True)
     class_weights = None if weights is None else torch.from_numpy(weights).float()
     module = LossModule(model, forward_options(model, preprocessing.image_size), class_weights)
@@ -251,12 +269,19 @@ def train(
             lr_scheduler_type="cosine",
             bf16=args.bf16,
             seed=args.seed,
-            use_cpu=device.type == "cpu",
-            dataloader_num_workers=args.num_workers or 0,
+            use_cpu=is_cpu,
+            dataloader_num_workers=0 if is_cpu else args.num_workers or num_cpu_cores(),
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
             remove_unused_columns=False,
+            disable_tqdm=True,
         )
-        Trainer(module, training, train_dataset=Crops(images, args.image_column_name, rows, preprocessing)).train()
+        training._n_gpu = min(
+            training.n_gpu, 1
+        )  # of several GPUs one: a last stage is not worth what `DataParallel` costs
+        crops = Crops(images, args.image_column_name, rows, preprocessing)
+        trainer = Trainer(module, training, train_dataset=crops, callbacks=[StepBar()])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     check_weights(model, "the finetuned backbone")

@@ -90,7 +90,8 @@ class Regression:
         self.mean = features.mean(axis=0, dtype=np.float64)
         self.scale = features.std(axis=0, dtype=np.float64)
         self.scale[self.scale < 1e-12] = 1.0  # a feature that never changes
-        self.inputs = ((features - self.mean) / self.scale).astype(np.float64)
+        # float32 halves memory and time, and changes losses in the fifth digit
+        self.inputs = ((features - self.mean) / self.scale).astype(np.float32)
         self.classes, self.weights, self.num_classes = classes, weights, num_classes
         self.model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
 

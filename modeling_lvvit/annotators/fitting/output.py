@@ -8,12 +8,16 @@ features/                               may be removed
 """
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from ...data.atomic_files import write_json
 from ...per_class.report import write_class_report
@@ -32,16 +36,36 @@ def check_output_dir(folder: Path) -> None:
     """Raises a `ValueError` if a folder holds something else than an annotator that was fitted, or the start of one."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; an annotator is a folder.")
-    if not folder.is_dir() or (folder / RECORD).is_file():
+    # features are written first: with them a run was killed
+    if not folder.is_dir() or (folder / RECORD).is_file() or any((folder / FEATURES).glob("*/settings.json")):
         return
     if others := sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.name not in (FEATURES, LOCK) and not path.name.startswith(PARTIAL)
+        path.name for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(PARTIAL)
     ):
         raise ValueError(
             f"{folder} holds other files ({', '.join(others[:5])}), and no {RECORD} of an earlier fit. Choose an empty or new folder."
         )
+
+
+@contextmanager
+def locked_output_dir(folder: Path) -> Iterator[None]:
+    """Makes a folder, and holds it for this run; what a run that was killed had half written is removed.
+
+    Raises:
+        ValueError: If another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"Another run is writing to {folder}. Wait for its end, or stop it.") from error
+    try:
+        for partial in folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
 
 
 def write_output(
@@ -80,7 +104,7 @@ def write_output(
         "cross_validation_folds": int(folds.max()) + 1,
         "seconds": round(seconds, 1),
         "finetuning": finetuning,
-        "heads": {name: figures_of(result, images.classes) for name, result in fitted.items()},
+        "heads": {name: fit_figures(result, images.classes) for name, result in fitted.items()},
     }
     for name, result in fitted.items():
         about = f"{name}: " if len(fitted) > 1 else ""
@@ -115,7 +139,7 @@ def save_annotator(
         backbone.save(Path(partial), args.fit)
         if args.folds:
             name, result = next(iter(fitted.items()))
-            heads = [tensors_of(head) for head in result.fold_heads]
+            heads = [head_tensors(head) for head in result.fold_heads]
             weight, bias = (torch.stack(parts) for parts in zip(*heads))
             save_fold_heads(Path(partial) / FOLD_HEADS, name, weight, bias, np.asarray(images.hashes), folds)
         for stale in (RECORD, FOLD_HEADS):
@@ -124,12 +148,12 @@ def save_annotator(
             os.replace(path, folder / path.name)
 
 
-def tensors_of(head: LinearHead) -> tuple[torch.Tensor, torch.Tensor]:
+def head_tensors(head: LinearHead) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias in float32."""
     return torch.from_numpy(head.weight).float(), torch.from_numpy(head.bias).float()
 
 
-def figures_of(result: FittedHead, classes: np.ndarray) -> dict[str, Any]:
+def fit_figures(result: FittedHead, classes: np.ndarray) -> dict[str, Any]:
     """What the record says of a head."""
     return {
         "held_out_accuracy": float((result.logits.argmax(axis=1) == classes).mean()),

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from ...console import program
 from ...data.images import PixelLimit, parse_image_size
@@ -30,7 +29,7 @@ from .features import FeatureExtractor, FeatureStore, backbone_fingerprint, comp
 from .finetune import finetune
 from .head import fit_head
 from .images import LabeledImages, fold_images, open_labeled_images
-from .output import FEATURES, LOCK, PARTIAL, check_output_dir, tensors_of, write_output
+from .output import FEATURES, PARTIAL, check_output_dir, head_tensors, locked_output_dir, write_output
 
 
 PROGRAM = Program(
@@ -62,7 +61,7 @@ def load_for_features(
     return annotator, heads
 
 
-def features_of(
+def load_features(
     args: FitAnnotatorArguments, images: LabeledImages, annotator: Annotator, heads: list[str]
 ) -> dict[str, np.ndarray]:
     """Features by head, computed where they are not there yet; says how many."""
@@ -95,41 +94,29 @@ def fit_annotator(args: FitAnnotatorArguments, device: torch.device) -> dict[str
     image_size = parse_image_size(args.annotator_image_size, "`annotator_image_size`")
     source = {"revision": args.annotator_revision, "trust_remote_code": args.annotator_trust_remote_code}
     backbone = load_backbone(args.backbone, images.class_names, image_size, source)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(args.output_dir) / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"Another run is writing to {args.output_dir}. Wait for its end, or stop it.") from error
-    try:
+    with locked_output_dir(Path(args.output_dir)):
         annotator, heads = load_for_features(backbone, args, device)
-        print(
-            f"backbone: {type(annotator.dense.model).__name__}, images of {'{} x {}'.format(*backbone.image_size)} pixels ({args.fit}), maps of "
-            f"{'{} x {}'.format(*annotator.dense.grid_size)} cells",
-            flush=True,
-        )
+        size, grid = ("{} x {}".format(*sides) for sides in (backbone.image_size, annotator.dense.grid_size))
+        name = type(annotator.dense.model).__name__
+        print(f"backbone: {name}, images of {size} pixels ({args.fit}), maps of {grid} cells", flush=True)
         workers = args.num_workers or num_cpu_cores()
         images.hashes = hash_images(images.rows, images.keys, args.image_column_name, workers)
-        folds = fold_images(args, images) if None not in images.hashes else None
-        features = features_of(args, images, annotator, heads)  # which names an image that cannot be read
+        folds = None if None in images.hashes else fold_images(args, images)
+        features = load_features(args, images, annotator, heads)  # which names an image that cannot be read
         sample_weights = np.ones(len(folds)) if weights is None else weights[images.classes]
         settings = (images.classes, sample_weights, folds, len(images.class_names), args.regularization)
         start = time.monotonic()
         fitted = {name: fit_head(values, *settings) for name, values in features.items()}
         seconds = time.monotonic() - start
-        finetuning = None
+        finetuned = None
         if args.finetune_epochs:
-            parts = (images, features, fitted, weights, annotator.preprocessing, device)
-            finetuned = finetune(args, backbone, *parts)
-            finetuning = finetuned.figures
-        if finetuning and finetuned.is_better:
+            finetuned = finetune(args, backbone, images, features, fitted, weights, annotator.preprocessing, device)
+        if finetuned is not None and finetuned.is_better:
             backbone.model = finetuned.model
         else:
             for name, result in fitted.items():
-                set_head(backbone.model, name, *tensors_of(result.head))
-        return write_output(args, backbone, images, folds, fitted, seconds, finetuning)
-    finally:
-        lock.release()
+                set_head(backbone.model, name, *head_tensors(result.head))
+        return write_output(args, backbone, images, folds, fitted, seconds, finetuned and finetuned.figures)
 
 
 @program(PROGRAM.name)

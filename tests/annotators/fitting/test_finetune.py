@@ -74,7 +74,7 @@ def test_better_of_both_is_kept(wanted, folder, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(finetune, "predict", predict)
     record = run(folder, tmp_path / "a")
-    assert record["finetuning"]["kept"] == wanted and f"the {wanted} backbone is kept" in capsys.readouterr().out
+    assert record["finetuning"]["chosen"] == wanted and f"the {wanted} backbone is kept" in capsys.readouterr().out
     before = AutoModelForImageClassification.from_pretrained(folder / "backbone").state_dict()
     after = AutoModelForImageClassification.from_pretrained(tmp_path / "a").state_dict()
     changed = {
@@ -94,7 +94,9 @@ def test_figures_are_those_of_the_saved_models(folder, tmp_path):
     record = run(folder, tmp_path / "a")
     figures = record["finetuning"]
     assert figures["held_out_images"] == 6 and 0 <= figures["accuracy_frozen"] <= 1
-    assert figures["kept"] == ("finetuned" if figures["accuracy_finetuned"] > figures["accuracy_frozen"] else "frozen")
+    assert figures["chosen"] == (
+        "finetuned" if figures["accuracy_finetuned"] > figures["accuracy_frozen"] else "frozen"
+    )
     assert (
         load_annotator(str(tmp_path / "a")).class_names
         and json.loads((tmp_path / "a" / "fit.json").read_text()) == record

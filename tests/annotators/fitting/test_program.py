@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -20,6 +21,7 @@ from modeling_lvvit.annotators.annotator import load_annotator
 from modeling_lvvit.annotators.fitting import features as features_module
 from modeling_lvvit.annotators.fitting import program
 from modeling_lvvit.annotators.fitting.features import FeatureStore
+from modeling_lvvit.annotators.online import AnnotatorArguments, open_annotator
 from modeling_lvvit.data.images import content_hash, decode_image
 from modeling_lvvit.evaluate.classifier import InputOptions, load_classifier
 from modeling_lvvit.labels.storage import read_maps
@@ -101,10 +103,10 @@ def test_evaluation_sees_the_images_as_the_fit_did(library, fit, tmp_path, image
     program.fit_annotator(args, CPU)
     annotator = load_annotator(str(tmp_path / "a"), fit=fit)
     classifier = load_classifier(str(tmp_path / "a"), InputOptions())
-    pictures = [decode_image({"bytes": one, "path": None}) for one in images]
+    decoded = [decode_image({"bytes": one, "path": None}) for one in images]
     with torch.no_grad():
-        evaluated = classifier.logits(torch.stack([classifier.transform(image) for image in pictures]))
-        pixels = torch.stack([annotator.preprocessing(image)[0] for image in pictures])
+        evaluated = classifier.logits(torch.stack([classifier.transform(image) for image in decoded]))
+        pixels = torch.stack([annotator.preprocessing(image)[0] for image in decoded])
         output = annotator.dense.model(annotator.preprocessing.normalize(pixels))
     expected = getattr(output, "logits", output)
     assert (expected.argmax(dim=1) == evaluated.argmax(dim=1)).float().mean() > 0.98
@@ -199,6 +201,13 @@ def test_second_run_uses_the_features_and_leaves_nothing_of_the_first(tmp_path, 
 def test_other_fit_than_that_of_the_head_is_said(fitted, caplog):
     load_annotator(str(fitted), fit="pad")
     assert "was fitted on images brought to shape by squash, and sees them by pad" in caplog.text
+
+
+def test_crops_in_training_get_the_head_of_all_which_is_said(fitted, caplog):
+    args = SimpleNamespace(**vars(AnnotatorArguments(annotator=str(fitted))), random_erasing=0.0)
+    labels = open_annotator(args, NAMES, [0.5] * 3, [0.25] * 3, CPU).score_map(torch.zeros(2, 3, 48, 48))
+    assert "crops in training are labeled by the head that has seen them all" in caplog.text
+    assert labels.shape == (2, 3, 6, 6)
 
 
 def refuse(match: str, *args, **more) -> None:
