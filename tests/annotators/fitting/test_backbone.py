@@ -1,7 +1,6 @@
 """Backbones of all families: a new head on what their own pooling gives, saved as ordinary classifiers."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -179,11 +178,23 @@ def test_other_refusals_say_why_and_what_to_do(tmp_path):
     deit = save_timm(tmp_path / "deit", "deit_tiny_distilled_patch16_224", num_classes=4, depth=1)
     with pytest.raises(ValueError, match="several classifiers"):
         load_backbone(str(deit), NAMES, None, SOURCE)
-    averaged = save_checkpoint(
-        tmp_path / "levit", "LevitForImageClassificationWithTeacher", "LevitConfig", {"image_size": 64}
-    )
-    assert averaged.is_dir()
-    shutil.rmtree(averaged)
+
+
+class AveragedHeads(torch.nn.Module):
+    """Logits that are the mean of those of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        features = pixel_values.mean(dim=(2, 3))
+        return (self.one(features) + self.other(features)) / 2
+
+
+def test_logits_that_no_single_layer_makes_are_refused():
+    with pytest.raises(ValueError, match="AveragedHeads does not make its logits by one linear layer"):
+        find_heads(AveragedHeads(), (8, 8))
 
 
 def test_fingerprint_is_that_of_the_backbone_alone(tmp_path):
