@@ -208,7 +208,9 @@ def write_shards(
 ) -> None:
     """Annotates and writes every n-th of the shards that are not there yet, with a progress bar in the main process."""
     scorer = Scorer(annotator.score_map, writer.layout, args.scores, accelerator.device, accelerator.autocast)
-    builder = ShardBuilder(scorer, writer.layout, keep_damaged=args.on_error == "empty")
+    heads = annotator.fold_heads
+    choose_heads = None if heads is None else heads.choose
+    builder = ShardBuilder(scorer, writer.layout, args.on_error == "empty", choose_heads)
     workers = args.num_workers or max(1, num_cpu_cores() // accelerator.num_processes)
     share = f", share of process 1 of {accelerator.num_processes}" if accelerator.num_processes > 1 else ""
     rank, number, total = accelerator.process_index, accelerator.num_processes, None
@@ -230,6 +232,8 @@ def write_shards(
             progress.update(len(images))
             if table is not None:
                 writer.write(batch.shard, table)
+    if heads is not None and accelerator.is_main_process:
+        print(f"{heads.describe()}{share}", flush=True)
 
 
 @program(PROGRAM.name)

@@ -34,6 +34,7 @@ from ..data.multi_label.columns import is_multi_label
 from ..data.sources import looks_local
 from ..deployment import prepare_for_cpu
 from ..finite import check_scores
+from .fitting.fold_heads import FoldHeads, install_fold_heads, read_fit
 from .text.loading import is_text_model, load_text_model, score_texts
 from .text.prompts import TEXT_PREFIX, Prompts, read_prompts
 
@@ -52,6 +53,7 @@ class Annotator:
         preprocessing: What it does to an image.
         provenance: What a label set records of it.
         class_map: From its classes to those of the dataset; `None` leaves them as they are.
+        fold_heads: Heads that have not seen parts of the images on which it was fitted (`lvvit fit-annotator --folds`).
     """
 
     name: str
@@ -60,6 +62,7 @@ class Annotator:
     preprocessing: Preprocessing
     provenance: dict[str, Any] = field(default_factory=dict)
     class_map: ClassMap | None = None
+    fold_heads: FoldHeads | None = None
 
     def score_map(self, pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Pixels `(B, 3, height, width)`, uint8 or floating values 0 to 255, to logits `(B, classes, rows, columns)`.
@@ -154,7 +157,16 @@ def load_annotator(
         "pixel_offset": list(preprocessing.offset),
         **about_texts,
     }
-    return Annotator(name, dense, list(class_names), preprocessing, provenance)
+    fold_heads = None
+    if not random_weights:
+        if (fitted_with := read_fit(Path(name).expanduser())) not in (None, fit):
+            logger.warning(
+                "%s was fitted on images brought to shape by %s, and sees them by %s.", name, fitted_with, fit
+            )
+        fold_heads, content = install_fold_heads(model, Path(name).expanduser())  # after its own weights were hashed
+    if fold_heads is not None:
+        provenance |= {"fold_heads": len(fold_heads.weight), "fold_heads_sha256": content}
+    return Annotator(name, dense, list(class_names), preprocessing, provenance, fold_heads=fold_heads)
 
 
 def _class_texts(prompts: Prompts, class_names: Sequence[str] | None) -> tuple[Sequence[str], list[list[str]]]:
