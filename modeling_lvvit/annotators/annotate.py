@@ -7,7 +7,10 @@ The program can be killed at any time and started again; the result is the same.
 
 import hashlib
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ from .pipeline import Scorer, ShardBuilder, prepared_ahead
 logger = logging.get_logger(__name__)
 MODULE = "modeling_lvvit.annotators.annotate"
 STREAMED_ROWS_PER_SHARD = 1024
+WAITING = timedelta(days=30)
 
 
 PROGRAM = Program(
@@ -103,14 +107,19 @@ def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...
             f"Column {column!r} of {args.dataset_name}",
         )
         annotator.class_map, data_names = pair_classes(names, data_names, are_named, *choice)
-    if args.top_k > len(data_names):
-        logger.warning(
-            "--top_k %d is more than the %d classes: every cell keeps all of them.", args.top_k, len(data_names)
-        )
-        args.top_k = len(data_names)
-    groups = annotator.class_map or ClassMap(tuple((index,) for index in range(len(names))), len(names))
-    annotator.provenance["class_map_sha256"] = hashlib.sha256(repr(groups.groups).encode()).hexdigest()
+    record_classes(args, annotator, len(data_names))
     return tuple(data_names)
+
+
+def record_classes(args: AnnotateArguments, annotator: Annotator, num_classes: int) -> None:
+    """Adds to the annotator's provenance how its classes were paired; `args.top_k` becomes the number of classes where it is more."""
+    if args.top_k > num_classes:
+        logger.warning(
+            "--top_k %d is more than the %d classes: every cell keeps all of them.", args.top_k, num_classes
+        )
+        args.top_k = num_classes
+    groups = annotator.class_map or ClassMap(tuple((index,) for index in range(num_classes)), num_classes)
+    annotator.provenance["class_map_sha256"] = hashlib.sha256(repr(groups.groups).encode()).hexdigest()
 
 
 def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | StreamedImageBatches, dict[str, Any]]:
@@ -138,22 +147,68 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | Streamed
     return ImageBatches(dataset, args.image_column_name, keys, per_shard, args.batch_size), about
 
 
+@dataclass
+class Annotation:
+    """What becomes a label set.
+
+    Args:
+        annotator: Who makes the labels.
+        score_map: From prepared pixels to its scores, see `Scorer`.
+        class_names: Classes of the labels.
+        rows: Rows in batches.
+        prepare: Prepares the images of batches ahead, by so many workers: see `prepared_ahead`.
+        about: What the record says of the images.
+        title: Of the card.
+        writer_class: What writes the shards.
+    """
+
+    annotator: Annotator
+    score_map: Callable[[torch.Tensor], torch.Tensor]
+    class_names: tuple[str, ...]
+    rows: Any
+    prepare: Callable[[Iterable, int], Iterator]
+    about: dict[str, Any]
+    title: str
+    writer_class: type[LabelSetWriter] = LabelSetWriter
+
+    def writer(self, args: AnnotateArguments) -> LabelSetWriter:
+        """The writer of the label set."""
+        layout = LabelSetLayout(self.class_names, args.top_k, tuple(self.annotator.dense.grid_size), args.score_type)
+        # not --on_error: finished shards are the same whatever it says
+        options = {"scores": args.scores, "batch_size": args.batch_size, "bf16": args.bf16}
+        settings = {**self.about, **self.annotator.provenance, **options, "max_samples": args.max_train_samples}
+        versions = package_versions(torch, transformers, timm, PIL)
+        folder, per_shard = Path(args.output_dir), self.rows.rows_per_shard
+        return self.writer_class(folder, args.train_split, layout, settings, versions, per_shard)
+
+
 def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     """Writes the shards of this process; the main process completes the set."""
-    main = accelerator.is_main_process
     PixelLimit(args.max_image_pixels)
     dataset = open_images(args)
     image_size = parse_image_size(args.annotator_image_size, "`annotator_image_size`")
     source = (args.annotator_revision, args.annotator_trust_remote_code, args.random_weights)
     annotator = load_annotator(args.annotator, image_size, args.fit, accelerator.device, *source)
     class_names = match(args, annotator, dataset)
-    layout = LabelSetLayout(class_names, args.top_k, tuple(annotator.dense.grid_size), args.score_type)
     rows, about = open_rows(args, dataset)
-    # not --on_error: finished shards are the same whatever it says
-    options = {"scores": args.scores, "batch_size": args.batch_size, "bf16": args.bf16}
-    settings = {**about, **annotator.provenance, **options, "max_samples": args.max_train_samples}
-    versions = package_versions(torch, transformers, timm, PIL)
-    writer = LabelSetWriter(Path(args.output_dir), args.train_split, layout, settings, versions, rows.rows_per_shard)
+    column, note = args.label_column_name, None
+    if not args.streaming and isinstance(dataset.features.get(column), datasets.ClassLabel):
+        note = describe_classes(dataset, args.train_split, column)
+    title = f"Token labels of {about['dataset']} ({args.train_split}) by {annotator.provenance['annotator']}"
+    prepare = partial(prepared_ahead, preprocessing=annotator.preprocessing)
+    annotation = Annotation(annotator, annotator.score_map, class_names, rows, prepare, about, title)
+    write_label_set(args, annotation, accelerator, note)
+
+
+def write_label_set(
+    args: AnnotateArguments, annotation: Annotation, accelerator: Accelerator, note: str | None = None
+) -> None:
+    """Writes the shards of this process; the main process completes the set, and says `note` before the work.
+
+    Raises:
+        ValueError: If the output folder holds something else, or nothing can be written or uploaded.
+    """
+    main, writer = accelerator.is_main_process, annotation.writer(args)
     problem, target = [None], None
     if main:
         try:
@@ -169,29 +224,23 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     broadcast_object_list(problem)
     if problem[0] is not None:
         raise ValueError(problem[0])
-    column = args.label_column_name
-    if main and not args.streaming and isinstance(dataset.features.get(column), datasets.ClassLabel):
-        print(describe_classes(dataset, args.train_split, column), flush=True)
+    if main and note is not None:
+        print(note, flush=True)
     try:
-        write_shards(args, annotator, rows, writer, accelerator)
+        write_shards(args, annotation, writer, accelerator)
         accelerator.wait_for_everyone()
-        if not main:
-            return
-        title = f"Token labels of {about['dataset']} ({args.train_split}) by {annotator.provenance['annotator']}"
-        print("\n".join(finish_label_set(writer, rows.num_shards, title, target)))
+        if main:
+            print("\n".join(finish_label_set(writer, annotation.rows.num_shards, annotation.title, target)))
     finally:
         writer.release()
 
 
 def write_shards(
-    args: AnnotateArguments,
-    annotator: Annotator,
-    rows: ImageBatches | StreamedImageBatches,
-    writer: LabelSetWriter,
-    accelerator: Accelerator,
+    args: AnnotateArguments, annotation: Annotation, writer: LabelSetWriter, accelerator: Accelerator
 ) -> None:
     """Annotates and writes every n-th of the shards that are not there yet, with a progress bar in the main process."""
-    scorer = Scorer(annotator.score_map, writer.layout, args.scores, accelerator.device, accelerator.autocast)
+    rows = annotation.rows
+    scorer = Scorer(annotation.score_map, writer.layout, args.scores, accelerator.device, accelerator.autocast)
     builder = ShardBuilder(scorer, writer.layout, keep_damaged=args.on_error == "empty")
     workers = args.num_workers or max(1, num_cpu_cores() // accelerator.num_processes)
     share = f", share of process 1 of {accelerator.num_processes}" if accelerator.num_processes > 1 else ""
@@ -209,11 +258,21 @@ def write_shards(
         total=total, desc=f"Annotating{share}", unit="image", disable=not accelerator.is_main_process
     )
     with progress:
-        for batch, images in prepared_ahead(batches, annotator.preprocessing, workers):
+        for batch, images in annotation.prepare(batches, num_workers=workers):
             table = builder.add(batch.keys, images, batch.is_last)
             progress.update(len(images))
             if table is not None:
                 writer.write(batch.shard, table)
+
+
+def run(args: AnnotateArguments, accelerated: Callable[[AnnotateArguments, Accelerator], None] = annotate) -> None:
+    """Sets up the processes of the program, and calls in each of them what annotates."""
+    # a process that has fewer shards waits for the others, however long
+    waiting, precision = InitProcessGroupKwargs(timeout=WAITING), "bf16" if args.bf16 else "no"
+    is_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=is_cpu, mixed_precision=precision, kwargs_handlers=[waiting])
+    set_up_cpu(accelerator.device)
+    accelerated(args, accelerator)
 
 
 @program(PROGRAM.name)
@@ -222,12 +281,7 @@ def main(arguments: list[str]) -> None:
         return
     with PROGRAM.refusals(torch.OutOfMemoryError, of_all_processes=False):
         (args,) = PROGRAM.parse(arguments)
-        # a process that has fewer shards waits for the others, however long
-        waiting, precision = InitProcessGroupKwargs(timeout=timedelta(days=30)), "bf16" if args.bf16 else "no"
-        is_cpu = not torch.accelerator.is_available()
-        accelerator = Accelerator(cpu=is_cpu, mixed_precision=precision, kwargs_handlers=[waiting])
-        set_up_cpu(accelerator.device)
-        annotate(args, accelerator)
+        run(args)
 
 
 if __name__ == "__main__":

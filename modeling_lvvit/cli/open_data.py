@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,6 +19,7 @@ from ..data.sources import dataset_fingerprint, open_splits, streamed_rows
 from ..data.splits import classes_of_rows, find_eval_split, hold_out, select_subset, take_subset
 from ..labels.checks import agreement
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
+from ..labels.crops import join_crops, read_record
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader
 from .data_arguments import DataArguments
@@ -93,10 +95,11 @@ def _open_rows(
         evaluation = with_labels(_labelled_rows(args, splits[eval_name]), name, args.label_column_name, like=train)
     if labels is not None:
         check_class_names(labels.class_names, train.features[args.label_column_name].names)
+    if labels is not None and not labels.is_of_crops:
         joined = labels.join(train, args.image_column_name, args.key_column, args.key_pattern)
         train, label_maps = train if joined.images is None else train.select(joined.images), joined.label_maps
         _compare_with_labels(label_maps, train, args.label_column_name)
-    elif args.use_token_labels and has_dense_columns(train, args.dense_columns):
+    elif labels is None and args.use_token_labels and has_dense_columns(train, args.dense_columns):
         if has_lists(train, args.label_column_name):
             raise ValueError(
                 f"Images of {name} have several classes (column {args.label_column_name!r}) and dense labels ({', '.join(args.dense_columns)}), "
@@ -109,6 +112,11 @@ def _open_rows(
         evaluation = train.select(held_out)
         rows = rows[select_subset(len(rows), args.max_train_samples, classes[rows])]
         train, label_maps = train.select(rows), label_maps and label_maps.select(rows)
+    if labels is not None and labels.is_of_crops:  # of these rows and no others
+        record = read_record(args.token_labels, args.token_labels_revision)
+        keys = (args.image_column_name, args.key_column, args.key_pattern)
+        label_maps = join_crops(labels, record, train, row_options(args, seed), *keys)
+        _compare_with_labels(label_maps, train, args.label_column_name)
     evaluation = take_subset(evaluation, args.max_eval_samples, args.label_column_name)
     for part, rows in (("training", train), ("evaluation", evaluation)):
         if not len(rows):
@@ -117,6 +125,12 @@ def _open_rows(
     counts["evaluation"] = label_counts(evaluation, args.label_column_name)
     warn_of_missing_classes(class_names(train, args.label_column_name), counts)
     return OpenedData(train, evaluation, eval_name, label_maps)
+
+
+def row_options(args: DataArguments, seed: int) -> dict[str, Any]:
+    """Options that choose the training rows of some data."""
+    names = ("train_split", "eval_split", "eval_fraction", "max_train_samples")
+    return {"seed": seed, **{name: getattr(args, name) for name in names}}
 
 
 def _labelled_rows(args: DataArguments, rows: datasets.Dataset) -> datasets.Dataset:
