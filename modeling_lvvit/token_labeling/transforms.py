@@ -141,6 +141,17 @@ class TrainTransform:
             "fill_color": None if self.rand_augment is None else list(self.rand_augment.fill),
         }
 
+    @classmethod
+    def from_draw_options(cls, options: dict[str, Any]) -> "TrainTransform":
+        """A transform that draws as the one that has these `draw_options`, without erasing."""
+        names = ("horizontal_flip", "rand_augment", "color_jitter")
+        crop_scale = (options["crop_scale_min"], options["crop_scale_max"])
+        augmentation = AugmentationConfig(
+            crop_scale, tuple(options["crop_ratio"]), **{name: options[name] for name in names}, random_erasing=0.0
+        )
+        image_mean = [value / 255 for value in options["fill_color"] or (128, 128, 128)]
+        return cls(tuple(options["image_size"]), image_mean, [0.5] * 3, augmentation)
+
     def __call__(
         self,
         image: Image.Image,

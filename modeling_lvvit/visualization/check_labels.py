@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 from huggingface_hub import snapshot_download
 from transformers.hf_argparser import HfArg
@@ -22,7 +23,7 @@ from ..data.class_matching import shown_names
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
 from ..data.splits import take_subset
-from ..labels.checks import LabelSetReport, agreement, check_label_set
+from ..labels.checks import LabelSetReport, agreement, check_label_set, describe_agreement
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader, covered_region, turn_with_images
 from ..launching import name_options
@@ -30,6 +31,7 @@ from ..options import Program
 from ..token_labeling.arguments import TokenLabelTrainingArguments
 from ..token_labeling.dataset import TokenLabelDataset
 from . import save_contact_sheet
+from .check_crops import check_crops
 
 
 @dataclass
@@ -68,13 +70,12 @@ def local_folder(label_set: str, revision: str | None) -> Path:
     return folder if folder.is_dir() else Path(snapshot_download(label_set, repo_type="dataset", revision=revision))
 
 
-def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
-    """Images with their label maps, joined as in training.
+def open_images(args: CheckArguments, labels: LabelSet) -> datasets.Dataset:
+    """Images, with the classes of a label set.
 
     Raises:
-        ValueError: If keys or classes do not match.
+        ValueError: If there is no such split, or the classes are others.
     """
-    labels = LabelSet.open(args.token_labels, args.train_split, args.token_labels_revision)
     splits = open_splits(args.dataset_name, args.dataset_config_name, args.dataset_revision, split=args.train_split)
     if args.train_split not in splits:
         raise ValueError(f"{args.dataset_name} has no split {args.train_split!r}; it has {list(splits)}.")
@@ -83,6 +84,16 @@ def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
     check_columns(images, args.dataset_name, args.image_column_name, args.label_column_name)
     images = with_class_ids(images, args.dataset_name, args.label_column_name, class_names=labels.class_names)
     check_class_names(labels.class_names, images.features[args.label_column_name].names)
+    return images
+
+
+def join(args: CheckArguments, labels: LabelSet) -> tuple[TokenLabelDataset, LabelMapReader]:
+    """Images with their label maps, joined as in training.
+
+    Raises:
+        ValueError: If keys or classes do not match.
+    """
+    images = open_images(args, labels)
     joined = labels.join(images, args.image_column_name, args.key_column, args.key_pattern)
     if joined.images is not None:
         images = images.select(joined.images)
@@ -118,15 +129,16 @@ def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
     if args.dataset_name is None or report.problems:
         return report, lines
     try:
-        samples, label_maps = join(args)
+        labels = LabelSet.open(args.token_labels, args.train_split, args.token_labels_revision)
+        if labels.is_of_crops:
+            return report, [*lines, *check_crops(args, labels, open_images(args, labels))]
+        samples, label_maps = join(args, labels)
     except ValueError as error:
         report.add_problem(str(error))
         return report, [*lines, f"PROBLEM: {error}"]
     first, named = agreement(label_maps, np.asarray(samples.labels(len(samples))))
     lines.append(f"all {len(samples):,} images that can be trained on have a label map")
-    if first < 0.5:
-        lines.append("WARNING: most maps have another first class than their image. Do ids mean the same classes?")
-    lines.append(f"{100 * first:.1f} % of maps have the human label as their first class, {100 * named:.1f} % name it")
+    lines += describe_agreement(first, named)
     if args.contact_sheet is not None:
         draw(args, samples, label_maps, samples.label_feature.names)
         lines.append(f"contact sheet -> {args.contact_sheet}")
