@@ -49,7 +49,7 @@ DATA_OPTIONS = (
     "dataset_name", "dataset_config_name", "dataset_revision", "train_split", "image_column_name", "label_column_name", "key_column",
     "max_train_samples", "max_image_pixels",
 )  # fmt: skip
-BYTES_OF_KEY = 60  # key, hash, box of a row, compressed
+BYTES_OF_KEY, BYTES_OF_SHARD = 60, 6_000  # key, hash, box of a row, and what describes a Parquet file, compressed
 
 
 @dataclass
@@ -194,15 +194,17 @@ def describe_size(args: AnnotateArguments, annotation: Annotation, record: CropR
     rows, columns = annotation.annotator.dense.grid_size
     is_all = args.top_k == len(annotation.class_names)  # then places in the palette are the same for all cells
     per_score = (2 if args.score_type == "float16" else 1) + (0 if is_all else 1)
-    per_map = args.top_k * rows * columns * per_score + BYTES_OF_KEY
+    number = record.num_epochs * record.num_rows
+    total = (
+        number * (args.top_k * rows * columns * per_score + BYTES_OF_KEY) + annotation.rows.num_shards * BYTES_OF_SHARD
+    )
     folder = next(
         path for path in (Path(args.output_dir).resolve(), *Path(args.output_dir).resolve().parents) if path.exists()
     )
-    number = record.num_epochs * record.num_rows
     options = ", ".join(f"{name} {value}" for name, value in record.drawn.items() if value is not None)
     return (
         f"labels of {record.num_rows:,} crops in each of {record.num_epochs:,} epochs ({options})\n"
-        f"up to about {per_map:,} bytes a crop, {number * per_map / 1e6:,.1f} MB in all; "
+        f"up to about {total / number:,.0f} bytes a crop, {total / 1e6:,.1f} MB in all; "
         f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free"
     )
 
