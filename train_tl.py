@@ -68,6 +68,11 @@ class ClassifierRun(TrainingRun):
             duration = 1000 / trainer.annotator.images_per_second(args.train_batch_size)
             name = trainer.annotator.annotator.name
             text += f"\nlabels by {name}, which takes {duration:.3g} ms an image here"
+        if getattr(samples, "has_crop_maps", False) and trainer.trains_patches:
+            number = samples.label_maps.num_epochs
+            text += f"\nlabels of the crops of {number:,} epoch{'s' * (number > 1)}"
+            if args.num_train_epochs > number:
+                text += f", after which crops and labels come again ({args.num_train_epochs:g} epochs in all)"
         data = self.opened.describe(self.data_args.label_column_name)
         return "\n".join([*self.notes, text, *data, *self.describe_balance()])
 

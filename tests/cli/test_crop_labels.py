@@ -1,11 +1,7 @@
 """Labels of the very crops that a run sees: made by `lvvit annotate --crops`, replayed by `lvvit train --token_labels`."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,7 +20,7 @@ from modeling_lvvit.token_labeling import AugmentationConfig, TrainTransform
 from modeling_lvvit.visualization import check_labels
 from support.images import labelled_table
 from support.models import NUM_CLASSES
-from support.programs import ROOT, TINY, environment_of
+from support.programs import TINY, run
 
 
 RECIPE = f"""
@@ -141,19 +137,14 @@ def test_interrupted_annotation_continues_to_the_same_files(folder, labels, tmp_
 
 
 @pytest.mark.slow
-def test_killed_annotation_in_two_processes_continues_to_the_same_files(folder, labels, tmp_path):
+def test_two_processes_make_what_a_killed_run_lacks(folder, labels, tmp_path):
+    shutil.copytree(labels, tmp_path / "labels")
+    for lost in ("README.md", "data/train-00001.parquet", "data/train-00003.parquet", "data/train-00005.parquet"):
+        (tmp_path / "labels" / lost).unlink()
+    (tmp_path / "labels" / "data" / ".train-00003.parquet.1.partial").write_bytes(b"half")
     words = annotate_words(folder, tmp_path / "labels", *crops_of(folder))
-    command = [sys.executable, "-m", "modeling_lvvit.cli.command", "annotate", *words, "--cpu", "--num_processes", "2"]
-    settings = {"cwd": ROOT, "env": environment_of(tmp_path), "start_new_session": True}
-    process = subprocess.Popen(command, **settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    data = tmp_path / "labels" / "data"
-    while process.poll() is None and (not data.is_dir() or len(list(data.glob("*.parquet"))) < 2):
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "labels" / "README.md").exists()
-    time.sleep(1)  # processes of torchrun have sessions of their own and notice that it is gone
-    result = subprocess.run(command, **settings, capture_output=True, text=True, check=False)
+    command = ["-m", "modeling_lvvit.cli.command", "annotate", *words, "--cpu", "--num_processes", "2"]
+    result = run(command, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert files(tmp_path / "labels") == files(labels)
 

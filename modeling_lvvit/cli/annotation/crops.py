@@ -177,8 +177,8 @@ def annotate_crops(
     dataset = path.resolve().name if path.exists() else data_args.dataset_name
     about = {
         "dataset": dataset,
-        "dataset_revision": args.dataset_revision,
-        "dataset_config_name": args.dataset_config_name,
+        "dataset_revision": data_args.dataset_revision,
+        "dataset_config_name": data_args.dataset_config_name,
     }
     about |= {"keys_sha256": hashlib.sha256(hash_keys(keys).tobytes()).hexdigest(), **record.settings()}
     title = (
