@@ -26,7 +26,6 @@ from transformers.utils import logging
 from ..console import program, progress_bar
 from ..data.class_labels import describe_classes, names_in_data, pair_classes
 from ..data.class_matching import ClassMap
-from ..data.image_keys import hash_keys, read_keys, repeated_keys
 from ..data.images import PixelLimit, parse_image_size
 from ..data.sources import dataset_fingerprint, open_splits
 from ..data.splits import take_subset
@@ -38,7 +37,7 @@ from ..launching import num_cpu_cores, set_up_cpu, start_missing_processes
 from ..options import Program
 from .annotator import Annotator, load_annotator
 from .arguments import DEFAULT_COLUMN, AnnotateArguments
-from .image_batches import ImageBatches, StreamedImageBatches
+from .image_batches import ImageBatches, StreamedImageBatches, distinct_keys
 from .pipeline import Scorer, ShardBuilder, prepared_ahead
 
 
@@ -122,27 +121,30 @@ def record_classes(args: AnnotateArguments, annotator: Annotator, num_classes: i
     annotator.provenance["class_map_sha256"] = hashlib.sha256(repr(groups.groups).encode()).hexdigest()
 
 
+def about_dataset(args: Any) -> dict[str, Any]:
+    """What the record says of the data that options name."""
+    path = Path(args.dataset_name).expanduser()
+    return {
+        "dataset": path.resolve().name if path.exists() else args.dataset_name,
+        "dataset_revision": args.dataset_revision,
+        "dataset_config_name": args.dataset_config_name,
+    }
+
+
 def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | StreamedImageBatches, dict[str, Any]]:
     """Rows in batches, and what the record says of the images.
 
     Raises:
         ValueError: If keys are missing or not unique.
     """
-    path = Path(args.dataset_name).expanduser()
-    about = {"dataset": path.resolve().name if path.exists() else args.dataset_name}
-    about |= {"dataset_revision": args.dataset_revision, "dataset_config_name": args.dataset_config_name}
+    about = about_dataset(args)
     if args.streaming:
         about |= {"dataset_state": dataset_fingerprint(args.dataset_name, args.dataset_revision)}
         per_shard = args.rows_per_shard or STREAMED_ROWS_PER_SHARD
         key_options = (args.key_column, args.number_rows)
         return StreamedImageBatches(dataset, args.image_column_name, *key_options, per_shard, args.batch_size), about
-    keys = read_keys(dataset, args.image_column_name, args.key_column, args.number_rows)
-    if duplicates := repeated_keys(keys):
-        raise ValueError(
-            f"Several images have the same key: {', '.join(map(repr, duplicates))}. Name a column that tells them apart "
-            "with --key_column, or tell them apart by their row with --number_rows."
-        )
-    about |= {"num_rows": len(keys), "keys_sha256": hashlib.sha256(hash_keys(keys).tobytes()).hexdigest()}
+    keys, about_keys = distinct_keys(dataset, args.image_column_name, args.key_column, args.number_rows)
+    about |= about_keys
     per_shard = args.rows_per_shard or default_rows_per_shard(len(keys))
     return ImageBatches(dataset, args.image_column_name, keys, per_shard, args.batch_size), about
 

@@ -4,7 +4,6 @@ What a run draws for a row depends on seed, epoch and row alone. So the training
 the same options, and each is drawn for each epoch as training draws it, but for erased rectangles, which come last.
 """
 
-import hashlib
 import math
 import shutil
 from collections import deque
@@ -17,13 +16,12 @@ import torch
 from accelerate import Accelerator
 from transformers.hf_argparser import HfArg
 
-from ...annotators.annotate import WAITING, Annotation, record_classes, write_label_set
+from ...annotators.annotate import WAITING, Annotation, about_dataset, record_classes, write_label_set
 from ...annotators.arguments import AnnotateArguments
-from ...annotators.image_batches import ImageBatch
+from ...annotators.image_batches import ImageBatch, distinct_keys
 from ...annotators.online import OnlineAnnotator, open_annotator
 from ...annotators.pipeline import PreparedImage
 from ...console import ignore_interrupts
-from ...data.image_keys import hash_keys, read_keys, repeated_keys
 from ...data.images import PixelLimit, SampleError, content_hash, image_note, read_content
 from ...data.multi_label.columns import class_names
 from ...data.sampling import BALANCED
@@ -107,7 +105,7 @@ def read_recipe_options(args: AnnotateArguments, words: list[str]) -> RecipeOpti
         [*recipes, *options, f"--ddp_timeout={int(WAITING.total_seconds())}", "--report_to=none"]
     )
     annotator = {name: getattr(args, name) for name in ANNOTATOR_OPTIONS}
-    data_args = with_embedded_data(replace(data_args, token_labels=None, **annotator))
+    data_args = replace(data_args, token_labels=None, **annotator)
     if data_args.streaming:
         raise ValueError("The recipe reads a stream (`streaming`), whose images have no number to draw crops by.")
     if training_args.train_sampling_strategy == BALANCED:
@@ -125,6 +123,7 @@ def open_samples(recipe: RecipeOptions, device: torch.device) -> tuple[TokenLabe
         FileNotFoundError, ValueError: As in training.
     """
     model_args, data_args, training_args = recipe
+    data_args = with_embedded_data(data_args)
     opened = open_datasets(data_args, training_args.seed)
     names = class_names(opened.train, data_args.label_column_name)
     if model_args.variant == AUTO:
@@ -157,33 +156,20 @@ def annotate_crops(
         epochs: Epochs whose crops get labels; `None` for those of the run.
     """
     _, data_args, training_args = recipe
-    PixelLimit(args.max_image_pixels)
-    samples, online, opened = open_samples(recipe, accelerator.device)
+    PixelLimit(data_args.max_image_pixels)
+    with accelerator.main_process_first():
+        samples, online, opened = open_samples(recipe, accelerator.device)
     annotator, names = online.annotator, tuple(samples.label_feature.names)
     record_classes(args, annotator, len(names))
     annotator.provenance["annotator_dtype"] = data_args.annotator_dtype
-    keys = read_keys(opened.train, data_args.image_column_name, data_args.key_column, args.number_rows)
-    if duplicates := repeated_keys(keys):
-        raise ValueError(
-            f"Several images have the same key: {', '.join(map(repr, duplicates))}. Name a column that tells them apart with `key_column`, "
-            "or tell them apart by their row with `number_rows`."
-        )
+    keys, about = distinct_keys(opened.train, data_args.image_column_name, data_args.key_column, args.number_rows)
     drawn = {"data_seed": training_args.data_seed, **samples.transform.draw_options()}
     num_epochs = epochs or run_epochs(training_args, len(samples))
     record = CropRecord(num_epochs, len(samples), drawn, row_options(data_args, training_args.seed))
     per_shard = args.rows_per_shard or default_rows_per_shard(len(samples))
     rows = CropBatches(samples, keys, training_args.data_seed, num_epochs, per_shard, args.batch_size)
-    path = Path(data_args.dataset_name).expanduser()
-    dataset = path.resolve().name if path.exists() else data_args.dataset_name
-    about = {
-        "dataset": dataset,
-        "dataset_revision": data_args.dataset_revision,
-        "dataset_config_name": data_args.dataset_config_name,
-    }
-    about |= {"keys_sha256": hashlib.sha256(hash_keys(keys).tobytes()).hexdigest(), **record.settings()}
-    title = (
-        f"Token labels of training crops of {dataset} ({data_args.train_split}) by {annotator.provenance['annotator']}"
-    )
+    about = {**about_dataset(data_args), **about, **record.settings()}
+    title = f"Token labels of training crops of {about['dataset']} ({data_args.train_split}) by {annotator.provenance['annotator']}"
     annotation = Annotation(annotator, online.score_map, names, rows, rows.prepare, about, title, CropLabelSetWriter)
     args = replace(args, train_split=data_args.train_split, max_train_samples=data_args.max_train_samples)
     write_label_set(args, annotation, accelerator, describe_size(args, annotation, record))
