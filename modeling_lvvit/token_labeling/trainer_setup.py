@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import timm
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -99,7 +100,13 @@ def check_fit(
 def check_crop_options(args: TokenLabelTrainingArguments, train_dataset: TokenLabelDataset) -> None:
     """Raises a `ValueError` if a run with labels of crops would draw others than those, or rows more than once in an epoch."""
     options = {"data_seed": args.data_seed, **train_dataset.transform.draw_options()}
-    check_drawn(train_dataset.label_maps.record, options)
+    record = train_dataset.label_maps.record
+    check_drawn(record, options)
+    if record.timm != timm.__version__ and train_dataset.transform.rand_augment is not None:
+        logger.warning(
+            "The crops were labelled with timm %s, here is %s: if its RandAugment differs, labels lie beside their crops.",
+            record.timm, timm.__version__,
+        )  # fmt: skip
     if args.train_sampling_strategy == BALANCED:
         raise ValueError(
             "`train_sampling_strategy` balanced draws rows several times in an epoch, with other crops each time, and the label set has labels of "

@@ -1,6 +1,7 @@
 """Labels of the very crops that a run sees: made by `lvvit annotate --crops`, replayed by `lvvit train --token_labels`."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -225,6 +226,13 @@ def test_shards_hold_rows_of_one_epoch(trainers):
     batches = CropBatches(trainers[1].train_dataset, None, seed=0, num_epochs=2, rows_per_shard=8, batch_size=3)
     assert batches.num_shards == 6
     assert [list(batches.shard_rows(shard)) for shard in (2, 3)] == [[16, 17, 18, 19], [*range(8)]]
+
+
+def test_another_version_of_timm_is_said(folder, labels, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("timm.__version__", "9.9")
+    monkeypatch.setattr(logging.getLogger("modeling_lvvit.token_labeling.trainer_setup"), "propagate", True)
+    prepare(folder, tmp_path, "--token_labels", str(labels))
+    assert "here is 9.9: if its RandAugment differs" in caplog.text
 
 
 def test_labels_of_another_crop_stop_the_run(trainers):

@@ -30,12 +30,14 @@ class CropRecord:
         num_epochs, num_rows: Epochs, and rows of each.
         drawn: `data_seed` and `TrainTransform.draw_options`.
         rows: Options that chose the training rows.
+        timm: Version of timm, which decides how strong RandAugment is; `None` if it is not known.
     """
 
     num_epochs: int
     num_rows: int
     drawn: dict[str, Any]
     rows: dict[str, Any]
+    timm: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """Settings of the label set, see `LabelSetWriter`."""
@@ -57,12 +59,13 @@ def read_record(name: str, revision: str | None = None) -> CropRecord:
         else Path(hf_hub_download(name, RECORD, repo_type="dataset", revision=revision))
     )
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        settings, version = content["settings"], content.get("versions", {}).get("timm")
         drawn, rows = (
             {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
             for prefix in (DRAWN, ROWS)
         )
-        return CropRecord(settings["epochs"], settings["num_rows"], drawn, rows)
+        return CropRecord(settings["epochs"], settings["num_rows"], drawn, rows, version)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} does not say how the crops of the label set were drawn ({error!r}): annotate them again."
