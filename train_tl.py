@@ -68,6 +68,11 @@ class ClassifierRun(TrainingRun):
             duration = 1000 / trainer.annotator.images_per_second(args.train_batch_size)
             name = trainer.annotator.annotator.name
             text += f"\nlabels by {name}, which takes {duration:.3g} ms an image here"
+        if getattr(samples, "has_crop_maps", False) and trainer.trains_patches:
+            number = samples.label_maps.num_epochs
+            text += f"\nlabels of the crops of {number:,} epoch{'s' * (number > 1)}"
+            if args.num_train_epochs > number:
+                text += f", after which crops and labels come again ({args.num_train_epochs:g} epochs in all)"
         data = self.opened.describe(self.data_args.label_column_name)
         return "\n".join([*self.notes, text, *data, *self.describe_balance()])
 
@@ -212,6 +217,11 @@ def prepare(
             names = [model.config.id2label[index] for index in range(model.config.num_labels)]
             statistics = (processor.image_mean, processor.image_std)
             annotator = open_annotator(data_args, names, *statistics, training_args.device)
+            if annotator.annotator.fold_heads is not None:
+                notes.append(
+                    "The annotator has heads for the images that it was fitted on, which stored labels alone use: crops are labeled by the head "
+                    "that has seen all images."
+                )
     # by all processes together: it opens the repository of --push_to_hub
     datasets = {"train_dataset": samples[0], "eval_dataset": samples[1]}
     trainer = TokenLabelTrainer(model, training_args, **datasets, processing_class=processor, annotator=annotator)

@@ -50,7 +50,7 @@ class AnnotateArguments(HubUploadArguments):
     on_error: Literal["stop", "empty"] = HfArg(default="stop", help="Damaged image: stop, or an empty label.")
     max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     num_workers: int | None = HfArg(
-        default=None, help="Threads that read and resize images; default: one for each core."
+        default=None, help="Threads that read and resize images, for crops processes; default: one for each core."
     )
     annotator: str | None = HfArg(
         default=None,

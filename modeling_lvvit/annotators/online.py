@@ -10,19 +10,16 @@ from typing import Any, Literal
 import torch
 from timm.data.random_erasing import RandomErasing
 from torch import nn
-from transformers.utils import logging
 
 from ..data.class_labels import pair_classes
 from ..data.images import parse_image_size
 from ..finite import check_weights
 from ..labels.label_crops import CropGeometry, crop_palette_scores
 from ..labels.sparse_targets import SparseTargets
-from ..launching import is_main_process
 from .annotator import Annotator, load_annotator
 from .text.prompts import PROMPTS_HELP, TEXT_PREFIX, check_text_options
 
 
-logger = logging.get_logger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -240,11 +237,6 @@ def open_annotator(
         class_names=class_names,
         prompts=args.prompts,
     )
-    if annotator.fold_heads is not None and is_main_process():
-        logger.warning(
-            "The annotator %s has heads for the images that it was fitted on, which only stored labels use: crops in training are labeled by "
-            "the head that has seen them all.", args.annotator,
-        )  # fmt: skip
     options = (DTYPES[args.annotator_dtype], args.random_erasing, args.annotator_sampling == "hard")
     if args.annotator.startswith(TEXT_PREFIX):  # it has the classes of the data
         return OnlineAnnotator(annotator, image_mean, image_std, device, *options)

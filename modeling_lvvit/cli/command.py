@@ -54,7 +54,7 @@ COMMANDS = {
         is_launched=True,
     ),
     "annotate": Command(
-        f"{PACKAGE}.annotators.annotate",
+        f"{PACKAGE}.cli.annotation.__main__",
         "make dense labels with any classifier",
         "path/to/images --annotator timm/dm_nfnet_f6.dm_in1k --output_dir labels",
         is_launched=True,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,6 +21,7 @@ from ..data.splits import classes_of_rows, draw_subset, find_eval_split, hold_ou
 from ..data.unlabeled import add_unlabeled, select_confident, without_labels
 from ..labels.checks import agreement, image_classes
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
+from ..labels.crops import join_crops, read_record
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader
 from .data_arguments import DataArguments
@@ -99,6 +101,10 @@ def _open_rows(
             len(train), args.eval_fraction, seed, name, args.train_split, classes, is_unlabeled
         )
         evaluation = train.select(held_out)
+        if is_unlabeled.all() and label_maps is None:
+            raise ValueError(
+                f"No image of {name} has a human label, and labels of training crops say nothing of others."
+            )
         if is_unlabeled.all():
             evaluation = _with_classes_of_maps(evaluation, label_maps.select(held_out), column)
             eval_name += ", by the classes of their label maps"
@@ -106,10 +112,16 @@ def _open_rows(
         with_human_label = np.isin(subset, select_subset(len(rows), args.max_labeled_samples, classes[rows]))
         rows = rows[subset]
         train, label_maps = train.select(rows), label_maps and label_maps.select(rows)
+    is_of_crops = labels is not None and labels.is_of_crops
     if args.max_labeled_samples is not None:
-        train, label_maps = _hide_labels(args, train, label_maps, with_human_label)
+        train, label_maps = _hide_labels(args, train, label_maps, with_human_label, is_of_crops)
     if args.selects_unlabeled:
         train, label_maps = _select_confident(args, train, label_maps)
+    if is_of_crops:  # of these rows and no others
+        record = read_record(args.token_labels, args.token_labels_revision)
+        keys = (args.image_column_name, args.key_column, args.key_pattern)
+        label_maps = join_crops(labels, record, train, row_options(args, seed), *keys)
+        _compare_with_labels(label_maps, train, column)
     evaluation = take_subset(evaluation, args.max_eval_samples, args.label_column_name)
     for part, rows in (("training", train), ("evaluation", evaluation)):
         if not len(rows):
@@ -149,6 +161,8 @@ def _join_label_maps(
     column = args.label_column_name
     if labels is not None:
         check_class_names(labels.class_names, train.features[column].names)
+        if labels.is_of_crops:  # joined when it is known which rows train
+            return train, None, None
         joined = labels.join(train, args.image_column_name, args.key_column, args.key_pattern)
         train, label_maps = train if joined.images is None else train.select(joined.images), joined.label_maps
         _compare_with_labels(label_maps, train, column)
@@ -164,13 +178,17 @@ def _join_label_maps(
 
 
 def _hide_labels(
-    args: DataArguments, train: datasets.Dataset, label_maps: LabelMapReader | None, with_human_label: np.ndarray
+    args: DataArguments,
+    train: datasets.Dataset,
+    label_maps: LabelMapReader | None,
+    with_human_label: np.ndarray,
+    is_of_crops: bool,
 ) -> tuple[datasets.Dataset, LabelMapReader | None]:
     """Training rows of which some lose their human label; without dense labels these rows are left out."""
     column, count = args.label_column_name, int((~with_human_label).sum())
     if has_lists(train, column):
         raise ValueError("`max_labeled_samples` is for images with one class each.")
-    if label_maps is None and args.annotator is None:
+    if label_maps is None and args.annotator is None and not is_of_crops:
         logger.warning("%d of %d training images are left out, beyond `max_labeled_samples`.", count, len(train))
         return train.select(np.flatnonzero(with_human_label)), None
     feature, ids = train.features[column], np.where(with_human_label, class_ids(train, column), -1)
@@ -194,7 +212,7 @@ def _select_confident(
     """Without the images that have no human label and no sure label map; says how many these are."""
     if label_maps is None:
         raise ValueError(
-            "`unlabeled_min_confidence` and `unlabeled_per_class` choose images by their label maps, and there are none: give `token_labels`."
+            "`unlabeled_min_confidence` and `unlabeled_per_class` choose images by label maps of whole images, and there are none: give `token_labels`."
         )
     is_unlabeled = class_ids(train, args.label_column_name) < 0
     num_classes = train.features[args.label_column_name].num_classes
@@ -206,6 +224,12 @@ def _select_confident(
         "" if args.unlabeled_per_class is None else f", `unlabeled_per_class` {args.unlabeled_per_class}",
     )  # fmt: skip
     return train.select(rows), label_maps.select(rows)
+
+
+def row_options(args: DataArguments, seed: int) -> dict[str, Any]:
+    """Options that choose the training rows of some data."""
+    names = ("train_split", "eval_split", "eval_fraction", "max_train_samples", "unlabeled_dataset_name")
+    return {"seed": seed, **{name: getattr(args, name) for name in names}}
 
 
 def _labelled_rows(args: DataArguments, rows: datasets.Dataset) -> datasets.Dataset:

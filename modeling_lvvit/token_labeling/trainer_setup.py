@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import timm
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -11,6 +12,7 @@ from ..backbones.patch_head import add_patch_head, has_patch_head
 from ..backbones.resize import native_image_size
 from ..data.multi_label.columns import MULTI_LABEL, is_multi_label
 from ..data.sampling import BALANCED
+from ..labels.crops import check_drawn
 from .arguments import TokenLabelTrainingArguments
 from .dataset import TokenLabelDataset
 from .iterable_dataset import TokenLabelStream
@@ -89,6 +91,8 @@ def check_fit(
             "`train_sampling_strategy` balanced needs to know the class of every image before training, which a stream does not: use "
             "`class_weights` with a file or numbers, or data that is no stream (a TokenLabelDataset)."
         )
+    if getattr(train_dataset, "has_crop_maps", False):
+        check_crop_options(args, train_dataset)
     if isinstance(train_dataset, (TokenLabelDataset, TokenLabelStream)):
         train_dataset.check_num_classes(num_classes)
     if isinstance(train_dataset, TokenLabelDataset) and (count := train_dataset.num_unlabeled):
@@ -110,6 +114,27 @@ def _check_unlabeled(args: TokenLabelTrainingArguments, count: int, total: int, 
     if given := [reason for reason, holds in reasons.items() if holds]:
         raise ValueError(
             f"{count:,} of {total:,} training images have no human label, and {' and '.join(given)}. Leave these images out, or label them."
+        )
+
+
+def check_crop_options(args: TokenLabelTrainingArguments, train_dataset: TokenLabelDataset) -> None:
+    """Raises a `ValueError` if a run with labels of crops would draw others than those, or rows more than once in an epoch."""
+    options = {"data_seed": args.data_seed, **train_dataset.transform.draw_options()}
+    record = train_dataset.label_maps.record
+    check_drawn(record, options)
+    if record.timm != timm.__version__ and train_dataset.transform.rand_augment is not None:
+        logger.warning(
+            "The crops were labelled with timm %s, here is %s: if its RandAugment differs, labels lie beside their crops.",
+            record.timm, timm.__version__,
+        )  # fmt: skip
+    if args.train_sampling_strategy == BALANCED:
+        raise ValueError(
+            "`train_sampling_strategy` balanced draws rows several times in an epoch, with other crops each time, and the label set has labels of "
+            "one crop of each row. Weigh the classes (`class_weights`), or label crops in training (`annotator`)."
+        )
+    if args.label_crop == "authors":
+        raise ValueError(
+            "`label_crop` authors cuts maps of whole images, and the label set has maps of crops: leave it out."
         )
 
 

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 from huggingface_hub import snapshot_download
 from transformers.hf_argparser import HfArg
@@ -23,7 +24,7 @@ from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
 from ..data.splits import take_subset
 from ..data.unlabeled import UNLABELED_HELP, add_unlabeled, without_labels
-from ..labels.checks import LabelSetReport, agreement, check_label_set, image_classes
+from ..labels.checks import LabelSetReport, agreement, check_label_set, describe_agreement, image_classes
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader, covered_region, turn_with_images
 from ..launching import name_options
@@ -31,6 +32,7 @@ from ..options import Program
 from ..token_labeling.arguments import TokenLabelTrainingArguments
 from ..token_labeling.dataset import TokenLabelDataset
 from . import save_contact_sheet
+from .check_crops import check_crops
 
 
 @dataclass
@@ -70,13 +72,12 @@ def local_folder(label_set: str, revision: str | None) -> Path:
     return folder if folder.is_dir() else Path(snapshot_download(label_set, repo_type="dataset", revision=revision))
 
 
-def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
-    """Images with their label maps, joined as in training.
+def open_images(args: CheckArguments, labels: LabelSet) -> datasets.Dataset:
+    """Images, with the classes of a label set.
 
     Raises:
-        ValueError: If keys or classes do not match.
+        ValueError: If there is no such split, or the classes are others.
     """
-    labels = LabelSet.open(args.token_labels, args.train_split, args.token_labels_revision)
     splits = open_splits(args.dataset_name, args.dataset_config_name, args.dataset_revision, split=args.train_split)
     if args.train_split not in splits:
         raise ValueError(f"{args.dataset_name} has no split {args.train_split!r}; it has {list(splits)}.")
@@ -91,6 +92,16 @@ def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
     options = {"class_names": labels.class_names, "may_be_missing": True}
     images = with_class_ids(images, args.dataset_name, column, **options)
     check_class_names(labels.class_names, images.features[args.label_column_name].names)
+    return images
+
+
+def join(args: CheckArguments, labels: LabelSet) -> tuple[TokenLabelDataset, LabelMapReader]:
+    """Images with their label maps, joined as in training.
+
+    Raises:
+        ValueError: If keys or classes do not match.
+    """
+    images = open_images(args, labels)
     joined = labels.join(images, args.image_column_name, args.key_column, args.key_pattern)
     if joined.images is not None:
         images = images.select(joined.images)
@@ -132,7 +143,10 @@ def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
     if args.dataset_name is None or report.problems:
         return report, lines
     try:
-        samples, label_maps = join(args)
+        labels = LabelSet.open(args.token_labels, args.train_split, args.token_labels_revision)
+        if labels.is_of_crops:
+            return report, [*lines, *check_crops(args, labels, open_images(args, labels))]
+        samples, label_maps = join(args, labels)
     except ValueError as error:
         report.add_problem(str(error))
         return report, [*lines, f"PROBLEM: {error}"]
@@ -141,12 +155,8 @@ def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
     lines.append(f"all {len(samples):,} images that can be trained on have a label map")
     if len(labeled):
         first, named = agreement(label_maps.select(labeled), labels[labeled])
-        if first < 0.5:
-            lines.append("WARNING: most maps have another first class than their image. Do ids mean the same classes?")
         of = "maps" if len(labeled) == len(samples) else f"the {len(labeled):,} maps of images with a human label"
-        lines.append(
-            f"{100 * first:.1f} % of {of} have the human label as their first class, {100 * named:.1f} % name it"
-        )
+        lines += describe_agreement(first, named, of)
     if len(labeled) < len(samples):
         unlabeled = np.flatnonzero(labels < 0)
         confidence = image_classes(label_maps.select(unlabeled), samples.label_feature.num_classes)[1]
