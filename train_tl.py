@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_lvvit.annotators.online import open_annotator
+from modeling_lvvit.annotators.online import describe_heads, open_annotator
 from modeling_lvvit.cli.build_model import build_model, choose_for_data, model_image_size
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.model_card import find_provenance, write_model_card
 from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_datasets
 from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, PRESET, TRAIN_TL, describe_preset
 from modeling_lvvit.cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
+from modeling_lvvit.data.classes.multi_label import class_names, has_lists
 from modeling_lvvit.data.images import PixelLimit
-from modeling_lvvit.data.multi_label.columns import class_names, has_lists
 from modeling_lvvit.data.sampling import BALANCED
 from modeling_lvvit.deployment import prepare_for_cpu
 from modeling_lvvit.hub.folders import CARD_TEMPLATES
@@ -217,11 +217,7 @@ def prepare(
             names = [model.config.id2label[index] for index in range(model.config.num_labels)]
             statistics = (processor.image_mean, processor.image_std)
             annotator = open_annotator(data_args, names, *statistics, training_args.device)
-            if annotator.annotator.fold_heads is not None:
-                notes.append(
-                    "The annotator has heads for the images that it was fitted on, which stored labels alone use: crops are labeled by the head "
-                    "that has seen all images."
-                )
+            notes += filter(None, [describe_heads(annotator)])
     # by all processes together: it opens the repository of --push_to_hub
     datasets = {"train_dataset": samples[0], "eval_dataset": samples[1]}
     trainer = TokenLabelTrainer(model, training_args, **datasets, processing_class=processor, annotator=annotator)

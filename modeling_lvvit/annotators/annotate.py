@@ -24,8 +24,8 @@ from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 from ..console import program, progress_bar
-from ..data.class_labels import describe_classes, names_in_data, pair_classes
-from ..data.class_matching import ClassMap
+from ..data.classes.class_labels import describe_classes, names_in_data, pair_classes
+from ..data.classes.class_matching import ClassMap
 from ..data.images import PixelLimit, parse_image_size
 from ..data.sources import dataset_fingerprint, open_splits, short_name
 from ..data.splits import take_subset

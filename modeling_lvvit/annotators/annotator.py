@@ -29,8 +29,8 @@ from ..backbones.loading import (
 from ..backbones.patch_head import PATCH_HEAD, add_patch_head, load_patch_head
 from ..backbones.preprocessing import Fit, Preprocessing
 from ..backbones.resize import must_interpolate, native_image_size, resize_classifier
-from ..data.class_matching import ClassMap
-from ..data.multi_label.columns import is_multi_label
+from ..data.classes.class_matching import ClassMap
+from ..data.classes.multi_label import is_multi_label
 from ..data.sources import looks_local
 from ..deployment import prepare_for_cpu
 from ..finite import check_scores
@@ -157,16 +157,21 @@ def load_annotator(
         "pixel_offset": list(preprocessing.offset),
         **about_texts,
     }
-    fold_heads = None
-    if not random_weights:
-        if (fitted_with := read_fit(Path(name).expanduser())) not in (None, fit):
-            logger.warning(
-                "%s was fitted on images brought to shape by %s, and sees them by %s.", name, fitted_with, fit
-            )
-        fold_heads, content = install_fold_heads(model, Path(name).expanduser())  # after its own weights were hashed
-    if fold_heads is not None:
-        provenance |= {"fold_heads": len(fold_heads.weight), "fold_heads_sha256": content}
+    fold_heads, about_heads = (None, {}) if random_weights else _load_fold_heads(name, model, fit)
+    provenance |= about_heads
     return Annotator(name, dense, list(class_names), preprocessing, provenance, fold_heads=fold_heads)
+
+
+def _load_fold_heads(name: str, model: nn.Module, fit: Fit) -> tuple[FoldHeads | None, dict[str, Any]]:
+    """Heads for the images that an annotator was fitted on, put into the model; and what is recorded of them. To be called when its own
+    weights were hashed."""
+    folder = Path(name).expanduser()
+    if (fitted_with := read_fit(folder)) not in (None, fit):
+        logger.warning("%s was fitted on images brought to shape by %s, and sees them by %s.", name, fitted_with, fit)
+    fold_heads, content = install_fold_heads(model, folder)
+    if fold_heads is None:
+        return None, {}
+    return fold_heads, {"fold_heads": len(fold_heads.weight), "fold_heads_sha256": content}
 
 
 def _class_texts(prompts: Prompts, class_names: Sequence[str] | None) -> tuple[Sequence[str], list[list[str]]]:

@@ -11,7 +11,7 @@ import torch
 from timm.data.random_erasing import RandomErasing
 from torch import nn
 
-from ..data.class_labels import pair_classes
+from ..data.classes.class_labels import pair_classes
 from ..data.images import parse_image_size
 from ..finite import check_weights
 from ..labels.label_crops import CropGeometry, crop_palette_scores
@@ -209,6 +209,16 @@ class OnlineAnnotator:
     def erase(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images with rectangles of noise."""
         return self.random_erasing(pixel_values.clone()) if self.random_erasing.probability else pixel_values
+
+
+def describe_heads(annotator: OnlineAnnotator) -> str | None:
+    """That an annotator with heads for the images that it was fitted on does not use them in training; `None` for others."""
+    if annotator.annotator.fold_heads is None:
+        return None
+    return (
+        f"The annotator {annotator.annotator.name} has heads for the images that it was fitted on, which only stored labels use: crops in training "
+        "are labeled by the head that has seen them all."
+    )
 
 
 def open_annotator(

@@ -8,14 +8,14 @@ import datasets
 import numpy as np
 from transformers.utils import logging
 
-from ..data.class_labels import (
+from ..data.classes.class_labels import (
     check_class_names,
     check_columns,
     class_ids,
     warn_of_missing_classes,
     with_class_ids,
 )
-from ..data.multi_label.columns import class_names, describe_labels, has_lists, label_counts, labelled, with_labels
+from ..data.classes.multi_label import class_names, describe_labels, has_lists, label_counts, labelled, with_labels
 from ..data.sources import dataset_fingerprint, open_splits, streamed_rows
 from ..data.splits import classes_of_rows, draw_subset, find_eval_split, hold_out, select_subset, take_subset
 from ..data.unlabeled import add_unlabeled, select_confident, without_labels

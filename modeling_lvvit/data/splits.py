@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
-from .class_labels import read_column
-from .multi_label.columns import is_list, rarest_classes
+from .classes.class_labels import read_column
+from .classes.multi_label import is_list, rarest_classes
 
 
 logger = logging.get_logger(__name__)

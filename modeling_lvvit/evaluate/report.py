@@ -10,7 +10,7 @@ import numpy as np
 
 from ..cli.model_card import library_versions
 from ..data.atomic_files import write_json
-from ..data.multi_label.columns import label_counts
+from ..data.classes.multi_label import label_counts
 from ..data.sources import short_name
 from ..token_labeling.multi_label import METRICS
 from .scores import ALEXNET_ERRORS, missing_corruptions

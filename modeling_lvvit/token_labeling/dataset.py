@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ..data.class_labels import class_ids
+from ..data.classes.class_labels import class_ids
+from ..data.classes.multi_label import is_list, multi_hot
 from ..data.image_dataset import ImageDataset, check_has_columns, with_image_column
 from ..data.images import LYING, SampleError, read_orientation
-from ..data.multi_label.columns import is_list, multi_hot
 from ..labels.columns import LabelMapError
 from ..labels.crops import CropMapReader, with_crop_map
 from ..labels.reader import SIDEWAYS, LabelMapReader, covered_region, turn_with_images

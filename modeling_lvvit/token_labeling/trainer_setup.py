@@ -10,7 +10,7 @@ from transformers.utils import logging
 from ..annotators.online import OnlineAnnotator
 from ..backbones.patch_head import add_patch_head, has_patch_head
 from ..backbones.resize import native_image_size
-from ..data.multi_label.columns import MULTI_LABEL, is_multi_label
+from ..data.classes.multi_label import MULTI_LABEL, is_multi_label
 from ..data.sampling import BALANCED
 from ..labels.crops import check_drawn
 from .arguments import TokenLabelTrainingArguments

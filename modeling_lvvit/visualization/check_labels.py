@@ -18,8 +18,8 @@ from transformers.hf_argparser import HfArg
 
 from ..annotators.arguments import AnnotateArguments
 from ..console import program
-from ..data.class_labels import check_class_names, check_columns, with_class_ids
-from ..data.class_matching import shown_names
+from ..data.classes.class_labels import check_class_names, check_columns, with_class_ids
+from ..data.classes.class_matching import shown_names
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
 from ..data.splits import take_subset

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_lvvit.data.class_labels import class_ids, describe_classes, with_class_ids
+from modeling_lvvit.data.classes.class_labels import class_ids, describe_classes, with_class_ids
 from modeling_lvvit.data.image_keys import read_keys
 from modeling_lvvit.data.sources import open_splits
 from modeling_lvvit.data.splits import hold_out

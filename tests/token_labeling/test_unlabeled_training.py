@@ -9,7 +9,7 @@ import torch
 from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.cli.open_data import open_datasets
-from modeling_lvvit.data.class_labels import class_ids
+from modeling_lvvit.data.classes.class_labels import class_ids
 from modeling_lvvit.labels.sparse_targets import SparseTargets
 from modeling_lvvit.token_labeling import TokenLabelDataset, TokenLabelTrainer
 from modeling_lvvit.token_labeling.losses import TokenLabelingLoss, doubted_cells

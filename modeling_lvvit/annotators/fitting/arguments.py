@@ -22,6 +22,8 @@ class FitAnnotatorArguments:
         "output_dir": "output",
     }
     streaming: ClassVar[bool] = False  # cross-validation needs all images
+    unlabeled_dataset_name: ClassVar[None] = None  # only images with a label are fitted on
+    key_column: ClassVar[None] = None
 
     dataset_name: str | None = HfArg(
         default=None, help="Images: Hub name, image folder, Parquet file or folder of them.", aliases=["--dataset"]

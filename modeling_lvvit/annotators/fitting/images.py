@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 from transformers.utils import logging
 
-from ...data.class_labels import (
+from ...data.classes.class_labels import (
     check_columns,
     check_single_classes,
     class_counts,
@@ -56,7 +56,7 @@ def open_labeled_images(args: FitAnnotatorArguments) -> LabeledImages:
     rows = open_images(args)
     check_columns(rows, name, args.image_column_name, column)
     check_single_classes(rows, name, column)
-    rows = with_class_ids(rows, name, column)
+    rows = with_class_ids(rows, name, column, may_be_missing=True)
     ids = class_ids(rows, column)
     labeled = np.flatnonzero(ids >= 0)
     if len(labeled) < len(ids):

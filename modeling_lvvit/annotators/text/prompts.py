@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ...data.class_matching import has_names, listed, normalized, readable_names
+from ...data.classes.class_matching import has_names, listed, normalized, readable_names
 
 
 logger = logging.get_logger(__name__)

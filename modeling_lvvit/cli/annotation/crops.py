@@ -22,8 +22,8 @@ from ...annotators.image_batches import ImageBatch, distinct_keys
 from ...annotators.online import OnlineAnnotator, open_annotator
 from ...annotators.pipeline import PreparedImage
 from ...console import ignore_interrupts
+from ...data.classes.multi_label import class_names
 from ...data.images import PixelLimit, SampleError, content_hash, image_note, read_content
-from ...data.multi_label.columns import class_names
 from ...data.sampling import BALANCED
 from ...labels.crops import CropLabelSetWriter, CropRecord
 from ...labels.writer import default_rows_per_shard

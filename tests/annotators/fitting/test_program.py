@@ -21,7 +21,7 @@ from modeling_lvvit.annotators.annotator import load_annotator
 from modeling_lvvit.annotators.fitting import features as features_module
 from modeling_lvvit.annotators.fitting import program
 from modeling_lvvit.annotators.fitting.features import FeatureStore
-from modeling_lvvit.annotators.online import AnnotatorArguments, open_annotator
+from modeling_lvvit.annotators.online import AnnotatorArguments, describe_heads, open_annotator
 from modeling_lvvit.data.images import content_hash, decode_image
 from modeling_lvvit.evaluate.classifier import InputOptions, load_classifier
 from modeling_lvvit.labels.storage import read_maps
@@ -203,10 +203,11 @@ def test_other_fit_than_that_of_the_head_is_said(fitted, caplog):
     assert "was fitted on images brought to shape by squash, and sees them by pad" in caplog.text
 
 
-def test_crops_in_training_get_the_head_of_all_which_is_said(fitted, caplog):
+def test_crops_in_training_get_the_head_of_all_which_is_said(fitted):
     args = SimpleNamespace(**vars(AnnotatorArguments(annotator=str(fitted))), random_erasing=0.0)
-    labels = open_annotator(args, NAMES, [0.5] * 3, [0.25] * 3, CPU).score_map(torch.zeros(2, 3, 48, 48))
-    assert "crops in training are labeled by the head that has seen them all" in caplog.text
+    annotator = open_annotator(args, NAMES, [0.5] * 3, [0.25] * 3, CPU)
+    labels = annotator.score_map(torch.zeros(2, 3, 48, 48))
+    assert "crops in training are labeled by the head that has seen them all" in describe_heads(annotator)
     assert labels.shape == (2, 3, 6, 6)
 
 

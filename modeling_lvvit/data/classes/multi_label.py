@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 from transformers.utils import logging
 
-from ..class_labels import MAX_NAMED, class_counts, describe_classes, is_text, read_column, with_class_ids
+from .class_labels import MAX_NAMED, class_counts, describe_classes, is_text, read_column, with_class_ids
 
 
 logger = logging.get_logger(__name__)
