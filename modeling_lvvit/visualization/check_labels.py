@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.hf_argparser import HfArg
 
 from ..annotators.arguments import AnnotateArguments
@@ -67,9 +68,17 @@ class CheckArguments:
 
 
 def local_folder(label_set: str, revision: str | None) -> Path:
-    """The folder of a label set; one on the Hub is downloaded."""
+    """The folder of a label set; one on the Hub is downloaded. A `FileNotFoundError` if there is neither."""
     folder = Path(label_set).expanduser()
-    return folder if folder.is_dir() else Path(snapshot_download(label_set, repo_type="dataset", revision=revision))
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(label_set, repo_type="dataset", revision=revision))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise FileNotFoundError(
+            f"{label_set} is neither a folder (seen from {Path.cwd()}) nor a label set that the Hub gives: {reason}"
+        ) from error
 
 
 def open_images(args: CheckArguments, labels: LabelSet) -> datasets.Dataset:
