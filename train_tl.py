@@ -13,7 +13,7 @@ from modeling_lvvit.cli.build_model import build_model, choose_for_data, model_i
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.model_card import find_provenance, write_model_card
 from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_datasets
-from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, PRESET, TRAIN_TL, describe_preset
+from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, PRESET, TRAIN_TL, describe_preset, read_preset
 from modeling_lvvit.cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
 from modeling_lvvit.data.images import PixelLimit
 from modeling_lvvit.data.multi_label.columns import class_names, has_lists
@@ -184,6 +184,9 @@ def fit_options(
         notes.append(f"variant {AUTO}: {reason}")
     if num_images is not None and training_args.lengthen(num_images):
         notes.append(f"{training_args.num_train_epochs:g} epochs, for at least {training_args.min_steps:,} steps")
+    recommended = read_preset(model_args).get("min_steps", 0)
+    if num_images is not None and (steps := training_args.optimizer_steps(num_images)) < recommended:
+        notes.append(f"{steps:,} of the {recommended:,} steps that preset {model_args.preset} recommends will be made")
     return model_args, [note for note in notes if note is not None]
 
 

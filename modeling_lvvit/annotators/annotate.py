@@ -33,6 +33,7 @@ from ..labels.storage import LabelSetLayout
 from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_versions
 from ..launching import num_cpu_cores, set_up_cpu, start_missing_processes
 from ..options import Program
+from .agreement import compare_with_labels
 from .annotator import Annotator, load_annotator
 from .arguments import DEFAULT_COLUMN, AnnotateArguments
 from .image_batches import ImageBatches, StreamedImageBatches
@@ -181,6 +182,9 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
         print("\n".join(finish_label_set(writer, rows.num_shards, title, target)))
     finally:
         writer.release()
+    if not args.streaming:
+        for line in compare_with_labels(writer.folder, dataset, args.dataset_name, args.train_split, column):
+            print(line)
 
 
 def write_shards(

@@ -10,7 +10,7 @@ from transformers import TrainerState
 from modeling_lvvit import console
 from modeling_lvvit.token_labeling import ImageProcessorTransform, TokenLabelDataset
 from modeling_lvvit.training.progress import PredictionFigure, describe_outputs, estimate, run_progress
-from modeling_lvvit.training.progress.estimate import RunClock, describe_waiting
+from modeling_lvvit.training.progress.estimate import RunClock, describe_shorter_run, describe_waiting
 from modeling_lvvit.training.progress.evaluations import EvaluationTable
 from modeling_lvvit.training.throughput import Throughput
 from support.trainers import image_processor, trainer_for, trainer_of
@@ -97,6 +97,24 @@ def test_nothing_is_estimated_in_the_warm_up(monkeypatch):
     assert clock.seconds_left(SimpleNamespace(), state) is None and not clock.is_measured(state)
     clock, state = clock_after(14, monkeypatch)
     assert not clock.is_measured(state)
+
+
+def test_a_long_run_is_told_how_to_be_shorter(monkeypatch):
+    clock, state = clock_after(25, monkeypatch)  # 90 s so far, 2 s a step
+    clock.steps_per_epoch = 20
+    args = SimpleNamespace(eval_strategy="no", save_strategy="no", max_steps=-1, num_train_epochs=50)
+    assert describe_shorter_run(clock, args, state) is None  # 150 s left
+    state.max_steps = 1_000  # 1,950 s left, 2,040 s in all: 2.04 s a step, 40.8 s an epoch
+    text = describe_shorter_run(clock, args, state)
+    assert text == (
+        "shorter: --num_train_epochs 14 takes about 10 minutes, --max_steps 294 about 10 minutes, "
+        "--early_stopping_patience 5 ends training when it gets no better"
+    )
+    args = SimpleNamespace(**{**vars(args), "max_steps": 1_000}, early_stopping_patience=3)
+    assert describe_shorter_run(clock, args, state) == "shorter: --max_steps 294 takes about 10 minutes"
+    clock.steps_per_epoch = None
+    clock.first_step = 500  # of a run that goes on
+    assert describe_shorter_run(clock, args, state) is None
 
 
 def test_the_line_names_workers_where_data_limits(monkeypatch):

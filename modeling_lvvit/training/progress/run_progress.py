@@ -8,7 +8,7 @@ from transformers.trainer_utils import has_length
 
 from ...console import is_terminal
 from ..throughput import Throughput
-from .estimate import RunClock, describe_estimate, duration
+from .estimate import RunClock, describe_estimate, describe_shorter_run, duration
 from .evaluations import EvaluationTable
 
 
@@ -74,8 +74,11 @@ class RunProgress(ProgressCallback):
         """Once after the first steps, and again when an evaluation was timed for the first time."""
         has_evaluation = bool(self.clock.evaluations) and not self.is_evaluation_estimated
         if self.clock.is_measured(state) and (not self.is_estimated or has_evaluation):
+            is_first = not self.is_estimated
             self.is_estimated, self.is_evaluation_estimated = True, self.is_evaluation_estimated or has_evaluation
             self.write(describe_estimate(self.clock, args, state))
+            if is_first and (shorter := describe_shorter_run(self.clock, args, state)) is not None:
+                self.write(shorter)
 
     def postfix(self, args, state) -> str:
         """What stands behind the bar."""
