@@ -11,7 +11,7 @@ from typing import Any
 from modeling_lvvit.annotators.online import open_annotator
 from modeling_lvvit.cli.build_model import build_model, choose_for_data, model_image_size
 from modeling_lvvit.cli.model_arguments import ModelArguments
-from modeling_lvvit.cli.model_card import find_provenance, write_model_card
+from modeling_lvvit.cli.model_card import data_record, find_provenance, write_model_card
 from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_datasets
 from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, PRESET, TRAIN_TL, describe_preset, read_preset
 from modeling_lvvit.cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
@@ -90,7 +90,7 @@ class ClassifierRun(TrainingRun):
 
     def evaluate(self) -> None:
         """Accuracy on the evaluation images, and where they have masks, how well the labelled class is found."""
-        self.metrics = self.trainer.evaluate()
+        self.metrics = self.trainer.evaluate_result()
         about = {"eval_split": self.opened.eval_name, "eval_samples": len(self.opened.evaluation)}
         self.localization = measure_localization(self.trainer, self.data_args, self.opened.evaluation)
         places = {} if self.localization is None else self.localization.metrics()
@@ -216,6 +216,7 @@ def prepare(
     # by all processes together: it opens the repository of --push_to_hub
     datasets = {"train_dataset": samples[0], "eval_dataset": samples[1]}
     trainer = TokenLabelTrainer(model, training_args, **datasets, processing_class=processor, annotator=annotator)
+    trainer.training_data = data_record(opened_args.dataset_name, data_args.train_split)
     if data_args.require_token_labels and not trainer.trains_patches:
         raise ValueError(
             "`require_token_labels`: the data has no dense labels. Give `token_labels`, `annotator` or data with columns "

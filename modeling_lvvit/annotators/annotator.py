@@ -104,7 +104,9 @@ def load_annotator(
         ValueError: If it cannot be loaded, cannot label cells, or does not take images of this size.
     """
     if looks_local(name) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"The annotator {name} cannot be loaded: there is no such folder (seen from {Path.cwd()}).")
+        raise ValueError(
+            f"The annotator {name} cannot be loaded: there is no such folder (seen from {Path.cwd()}). `annotator` names another one."
+        )
     is_timm = name.startswith(TIMM_PREFIX) or is_timm_folder(Path(name).expanduser())
     load = _load_timm if is_timm else _load_transformers
     source = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -116,8 +116,7 @@ def describe_estimate(clock: RunClock, args: TrainingArguments, state: TrainerSt
 
 def describe_shorter_run(clock: RunClock, args: TrainingArguments, state: TrainerState) -> str | None:
     """A line that says how to make a run shorter that takes more than 20 minutes; `None` for others, and for one that goes on."""
-    steps, seconds, _ = clock.measured(state)
-    if clock.first_step or not steps or clock.seconds_left(args, state) < LONG_RUN:
+    if clock.first_step or not clock.measured(state)[0] or clock.seconds_left(args, state) < LONG_RUN:
         return None
     whole = time.perf_counter() - clock.began + clock.seconds_left(args, state)
     step = whole / state.max_steps  # with its share of evaluations and checkpoints
