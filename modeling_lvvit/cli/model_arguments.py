@@ -56,7 +56,7 @@ class ModelSourceArguments:
     license: str | None = HfArg(
         default=None,
         help="License of the weights for the card, as a name of the Hub (mit, cc-by-4.0); default: that of the model to start "
-        "from, apache-2.0 for random weights.",
+        "from, none for random weights.",
     )
 
     def __post_init__(self):
