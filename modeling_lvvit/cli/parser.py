@@ -127,8 +127,10 @@ def find_recipe(name: str, program: TrainingProgram = TRAIN_TL) -> Path:
     for path in (Path(name), program.recipes / f"{name}.yaml"):
         if path.is_file():
             return path
-    names = ", ".join(recipe_names(program))
-    raise FileNotFoundError(f"There is no recipe file {name}, and the package ships only: {names}.")
+    names = recipe_names(program)
+    raise FileNotFoundError(
+        f"There is no recipe file {with_nearest(name, set(names))}, and the package ships only: {', '.join(names)}."
+    )
 
 
 def read_recipe(path: Path, program: TrainingProgram = TRAIN_TL, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..launching import (
     end_launcher_at_interrupt,
     end_together,
     end_with_launcher,
+    hear_interrupts,
     is_main_process,
     set_up_cpu,
     start_missing_processes,
@@ -70,6 +71,7 @@ def run_program(
         start: How it is started again in further processes: its path, or `--module` and its name.
         prepare: From the objects with its options to the run; whatever can go wrong before training goes wrong here.
     """
+    hear_interrupts()
     if start_missing_processes(start, arguments):
         return
     end_with_launcher()
