@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from ..data.class_labels import class_ids, with_class_ids
+from ..data.classes.class_labels import class_ids, with_class_ids
 from ..labels.label_crops import top_classes
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader
@@ -27,10 +27,11 @@ def compare_with_labels(folder: Path, rows: datasets.Dataset, name: str, split: 
     if label_column not in rows.column_names:
         return []
     labels = LabelSet.open(str(folder), split)
-    try:
-        rows = with_class_ids(rows, name, label_column, class_names=labels.class_names)
-    except ValueError as error:  # labels that are missing, or of one class
-        return [f"not compared with the human labels: {error}"]
+    if rows.features[label_column] != datasets.ClassLabel(names=labels.class_names):  # which may lack labels
+        try:
+            rows = with_class_ids(rows, name, label_column, class_names=labels.class_names)
+        except ValueError as error:
+            return [f"not compared with the human labels: {error}"]
     classes = class_ids(rows, label_column)
     compared = np.flatnonzero(~labels.is_empty & (classes >= 0))
     if not len(compared):

@@ -19,7 +19,7 @@ from transformers.modelcard import extract_hyperparameters_from_trainer, make_ma
 from ..data.image_dataset import ImageDataset
 from ..data.sources import looks_local
 from ..hub.file_checks import CARD
-from ..hub.hub_trainer import ARGUMENTS, TRAINING_DATA, HubTrainer
+from ..hub.hub_trainer import HubTrainer
 from ..per_class.scores import AVERAGES
 from ..token_labeling import TokenLabelTrainer
 from ..token_labeling.multi_label import METRICS
@@ -83,19 +83,6 @@ def _is_local(name: str) -> bool:
 
 def _in_words(name: str) -> str:
     return Path(name).expanduser().absolute().name if _is_local(name) else name
-
-
-def data_record(name: str, split: str) -> dict[str, str]:
-    """What `arguments.json` of a finished run says of the images that it was trained on."""
-    return {"dataset_name": _in_words(name), "train_split": split}
-
-
-def read_data_record(model: str) -> dict[str, str] | None:
-    """The `data_record` of a model in a folder; `None` where there is none."""
-    try:
-        return json.loads((Path(model).expanduser() / ARGUMENTS).read_text(encoding="utf-8")).get(TRAINING_DATA)
-    except (OSError, ValueError):
-        return None
 
 
 def find_license(model: str, revision: str | None = None) -> dict[str, str]:

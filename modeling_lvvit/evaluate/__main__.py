@@ -17,8 +17,8 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 
 from ..console import ignore_interrupts, program, progress_bar
+from ..data.classes.multi_label import describe_labels
 from ..data.images import PixelLimit, SampleError
-from ..data.multi_label.columns import describe_labels
 from ..data.sampling import ShardedEvalSampler
 from ..deployment import prepare_for_cpu
 from ..finite import NotFiniteError, check_scores

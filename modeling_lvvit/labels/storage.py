@@ -12,6 +12,7 @@ One row for each image:
                                            of the image as its file stores it, which its Exif orientation turns later
     outside_mass         float32 or null   probability that the annotator gave to classes outside the K, mean of the cells
     image_note           string            what was special about the image
+    epoch                int32             only in a set of training crops (package `crops`): the epoch that draws the crop
 
 The class names are those of the palette's `ClassLabel`. Sorting the classes of a cell by id, not by score, and storing
 positions instead of ids makes smooth maps cheap: neighbouring cells name the same classes in the same order.
@@ -37,6 +38,7 @@ from .label_maps import build_palette, id_dtype
 KEY_COLUMN, HASH_COLUMN, BOX_COLUMN = "image_key", "image_hash", "map_box"
 PALETTE_COLUMN, INDEX_COLUMN = "token_label_palette", "token_label_index"
 OUTSIDE_COLUMN, NOTE_COLUMN = "outside_mass", "image_note"
+EPOCH_COLUMN = "epoch"
 SCORE_STEP = 0.25  # unit of int8 scores: they reach from -32 to 31.75 and are off by at most an eighth
 ROWS_PER_GROUP = 1024
 COMPRESSION_LEVEL = 19  # of zstd; slow to write (about a millisecond a map), as fast to read as any other

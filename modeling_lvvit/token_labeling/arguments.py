@@ -69,6 +69,19 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
         help="Target of the patch tokens: dense, the label map, each token its place; image, the human label by the mean of their "
         "scores, so that labels of places emerge and the model can annotate for others (arXiv:2401.03844), without dense labels.",
     )
+    cell_target: Literal["map", "label", "blend", "ignore"] = HfArg(
+        default="map",
+        help="Target of patch tokens whose label map is in doubt (cell_doubt): map, the map all the same; label, the human label; blend, "
+        "the mean of both; ignore, nothing. Without a human label, label and blend keep the map.",
+    )
+    cell_doubt: Literal["contradiction", "confidence", "either"] = HfArg(
+        default="contradiction",
+        help="Which tokens are in doubt: those whose most probable class is not the human label; those for whose class the map has a "
+        "probability below cell_confidence; or either.",
+    )
+    cell_confidence: float = HfArg(
+        default=0.5, help="Lowest probability of a token's class, in [0, 1]; see cell_doubt."
+    )
     class_weights: list[str] | None = HfArg(
         default=None, help=CLASS_WEIGHTS_HELP.format("scaled to a mean of 1 over the training images; ")
     )
@@ -142,10 +155,20 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
             0, "cls_weight", "dense_weight", "warmup_epochs", "cooldown_epochs", "min_steps", *learning_rates
         )
         self.check_numbers(positive=("label_temperature", "mix_alpha", "mixup_alpha"))
-        for name in ("cls_target", "label_crop", "uncovered_tokens", "lr_schedule", "patch_target"):
+        for name in (
+            "cls_target",
+            "cell_target",
+            "cell_doubt",
+            "label_crop",
+            "uncovered_tokens",
+            "lr_schedule",
+            "patch_target",
+        ):
             self.check_choice(name, *get_args(type(self).__dataclass_fields__[name].type))
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"`label_smoothing_factor` must lie in [0, 1), got {self.label_smoothing_factor}.")
+        if not 0 <= self.cell_confidence <= 1:
+            raise ValueError(f"`cell_confidence` must lie in [0, 1], got {self.cell_confidence}.")
         if not 0 <= self.mix_probability <= 1:
             raise ValueError(f"`mix_probability` must lie in [0, 1], got {self.mix_probability}.")
         self._check_mixing_and_average()

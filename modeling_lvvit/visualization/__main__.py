@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArg
 
 from ..annotators.annotator import load_annotator
 from ..console import program
-from ..data.class_matching import normalized, readable_names, shown_names
+from ..data.classes.class_matching import normalized, readable_names, shown_names
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu

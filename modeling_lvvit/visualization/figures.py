@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from ..data.atomic_files import write_atomically
-from ..data.class_matching import shown_names
+from ..data.classes.class_matching import shown_names
 
 
 LEGEND_COLUMNS, MAX_LEGEND = 6, 60
