@@ -13,7 +13,7 @@ from modeling_lvvit.cli.build_model import build_model, choose_for_data, model_i
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.model_card import find_provenance, write_model_card
 from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_datasets
-from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, PRESET, TRAIN_TL, describe_preset
+from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, PRESET, TRAIN_TL, describe_preset, read_preset
 from modeling_lvvit.cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
 from modeling_lvvit.data.classes.multi_label import class_names, has_lists
 from modeling_lvvit.data.images import PixelLimit
@@ -32,6 +32,7 @@ from modeling_lvvit.token_labeling import (
     TrainTransform,
 )
 from modeling_lvvit.token_labeling.multi_label import describe_metrics
+from modeling_lvvit.training.checkpoints import data_record
 from modeling_lvvit.variants import AUTO
 from modeling_lvvit.visualization.predictions import draw_predictions
 from modeling_lvvit.visualization.trained_maps import Localization, find_mask_column, measure_localization
@@ -95,7 +96,7 @@ class ClassifierRun(TrainingRun):
 
     def evaluate(self) -> None:
         """Accuracy on the evaluation images, and where they have masks, how well the labelled class is found."""
-        self.metrics = self.trainer.evaluate()
+        self.metrics = self.trainer.evaluate_result()
         about = {"eval_split": self.opened.eval_name, "eval_samples": len(self.opened.evaluation)}
         self.localization = measure_localization(self.trainer, self.data_args, self.opened.evaluation)
         places = {} if self.localization is None else self.localization.metrics()
@@ -191,6 +192,9 @@ def fit_options(
         notes.append(f"variant {AUTO}: {reason}")
     if num_images is not None and training_args.lengthen(num_images):
         notes.append(f"{training_args.num_train_epochs:g} epochs, for at least {training_args.min_steps:,} steps")
+    recommended = read_preset(model_args).get("min_steps", 0)
+    if num_images is not None and (steps := training_args.optimizer_steps(num_images)) < recommended:
+        notes.append(f"{steps:,} of the {recommended:,} steps that preset {model_args.preset} recommends will be made")
     return model_args, [note for note in notes if note is not None]
 
 
@@ -221,6 +225,7 @@ def prepare(
     # by all processes together: it opens the repository of --push_to_hub
     datasets = {"train_dataset": samples[0], "eval_dataset": samples[1]}
     trainer = TokenLabelTrainer(model, training_args, **datasets, processing_class=processor, annotator=annotator)
+    trainer.training_data = data_record(opened_args.dataset_name, data_args.train_split)
     if data_args.require_token_labels and not trainer.trains_patches:
         raise ValueError(
             "`require_token_labels`: the data has no dense labels. Give `token_labels`, `annotator` or data with columns "

@@ -36,6 +36,7 @@ from ..labels.storage import LabelSetLayout
 from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_versions
 from ..launching import num_cpu_cores, set_up_cpu, start_missing_processes
 from ..options import Program
+from .agreement import compare_with_labels
 from .annotator import Annotator, load_annotator
 from .arguments import DEFAULT_COLUMN, AnnotateArguments
 from .image_batches import ImageBatches, StreamedImageBatches, distinct_keys
@@ -217,6 +218,9 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     prepare = partial(prepared_ahead, preprocessing=annotator.preprocessing)
     annotation = Annotation(annotator, annotator.score_map, class_names, rows, prepare, about, title)
     write_label_set(args, annotation, accelerator, note)
+    if accelerator.is_main_process and not args.streaming:
+        for line in compare_with_labels(Path(args.output_dir), dataset, args.dataset_name, args.train_split, column):
+            print(line)
 
 
 def write_label_set(

@@ -119,7 +119,9 @@ def load_annotator(
     is_text, location = name.startswith(TEXT_PREFIX), name.removeprefix(TEXT_PREFIX)
     path = Path(location).expanduser()
     if looks_local(location) and not path.is_dir():
-        raise ValueError(f"The annotator {name} cannot be loaded: there is no such folder (seen from {Path.cwd()}).")
+        raise ValueError(
+            f"The annotator {name} cannot be loaded: there is no such folder (seen from {Path.cwd()}). `annotator` names another one."
+        )
     is_timm = not is_text and (name.startswith(TIMM_PREFIX) or is_timm_folder(path))
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     asked, about_texts = (location, image_size, source, random_weights), {}

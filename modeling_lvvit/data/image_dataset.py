@@ -161,7 +161,9 @@ class ImageDataset(torch.utils.data.Dataset):
             logger.warning(
                 "This build of torchvision says nothing of damage inside a JPEG: only what Pillow refuses is noticed."
             )
-        starts = progress_bar(range(0, len(self), ROWS_PER_CHECK), desc=f"Checking {self.name} data", unit="batch")
+        starts = progress_bar(
+            range(0, len(self), ROWS_PER_CHECK), desc=f"Checking the images ({self.name})", unit="batch"
+        )
         for start, reports in zip(starts, self._examined(decode)):
             table = self.rows[start : start + ROWS_PER_CHECK]
             images = table[self.image_column]

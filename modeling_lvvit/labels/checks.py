@@ -82,9 +82,9 @@ class LabelSetReport:
             lines.append(f"maps of {rows} x {columns} cells, {k} of {len(self.class_names):,} classes in each")
         if self.stored_mass is not None:
             lines.append(f"scores from {self.score_range[0]:.2f} to {self.score_range[1]:.2f}")
-            line = f"probability outside the classes of a cell: {100 * self.stored_mass:.1f} %"
+            line = f"probability of the classes that a cell does not name: {100 * self.stored_mass:.1f} % in the training targets"
             if self.annotator_mass is not None:
-                line += f" (the annotator's own: {100 * self.annotator_mass:.1f} %)"
+                line += f", {100 * self.annotator_mass:.1f} % by the annotator itself"
             lines.append(line)
         if self.temperature == 0:
             lines.append(
@@ -171,9 +171,11 @@ def image_classes(label_maps: LabelMapReader, num_classes: int) -> tuple[np.ndar
     return np.concatenate(classes), np.concatenate(confidence)
 
 
-def describe_agreement(first: float, named: float, maps: str = "maps") -> list[str]:
-    """The result of `agreement` on what `maps` names, for people, with a warning where few agree."""
-    lines = [f"{100 * first:.1f} % of {maps} have the human label as their first class, {100 * named:.1f} % name it"]
+def describe_agreement(first: float, named: float | None, maps: str = "maps") -> list[str]:
+    """The result of `agreement` on what `maps` names, for people, with a warning where few agree; `named` is `None` where every cell names all
+    classes."""
+    also = "" if named is None else f", {100 * named:.1f} % name it"
+    lines = [f"{100 * first:.1f} % of {maps} have the human label as their first class{also}"]
     if first < 0.5:
         lines.insert(0, "WARNING: most maps have another first class than their image. Do ids mean the same classes?")
     return lines

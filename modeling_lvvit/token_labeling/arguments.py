@@ -130,11 +130,22 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
     def lengthen(self, num_images: int) -> bool:
         """Raises `num_train_epochs` to what `min_steps` need with so many training images, in whole epochs, unless `max_steps` say how many.
         Returns whether they were too few."""
-        needed = math.ceil(self.min_steps / math.ceil(num_images / self.images_per_step))
+        needed = math.ceil(self.min_steps / self._steps_per_epoch(num_images))
         if self.max_steps > 0 or needed <= self.num_train_epochs:
             return False
         self.num_train_epochs = float(needed)
         return True
+
+    def optimizer_steps(self, num_images: int) -> int:
+        """How many optimizer steps a run with so many training images makes."""
+        return (
+            self.max_steps
+            if self.max_steps > 0
+            else math.ceil(self.num_train_epochs * self._steps_per_epoch(num_images))
+        )
+
+    def _steps_per_epoch(self, num_images: int) -> int:
+        return math.ceil(num_images / self.images_per_step)
 
     def check_options(self) -> None:
         """As in `BaseImageTrainingArguments`."""

@@ -123,6 +123,10 @@ def main(arguments: list[str]) -> None:
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)
         PixelLimit(args.max_image_pixels)
+        if files := [name for name in args.models if Path(name).expanduser().is_file()]:
+            raise ValueError(
+                f"It takes one image, and then models: {', '.join(files)} is no model. Usage: {PROGRAM.usage}"
+            )
         image = read_image_file(args.image)
         size = parse_image_size(args.image_size, "`image_size`")
         rows = []

@@ -165,7 +165,8 @@ def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
     if len(labeled):
         first, named = agreement(label_maps.select(labeled), labels[labeled])
         of = "maps" if len(labeled) == len(samples) else f"the {len(labeled):,} maps of images with a human label"
-        lines += describe_agreement(first, named, of)
+        names_all = report.shape is not None and report.shape[0] == len(report.class_names)
+        lines += describe_agreement(first, None if names_all else named, of)
     if len(labeled) < len(samples):
         unlabeled = np.flatnonzero(labels < 0)
         confidence = image_classes(label_maps.select(unlabeled), samples.label_feature.num_classes)[1]
