@@ -443,7 +443,7 @@ def test_agreement_with_the_human_labels_by_hand(tmp_path, capsys):
 
 def test_sets_of_all_classes_say_nothing_of_naming(tmp_path, capsys):
     maps = random_maps(8, len(CLASSES), (len(CLASSES), 2, 3))
-    folder = sound_set(tmp_path / "labels", maps)
+    folder = sound_set(tmp_path / "labels", maps, LabelSetLayout(CLASSES, len(CLASSES), (2, 3)))
     images = write_images(tmp_path / "images", [key.removesuffix(".JPEG") for key in KEYS])
     _, output = run_check(capsys, folder, "--dataset", images)
     assert "have the human label as their first class\n" in output and "name it" not in output
