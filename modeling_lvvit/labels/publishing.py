@@ -14,8 +14,7 @@ from ..data.image_keys import MAX_NAMED
 from ..hub.file_checks import CARD, matches
 from ..hub.folders import CARD_TEMPLATES
 from ..hub.repository import HubTarget
-from .columns import SCORES_COLUMN
-from .storage import HASH_COLUMN, INDEX_COLUMN, KEY_COLUMN, PALETTE_COLUMN
+from .packing import MAX_K
 from .writer import DATA, RECORD, LabelSetWriter
 
 
@@ -55,7 +54,7 @@ def write_card(writer: LabelSetWriter, record: dict[str, Any], title: str) -> No
         template_path=str(CARD_TEMPLATES / "label_set.md"),
         title=title,
         **record,
-        columns=[KEY_COLUMN, HASH_COLUMN, PALETTE_COLUMN, INDEX_COLUMN, SCORES_COLUMN],
+        is_packed=writer.layout.k <= MAX_K,
         class_names=writer.layout.class_names[:MAX_NAMED],
     )
     write_text(writer.folder / CARD, str(card))

@@ -136,7 +136,7 @@ def test_unusual_scores_come_back_bit_for_bit(case):
 
 
 def test_slices_and_many_rows_come_back(monkeypatch):
-    monkeypatch.setattr("modeling_lvvit.labels.packing.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("modeling_lvvit.labels.packing.tables.ROWS_AT_ONCE", 4)
     table = table_of(random_maps(11))
     assert_comes_back(table.slice(3, 7))
     packed = pack(table)

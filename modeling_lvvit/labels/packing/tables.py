@@ -1,18 +1,4 @@
-"""How label maps are packed in Parquet files: classes as links to neighboring cells, scores as steps.
-
-The columns of positions and scores (see `storage`) become two columns of K maps `[rows][columns]` each, for the K classes of a cell in
-the order of their scores, best first:
-
-    token_label_links  uint16         1 to 2K: the first, second, ... of the classes of the left and the upper cell (first of the left,
-                                      first of the upper, second of the left, ...; each class once) that the cell has not named yet.
-                                      2K + 1: the next class of the palette that no link has named. 2K + 2 + p: position p of the palette.
-                                      0: none, in an empty label
-    token_label_steps  uint16, uint8  scores as integers that ascend with them: of the last class the difference to what its neighbors let
-                                      expect (`_expected`), of every other one the step up from the class after it; modulo 2^16 (2^8)
-
-The palette has the order in which links name its classes: in the map of first classes row after row, then in that of second classes, and
-so on. Small numbers that come often are what an entropy coder shortens. No bit is lost. Opening a set undoes it: training pays nothing.
-"""
+"""Rows of label sets with their maps packed, and unpacked again."""
 
 from collections.abc import Callable
 
@@ -20,7 +6,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .columns import (
+from ..columns import (
     INDEX_COLUMN,
     PALETTE_COLUMN,
     SCORES_COLUMN,
@@ -31,6 +17,8 @@ from .columns import (
     to_arrow,
     to_numpy,
 )
+from .links import follow_links, link_classes
+from .steps import ascending, climb_steps, from_ascending, score_steps
 
 
 LINKS_COLUMN, STEPS_COLUMN = "token_label_links", "token_label_steps"
@@ -143,7 +131,7 @@ def _read_planes(column: pa.ChunkedArray) -> np.ndarray:
 def _pack_rows(
     lengths: np.ndarray, classes: np.ndarray, index: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    places, values = _places(lengths, index.astype(np.int64)), _ascending(scores)
+    places, values = _places(lengths, index.astype(np.int64)), ascending(scores)
     frequency = np.bincount(places.reshape(-1) + 1)[places + 1]  # what is named often comes first among equal scores
     order = np.argsort(-(values.astype(np.int64) << 32 | frequency), axis=1, kind="stable")
     named = np.append(classes, -1)[np.take_along_axis(places, order, axis=1)]  # -1 for none
@@ -161,7 +149,7 @@ def _unpack_rows(
     index = rank[_places(lengths, follow_links(links))]
     index[lengths == 0] = 0
     both = np.sort(index << 16 | climb_steps(steps), axis=1)  # the classes of a cell ascend
-    return lengths, classes[order], (both >> 16).astype(np.uint16), _from_ascending(both.astype(steps.dtype))
+    return lengths, classes[order], (both >> 16).astype(np.uint16), from_ascending(both.astype(steps.dtype))
 
 
 def _places(lengths: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -170,115 +158,3 @@ def _places(lengths: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return np.where(
         (positions >= 0) & (positions < lengths), positions + np.cumsum(lengths).reshape(lengths.shape) - lengths, -1
     )
-
-
-def link_classes(classes: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Links of maps, and of each map its classes in the order in which links name them first.
-
-    Args:
-        classes: `(n, K, rows, columns)` int64 below 2^32, -1 for none; best first.
-
-    Returns:
-        Links of the same shape, uint16, and n arrays of classes.
-    """
-    k = classes.shape[1]
-    around = np.pad(classes, ((0, 0), (0, 0), (1, 0), (1, 0)), constant_values=-1).swapaxes(0, 1)
-    choices, free = _choices(around[:, :, 1:, :-1], around[:, :, :-1, 1:])
-    links = np.zeros(classes.shape, dtype=np.uint16)
-    for rank in range(k):
-        hits = free & (choices == classes[:, rank])
-        links[:, rank] = (np.cumsum(free, axis=0, dtype=np.uint8) * hits).sum(axis=0)
-        free &= ~hits
-    unlinked = np.flatnonzero((links == 0) & (classes >= 0))
-    pairs = unlinked // classes[0].size << 32 | classes.reshape(-1)[unlinked]  # row, class
-    pairs, first, which = np.unique(pairs, return_index=True, return_inverse=True)
-    by_appearance = np.argsort(first)
-    starts = np.searchsorted(pairs[by_appearance] >> 32, np.arange(len(classes) + 1))
-    position = np.argsort(by_appearance) - starts[pairs >> 32]
-    codes = 2 * k + 2 + position[which]
-    codes[first] = 2 * k + 1
-    links.reshape(-1)[unlinked] = codes
-    return links, np.split(pairs[by_appearance] & 0xFFFFFFFF, starts[1:-1])
-
-
-def follow_links(links: np.ndarray) -> np.ndarray:
-    """Positions in the palette, the inverse of `link_classes`: `(n, K, rows, columns)` int32, -1 where there is none.
-
-    Cells of a diagonal of the map depend on those of the diagonal before, and are followed together.
-    """
-    n, k, rows, columns = links.shape
-    named = (links == 2 * k + 1).reshape(n, k * rows * columns)
-    number = np.cumsum(named, axis=1, dtype=np.int32).reshape(links.shape) - 1
-    unlinked = np.where(links == 2 * k + 1, number, links.astype(np.int32) - (2 * k + 2)).transpose(1, 2, 3, 0).copy()
-    links = np.minimum(links, 2 * k + 1).astype(np.uint8).transpose(1, 2, 3, 0).copy()  # (K, rows, columns, n)
-    cells = np.full((k, rows + 1, columns + 1, n), -1, dtype=np.int32)
-    for diagonal in range(rows + columns - 1):
-        row = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
-        column = diagonal - row
-        choices, free = _choices(cells[:, row + 1, column], cells[:, row, column + 1])
-        for rank in range(k):
-            link = links[rank, row, column]
-            hits = free & (np.cumsum(free, axis=0, dtype=np.uint8) == link)
-            choice = np.where(hits, choices, -1).max(axis=0)
-            cells[rank, row + 1, column + 1] = np.where(link > 2 * k, unlinked[rank, row, column], choice)
-            free &= ~hits
-    return cells[:, 1:, 1:].transpose(3, 0, 1, 2)
-
-
-def _choices(left: np.ndarray, upper: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Classes of two neighbors in turn, `(K, ...)` each to `(2K, ...)`, and which of them are there and the first of their class."""
-    choices = np.stack([left, upper], axis=1).reshape(2 * len(left), *left.shape[1:])
-    free = choices >= 0
-    for rank in range(len(left)):
-        free[2 * rank] &= ~(upper[:rank] == left[rank]).any(axis=0)
-        free[2 * rank + 1] &= ~(left[: rank + 1] == upper[rank]).any(axis=0)
-    return choices, free
-
-
-def score_steps(values: np.ndarray) -> np.ndarray:
-    """Steps of values `(n, K, rows, columns)`, uint16 or uint8, best first."""
-    steps = values.copy()
-    steps[:, :-1] -= values[:, 1:]
-    last = values[:, -1].transpose(1, 2, 0).astype(np.int32)  # (rows, columns, n)
-    expected = np.zeros_like(last)
-    expected[0, 1:], expected[1:, 0] = last[0, :-1], last[:-1, 0]
-    expected[1:, 1:] = _expected(last[1:, :-1], last[:-1, 1:], last[:-1, :-1])
-    steps[:, -1] -= expected.transpose(2, 0, 1).astype(values.dtype)
-    return steps
-
-
-def climb_steps(steps: np.ndarray) -> np.ndarray:
-    """The inverse of `score_steps`."""
-    values, (rows, columns) = steps.copy(), steps.shape[2:]
-    last = steps[:, -1].transpose(1, 2, 0).copy()
-    last[0] = last[0].cumsum(axis=0, dtype=steps.dtype)
-    last[:, 0] = last[:, 0].cumsum(axis=0, dtype=steps.dtype)
-    for diagonal in range(2, rows + columns - 1):
-        row = np.arange(max(1, diagonal - columns + 1), min(rows, diagonal))
-        column = diagonal - row
-        around = last[row, column - 1], last[row - 1, column], last[row - 1, column - 1]
-        last[row, column] += _expected(*(cells.astype(np.int32) for cells in around)).astype(steps.dtype)
-    values[:, -1] = last.transpose(2, 0, 1)
-    for rank in reversed(range(steps.shape[1] - 1)):
-        values[:, rank] += values[:, rank + 1]
-    return values
-
-
-def _expected(left: np.ndarray, upper: np.ndarray, corner: np.ndarray) -> np.ndarray:
-    """What three neighbors let expect: of the forms tried, this left the least on maps of two ImageNet classifiers."""
-    return (3 * (left + upper) - 2 * corner) >> 2
-
-
-def _ascending(scores: np.ndarray) -> np.ndarray:
-    """Scores as unsigned integers that ascend with them: uint8 as they are, float16 by their bits."""
-    if scores.dtype == np.uint8:
-        return scores
-    bits = scores.view(np.uint16)
-    return np.where(bits >> 15, ~bits, bits | 0x8000)
-
-
-def _from_ascending(values: np.ndarray) -> np.ndarray:
-    """The inverse of `_ascending`."""
-    if values.dtype == np.uint8:
-        return values
-    return np.where(values >> 15, values & 0x7FFF, ~values).view(np.float16)
