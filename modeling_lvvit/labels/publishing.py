@@ -14,7 +14,7 @@ from ..data.image_keys import MAX_NAMED
 from ..hub.file_checks import CARD, matches
 from ..hub.folders import CARD_TEMPLATES
 from ..hub.repository import HubTarget
-from .packing import MAX_K
+from .packing import is_worth_packing
 from .writer import DATA, RECORD, LabelSetWriter
 
 
@@ -54,7 +54,7 @@ def write_card(writer: LabelSetWriter, record: dict[str, Any], title: str) -> No
         template_path=str(CARD_TEMPLATES / "label_set.md"),
         title=title,
         **record,
-        is_packed=writer.layout.k <= MAX_K,
+        is_packed=is_worth_packing(writer.layout.k, len(writer.layout.class_names)),
         class_names=writer.layout.class_names[:MAX_NAMED],
     )
     write_text(writer.folder / CARD, str(card))

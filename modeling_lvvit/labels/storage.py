@@ -13,11 +13,8 @@ One row for each image:
     outside_mass         float32 or null   probability that the annotator gave to classes outside the K, mean of the cells
     image_note           string            what was special about the image
 
-The class names are those of the palette's `ClassLabel`. Sorting the classes of a cell by id, not by score, and storing
-positions instead of ids makes smooth maps cheap: neighbouring cells name the same classes in the same order.
-
-Files have the maps packed, in two other columns (see `packing`). Sets written before that, and maps of many classes a cell, have the
-columns above in their files.
+The class names are those of the palette's `ClassLabel`. Files have the maps packed, in two other columns (see `packing`), which is undone
+when a set is opened. Sets of earlier versions, of few classes, or of many classes a cell, have the columns above in their files.
 """
 
 import warnings

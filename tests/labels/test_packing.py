@@ -33,6 +33,12 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def few_classes_are_packed(monkeypatch):
+    """Small maps are easier to look at."""
+    monkeypatch.setattr("modeling_lvvit.labels.packing.tables.MIN_CLASSES", 2)
+
+
 def rough_maps(count: int, side: int = 18, num_classes: int = 1000, k: int = 5) -> LabelMaps:
     """Maps of an annotator that is unsure, about 108 classes each: 300 classes with fields of 6 x 6 values, and much noise."""
     rng = np.random.default_rng(0)
@@ -144,6 +150,13 @@ def test_slices_and_many_rows_come_back(monkeypatch):
         palette for rows in (table.slice(9), table.slice(2, 3)) for palette in rows[PALETTE_COLUMN].to_pylist()
     ]
     assert len(unpack(packed.slice(0, 0))) == 0
+
+
+def test_sets_of_few_classes_are_stored_as_they_are(monkeypatch):
+    monkeypatch.setattr("modeling_lvvit.labels.packing.tables.MIN_CLASSES", 17)
+    for num_classes, packed in ((16, False), (17, True)):
+        maps = random_maps(2, num_classes)
+        assert is_packed(pack(table_of(maps, layout_of(maps, num_classes))).column_names) == packed
 
 
 def test_what_would_not_come_back_is_stored_as_it_is(tmp_path):

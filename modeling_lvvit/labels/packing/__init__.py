@@ -16,7 +16,17 @@ so on. Small numbers that come often are what an entropy coder shortens. No bit 
 
 from .links import follow_links, link_classes
 from .steps import climb_steps, score_steps
-from .tables import LINKS_COLUMN, MAX_K, STEPS_COLUMN, is_packed, pack, packed_leaves, unpack, unpacked_rows
+from .tables import (
+    LINKS_COLUMN,
+    MAX_K,
+    STEPS_COLUMN,
+    is_packed,
+    is_worth_packing,
+    pack,
+    packed_leaves,
+    unpack,
+    unpacked_rows,
+)
 
 
 __all__ = [
@@ -26,6 +36,7 @@ __all__ = [
     "climb_steps",
     "follow_links",
     "is_packed",
+    "is_worth_packing",
     "link_classes",
     "pack",
     "packed_leaves",

@@ -23,7 +23,8 @@ from .steps import ascending, climb_steps, from_ascending, score_steps
 
 LINKS_COLUMN, STEPS_COLUMN = "token_label_links", "token_label_steps"
 PLAIN, PACKED = (INDEX_COLUMN, SCORES_COLUMN), (LINKS_COLUMN, STEPS_COLUMN)
-MAX_K = 16  # the work grows with its square: maps with more classes a cell are stored as they are
+MAX_K = 16  # classes of a cell: the work grows with their square
+MIN_CLASSES = 17  # of the set: where cells name most of few classes, their positions take little room as they are
 ROWS_AT_ONCE = 512
 DAMAGED = 2**16 - 1  # position of a class that cannot be found
 
@@ -46,6 +47,11 @@ def unpack(table: pa.Table) -> pa.Table:
         LabelMapError: If a map is missing.
     """
     return _exchange(table, PACKED, PLAIN, _unpack_rows) if is_packed(table.column_names) else table
+
+
+def is_worth_packing(k: int, num_classes: int) -> bool:
+    """Whether files of a set whose cells name k of the classes have packed maps."""
+    return k <= MAX_K and num_classes >= MIN_CLASSES
 
 
 def is_packed(column_names: list[str]) -> bool:
@@ -79,8 +85,13 @@ def _have_equal_maps(table: pa.Table, other: pa.Table) -> bool:
 def _can_be_packed(schema: pa.Schema) -> bool:
     if not {*PLAIN, PALETTE_COLUMN} <= set(schema.names):
         return False
+    if list_nesting(schema.field(PALETTE_COLUMN).type) != (1, [None], pa.int64()):
+        return False
     depth, lengths, value_type = list_nesting(schema.field(SCORES_COLUMN).type)
-    return depth == 3 and None not in lengths and lengths[0] <= MAX_K and value_type in (pa.float16(), pa.uint8())
+    if depth != 3 or None in lengths or value_type not in (pa.float16(), pa.uint8()):
+        return False
+    palette = datasets.Features.from_arrow_schema(schema)[PALETTE_COLUMN].feature
+    return is_worth_packing(lengths[0], getattr(palette, "num_classes", MIN_CLASSES))
 
 
 def _exchange(table: pa.Table, names: tuple[str, str], new_names: tuple[str, str], change: Callable) -> pa.Table:
@@ -115,9 +126,8 @@ def _planes(values: np.ndarray) -> tuple[pa.StructArray, dict[str, datasets.List
     """Maps `(n, K, rows, columns)` as a column of K maps, so that each of the K is compressed by itself, and its feature."""
     ranks = {str(rank): values[:, rank] for rank in range(values.shape[1])}
     arrays = [to_arrow(np.ascontiguousarray(plane)) for plane in ranks.values()]
-    return pa.StructArray.from_arrays(arrays, list(ranks)), {
-        rank: _map_feature(plane) for rank, plane in ranks.items()
-    }
+    features = {rank: _map_feature(plane) for rank, plane in ranks.items()}
+    return pa.StructArray.from_arrays(arrays, list(ranks)), features
 
 
 def _read_planes(column: pa.ChunkedArray) -> np.ndarray:
