@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_lvvit.annotators.online import open_annotator
+from modeling_lvvit.annotators.online import describe_heads, open_annotator
 from modeling_lvvit.cli.build_model import build_model, choose_for_data, model_image_size
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.model_card import find_provenance, write_model_card
 from modeling_lvvit.cli.open_data import DataArguments, OpenedData, open_datasets
-from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, PRESET, TRAIN_TL, describe_preset
+from modeling_lvvit.cli.parser import EMBEDDED_RECIPE, PRESET, TRAIN_TL, describe_preset, read_preset
 from modeling_lvvit.cli.training_program import TrainingRun, decodes_all, run_program, set_up, with_embedded_data
+from modeling_lvvit.data.classes.multi_label import class_names, has_lists
 from modeling_lvvit.data.images import PixelLimit
-from modeling_lvvit.data.multi_label.columns import class_names, has_lists
 from modeling_lvvit.data.sampling import BALANCED
 from modeling_lvvit.deployment import prepare_for_cpu
 from modeling_lvvit.hub.folders import CARD_TEMPLATES
@@ -32,6 +32,7 @@ from modeling_lvvit.token_labeling import (
     TrainTransform,
 )
 from modeling_lvvit.token_labeling.multi_label import describe_metrics
+from modeling_lvvit.training.checkpoints import data_record
 from modeling_lvvit.variants import AUTO
 from modeling_lvvit.visualization.predictions import draw_predictions
 from modeling_lvvit.visualization.trained_maps import Localization, find_mask_column, measure_localization
@@ -68,6 +69,11 @@ class ClassifierRun(TrainingRun):
             duration = 1000 / trainer.annotator.images_per_second(args.train_batch_size)
             name = trainer.annotator.annotator.name
             text += f"\nlabels by {name}, which takes {duration:.3g} ms an image here"
+        if getattr(samples, "has_crop_maps", False) and trainer.trains_patches:
+            number = samples.label_maps.num_epochs
+            text += f"\nlabels of the crops of {number:,} epoch{'s' * (number > 1)}"
+            if args.num_train_epochs > number:
+                text += f", after which crops and labels come again ({args.num_train_epochs:g} epochs in all)"
         data = self.opened.describe(self.data_args.label_column_name)
         return "\n".join([*self.notes, text, *data, *self.describe_balance()])
 
@@ -90,7 +96,7 @@ class ClassifierRun(TrainingRun):
 
     def evaluate(self) -> None:
         """Accuracy on the evaluation images, and where they have masks, how well the labelled class is found."""
-        self.metrics = self.trainer.evaluate()
+        self.metrics = self.trainer.evaluate_result()
         about = {"eval_split": self.opened.eval_name, "eval_samples": len(self.opened.evaluation)}
         self.localization = measure_localization(self.trainer, self.data_args, self.opened.evaluation)
         places = {} if self.localization is None else self.localization.metrics()
@@ -157,7 +163,9 @@ def build_samples(
             num_processes=training_args.world_size,
         )
     else:
-        train = TokenLabelDataset(opened.train, transform, **columns, name="training", label_maps=opened.label_maps)
+        may_lack_labels = opened.label_maps is not None or args.annotator is not None
+        options = {"label_maps": opened.label_maps, "may_lack_labels": may_lack_labels}
+        train = TokenLabelDataset(opened.train, transform, **columns, name="training", **options)
     if train.has_label_maps and training_args.label_crop == "authors":
         train.label_maps = train.label_maps.without_regions()
     return train, evaluation
@@ -184,6 +192,9 @@ def fit_options(
         notes.append(f"variant {AUTO}: {reason}")
     if num_images is not None and training_args.lengthen(num_images):
         notes.append(f"{training_args.num_train_epochs:g} epochs, for at least {training_args.min_steps:,} steps")
+    recommended = read_preset(model_args).get("min_steps", 0)
+    if num_images is not None and (steps := training_args.optimizer_steps(num_images)) < recommended:
+        notes.append(f"{steps:,} of the {recommended:,} steps that preset {model_args.preset} recommends will be made")
     return model_args, [note for note in notes if note is not None]
 
 
@@ -210,9 +221,11 @@ def prepare(
             names = [model.config.id2label[index] for index in range(model.config.num_labels)]
             statistics = (processor.image_mean, processor.image_std)
             annotator = open_annotator(data_args, names, *statistics, training_args.device)
+            notes += filter(None, [describe_heads(annotator)])
     # by all processes together: it opens the repository of --push_to_hub
     datasets = {"train_dataset": samples[0], "eval_dataset": samples[1]}
     trainer = TokenLabelTrainer(model, training_args, **datasets, processing_class=processor, annotator=annotator)
+    trainer.training_data = data_record(opened_args.dataset_name, data_args.train_split)
     if data_args.require_token_labels and not trainer.trains_patches:
         raise ValueError(
             "`require_token_labels`: the data has no dense labels. Give `token_labels`, `annotator` or data with columns "

@@ -1,8 +1,8 @@
-"""Program of `modeling_lvvit.annotators.annotate`: images to a label set."""
+"""Program of `modeling_lvvit.cli.annotation`: images to a label set."""
 
 import sys
 
-from modeling_lvvit.annotators.annotate import main
+from modeling_lvvit.cli.annotation.__main__ import main
 
 
 if __name__ == "__main__":

@@ -3,7 +3,38 @@
 Importing this package registers LV-ViT with the Auto classes of transformers.
 """
 
-from transformers import (
+import os
+import signal
+import sys
+import threading
+from multiprocessing import parent_process
+
+
+def _is_program():
+    """Whether this process starts a program of this package, and not one that uses it."""
+    name = os.path.basename((getattr(sys, "argv", None) or [""])[0])
+    if name == "-m" and "-m" in sys.orig_argv:  # while `python -m` imports the packages around a module
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1].startswith(f"{__name__}.")
+    return name in ("lvvit", "lvvit.exe", "train_tl.py")
+
+
+def _end_start(number, frame):
+    """Ends a program that Ctrl-C interrupts before its `main` has begun: a line, and the status that shells give."""
+    if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
+        os.write(2, (b"\n" if os.isatty(2) else b"") + b"lvvit: interrupted\n")
+    os._exit(128 + number)
+
+
+if (
+    _is_program()
+    and parent_process() is None
+    and threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    # before the libraries, whose import takes seconds and ends with a traceback; `launching.hear_interrupts` undoes it
+    signal.signal(signal.SIGINT, _end_start)
+
+from transformers import (  # noqa: E402
     AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
@@ -14,8 +45,8 @@ from transformers import (
     BitImageProcessorPil,
 )
 
-from .configuration_lvvit import LVViTConfig
-from .modeling_lvvit import (
+from .configuration_lvvit import LVViTConfig  # noqa: E402
+from .modeling_lvvit import (  # noqa: E402
     LVViTBackbone,
     LVViTForImageClassification,
     LVViTForSemanticSegmentation,

@@ -1,6 +1,7 @@
 """What programs say while they work: a bar on a terminal, plain lines elsewhere, and a last word when they are interrupted."""
 
 import functools
+import importlib
 import signal
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from tqdm.asyncio import tqdm as console_tqdm
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .launching import end_launcher_at_interrupt, is_main_process, stop_launcher
+from .launching import end_launcher_at_interrupt, hear_interrupts, is_main_process, stop_launcher
 
 
 SECONDS_BETWEEN_LINES = 30
@@ -85,6 +86,7 @@ def program(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(main: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(main)
         def run(*arguments: Any) -> None:
+            hear_interrupts()
             end_launcher_at_interrupt()
             quiet_libraries()
             try:
@@ -95,6 +97,15 @@ def program(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return run
 
     return decorate
+
+
+def require(extra: str, *packages: str) -> None:
+    """Raises an `ImportError` that says what to install if a package of an extra of this one is missing."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(f'{error}. Install what is missing: pip install "modeling-lvvit[{extra}]"') from error
 
 
 def ignore_interrupts(*_: Any) -> None:

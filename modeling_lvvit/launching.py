@@ -23,10 +23,18 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+from . import _end_start
+
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 _interrupted = threading.Event()  # by Ctrl-C, which has ended the launcher
+
+
+def hear_interrupts() -> None:
+    """Makes Ctrl-C a `KeyboardInterrupt` again in a program whose `main` begins; until then it ends the program, see `_end_start`."""
+    if signal.getsignal(signal.SIGINT) is _end_start:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def missing_cpu_processes() -> int:
@@ -81,6 +89,7 @@ def run_processes(number: int, program: list[str], arguments: list[str]) -> None
 def quiet_launch() -> Iterator[None]:
     """Around a launcher that runs in this process (torchrun, accelerate): when its processes fail or are interrupted, this one ends
     with their status. They have said why; the launcher's traceback and its notes of what it sends to whom say nothing more."""
+    hear_interrupts()
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:

@@ -1,5 +1,6 @@
 """The published LV-ViT family: architecture, preprocessing and published figures of every size and resolution."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -230,10 +231,18 @@ def _training_bytes(size: AutoSize, num_tokens: int, batch_size: int) -> float:
     return 16 * size.num_parameters + size.training_mib * 2**20 * batch_size * num_tokens / 196
 
 
+def check_variant(name: str, *further: str) -> None:
+    """Raises a `ValueError` with the nearest names if a size is neither published nor one of `further`."""
+    names = [*VARIANTS, *further]
+    if name not in names:
+        nearest = [other for other in VARIANTS if other.startswith(name)] or difflib.get_close_matches(name, VARIANTS)
+        meant = f" (did you mean {' or '.join(nearest)}?)" if nearest else ""
+        raise ValueError(f"Unknown LV-ViT variant {name!r}{meant}; expected one of {', '.join(names)}.")
+
+
 def variant_config(name: str, **overrides: Any) -> LVViTConfig:
     """Configuration of a published size with 1000 classes, changed by `overrides`; a `ValueError` if there is none of this name."""
-    if name not in VARIANTS:
-        raise ValueError(f"Unknown LV-ViT variant {name!r}; expected one of {', '.join(VARIANTS)}.")
+    check_variant(name)
     variant = VARIANTS[name]
     settings = {**variant.architecture, "image_size": variant.image_size, **overrides}
     if "id2label" not in settings:

@@ -20,7 +20,7 @@ LAYERS = {
     "labels": "data hub",
     "training": "data hub backbones",
     "per_class": "data training",
-    "annotators": "data hub backbones labels",
+    "annotators": "data hub backbones labels per_class",
     "token_labeling": "data labels backbones annotators training per_class",
     "cli": "data hub labels backbones annotators token_labeling training per_class",
     "evaluate": "data backbones training per_class token_labeling cli",

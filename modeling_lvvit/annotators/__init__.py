@@ -1,1 +1,1 @@
-"""Classifiers that make dense labels, stored or online."""
+"""Classifiers and image-text models that make dense labels, stored or online."""

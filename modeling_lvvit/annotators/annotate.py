@@ -1,4 +1,4 @@
-"""Annotates images: any image dataset, any image classifier, a label set that `lvvit train --token_labels` joins to them.
+"""Annotates images: any image dataset, any image classifier or image-text model, a label set that `lvvit train --token_labels` joins to them.
 
     lvvit annotate path/to/images --annotator timm/dm_nfnet_f6.dm_in1k --annotator_image_size 576 --output_dir labels
 
@@ -7,7 +7,10 @@ The program can be killed at any time and started again; the result is the same.
 
 import hashlib
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +24,30 @@ from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 from ..console import program, progress_bar
-from ..data.class_labels import describe_classes, names_in_data, pair_classes
-from ..data.class_matching import ClassMap
-from ..data.image_keys import hash_keys, read_keys, repeated_keys
+from ..data.classes.class_labels import describe_classes, names_in_data, pair_classes
+from ..data.classes.class_matching import ClassMap
 from ..data.images import PixelLimit, parse_image_size
-from ..data.sources import dataset_fingerprint, open_splits
+from ..data.sources import dataset_fingerprint, open_splits, short_name
 from ..data.splits import take_subset
+from ..data.unlabeled import add_unlabeled
 from ..hub.repository import HubError
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelSetLayout
 from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_versions
 from ..launching import num_cpu_cores, set_up_cpu, start_missing_processes
 from ..options import Program
+from .agreement import compare_with_labels
 from .annotator import Annotator, load_annotator
 from .arguments import DEFAULT_COLUMN, AnnotateArguments
-from .image_batches import ImageBatches, StreamedImageBatches
+from .image_batches import ImageBatches, StreamedImageBatches, distinct_keys
 from .pipeline import Scorer, ShardBuilder, prepared_ahead
+from .text.prompts import TEXT_PREFIX
 
 
 logger = logging.get_logger(__name__)
 MODULE = "modeling_lvvit.annotators.annotate"
 STREAMED_ROWS_PER_SHARD = 1024
+WAITING = timedelta(days=30)
 
 
 PROGRAM = Program(
@@ -71,6 +77,9 @@ def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.Iterable
             f"{args.dataset_name} has no column {args.image_column_name!r}; it has {rows.column_names}. Name it with --image_column."
         )
     if not args.streaming:
+        columns = (args.image_column_name, args.label_column_name, args.train_split)
+        keys = [] if args.key_column is None else [args.key_column]
+        rows = add_unlabeled(rows, args.unlabeled_dataset_name, *columns, keys)
         rows = take_subset(rows, args.max_train_samples, args.label_column_name)
     elif args.max_train_samples is not None:
         rows = rows.take(args.max_train_samples)
@@ -79,38 +88,68 @@ def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.Iterable
     return rows
 
 
-def match(args: AnnotateArguments, annotator: Annotator, rows) -> tuple[str, ...]:
-    """Gives the annotator the classes of the data, and returns their names. `args.top_k` becomes their number where it is more.
+def open_annotator(args: AnnotateArguments, rows, device: torch.device) -> tuple[Annotator, tuple[str, ...]]:
+    """The annotator with the classes of the data, and their names. `args.top_k` becomes their number where it is more.
 
     Raises:
-        ValueError: If the classes of both do not match or cannot be compared.
+        ValueError: If it cannot be loaded, or the classes of both do not match or cannot be compared.
     """
-    names, column = annotator.class_names, args.label_column_name
+    column = args.label_column_name
     data_names, are_named = names_in_data(rows, args.dataset_name, column)
     if data_names is None and (column != DEFAULT_COLUMN or args.annotator_class_map is not None):
         raise ValueError(
             f"{args.dataset_name} has no column {column!r} to match classes with; it has {rows.column_names}."
         )
+    annotator = load_annotator(
+        args.annotator,
+        parse_image_size(args.annotator_image_size, "`annotator_image_size`"),
+        args.fit,
+        device,
+        args.annotator_revision,
+        args.annotator_trust_remote_code,
+        args.random_weights,
+        class_names=data_names,
+        prompts=args.prompts,
+    )
+    names = annotator.class_names
     if data_names is None:
         logger.warning(
             "%s has no column 'label': the labels get the annotator's %d classes.", args.dataset_name, len(names)
         )
         data_names = names
-    else:
+    elif not args.annotator.startswith(TEXT_PREFIX):  # which has the classes of the data
         choice = (
             args.annotator_class_map,
             args.annotator_ignore_extra_classes,
             f"Column {column!r} of {args.dataset_name}",
         )
         annotator.class_map, data_names = pair_classes(names, data_names, are_named, *choice)
-    if args.top_k > len(data_names):
+    record_classes(args, annotator, len(data_names))
+    return annotator, tuple(data_names)
+
+
+def record_classes(args: AnnotateArguments, annotator: Annotator, num_classes: int) -> None:
+    """Adds to the annotator's provenance how its classes were paired; `args.top_k` becomes the number of classes where it is more."""
+    if args.top_k > num_classes:
         logger.warning(
-            "--top_k %d is more than the %d classes: every cell keeps all of them.", args.top_k, len(data_names)
+            "--top_k %d is more than the %d classes: every cell keeps all of them.", args.top_k, num_classes
         )
-        args.top_k = len(data_names)
-    groups = annotator.class_map or ClassMap(tuple((index,) for index in range(len(names))), len(names))
+        args.top_k = num_classes
+    groups = annotator.class_map or ClassMap(tuple((index,) for index in range(num_classes)), num_classes)
     annotator.provenance["class_map_sha256"] = hashlib.sha256(repr(groups.groups).encode()).hexdigest()
-    return tuple(data_names)
+
+
+def about_dataset(args: Any) -> dict[str, Any]:
+    """What the record says of the data that options name."""
+    path = Path(args.dataset_name).expanduser()
+    about = {
+        "dataset": path.resolve().name if path.exists() else args.dataset_name,
+        "dataset_revision": args.dataset_revision,
+        "dataset_config_name": args.dataset_config_name,
+    }
+    if args.unlabeled_dataset_name is not None:
+        about["unlabeled_dataset"] = short_name(args.unlabeled_dataset_name)
+    return about
 
 
 def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | StreamedImageBatches, dict[str, Any]]:
@@ -119,41 +158,80 @@ def open_rows(args: AnnotateArguments, dataset) -> tuple[ImageBatches | Streamed
     Raises:
         ValueError: If keys are missing or not unique.
     """
-    path = Path(args.dataset_name).expanduser()
-    about = {"dataset": path.resolve().name if path.exists() else args.dataset_name}
-    about |= {"dataset_revision": args.dataset_revision, "dataset_config_name": args.dataset_config_name}
+    about = about_dataset(args)
     if args.streaming:
         about |= {"dataset_state": dataset_fingerprint(args.dataset_name, args.dataset_revision)}
         per_shard = args.rows_per_shard or STREAMED_ROWS_PER_SHARD
         key_options = (args.key_column, args.number_rows)
         return StreamedImageBatches(dataset, args.image_column_name, *key_options, per_shard, args.batch_size), about
-    keys = read_keys(dataset, args.image_column_name, args.key_column, args.number_rows)
-    if duplicates := repeated_keys(keys):
-        raise ValueError(
-            f"Several images have the same key: {', '.join(map(repr, duplicates))}. Name a column that tells them apart "
-            "with --key_column, or tell them apart by their row with --number_rows."
-        )
-    about |= {"num_rows": len(keys), "keys_sha256": hashlib.sha256(hash_keys(keys).tobytes()).hexdigest()}
+    keys, about_keys = distinct_keys(dataset, args.image_column_name, args.key_column, args.number_rows)
+    about |= about_keys
     per_shard = args.rows_per_shard or default_rows_per_shard(len(keys))
     return ImageBatches(dataset, args.image_column_name, keys, per_shard, args.batch_size), about
 
 
+@dataclass
+class Annotation:
+    """What becomes a label set.
+
+    Args:
+        annotator: Who makes the labels.
+        score_map: From prepared pixels to its scores, see `Scorer`.
+        class_names: Classes of the labels.
+        rows: Rows in batches.
+        prepare: Prepares the images of batches ahead, by so many workers: see `prepared_ahead`.
+        about: What the record says of the images.
+        title: Of the card.
+        writer_class: What writes the shards.
+    """
+
+    annotator: Annotator
+    score_map: Callable[[torch.Tensor], torch.Tensor]
+    class_names: tuple[str, ...]
+    rows: Any
+    prepare: Callable[[Iterable, int], Iterator]
+    about: dict[str, Any]
+    title: str
+    writer_class: type[LabelSetWriter] = LabelSetWriter
+
+    def writer(self, args: AnnotateArguments) -> LabelSetWriter:
+        """The writer of the label set."""
+        layout = LabelSetLayout(self.class_names, args.top_k, tuple(self.annotator.dense.grid_size), args.score_type)
+        # not --on_error: finished shards are the same whatever it says
+        options = {"scores": args.scores, "batch_size": args.batch_size, "bf16": args.bf16}
+        settings = {**self.about, **self.annotator.provenance, **options, "max_samples": args.max_train_samples}
+        versions = package_versions(torch, transformers, timm, PIL)
+        folder, per_shard = Path(args.output_dir), self.rows.rows_per_shard
+        return self.writer_class(folder, args.train_split, layout, settings, versions, per_shard)
+
+
 def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     """Writes the shards of this process; the main process completes the set."""
-    main = accelerator.is_main_process
     PixelLimit(args.max_image_pixels)
     dataset = open_images(args)
-    image_size = parse_image_size(args.annotator_image_size, "`annotator_image_size`")
-    source = (args.annotator_revision, args.annotator_trust_remote_code, args.random_weights)
-    annotator = load_annotator(args.annotator, image_size, args.fit, accelerator.device, *source)
-    class_names = match(args, annotator, dataset)
-    layout = LabelSetLayout(class_names, args.top_k, tuple(annotator.dense.grid_size), args.score_type)
+    annotator, class_names = open_annotator(args, dataset, accelerator.device)
     rows, about = open_rows(args, dataset)
-    # not --on_error: finished shards are the same whatever it says
-    options = {"scores": args.scores, "batch_size": args.batch_size, "bf16": args.bf16}
-    settings = {**about, **annotator.provenance, **options, "max_samples": args.max_train_samples}
-    versions = package_versions(torch, transformers, timm, PIL)
-    writer = LabelSetWriter(Path(args.output_dir), args.train_split, layout, settings, versions, rows.rows_per_shard)
+    column, note = args.label_column_name, None
+    if not args.streaming and isinstance(dataset.features.get(column), datasets.ClassLabel):
+        note = describe_classes(dataset, args.train_split, column)
+    title = f"Token labels of {about['dataset']} ({args.train_split}) by {annotator.provenance['annotator']}"
+    prepare = partial(prepared_ahead, preprocessing=annotator.preprocessing)
+    annotation = Annotation(annotator, annotator.score_map, class_names, rows, prepare, about, title)
+    write_label_set(args, annotation, accelerator, note)
+    if accelerator.is_main_process and not args.streaming:
+        for line in compare_with_labels(Path(args.output_dir), dataset, args.dataset_name, args.train_split, column):
+            print(line)
+
+
+def write_label_set(
+    args: AnnotateArguments, annotation: Annotation, accelerator: Accelerator, note: str | None = None
+) -> None:
+    """Writes the shards of this process; the main process completes the set, and says `note` before the work.
+
+    Raises:
+        ValueError: If the output folder holds something else, or nothing can be written or uploaded.
+    """
+    main, writer = accelerator.is_main_process, annotation.writer(args)
     problem, target = [None], None
     if main:
         try:
@@ -169,30 +247,25 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     broadcast_object_list(problem)
     if problem[0] is not None:
         raise ValueError(problem[0])
-    column = args.label_column_name
-    if main and not args.streaming and isinstance(dataset.features.get(column), datasets.ClassLabel):
-        print(describe_classes(dataset, args.train_split, column), flush=True)
+    if main and note is not None:
+        print(note, flush=True)
     try:
-        write_shards(args, annotator, rows, writer, accelerator)
+        write_shards(args, annotation, writer, accelerator)
         accelerator.wait_for_everyone()
-        if not main:
-            return
-        title = f"Token labels of {about['dataset']} ({args.train_split}) by {annotator.provenance['annotator']}"
-        print("\n".join(finish_label_set(writer, rows.num_shards, title, target)))
+        if main:
+            print("\n".join(finish_label_set(writer, annotation.rows.num_shards, annotation.title, target)))
     finally:
         writer.release()
 
 
 def write_shards(
-    args: AnnotateArguments,
-    annotator: Annotator,
-    rows: ImageBatches | StreamedImageBatches,
-    writer: LabelSetWriter,
-    accelerator: Accelerator,
+    args: AnnotateArguments, annotation: Annotation, writer: LabelSetWriter, accelerator: Accelerator
 ) -> None:
     """Annotates and writes every n-th of the shards that are not there yet, with a progress bar in the main process."""
-    scorer = Scorer(annotator.score_map, writer.layout, args.scores, accelerator.device, accelerator.autocast)
-    builder = ShardBuilder(scorer, writer.layout, keep_damaged=args.on_error == "empty")
+    rows, heads = annotation.rows, annotation.annotator.fold_heads
+    scorer = Scorer(annotation.score_map, writer.layout, args.scores, accelerator.device, accelerator.autocast)
+    choose_heads = None if heads is None else heads.choose
+    builder = ShardBuilder(scorer, writer.layout, args.on_error == "empty", choose_heads)
     workers = args.num_workers or max(1, num_cpu_cores() // accelerator.num_processes)
     share = f", share of process 1 of {accelerator.num_processes}" if accelerator.num_processes > 1 else ""
     rank, number, total = accelerator.process_index, accelerator.num_processes, None
@@ -209,11 +282,23 @@ def write_shards(
         total=total, desc=f"Annotating{share}", unit="image", disable=not accelerator.is_main_process
     )
     with progress:
-        for batch, images in prepared_ahead(batches, annotator.preprocessing, workers):
+        for batch, images in annotation.prepare(batches, num_workers=workers):
             table = builder.add(batch.keys, images, batch.is_last)
             progress.update(len(images))
             if table is not None:
                 writer.write(batch.shard, table)
+    if heads is not None and accelerator.is_main_process:
+        print(f"{heads.describe()}{share}", flush=True)
+
+
+def run(args: AnnotateArguments, accelerated: Callable[[AnnotateArguments, Accelerator], None] = annotate) -> None:
+    """Sets up the processes of the program, and calls in each of them what annotates."""
+    # a process that has fewer shards waits for the others, however long
+    waiting, precision = InitProcessGroupKwargs(timeout=WAITING), "bf16" if args.bf16 else "no"
+    is_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=is_cpu, mixed_precision=precision, kwargs_handlers=[waiting])
+    set_up_cpu(accelerator.device)
+    accelerated(args, accelerator)
 
 
 @program(PROGRAM.name)
@@ -222,12 +307,7 @@ def main(arguments: list[str]) -> None:
         return
     with PROGRAM.refusals(torch.OutOfMemoryError, of_all_processes=False):
         (args,) = PROGRAM.parse(arguments)
-        # a process that has fewer shards waits for the others, however long
-        waiting, precision = InitProcessGroupKwargs(timeout=timedelta(days=30)), "bf16" if args.bf16 else "no"
-        is_cpu = not torch.accelerator.is_available()
-        accelerator = Accelerator(cpu=is_cpu, mixed_precision=precision, kwargs_handlers=[waiting])
-        set_up_cpu(accelerator.device)
-        annotate(args, accelerator)
+        run(args)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from typing import ClassVar, Literal
 from transformers.hf_argparser import HfArg
 
 from ..data.images import MAX_PIXELS_HELP, parse_image_size
+from ..data.unlabeled import UNLABELED_HELP
 from ..hub.repository import HubUploadArguments
+from .text.prompts import PROMPTS_HELP, TEXT_PREFIX, check_text_options
 
 
 DEFAULT_COLUMN = "label"
@@ -27,6 +29,7 @@ class AnnotateArguments(HubUploadArguments):
     dataset_name: str | None = HfArg(
         default=None, help="Images: Hub name, image folder, Parquet file or folder of them.", aliases=["--dataset"]
     )
+    unlabeled_dataset_name: str | None = HfArg(default=None, help=UNLABELED_HELP)
     dataset_config_name: str | None = HfArg(default=None, help="Configuration on the Hub.")
     dataset_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
     train_split: str = HfArg(default="train", help="Split to annotate.", aliases=["--split"])
@@ -47,9 +50,13 @@ class AnnotateArguments(HubUploadArguments):
     on_error: Literal["stop", "empty"] = HfArg(default="stop", help="Damaged image: stop, or an empty label.")
     max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     num_workers: int | None = HfArg(
-        default=None, help="Threads that read and resize images; default: one for each core."
+        default=None, help="Threads that read and resize images, for crops processes; default: one for each core."
     )
-    annotator: str | None = HfArg(default=None, help="Classifier: Hub name or folder of transformers, or timm/NAME.")
+    annotator: str | None = HfArg(
+        default=None,
+        help="Classifier: Hub name or folder of transformers, or timm/NAME; or image-text model: text:NAME (CLIP, SigLIP, CLIPSeg).",
+    )
+    prompts: str | None = HfArg(default=None, help=PROMPTS_HELP)
     annotator_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
     annotator_trust_remote_code: bool = HfArg(
         default=False, help="Allow code of its Hub repository.", aliases=["--trust_remote_code"]
@@ -71,8 +78,9 @@ class AnnotateArguments(HubUploadArguments):
     bf16: bool = HfArg(default=False, help="Run the annotator in bfloat16.")
     output_dir: str | None = HfArg(default=None, help="Folder of the label set; an unfinished one is continued.")
     top_k: int | None = HfArg(default=None, help=f"Classes kept for each cell; default: {TOP_K}.")
-    scores: Literal["logits", "relative"] = HfArg(
-        default="logits", help="Logits as they are, or relative to the classes left out."
+    scores: Literal["logits", "relative"] | None = HfArg(
+        default=None,
+        help="Logits as they are, or relative to the classes left out; default: logits, of text:MODEL relative.",
     )
     score_type: Literal["float16", "int8"] = HfArg(
         default="float16", help="float16 is lossless; int8 rounds scores to 0.375."
@@ -84,6 +92,14 @@ class AnnotateArguments(HubUploadArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
+        if self.streaming and self.unlabeled_dataset_name is not None:
+            raise ValueError(
+                "Images without labels are not added to a stream: leave out `streaming`, or annotate them by themselves."
+            )
         self.top_k = TOP_K if self.top_k is None else self.top_k
+        is_text = self.annotator is not None and self.annotator.startswith(TEXT_PREFIX)
+        self.scores = self.scores or ("relative" if is_text else "logits")
         parse_image_size(self.annotator_image_size, "`annotator_image_size`")
+        options = (self.annotator_class_map, self.annotator_ignore_extra_classes)
+        check_text_options(self.annotator, self.prompts, *options)
         self.check_upload()

@@ -1,5 +1,6 @@
 """Rows of an image dataset in batches that never cross the border of a shard, with their keys; images undecoded."""
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,7 +9,16 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from ..data.image_keys import NO_FIRST_PATH, Strings, path_keys, row_keys, value_keys
+from ..data.image_keys import (
+    NO_FIRST_PATH,
+    Strings,
+    hash_keys,
+    path_keys,
+    read_keys,
+    repeated_keys,
+    row_keys,
+    value_keys,
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,23 @@ class StreamedImageBatches:
         if paths.null_count < len(paths) and not self.number_rows:
             raise ValueError(NO_FIRST_PATH)
         return row_keys(start, start + len(batch))
+
+
+def distinct_keys(
+    dataset: datasets.Dataset, image_column: str, key_column: str | None, number_rows: bool
+) -> tuple[Strings, dict[str, Any]]:
+    """Keys of images, and what the record says of them.
+
+    Raises:
+        ValueError: If keys are missing or not unique.
+    """
+    keys = read_keys(dataset, image_column, key_column, number_rows)
+    if duplicates := repeated_keys(keys):
+        raise ValueError(
+            f"Several images have the same key: {', '.join(map(repr, duplicates))}. Name a column that tells them apart "
+            "with `key_column`, or tell them apart by their row with `number_rows`."
+        )
+    return keys, {"num_rows": len(keys), "keys_sha256": hashlib.sha256(hash_keys(keys).tobytes()).hexdigest()}
 
 
 def column_values(rows: list[dict[str, Any]], column: str, features: datasets.Features | None) -> pa.Array:

@@ -11,12 +11,13 @@ import torch
 from timm.data.random_erasing import RandomErasing
 from torch import nn
 
-from ..data.class_labels import pair_classes
+from ..data.classes.class_labels import pair_classes
 from ..data.images import parse_image_size
 from ..finite import check_weights
 from ..labels.label_crops import CropGeometry, crop_palette_scores
 from ..labels.sparse_targets import SparseTargets
 from .annotator import Annotator, load_annotator
+from .text.prompts import PROMPTS_HELP, TEXT_PREFIX, check_text_options
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,7 +28,8 @@ class AnnotatorArguments:
     """An annotator for training crops, instead of stored labels.
 
     Args:
-        annotator: Image classifier: Hub name or folder of transformers, or `timm/NAME`.
+        annotator: Image classifier: Hub name or folder of transformers, or `timm/NAME`; or `text:` and an image-text model.
+        prompts: JSON file of what the classes mean to an image-text model; default: their names.
         annotator_revision: Revision on the Hub.
         annotator_image_size: Side of its input in pixels, or height and width; default: its own.
         annotator_class_map: File that pairs its classes with those of the data, or `"identity"`; default: by name.
@@ -38,7 +40,10 @@ class AnnotatorArguments:
         annotator_trust_remote_code: Whether code of its Hub repository may run.
     """
 
-    annotator: str | None = field(default=None, metadata={"help": "Classifier that labels every training crop."})
+    annotator: str | None = field(
+        default=None, metadata={"help": "Classifier that labels every training crop, or image-text model: text:NAME."}
+    )
+    prompts: str | None = field(default=None, metadata={"help": PROMPTS_HELP})
     annotator_revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
     annotator_image_size: list[int] | None = field(default=None, metadata={"help": "Its input: side, or both."})
     annotator_class_map: str | None = field(default=None, metadata={"help": "File that pairs classes, or: identity."})
@@ -58,6 +63,8 @@ class AnnotatorArguments:
         if self.annotator_sampling not in ("soft", "hard"):
             raise ValueError(f"`annotator_sampling` must be soft or hard, got {self.annotator_sampling!r}.")
         parse_image_size(self.annotator_image_size, "`annotator_image_size`")
+        options = (self.annotator_class_map, self.annotator_ignore_extra_classes)
+        check_text_options(self.annotator, self.prompts, *options)
 
 
 class DeviceClock:
@@ -204,6 +211,16 @@ class OnlineAnnotator:
         return self.random_erasing(pixel_values.clone()) if self.random_erasing.probability else pixel_values
 
 
+def describe_heads(annotator: OnlineAnnotator) -> str | None:
+    """That an annotator with heads for the images that it was fitted on does not use them in training; `None` for others."""
+    if annotator.annotator.fold_heads is None:
+        return None
+    return (
+        f"The annotator {annotator.annotator.name} has heads for the images that it was fitted on, which only stored labels use: crops in training "
+        "are labeled by the head that has seen them all."
+    )
+
+
 def open_annotator(
     args: Any,
     class_names: list[str],
@@ -227,7 +244,12 @@ def open_annotator(
         device=device,
         revision=args.annotator_revision,
         trust_remote_code=args.annotator_trust_remote_code,
+        class_names=class_names,
+        prompts=args.prompts,
     )
+    options = (DTYPES[args.annotator_dtype], args.random_erasing, args.annotator_sampling == "hard")
+    if args.annotator.startswith(TEXT_PREFIX):  # it has the classes of the data
+        return OnlineAnnotator(annotator, image_mean, image_std, device, *options)
     are_named = not all(name.isdigit() for name in class_names)
     choice = (args.annotator_class_map, args.annotator_ignore_extra_classes)
     annotator.class_map, names = pair_classes(
@@ -238,5 +260,4 @@ def open_annotator(
             f"The annotator {args.annotator} has {len(names)} classes, the data {len(class_names)}. Pair them in a file "
             "(`class_map`)."
         )
-    options = (DTYPES[args.annotator_dtype], args.random_erasing, args.annotator_sampling == "hard")
     return OnlineAnnotator(annotator, image_mean, image_std, device, *options)

@@ -224,10 +224,18 @@ class ShardBuilder:
         scorer: Annotates pixels.
         layout: What the rows share.
         keep_damaged: Whether an image that cannot be read gets an empty label.
+        choose_heads: Called with the content hashes of the images before each forward pass.
     """
 
-    def __init__(self, scorer: Scorer, layout: LabelSetLayout, keep_damaged: bool):
+    def __init__(
+        self,
+        scorer: Scorer,
+        layout: LabelSetLayout,
+        keep_damaged: bool,
+        choose_heads: Callable[[list[int | None]], None] | None = None,
+    ):
         self.scorer, self.layout, self.keep_damaged = scorer, layout, keep_damaged
+        self.choose_heads = choose_heads
         self.batches: list[tuple] = []
 
     def add(self, keys: list[str], images: list[PreparedImage], is_last: bool) -> pa.Table | None:
@@ -248,6 +256,8 @@ class ShardBuilder:
         readable = [offset for offset, image in enumerate(images) if image.pixels is not None]
         if readable:
             pixels = torch.stack([images[offset].pixels for offset in readable])
+            if self.choose_heads is not None:
+                self.choose_heads([images[offset].content_hash for offset in readable])
             maps = self.scorer(pixels, [keys[offset] for offset in readable])
             boxes = [images[offset].box for offset in readable]
             ids[readable], scores[readable] = (spread_to_borders(values, boxes) for values in maps[:2])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..data.class_matching import find_namesakes, has_names, listed
+from ..data.classes.class_matching import find_namesakes, has_names, listed
 
 
 @dataclass(frozen=True)

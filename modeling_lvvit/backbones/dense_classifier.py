@@ -9,8 +9,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
+from ..launching import is_main_process
 from .feature_search import FeatureSearch
+
+
+logger = logging.get_logger(__name__)
+REMEDY = (
+    "so its maps are rough. Better annotators are convolutional networks, and LV-ViTs whose patches have learned to label: "
+    "lvvit train RECIPE self_emerging/labeler"
+)
 
 
 class DenseClassifier(nn.Module):
@@ -30,6 +39,12 @@ class DenseClassifier(nn.Module):
         self.model = model
         self.search = FeatureSearch(model, image_size, forward_options or {})
         self.feature_map = self.search.find()
+        if self.feature_map.class_token and is_main_process():
+            is_untrained = getattr(getattr(model, "config", None), "patch_logits_weight", None) == 0
+            untrained = "the patch head of this LV-ViT was not trained, and " if is_untrained else ""
+            logger.warning(
+                "%s: %sits classifier reads the class token and has never seen single patches, %s.", type(model).__name__, untrained, REMEDY
+            )  # fmt: skip
 
     @property
     def grid_size(self) -> tuple[int, int]:

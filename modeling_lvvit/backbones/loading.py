@@ -46,7 +46,7 @@ def library_errors(errors: tuple[type[Exception], ...]) -> Iterator[None]:
 
 def first_line(error: Exception) -> str:
     """What an error of a library says first; it goes on with advice of its own. A configuration that is not valid says why at the end."""
-    lines = str(error).splitlines() or [type(error).__name__]
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1].strip() if isinstance(error, StrictDataclassError) else lines[0]
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 
-from ..data.multi_label.columns import is_multi_label
+from ..data.classes.multi_label import is_multi_label
 from ..finite import check_weights
 from .class_rows import ClassRows
 from .feature_hook import FeatureHook, find_features, unused_parameters

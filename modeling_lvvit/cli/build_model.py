@@ -25,8 +25,8 @@ from ..backbones.image_processors import fitted_processor
 from ..backbones.loading import BUILDING_ERRORS, LOADING_ERRORS, load_image_processor
 from ..backbones.patch_head import PATCH_HEAD
 from ..configuration_lvvit import LVViTConfig
+from ..data.classes.multi_label import MULTI_LABEL, is_multi_label
 from ..data.image_dataset import read_image_sizes
-from ..data.multi_label.columns import MULTI_LABEL, is_multi_label
 from ..data.sources import looks_local
 from ..finite import check_weights
 from ..modeling_lvvit import LVViTForImageClassification

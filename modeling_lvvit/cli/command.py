@@ -54,10 +54,15 @@ COMMANDS = {
         is_launched=True,
     ),
     "annotate": Command(
-        f"{PACKAGE}.annotators.annotate",
+        f"{PACKAGE}.cli.annotation.__main__",
         "make dense labels with any classifier",
         "path/to/images --annotator timm/dm_nfnet_f6.dm_in1k --output_dir labels",
         is_launched=True,
+    ),
+    "fit-annotator": Command(
+        f"{PACKAGE}.annotators.fitting.program",
+        "make an annotator of own classes from any pretrained network",
+        "path/to/images --backbone timm/vit_small_patch14_dinov2.lvd142m --output_dir annotator",
     ),
     "check": Command(
         f"{PACKAGE}.visualization.check_labels",

@@ -6,9 +6,10 @@ from typing import ClassVar
 from transformers.hf_argparser import HfArg
 
 from ..annotators.online import AnnotatorArguments
+from ..data.classes.multi_label import COLUMNS_HELP, SEPARATOR_HELP, check_label_options
 from ..data.image_dataset import DECODE_HELP
 from ..data.images import MAX_PIXELS_HELP
-from ..data.multi_label.columns import COLUMNS_HELP, SEPARATOR_HELP, check_label_options
+from ..data.unlabeled import UNLABELED_HELP
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN
 from ..token_labeling.transforms import AugmentationConfig
 
@@ -19,6 +20,7 @@ class DataArguments(AnnotatorArguments):
 
     option_groups: ClassVar[dict[str, str]] = {
         "dataset_name": "data",
+        "unlabeled_dataset_name": "images without human labels",
         "token_labels": "dense labels",
         "annotator": "dense labels by an annotator in training",
         "streaming": "data",
@@ -46,6 +48,20 @@ class DataArguments(AnnotatorArguments):
         default=None,
         help="Column of masks with ids of the label column, by which the maps of the model are measured at the end; default: mask, if there.",
         aliases=["--mask_column"],
+    )
+    unlabeled_dataset_name: str | None = HfArg(default=None, help=UNLABELED_HELP)
+    max_labeled_samples: int | None = HfArg(
+        default=None,
+        help="Use the human labels of so many training images only, drawn over all classes. The others learn from dense labels, and "
+        "where there are none they are left out.",
+    )
+    unlabeled_min_confidence: float = HfArg(
+        default=0.0,
+        help="Leave out images without a human label whose label map gives no class this probability, in [0, 1].",
+    )
+    unlabeled_per_class: int | None = HfArg(
+        default=None,
+        help="Of each class that the label maps name, train on so many images without a human label: the surest ones.",
     )
     token_labels: str | None = HfArg(
         default=None, help="Label set to join: Hub name or folder; default: two columns of the data, if there."
@@ -83,10 +99,30 @@ class DataArguments(AnnotatorArguments):
             self.horizontal_flip = AugmentationConfig.horizontal_flip
         self.augmentation()  # raises on bad strengths
         self.check_annotator()
+        if not 0 <= self.unlabeled_min_confidence <= 1:
+            raise ValueError(f"`unlabeled_min_confidence` must lie in [0, 1], got {self.unlabeled_min_confidence}.")
+        for name in ("unlabeled_per_class", "max_labeled_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.selects_unlabeled and self.annotator is not None:
+            raise ValueError(
+                "`unlabeled_min_confidence` and `unlabeled_per_class` choose by stored label maps (`token_labels`)."
+            )
+        if self.streaming and (
+            self.unlabeled_dataset_name is not None or self.max_labeled_samples is not None or self.selects_unlabeled
+        ):
+            raise ValueError(
+                "Images without labels are not added to a stream, nor chosen in one: leave out `streaming`."
+            )
         if self.annotator is not None and self.token_labels is not None:
             raise ValueError("Give --token_labels (stored) or --annotator (labels every crop), not both.")
         if self.annotator is not None:
             self.use_token_labels = False  # of the data's own columns
+
+    @property
+    def selects_unlabeled(self) -> bool:
+        """Whether some images without a human label are left out."""
+        return self.unlabeled_min_confidence > 0 or self.unlabeled_per_class is not None
 
     @property
     def dense_columns(self) -> tuple[str, str]:

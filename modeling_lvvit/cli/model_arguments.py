@@ -10,6 +10,7 @@ from transformers.hf_argparser import HfArg
 from ..configuration_lvvit import LVViTConfig
 from ..data.images import parse_image_size
 from ..options import with_nearest
+from ..variants import AUTO, check_variant
 
 
 # configuration fields that follow from the data or have an option of their own
@@ -56,7 +57,7 @@ class ModelSourceArguments:
     license: str | None = HfArg(
         default=None,
         help="License of the weights for the card, as a name of the Hub (mit, cc-by-4.0); default: that of the model to start "
-        "from, apache-2.0 for random weights.",
+        "from, none for random weights.",
     )
 
     def __post_init__(self):
@@ -114,6 +115,8 @@ class ModelArguments(ModelSourceArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.variant is not None:
+            check_variant(self.variant, AUTO)
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ValueError(f"`crop_pct` must lie in (0, 1], got {self.crop_pct}.")
 

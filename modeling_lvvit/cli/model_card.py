@@ -1,6 +1,7 @@
 """The model card that a training run writes about itself."""
 
 import itertools
+import json
 import math
 import platform
 from collections.abc import Sequence
@@ -26,10 +27,10 @@ from .build_model import model_image_size
 from .model_arguments import ModelSourceArguments
 
 
-DEFAULT_LICENSE = "apache-2.0"
 REPORTED_OPTIONS = (
     "cls_weight", "dense_weight", "cls_target", "patch_target", "mix_methods", "mix_probability", "ema_decay", "base_ema_decay"
 )  # fmt: skip
+OF_PATCHES = ("dense_weight", "cls_target", "patch_target")  # without effect on plain labels
 OPTIONS_WHERE_GIVEN = (
     "class_weights",
     "train_sampling_strategy",
@@ -52,7 +53,7 @@ class Provenance:
         start: The model that it started from: Hub name, or the last part of a path; `None` if its weights were random.
         base_model: The same if it is on the Hub, else `None`.
         license: Fields of a card: `license`, as a name of the Hub, and `license_name` and `license_link` if that is `other`; empty if
-            the license of the weights is unknown.
+            the license of the weights is unknown, or they are the user's own, who has named none.
     """
 
     data: str
@@ -66,7 +67,7 @@ def find_provenance(args: ModelSourceArguments, data: str | None, label_set: str
     """Where a run comes from, by the options that name model, images and label set; `embedded` data is no dataset of the Hub."""
     start = args.model_name_or_path
     hub_names = [name for name in (data, label_set) if name not in (None, embedded) and not _is_local(name)]
-    license_fields = find_license(start, args.model_revision) if start is not None else {"license": DEFAULT_LICENSE}
+    license_fields = find_license(start, args.model_revision) if start is not None else {}
     return Provenance(
         _in_words(data or embedded),
         tuple(hub_names),
@@ -81,7 +82,7 @@ def _is_local(name: str) -> bool:
 
 
 def _in_words(name: str) -> str:
-    return Path(name).name if _is_local(name) else name
+    return Path(name).expanduser().absolute().name if _is_local(name) else name
 
 
 def find_license(model: str, revision: str | None = None) -> dict[str, str]:
@@ -116,6 +117,13 @@ def run_name(trainer: HubTrainer) -> str:
     """What a run is called: as its repository if it has one, else as its folder."""
     name = trainer.hub_model_id or trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name
     return name.rpartition("/")[2]
+
+
+def model_location(trainer: HubTrainer) -> str:
+    """Where the example of a card loads the model from: its repository if it is published, else its folder; a literal of Python."""
+    args = trainer.args
+    repository = trainer.hub_model_id or args.hub_model_id
+    return json.dumps(repository if args.push_to_hub and repository else str(args.output_dir), ensure_ascii=False)
 
 
 def training_facts(trainer: Trainer, options: Sequence[str] = ()) -> dict[str, Any]:
@@ -210,6 +218,14 @@ def model_facts(trainer: TokenLabelTrainer) -> dict[str, Any]:
     return facts | {"image_height": height, "image_width": width}
 
 
+def reported_options(trainer: TokenLabelTrainer) -> list[str]:
+    """Options of the method that had an effect on a run."""
+    without = set() if trainer.trains_patches else set(OF_PATCHES)
+    if not trainer.args.mix_probability:
+        without.add("mix_methods")
+    return [name for name in REPORTED_OPTIONS if name not in without]
+
+
 def write_model_card(
     template: Path,
     trainer: TokenLabelTrainer,
@@ -256,6 +272,7 @@ def write_model_card(
         ),
         template_path=str(template),
         model_name=name,
+        location=model_location(trainer),
         provenance=provenance,
         token_labels=trainer.trains_patches,
         is_multi_label=trainer.is_multi_label,
@@ -270,7 +287,7 @@ def write_model_card(
         metrics={key: f"{100 * value:.2f} %" for key, value in accuracies.items()},
         num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed",
         num_eval=len(trainer.eval_dataset),
-        **training_facts(trainer, REPORTED_OPTIONS),
+        **training_facts(trainer, reported_options(trainer)),
         **facts,
     )
     card.save(Path(args.output_dir) / CARD)

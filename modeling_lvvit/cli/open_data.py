@@ -2,22 +2,26 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 from transformers.utils import logging
 
-from ..data.class_labels import (
+from ..data.classes.class_labels import (
     check_class_names,
     check_columns,
+    class_ids,
     warn_of_missing_classes,
     with_class_ids,
 )
-from ..data.multi_label.columns import class_names, describe_labels, has_lists, label_counts, labelled, with_labels
+from ..data.classes.multi_label import class_names, describe_labels, has_lists, label_counts, labelled, with_labels
 from ..data.sources import dataset_fingerprint, open_splits, streamed_rows
-from ..data.splits import classes_of_rows, find_eval_split, hold_out, select_subset, take_subset
-from ..labels.checks import agreement
+from ..data.splits import classes_of_rows, draw_subset, find_eval_split, hold_out, select_subset, take_subset
+from ..data.unlabeled import add_unlabeled, select_confident, without_labels
+from ..labels.checks import agreement, image_classes
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
+from ..labels.crops import join_crops, read_record
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader
 from .data_arguments import DataArguments
@@ -79,44 +83,153 @@ def _open_rows(
     args: DataArguments, splits: datasets.DatasetDict, eval_name: str | None, labels: LabelSet | None, seed: int
 ) -> OpenedData:
     """Training rows with their label maps, and evaluation rows: those of a split, or some that are held out."""
-    name = args.dataset_name
-    train = _labelled_rows(args, splits[args.train_split])
-    if has_lists(train, args.label_column_name):
-        _check_plain_labels(args, labels is not None)
-    train = with_labels(
-        train, name, args.label_column_name, class_names=None if labels is None else labels.class_names
-    )
-    if eval_name is not None:  # labels may be there for a subset only
-        train = take_subset(train, args.max_train_samples, args.label_column_name)
-    evaluation = label_maps = None
+    name, column = args.dataset_name, args.label_column_name
+    train = _open_training_rows(args, splits[args.train_split], labels)
+    evaluation = with_human_label = None
     if eval_name is not None:
-        evaluation = with_labels(_labelled_rows(args, splits[eval_name]), name, args.label_column_name, like=train)
-    if labels is not None:
-        check_class_names(labels.class_names, train.features[args.label_column_name].names)
-        joined = labels.join(train, args.image_column_name, args.key_column, args.key_pattern)
-        train, label_maps = train if joined.images is None else train.select(joined.images), joined.label_maps
-        _compare_with_labels(label_maps, train, args.label_column_name)
-    elif args.use_token_labels and has_dense_columns(train, args.dense_columns):
-        if has_lists(train, args.label_column_name):
-            raise ValueError(
-                f"Images of {name} have several classes (column {args.label_column_name!r}) and dense labels ({', '.join(args.dense_columns)}), "
-                "which share every token out among classes that exclude each other. `use_token_labels` false trains with the plain labels."
-            )
-        label_maps = LabelMapReader(train, None, *args.dense_columns)
-    if evaluation is None:
-        classes = classes_of_rows(train, args.label_column_name)
-        rows, held_out, eval_name = hold_out(len(train), args.eval_fraction, seed, name, args.train_split, classes)
+        evaluation = with_labels(_labelled_rows(args, splits[eval_name]), name, column, like=train)
+        subset = draw_subset(train, args.max_train_samples, column)  # label maps may be there for a subset only
+        with_human_label = np.isin(subset, draw_subset(train, args.max_labeled_samples, column))
+        train = train if args.max_train_samples is None else train.select(subset)
+    train, label_maps, images = _join_label_maps(args, train, labels)
+    if evaluation is not None:
+        with_human_label = with_human_label if images is None else with_human_label[images]
+    else:
+        classes = classes_of_rows(train, column)
+        is_unlabeled = np.zeros(len(train), bool) if has_lists(train, column) else class_ids(train, column) < 0
+        rows, held_out, eval_name = hold_out(
+            len(train), args.eval_fraction, seed, name, args.train_split, classes, is_unlabeled
+        )
         evaluation = train.select(held_out)
-        rows = rows[select_subset(len(rows), args.max_train_samples, classes[rows])]
+        if is_unlabeled.all() and label_maps is None:
+            raise ValueError(
+                f"No image of {name} has a human label, and labels of training crops say nothing of others."
+            )
+        if is_unlabeled.all():
+            evaluation = _with_classes_of_maps(evaluation, label_maps.select(held_out), column)
+            eval_name += ", by the classes of their label maps"
+        subset = select_subset(len(rows), args.max_train_samples, classes[rows])
+        with_human_label = np.isin(subset, select_subset(len(rows), args.max_labeled_samples, classes[rows]))
+        rows = rows[subset]
         train, label_maps = train.select(rows), label_maps and label_maps.select(rows)
+    is_of_crops = labels is not None and labels.is_of_crops
+    if args.max_labeled_samples is not None:
+        train, label_maps = _hide_labels(args, train, label_maps, with_human_label, is_of_crops)
+    if args.selects_unlabeled:
+        train, label_maps = _select_confident(args, train, label_maps)
+    if is_of_crops:  # of these rows and no others
+        record = read_record(args.token_labels, args.token_labels_revision)
+        keys = (args.image_column_name, args.key_column, args.key_pattern)
+        label_maps = join_crops(labels, record, train, row_options(args, seed), *keys)
+        _compare_with_labels(label_maps, train, column)
     evaluation = take_subset(evaluation, args.max_eval_samples, args.label_column_name)
     for part, rows in (("training", train), ("evaluation", evaluation)):
         if not len(rows):
             raise ValueError(f"There are no {part} rows in {name}.")
-    counts = {"training": label_counts(train, args.label_column_name)}
+    counts = {}
+    if has_lists(train, column) or (class_ids(train, column) >= 0).all():  # others learn classes from label maps
+        counts["training"] = label_counts(train, args.label_column_name)
     counts["evaluation"] = label_counts(evaluation, args.label_column_name)
     warn_of_missing_classes(class_names(train, args.label_column_name), counts)
     return OpenedData(train, evaluation, eval_name, label_maps)
+
+
+def _open_training_rows(args: DataArguments, rows: datasets.Dataset, labels: LabelSet | None) -> datasets.Dataset:
+    """Rows of the training split with classes, -1 for those without a human label, which dense labels allow; images that are added without
+    labels come last."""
+    name, column = args.dataset_name, args.label_column_name
+    has_names = labels is not None and labels.class_names is not None
+    if has_names and args.label_column_names is None and column not in rows.column_names:
+        logger.warning("%s has no column %r: its images are trained on with their dense labels alone.", name, column)
+        rows = without_labels(rows, column, labels.class_names)
+    rows = _labelled_rows(args, rows)
+    if has_lists(rows, column):
+        _check_plain_labels(args, labels is not None)
+    others = [column for column in (args.key_column, *args.dense_columns) if column is not None]
+    rows = add_unlabeled(rows, args.unlabeled_dataset_name, args.image_column_name, column, args.train_split, others)
+    has_dense = labels is not None or args.annotator is not None
+    has_dense = has_dense or (args.use_token_labels and has_dense_columns(rows, args.dense_columns))
+    class_names = None if labels is None else labels.class_names
+    return with_labels(rows, name, column, class_names=class_names, may_be_missing=has_dense)
+
+
+def _join_label_maps(
+    args: DataArguments, train: datasets.Dataset, labels: LabelSet | None
+) -> tuple[datasets.Dataset, LabelMapReader | None, np.ndarray | None]:
+    """Training rows that have a label map; these maps, of a label set or of the data's own columns, `None` without either; and which rows
+    they were, `None` for all."""
+    column = args.label_column_name
+    if labels is not None:
+        check_class_names(labels.class_names, train.features[column].names)
+        if labels.is_of_crops:  # joined when it is known which rows train
+            return train, None, None
+        joined = labels.join(train, args.image_column_name, args.key_column, args.key_pattern)
+        train, label_maps = train if joined.images is None else train.select(joined.images), joined.label_maps
+        _compare_with_labels(label_maps, train, column)
+        return train, label_maps, joined.images
+    if not args.use_token_labels or not has_dense_columns(train, args.dense_columns):
+        return train, None, None
+    if has_lists(train, column):
+        raise ValueError(
+            f"Images of {args.dataset_name} have several classes (column {column!r}) and dense labels ({', '.join(args.dense_columns)}), "
+            "which share every token out among classes that exclude each other. `use_token_labels` false trains with the plain labels."
+        )
+    return train, LabelMapReader(train, None, *args.dense_columns), None
+
+
+def _hide_labels(
+    args: DataArguments,
+    train: datasets.Dataset,
+    label_maps: LabelMapReader | None,
+    with_human_label: np.ndarray,
+    is_of_crops: bool,
+) -> tuple[datasets.Dataset, LabelMapReader | None]:
+    """Training rows of which some lose their human label; without dense labels these rows are left out."""
+    column, count = args.label_column_name, int((~with_human_label).sum())
+    if has_lists(train, column):
+        raise ValueError("`max_labeled_samples` is for images with one class each.")
+    if label_maps is None and args.annotator is None and not is_of_crops:
+        logger.warning("%d of %d training images are left out, beyond `max_labeled_samples`.", count, len(train))
+        return train.select(np.flatnonzero(with_human_label)), None
+    feature, ids = train.features[column], np.where(with_human_label, class_ids(train, column), -1)
+    return train.remove_columns(column).add_column(column, ids, feature=feature), label_maps
+
+
+def _with_classes_of_maps(rows: datasets.Dataset, label_maps: LabelMapReader, column: str) -> datasets.Dataset:
+    """Rows whose class is the one that their label map gives the whole image."""
+    logger.warning(
+        "No image has a human label: evaluation tells how often the model finds the class of the label map, not how often it is right."
+    )
+    feature = rows.features[column]
+    return rows.remove_columns(column).add_column(
+        column, image_classes(label_maps, feature.num_classes)[0], feature=feature
+    )
+
+
+def _select_confident(
+    args: DataArguments, train: datasets.Dataset, label_maps: LabelMapReader | None
+) -> tuple[datasets.Dataset, LabelMapReader]:
+    """Without the images that have no human label and no sure label map; says how many these are."""
+    if label_maps is None:
+        raise ValueError(
+            "`unlabeled_min_confidence` and `unlabeled_per_class` choose images by label maps of whole images, and there are none: give `token_labels`."
+        )
+    is_unlabeled = class_ids(train, args.label_column_name) < 0
+    num_classes = train.features[args.label_column_name].num_classes
+    best, confidence = image_classes(label_maps, num_classes)
+    rows = select_confident(is_unlabeled, best, confidence, args.unlabeled_min_confidence, args.unlabeled_per_class)
+    logger.warning(
+        "%d of %d images without a human label are left out (`unlabeled_min_confidence` %g%s).",
+        len(train) - len(rows), is_unlabeled.sum(), args.unlabeled_min_confidence,
+        "" if args.unlabeled_per_class is None else f", `unlabeled_per_class` {args.unlabeled_per_class}",
+    )  # fmt: skip
+    return train.select(rows), label_maps.select(rows)
+
+
+def row_options(args: DataArguments, seed: int) -> dict[str, Any]:
+    """Options that choose the training rows of some data."""
+    names = ("train_split", "eval_split", "eval_fraction", "max_train_samples", "unlabeled_dataset_name")
+    return {"seed": seed, **{name: getattr(args, name) for name in names}}
 
 
 def _labelled_rows(args: DataArguments, rows: datasets.Dataset) -> datasets.Dataset:
@@ -186,8 +299,12 @@ def _open_stream(
 
 def _compare_with_labels(label_maps: LabelMapReader, train: datasets.Dataset, label_column: str) -> None:
     """Warns when maps rarely have the class of their image: then they are of other images, or ids mean other classes."""
-    rows = np.unique(np.linspace(0, len(train) - 1, COMPARED_ROWS).astype(np.int64))
-    classes = train.select_columns(label_column).with_format("arrow")[rows.tolist()][label_column].to_numpy()
+    labels = class_ids(train, label_column)
+    labeled = np.flatnonzero(labels >= 0)
+    if not len(labeled):
+        return
+    rows = labeled[np.unique(np.linspace(0, len(labeled) - 1, COMPARED_ROWS).astype(np.int64))]
+    classes = labels[rows]
     try:
         share, _ = agreement(label_maps.select(rows), classes)
     except LabelMapError:  # the check of all rows names it

@@ -127,8 +127,10 @@ def find_recipe(name: str, program: TrainingProgram = TRAIN_TL) -> Path:
     for path in (Path(name), program.recipes / f"{name}.yaml"):
         if path.is_file():
             return path
-    names = ", ".join(recipe_names(program))
-    raise FileNotFoundError(f"There is no recipe file {name}, and the package ships only: {names}.")
+    names = recipe_names(program)
+    raise FileNotFoundError(
+        f"There is no recipe file {with_nearest(name, set(names))}, and the package ships only: {', '.join(names)}."
+    )
 
 
 def read_recipe(path: Path, program: TrainingProgram = TRAIN_TL, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -170,15 +172,26 @@ def fitting_recipe(name: str, model_name_or_path: str | None, program: TrainingP
     return fine_tuning if model_name_or_path and fine_tuning.is_file() else find_recipe(name, program)
 
 
+def read_preset(model_args: Any, program: TrainingProgram = TRAIN_TL) -> dict[str, Any]:
+    """Options of the recipe of `--preset`; none without one."""
+    if model_args.preset is None:
+        return {}
+    return read_recipe(fitting_recipe(model_args.preset, model_args.model_name_or_path, program), program)
+
+
 def describe_preset(model_args: Any, *others: Any, program: TrainingProgram = TRAIN_TL) -> str | None:
     """What `--preset` set, and which of its options were given otherwise; `None` without one."""
     if model_args.preset is None:
         return None
     path = fitting_recipe(model_args.preset, model_args.model_name_or_path, program)
     values = {name: value for part in (model_args, *others) for name, value in vars(part).items()}
-    recipe = read_recipe(path, program)
+    recipe = read_preset(model_args, program)
     held = [f"{name} {value}" for name, value in recipe.items() if values[name] == value]
-    changed = [f"{name} {values[name]}" for name, value in recipe.items() if values[name] != value]
+    # those that another option has ended were not given
+    ended = {other for part in program.arguments for other in getattr(part, "switches_off", {}).values()}
+    changed = [
+        f"{name} {values[name]}" for name, value in recipe.items() if values[name] != value and name not in ended
+    ]
     text = f"preset {path.stem}: {', '.join(held)}"
     return f"{text}; given otherwise: {', '.join(changed)}" if changed else text
 

@@ -4,7 +4,8 @@ import dataclasses
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..launching import (
     end_launcher_at_interrupt,
     end_together,
     end_with_launcher,
+    hear_interrupts,
     is_main_process,
     set_up_cpu,
     start_missing_processes,
@@ -70,6 +72,7 @@ def run_program(
         start: How it is started again in further processes: its path, or `--module` and its name.
         prepare: From the objects with its options to the run; whatever can go wrong before training goes wrong here.
     """
+    hear_interrupts()
     if start_missing_processes(start, arguments):
         return
     end_with_launcher()
@@ -85,7 +88,8 @@ def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], argument
     began = time.time()
     try:
         model_args, data_args, training_args = parse(arguments, program)
-        run = prepare(model_args, data_args, training_args)
+        with leaving_no_empty_folder(Path(training_args.output_dir)):
+            run = prepare(model_args, data_args, training_args)
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(program.message(error) if is_main_process() else 1)
     except KeyboardInterrupt:
@@ -118,6 +122,19 @@ def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], argument
     if is_trained:
         push_finished_run(trainer, program.name)
     end_together()  # a process that leaves with its connections open may abort
+
+
+@contextmanager
+def leaving_no_empty_folder(folder: Path) -> Iterator[None]:
+    """Removes a folder that was made in the block if an error ends that before anything was written."""
+    was_there = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not was_there and is_main_process():
+            with suppress(OSError):  # it holds something, or was not made
+                folder.rmdir()
+        raise
 
 
 def describe_early_stopping(args: BaseImageTrainingArguments, is_trained: bool = True) -> list[str]:

@@ -106,11 +106,15 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int | tuple[int, int]]) -> list[dict[str, Any]]:
         """Samples of several rows; PyTorch's `DataLoader` calls this once for each batch. A row that is drawn several times in an epoch
         is a pair of its number and how often it was drawn before, so that its samples differ."""
+        return self.draw(indices, *self.seed_and_epoch())
+
+    def draw(self, indices: list[int | tuple[int, int]], run_seed: int, epoch: int) -> list[dict[str, Any]]:
+        """Samples of several rows as a seed and an epoch draw them, whatever `start_epoch` was called with; an epoch of -1 draws from the
+        generators as they are."""
         draws = [index[1] if isinstance(index, tuple) else 0 for index in indices]
         indices = [index[0] if isinstance(index, tuple) else index for index in indices]
         table = self.rows[indices]
         fetched, images = self.fetch(table, indices), table[self.image_column]
-        run_seed, epoch = self.seed_and_epoch()
         samples = []
         with preserve_rng_state() if epoch >= 0 else nullcontext():
             for offset, index in enumerate(indices):
@@ -157,7 +161,9 @@ class ImageDataset(torch.utils.data.Dataset):
             logger.warning(
                 "This build of torchvision says nothing of damage inside a JPEG: only what Pillow refuses is noticed."
             )
-        starts = progress_bar(range(0, len(self), ROWS_PER_CHECK), desc=f"Checking {self.name} data", unit="batch")
+        starts = progress_bar(
+            range(0, len(self), ROWS_PER_CHECK), desc=f"Checking the images ({self.name})", unit="batch"
+        )
         for start, reports in zip(starts, self._examined(decode)):
             table = self.rows[start : start + ROWS_PER_CHECK]
             images = table[self.image_column]

@@ -297,3 +297,7 @@ class Normalization:
         """uint8 `[3, height, width]` to float32 of the same shape."""
         pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         return pixels.mul_(self.scale).add_(self.shift)
+
+    def inverse(self, values: torch.Tensor) -> torch.Tensor:
+        """Normalized values of 8-bit ones to uint8, `[3, height, width]`."""
+        return ((values - self.shift) / self.scale).round().clamp(0, 255).to(torch.uint8)

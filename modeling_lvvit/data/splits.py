@@ -1,6 +1,7 @@
 """Which split trains, which one evaluates, and rows held out where there is none."""
 
 import math
+from collections.abc import Sequence
 
 import datasets
 import numpy as np
@@ -9,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
-from .class_labels import read_column
-from .multi_label.columns import is_list, rarest_classes
+from .classes.class_labels import read_column
+from .classes.multi_label import is_list, rarest_classes
 
 
 logger = logging.get_logger(__name__)
@@ -80,11 +81,13 @@ def select_subset(num_rows: int, count: int | None, classes: np.ndarray | None =
     return np.sort(order[: max(count, 0)])
 
 
-def split_to_evaluate(splits: datasets.DatasetDict, wanted: str | None) -> str | None:
-    """Name of the split that a trained model is evaluated on: the wanted one, else one that is called so, else the only one; `None` if
+def split_to_evaluate(
+    splits: datasets.DatasetDict, wanted: str | None, preferred: Sequence[str] = EVALUATION_SPLITS
+) -> str | None:
+    """Name of the split that a trained model is evaluated on: the wanted one, else the first of some names, else the only one; `None` if
     there is none of these."""
     only = list(splits) if len(splits) == 1 else []
-    candidates = [*EVALUATION_SPLITS, *only] if wanted is None else [wanted]
+    candidates = [*preferred, *only] if wanted is None else [wanted]
     return next((name for name in candidates if name in splits), None)
 
 
@@ -106,7 +109,13 @@ def classes_of_rows(rows: datasets.Dataset, column: str) -> np.ndarray:
 
 
 def hold_out(
-    num_rows: int, fraction: float, seed: int, name: str, split: str, classes: np.ndarray | None = None
+    num_rows: int,
+    fraction: float,
+    seed: int,
+    name: str,
+    split: str,
+    classes: np.ndarray | None = None,
+    is_unlabeled: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Training rows that stay, those that are held out for evaluation, and what the latter are called.
 
@@ -114,11 +123,26 @@ def hold_out(
         fraction: Share of the training rows to evaluate on, in (0, 1).
         name, split: What messages call the dataset, and its training split.
         classes: Class of each row; no class is held out wholly, unless all have a single row.
+        is_unlabeled: Bool `(num_rows,)`, rows without a human label, which are not held out unless no row has one.
 
     Raises:
         ValueError: If there are too few.
     """
     logger.warning("No evaluation split: %.0f %% of the training rows are held out for it.", 100 * fraction)
+    if is_unlabeled is not None and 0 < is_unlabeled.sum() < num_rows:
+        labeled = np.flatnonzero(~is_unlabeled)
+        parts = _hold_out_rows(len(labeled), fraction, seed, name, classes[labeled])
+        training, held_out = (labeled[part] for part in parts)
+        training = np.concatenate([training, np.flatnonzero(is_unlabeled)])
+    else:
+        training, held_out = _hold_out_rows(num_rows, fraction, seed, name, classes)
+    return training, held_out, f"{100 * fraction:.0f} % of {split}, held out"
+
+
+def _hold_out_rows(
+    num_rows: int, fraction: float, seed: int, name: str, classes: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`hold_out` where all rows have a label, or none."""
     if num_rows < 2:
         raise ValueError(f"{name} has {num_rows} rows, too few for training and evaluation.")
     order = np.random.default_rng(seed).permutation(num_rows)
@@ -126,7 +150,7 @@ def hold_out(
     held_out, training = order[:count], order[count:]
     if classes is not None:
         _keep_all_classes(training, held_out, classes - classes.min())  # hidden labels are -1
-    return training, held_out, f"{100 * fraction:.0f} % of {split}, held out"
+    return training, held_out
 
 
 def _keep_all_classes(training: np.ndarray, held_out: np.ndarray, classes: np.ndarray) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from transformers.hf_argparser import HfArg
 
-from ..console import program
+from ..console import program, require
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..launching import set_up_cpu
 from ..options import Program
+from .space import export_space
 
 
 @dataclass
@@ -43,32 +44,31 @@ PROGRAM = Program("lvvit demo", __doc__, (DemoArguments,), ("model_name_or_path"
 @program(PROGRAM.name)
 def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
-    with PROGRAM.refusals(OverflowError):  # for impossible ports
+    with PROGRAM.refusals(OverflowError, ImportError):  # for impossible ports, and a page without gradio
         (args,) = PROGRAM.parse(arguments)
         show(args)
 
 
 def show(args: DemoArguments) -> None:
     """Opens the page, or writes a Space."""
-    try:
-        import gradio as gr
+    if args.export_space is None:
+        require("demo", "gradio")
+    from .explanation import Explainer  # not above: what is missing is said first
+    from .segmentation import Segmenter, is_segmentation_model
 
-        from .explanation import Explainer
-        from .page import build_page, build_segmentation_page
-        from .segmentation import Segmenter, is_segmentation_model
-        from .space import export_space
-    except ImportError as error:
-        raise ValueError(f'{error}. Install what the page needs: pip install "modeling-lvvit[demo]"') from error
     PixelLimit(args.max_image_pixels)
     model_name = args.model_name_or_path
-    if is_segmentation_model(model_name):
-        build, model = build_segmentation_page, Segmenter(model_name)
-    else:
-        build, model = build_page, Explainer(model_name, args.trust_remote_code)
+    is_segmenter = is_segmentation_model(model_name)
+    model = Segmenter(model_name) if is_segmenter else Explainer(model_name, args.trust_remote_code)
     if args.export_space is not None:
         export_space(model_name, Path(args.export_space), args.trust_remote_code)
         print(f"saved to {args.export_space}")
         return
+    import gradio as gr
+
+    from .page import build_page, build_segmentation_page
+
+    build = build_segmentation_page if is_segmenter else build_page
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
     build(model).launch(server_name=args.host, server_port=args.port, share=args.share, theme=theme)
 

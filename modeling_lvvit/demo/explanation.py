@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..annotators.annotator import load_annotator
 from ..backbones.loading import FORWARD_ERRORS, library_errors
-from ..data.class_matching import readable_names
+from ..data.classes.class_matching import readable_names
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..visualization.figures import MIN_STRENGTH, best_cells, heat, note_on_weak_cells
 from ..visualization.panels import short, shown_image

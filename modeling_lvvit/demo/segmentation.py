@@ -6,7 +6,7 @@ from torchvision.transforms import v2
 from transformers import AutoConfig
 
 from ..backbones.loading import LOADING_ERRORS, library_errors, load_image_processor, transformers_class_names
-from ..data.class_matching import shown_names
+from ..data.classes.class_matching import shown_names
 from ..data.images import Normalization
 from ..finite import check_weights
 from ..modeling_lvvit import LVViTForSemanticSegmentation

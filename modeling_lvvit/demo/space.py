@@ -68,7 +68,7 @@ def export_space(model: str, folder: Path, trust_remote_code: bool = False) -> N
 
 
 def space_requirements() -> list[str]:
-    """Those of this package, and gradio in the version that is installed.
+    """Those of this package and of its extra `demo`; gradio in the version that is installed, if one is.
 
     Raises:
         ValueError: If the package is not installed, so that no one knows them.
@@ -80,14 +80,24 @@ def space_requirements() -> list[str]:
             "The requirements of a Space are those of this package: install it first (`pip install -e .`)."
         ) from error
     plain = [line for line in lines if "extra ==" not in line]
-    return [*sorted(plain), f"gradio=={version('gradio')}"]
+    installed = gradio_version()
+    demo = [line.partition(";")[0].strip() for line in lines if re.search(r"""extra == ["']demo["']""", line)]
+    return [*sorted(plain), *(demo if installed is None else [f"gradio=={installed}"])]
+
+
+def gradio_version() -> str | None:
+    """The version of gradio that is installed; `None` if none is: a Space can be written without it."""
+    try:
+        return version("gradio")
+    except PackageNotFoundError:
+        return None
 
 
 def _card(title: str, model_id: str | None) -> RepoCard:
     data = SpaceCardData(
         title=re.sub(r"[^\w .-]+", " ", title)[-40:],
         sdk="gradio",
-        sdk_version=version("gradio"),
+        sdk_version=gradio_version(),
         app_file="app.py",
         models=[model_id] if model_id else None,
     )

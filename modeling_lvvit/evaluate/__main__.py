@@ -17,8 +17,8 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 
 from ..console import ignore_interrupts, program, progress_bar
+from ..data.classes.multi_label import describe_labels
 from ..data.images import PixelLimit, SampleError
-from ..data.multi_label.columns import describe_labels
 from ..data.sampling import ShardedEvalSampler
 from ..deployment import prepare_for_cpu
 from ..finite import NotFiniteError, check_scores
@@ -30,7 +30,7 @@ from .arguments import EvaluationArguments
 from .class_reports import CollectedProbabilities, PerClassReports, ProbabilityReports, check_problem_types
 from .classifier import Classifier, load_classifier
 from .prediction_table import find_positive
-from .report import markdown_table, notes_on, notes_on_corruptions, save_results
+from .report import markdown_table, note_on_training, notes_on, notes_on_corruptions, save_results
 from .scores import ClassificationScores, find_real_labels, mean_corruption_error
 from .test_sets import TestSet, corruption_folders, model_class_map, open_test_set, reassessed_labels
 from .two_classes import Wish
@@ -235,6 +235,7 @@ def evaluate_all(
             if collected is not None:
                 scores |= probability_reports.add(collected, classifier.name, test_set, state.is_main_process)
             notes = notes_on(scores, test_set, args.label_column_name, len(classifier.class_names), seen is not None)
+            notes += filter(None, [note_on_training(classifier.name, test_set)])
             facts = {"split": test_set.split, "classes": len(test_set.class_names), "notes": notes}
             record["results"][test_set.name] = {**facts, **scores}
             save()

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from transformers.hf_argparser import HfArg
 
+from ..data.classes.multi_label import COLUMNS_HELP, SEPARATOR_HELP, check_label_options
 from ..data.images import MAX_PIXELS_HELP, parse_image_size
-from ..data.multi_label.columns import COLUMNS_HELP, SEPARATOR_HELP, check_label_options
 from .classifier import InputOptions
 from .two_classes import Wish
 

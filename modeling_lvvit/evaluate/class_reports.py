@@ -99,7 +99,7 @@ class PerClassReports:
         model, name, images = short_name(classifier), short_name(test_set.name), int(confusions.counts.sum())
         about = f"{model} on {images:,} images of {name} ({test_set.split})"
         if self.names.output is None:
-            files = "--output FILE.json writes the confusion matrix (PNG) and these scores (JSON) next to it"
+            files = "--output_file FILE.json writes the confusion matrix (PNG) and these scores (JSON) next to it"
             self.texts.append(f"{about}: {describe_classes(test_set.class_names, confusions)}\n{files}")
             return measures
         stem = self.names.next(classifier, test_set)

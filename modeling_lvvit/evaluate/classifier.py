@@ -28,7 +28,7 @@ from ..backbones.loading import (
 )
 from ..backbones.resize import must_interpolate, native_image_size, resize_classifier
 from ..configuration_lvvit import LVViTConfig
-from ..data.multi_label.columns import is_multi_label
+from ..data.classes.multi_label import is_multi_label
 from ..data.sources import looks_local
 from ..finite import check_scores
 

@@ -23,13 +23,14 @@ from transformers.hf_argparser import HfArg
 from ..console import ignore_interrupts, program, progress_bar
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, SampleError, parse_image_size
 from ..data.sampling import ShardedEvalSampler
+from ..data.unlabeled import UnlabeledImages, open_images
 from ..deployment import prepare_for_cpu
 from ..finite import NotFiniteError, check_scores
 from ..launching import end_together, join_processes
 from ..options import Program
 from ..token_labeling.multi_label import THRESHOLD
 from .classifier import Classifier, InputOptions, load_classifier
-from .predicted_images import ImagesToPredict, Inputs, PredictionDataset, open_images
+from .predicted_images import Inputs, PredictionDataset
 from .prediction_table import Decision, Prediction, describe_predictions, find_positive, read_threshold, write_table
 
 
@@ -128,7 +129,7 @@ def decide(args: PredictArguments, classifier: Classifier) -> Decision:
     return Decision(names, False, threshold, find_positive(names, positive))
 
 
-def prepare(args: PredictArguments, is_main_process: bool) -> tuple[Classifier, Decision, ImagesToPredict]:
+def prepare(args: PredictArguments, is_main_process: bool) -> tuple[Classifier, Decision, UnlabeledImages]:
     """Everything that can go wrong before the work."""
     PixelLimit(args.max_image_pixels)
     images = open_images(
@@ -151,7 +152,7 @@ def prepare(args: PredictArguments, is_main_process: bool) -> tuple[Classifier, 
 
 @torch.inference_mode()
 def predict(
-    classifier: Classifier, decision: Decision, images: ImagesToPredict, args: PredictArguments, state: PartialState
+    classifier: Classifier, decision: Decision, images: UnlabeledImages, args: PredictArguments, state: PartialState
 ) -> list[Prediction]:
     """Predictions of all images, in their order; every process takes its share, and gets those of all.
 

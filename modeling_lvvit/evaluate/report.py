@@ -10,38 +10,46 @@ import numpy as np
 
 from ..cli.model_card import library_versions
 from ..data.atomic_files import write_json
-from ..data.multi_label.columns import label_counts
+from ..data.classes.multi_label import label_counts
 from ..data.sources import short_name
 from ..token_labeling.multi_label import METRICS
+from ..training.checkpoints import data_record, read_data_record
 from .scores import ALEXNET_ERRORS, missing_corruptions
 from .test_sets import TestSet
 
 
 MEASURES = {"accuracy": "top-1", "top5_accuracy": "top-5", "real_accuracy": "ReaL"}
+TEXTS = ("model", "input", "test set")  # headings of columns to the left
 
 
 def markdown_table(results: Sequence[dict[str, Any]]) -> str:
     """A row for each model and test set, accuracies in per cent; a row for the corruptions with their mean error (AlexNet 100). Test sets
     whose images have several classes have a table of their own."""
-    lines = ["| model | parameters | input | test set | images | top-1 | top-5 | ReaL | mCE |"]
-    lines.append("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    several = ["| model | parameters | input | test set | images | mAP | micro F1 | macro F1 | all classes right |"]
-    several.append(lines[1])
+    head = ("model", "parameters", "input", "test set", "images")
+    single = [(*head, *MEASURES.values(), "mCE")]
+    several = [(*head, "mAP", "micro F1", "macro F1", "all classes right")]
     for record in results:
         shape = " x ".join(map(str, record["input_size"]))
-        head = f"| {short_name(record['model'])} | {record['parameters'] / 1e6:.1f}M | {shape}"
+        model = (short_name(record["model"]), f"{record['parameters'] / 1e6:.1f}M", shape)
         for name, scores in record["results"].items():
+            row = (*model, f"{short_name(name)} ({scores['split']})", f"{scores['images']:,}")
             if "accuracy" not in scores:
-                row = " | ".join(_percent(scores[measure]) for measure in METRICS)
-                several.append(f"{head} | {short_name(name)} ({scores['split']}) | {scores['images']:,} | {row} |")
-                continue
-            values = " | ".join(_percent(scores.get(measure)) for measure in MEASURES)
-            lines.append(f"{head} | {short_name(name)} ({scores['split']}) | {scores['images']:,} | {values} | |")
+                several.append((*row, *(_percent(scores[measure]) for measure in METRICS)))
+            else:
+                single.append((*row, *(_percent(scores.get(measure)) for measure in MEASURES), ""))
         if "corruptions" in record:
-            number = len(record["corruptions"]["errors"])
-            lines.append(f"{head} | {number} corruptions | | | | | {_percent(record['corruptions'].get('mce'))} |")
-    tables = [table for table in (lines, several) if len(table) > 2] or [lines]
-    return "\n".join(["\n\n".join("\n".join(table) for table in tables), *notes_below(results)])
+            number, error = len(record["corruptions"]["errors"]), _percent(record["corruptions"].get("mce"))
+            single.append((*model, f"{number} corruptions", "", *("" for _ in MEASURES), error))
+    tables = [table for table in (single, several) if len(table) > 1] or [single]
+    return "\n".join(["\n\n".join(map(_as_markdown, tables)), *notes_below(results)])
+
+
+def _as_markdown(table: Sequence[Sequence[str]]) -> str:
+    """A table with its heading, without the columns that have no value in any row."""
+    columns = [column for column in zip(*table) if any(column[1:])] or list(zip(*table))
+    marks = ["---" if column[0] in TEXTS else "---:" for column in columns]
+    heading, *rows = zip(*columns)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, marks, *rows))
 
 
 def notes_below(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -83,6 +91,16 @@ def notes_on(
             f"ReaL {about} of {scores.get('real_images', 0):,} of {images:,} images: the others have no such label"
         )
     return notes
+
+
+def note_on_training(model: str, test_set: TestSet) -> str | None:
+    """A note if a model in a folder was trained on the split that it is evaluated on, as far as its record says."""
+    if read_data_record(model) != data_record(test_set.name, test_set.split):
+        return None
+    return (
+        f"{short_name(model)} was trained on {test_set.split} of {short_name(test_set.name)}, by its record: it has seen all or most of these "
+        "images, and does worse on new ones"
+    )
 
 
 def notes_on_corruptions(errors: dict[str, Any], images: dict[str, int]) -> list[str]:

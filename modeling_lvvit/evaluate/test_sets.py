@@ -8,9 +8,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from ..data.class_labels import check_columns, names_in_data, pair_classes
-from ..data.class_matching import ClassMap
-from ..data.multi_label.columns import are_lists_named, class_names, has_lists, labelled, with_labels
+from ..data.classes.class_labels import check_columns, names_in_data, pair_classes
+from ..data.classes.class_matching import ClassMap
+from ..data.classes.multi_label import are_lists_named, class_names, has_lists, labelled, with_labels
 from ..data.sources import open_splits
 from ..data.splits import draw_subset, split_to_evaluate
 

@@ -11,11 +11,12 @@ from PIL import Image
 from transformers import AutoConfig
 
 from ..backbones.loading import LOADING_ERRORS, first_line, load_image_processor
+from ..console import require
 from ..data.atomic_files import atomic_directory, check_new_directory
 from ..data.sources import looks_local
 from ..finite import NotFiniteError, check_weights
 from ..modeling_lvvit import LVViTForSemanticSegmentation, LVViTPreTrainedModel
-from .onnx_file import export_onnx, require
+from .onnx_file import EXTRA, export_onnx
 from .torch_program import DTYPES, MIN_PATCHES, OUTPUTS, export_program
 from .verification import Agreement, compare, onnx_runner, program_runner
 
@@ -60,7 +61,7 @@ def export_folder(
     """
     check_new_directory(output_dir)
     if file_format == "onnx":
-        require("onnx", "onnxscript", "onnxruntime")
+        require(EXTRA, "onnx", "onnxscript", "onnxruntime")
     model, processor = load(name, revision, trust_remote_code)
     if file_format == "onnx":
         check_script(model, processor)

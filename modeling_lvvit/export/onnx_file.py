@@ -1,6 +1,5 @@
 """A model as an ONNX file."""
 
-import importlib
 import logging
 import warnings
 from pathlib import Path
@@ -8,20 +7,13 @@ from typing import Any
 
 import torch
 
+from ..console import require
 from ..modeling_lvvit import LVViTPreTrainedModel
 from .torch_program import export_program, output_names
 
 
 INPUT = "pixel_values"
-
-
-def require(*packages: str) -> None:
-    """Raises an `ImportError` that says what to install if a package of the extra `export` is missing."""
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ImportError(f'{error}. Install what ONNX files need: pip install -e ".[export]"') from error
+EXTRA = "export"  # of this package, which brings the packages for ONNX
 
 
 def export_onnx(
@@ -45,7 +37,7 @@ def export_onnx(
 
     Raises an `ImportError` if a package is missing, a `ValueError` if the model or the type is another.
     """
-    require("onnx", "onnxscript")
+    require(EXTRA, "onnx", "onnxscript")
     program = export_program(model, dtype, fuse)
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from ..console import require
 from ..finite import finite_flags
 from ..modeling_lvvit import LVViTPreTrainedModel
-from .onnx_file import INPUT, export_onnx, require
+from .onnx_file import EXTRA, INPUT, export_onnx
 
 
 Run = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -50,7 +51,7 @@ class Agreement:
 
 def onnx_runner(path: Path) -> Run:
     """Runs an ONNX file with ONNX Runtime on the CPU; an `ImportError` if that is missing."""
-    require("onnxruntime")
+    require(EXTRA, "onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

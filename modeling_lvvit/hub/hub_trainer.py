@@ -1,5 +1,6 @@
 """What a run publishes: weights as they are evaluated, code, image processor and card; nothing that is a pickle."""
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ GENERATED = "generated_from_trainer"  # tag of the library's drafts
 STAGE = "_published"  # folder in `output_dir` whose content a push in the background uploads
 # not training_...: `datasets` would take that for data of a split, were the folder one of data
 ARGUMENTS = "arguments.json"
+TRAINING_DATA = "training_data"  # in it: which images
 DRAFT = """# {name}
 
 Training in progress: step {step:,} of {steps:,}. These are the weights {kind}; a card with results replaces this page in the end.
@@ -42,6 +44,7 @@ class HubTrainer(Trainer):
 
     push_in_progress: Future | None = None
     published_kind = "of training"  # in words
+    training_data: dict[str, str] | None = None  # for `arguments.json`
 
     @contextmanager
     def published_weights(self) -> Iterator[None]:
@@ -145,7 +148,10 @@ class HubTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            write_text(folder / ARGUMENTS, self.args.to_json_string() + "\n")
+            content = json.loads(self.args.to_json_string())
+            if self.training_data is not None:
+                content[TRAINING_DATA] = self.training_data
+            write_text(folder / ARGUMENTS, json.dumps(content, indent=2) + "\n")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`, but a card that somebody wrote stays: a push would otherwise replace it by the library's draft."""

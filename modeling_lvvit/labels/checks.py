@@ -10,16 +10,26 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..console import progress_bar
 from ..data.image_keys import repeated_keys
 from .columns import SCORES_COLUMN, LabelMapError, label_map_problems, list_nesting
-from .label_crops import top_classes
+from .label_crops import top_classes, whole_image_classes
 from .label_maps import mass_outside
 from .packing import unpack
 from .reader import LabelMapReader, label_class_names
-from .storage import INDEX_COLUMN, KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN, map_problems, read_maps
+from .storage import (
+    EPOCH_COLUMN,
+    INDEX_COLUMN,
+    KEY_COLUMN,
+    NOTE_COLUMN,
+    OUTSIDE_COLUMN,
+    PALETTE_COLUMN,
+    map_problems,
+    read_maps,
+)
 from .writer import DATA, RECORD
 
 
@@ -73,9 +83,9 @@ class LabelSetReport:
             lines.append(f"maps of {rows} x {columns} cells, {k} of {len(self.class_names):,} classes in each")
         if self.stored_mass is not None:
             lines.append(f"scores from {self.score_range[0]:.2f} to {self.score_range[1]:.2f}")
-            line = f"probability outside the classes of a cell: {100 * self.stored_mass:.1f} %"
+            line = f"probability of the classes that a cell does not name: {100 * self.stored_mass:.1f} % in the training targets"
             if self.annotator_mass is not None:
-                line += f" (the annotator's own: {100 * self.annotator_mass:.1f} %)"
+                line += f", {100 * self.annotator_mass:.1f} % by the annotator itself"
             lines.append(line)
         if self.temperature == 0:
             lines.append(
@@ -104,7 +114,7 @@ def check_label_set(folder: Path, split: str = "train") -> LabelSetReport:
         raise FileNotFoundError(f"{folder} has no label set of split {split!r}: there is no {DATA}/{split}-*.parquet.")
     report, sample, masses, keys, outside = LabelSetReport(), [], [], [], []
     for path, table in _tables(paths, report):
-        keys += table[KEY_COLUMN].fill_null("").chunks
+        keys += _keys_in_epochs(table).chunks
         if OUTSIDE_COLUMN in table.column_names:
             outside.append(table[OUTSIDE_COLUMN].drop_null().to_numpy())
         scores = _check_rows(table, path, report)
@@ -121,6 +131,15 @@ def check_label_set(folder: Path, split: str = "train") -> LabelSetReport:
         report.temperature = _proposed_temperature(report, np.concatenate(sample)[:SAMPLED_MAPS])
     _compare_with_record(folder, paths, split, report)
     return report
+
+
+def _keys_in_epochs(table: pa.Table) -> pa.ChunkedArray:
+    """Keys of rows; in a set of crops, where an image has a row in each epoch, with the number of the epoch before them."""
+    keys = table[KEY_COLUMN].fill_null("")
+    if EPOCH_COLUMN not in table.column_names:
+        return keys
+    epochs = table[EPOCH_COLUMN].cast(pa.string()).fill_null("?")
+    return pc.binary_join_element_wise("epoch ", epochs, ", ", keys, "")
 
 
 def agreement(label_maps: LabelMapReader, classes: np.ndarray) -> tuple[float, float]:
@@ -140,6 +159,27 @@ def agreement(label_maps: LabelMapReader, classes: np.ndarray) -> tuple[float, f
         first += int((top_classes(maps, label_maps.num_classes) == expected).sum())
         named += sum(label in palette for label, palette in zip(expected, maps.palettes))
     return first / len(classes), named / len(classes)
+
+
+def image_classes(label_maps: LabelMapReader, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each label map says of its whole image: the most probable class `(n,)` int64, and its probability `(n,)` float32."""
+    parts = []
+    starts = range(0, len(label_maps), ROWS_PER_BATCH)
+    for start in progress_bar(starts, desc="Reading label maps", unit="batch", disable=len(starts) < 2):
+        rows = range(start, min(start + ROWS_PER_BATCH, len(label_maps)))
+        parts.append(whole_image_classes(label_maps.fetch(rows), num_classes))
+    classes, confidence = zip(*parts)
+    return np.concatenate(classes), np.concatenate(confidence)
+
+
+def describe_agreement(first: float, named: float | None, maps: str = "maps") -> list[str]:
+    """The result of `agreement` on what `maps` names, for people, with a warning where few agree; `named` is `None` where every cell names all
+    classes."""
+    also = "" if named is None else f", {100 * named:.1f} % name it"
+    lines = [f"{100 * first:.1f} % of {maps} have the human label as their first class{also}"]
+    if first < 0.5:
+        lines.insert(0, "WARNING: most maps have another first class than their image. Do ids mean the same classes?")
+    return lines
 
 
 def _tables(paths: list[Path], report: LabelSetReport) -> Iterator[tuple[Path, pa.Table]]:

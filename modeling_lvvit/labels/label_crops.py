@@ -257,8 +257,13 @@ def crop_palette_scores(
 
 def top_classes(maps: PaletteMaps, num_classes: int) -> np.ndarray:
     """Most probable class of each whole map, as the class token learns it from an uncropped image, `(n,)`."""
+    return whole_image_classes(maps, num_classes)[0]
+
+
+def whole_image_classes(maps: PaletteMaps, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """`top_classes`, and their probabilities, `(n,)` float32."""
     palette = pad_palettes([torch.from_numpy(classes) for classes in maps.palettes])
     index, scores = torch.from_numpy(maps.index), torch.tensor(maps.scores)
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(palette), 4)
     target, _ = crop_label_maps(palette, index, scores, CropGeometry(whole), (1, 1), num_classes)
-    return target.top_class().numpy()
+    return target.top_class().numpy(), target.top_probability().numpy()

@@ -29,7 +29,7 @@ from ..data.sources import looks_local, open_parquet, open_splits
 from ..hub.file_checks import CARD
 from .packing import unpacked_rows
 from .reader import LabelMapReader, label_class_names
-from .storage import HASH_COLUMN, KEY_COLUMN, PALETTE_COLUMN
+from .storage import EPOCH_COLUMN, HASH_COLUMN, KEY_COLUMN, PALETTE_COLUMN
 from .writer import DATA, RECORD
 
 
@@ -89,6 +89,11 @@ class LabelSet:
         return read_keys(self.rows, key_column=KEY_COLUMN)
 
     @property
+    def is_of_crops(self) -> bool:
+        """Whether the maps are of training crops (`crops.join_crops`), not of whole images."""
+        return EPOCH_COLUMN in self.rows.column_names
+
+    @property
     def knows_numbers_only(self) -> bool:
         """Whether the keys are numbers of images."""
         return bool(len(self.keys)) and self.keys[0].as_py().startswith(ROW_PREFIX)
@@ -120,6 +125,10 @@ class LabelSet:
         Raises:
             ValueError: If images have no label map, or keys are not unique; the message names them.
         """
+        if self.is_of_crops:
+            raise ValueError(
+                "This label set has labels of training crops, which belong to the rows of one training run."
+            )
         has_numbers, label_keys = self.knows_numbers_only, self.keys
         keys = read_keys(dataset, image_column, None if has_numbers else key_column, has_numbers)
         if has_numbers and len(keys) != len(label_keys):
@@ -129,7 +138,7 @@ class LabelSet:
         if key_pattern is not None:
             keys, label_keys = (cut_keys(side, key_pattern) for side in (keys, label_keys))
         row_of = _find_rows(keys, label_keys)
-        self._compare_files(dataset, image_column, row_of, is_strict=has_numbers)
+        self.compare_files(dataset, image_column, row_of, is_strict=has_numbers)
         label_maps, is_empty = LabelMapReader(self.rows, row_of=row_of), self.is_empty
         is_empty = is_empty if row_of is None else is_empty[row_of]
         if not is_empty.any():
@@ -140,10 +149,18 @@ class LabelSet:
         images = np.flatnonzero(~is_empty)
         return JoinedLabels(label_maps.select(images), images, self.class_names)
 
-    def _compare_files(
+    def compare_files(
         self, dataset: datasets.Dataset, image_column: str, row_of: np.ndarray | None, is_strict: bool
     ) -> None:
-        """Compares some files with the hashes of those that were annotated."""
+        """Compares some files with the hashes of those that were annotated.
+
+        Args:
+            row_of: For each image the row of its label; `None` where the orders agree.
+            is_strict: Whether other files are refused; else they are warned of.
+
+        Raises:
+            ValueError: If they are.
+        """
         if HASH_COLUMN not in self.rows.column_names or not len(dataset):
             return
         images = np.unique(np.linspace(0, len(dataset) - 1, HASHED_ROWS).astype(np.int64))
@@ -182,6 +199,11 @@ class LabelLookup:
     """
 
     def __init__(self, labels: LabelSet, key_pattern: str | None = None):
+        if labels.is_of_crops:
+            raise ValueError(
+                "The label set has labels of training crops, which belong to numbered rows, and a stream does not number its images. Train "
+                "without `streaming`."
+            )
         if labels.knows_numbers_only:
             raise ValueError(
                 "The label set knows images by their row number, which a stream does not tell. Annotate with keys from a column "

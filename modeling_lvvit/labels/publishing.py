@@ -1,6 +1,7 @@
 """The end of a label set: its card, and its way to the Hub."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from ..hub.folders import CARD_TEMPLATES
 from ..hub.repository import HubTarget
 from .packing import is_worth_packing
 from .writer import DATA, RECORD, LabelSetWriter
+
+
+FEW_IMAGES = 50_000  # up to which the preset is made for
+OPTIONS_FOR_FEW, OPTIONS_FOR_MANY = "--preset own_images --variant auto", "--variant lvvit_s_224"
 
 
 def finish_label_set(writer: LabelSetWriter, num_shards: int, title: str, target: HubTarget | None) -> Sequence[str]:
@@ -55,6 +60,8 @@ def write_card(writer: LabelSetWriter, record: dict[str, Any], title: str) -> No
         title=title,
         **record,
         is_packed=is_worth_packing(writer.layout.k, len(writer.layout.class_names)),
+        dataset_name=shlex.quote(record["settings"].get("dataset") or "IMAGES"),
+        model_options=OPTIONS_FOR_FEW if record["report"]["num_images"] < FEW_IMAGES else OPTIONS_FOR_MANY,
         class_names=writer.layout.class_names[:MAX_NAMED],
     )
     write_text(writer.folder / CARD, str(card))

@@ -37,6 +37,23 @@ class SparseTargets:
         keep = 1.0 - smoothing
         return replace(self, excess=keep * self.excess, other=keep * self.other + smoothing / self.num_classes)
 
+    def blend_with_labels(self, labels: torch.Tensor, share: torch.Tensor) -> "SparseTargets":
+        """Mixes with one-hot targets, `(1 - share) p + share * onehot(label)`.
+
+        Args:
+            labels: `(batch_size,)` class ids; any number where `share` is 0.
+            share: In [0, 1], of the shape of `other`.
+        """
+        keep, labels = (1.0 - share).to(self.other.dtype), labels.clamp(min=0).long()
+        excess, other = keep.unsqueeze(-1) * self.excess, keep * self.other
+        if self.names_all:
+            ids = labels.view(-1, *[1] * (other.ndim - 1), 1).expand(*other.shape, 1)
+            return replace(self, excess=excess.scatter_add(-1, ids, share.to(excess.dtype).unsqueeze(-1)), other=other)
+        excess = torch.cat([excess, share.to(excess.dtype).unsqueeze(-1)], dim=-1)
+        return replace(
+            self, class_ids=torch.cat([self.class_ids, labels.unsqueeze(1)], dim=1), excess=excess, other=other
+        )
+
     def flip(self) -> "SparseTargets":
         """Targets of the flipped batch: sample b gets those of sample B-1-b."""
         return replace(self, class_ids=self.class_ids.flip(0), excess=self.excess.flip(0), other=self.other.flip(0))
@@ -53,6 +70,10 @@ class SparseTargets:
         is_named.scatter_(1, self.class_ids.clamp(max=length), True)
         unnamed = (~is_named[:, :length]).int().argmax(dim=1).view(-1, *[1] * (best.ndim - 1))
         return torch.where((best <= 0) & (unnamed < self.num_classes), unnamed, top)
+
+    def top_probability(self) -> torch.Tensor:
+        """Probability of `top_class`, of the shape of `other`."""
+        return self.excess.amax(dim=-1).clamp(min=0) + self.other
 
     def to_dense(self) -> torch.Tensor:
         """Probabilities of all classes, the shape of `other` with a last axis of C; for inspection and tests."""

@@ -12,6 +12,7 @@ One row for each image:
                                            of the image as its file stores it, which its Exif orientation turns later
     outside_mass         float32 or null   probability that the annotator gave to classes outside the K, mean of the cells
     image_note           string            what was special about the image
+    epoch                int32             only in a set of training crops (package `crops`): the epoch that draws the crop
 
 The class names are those of the palette's `ClassLabel`. Files have the maps packed, in two other columns (see `packing`), which is undone
 when a set is opened. Sets of earlier versions, of few classes, or of many classes a cell, have the columns above in their files.
@@ -46,6 +47,7 @@ from .packing import pack, packed_leaves, unpack
 
 KEY_COLUMN, HASH_COLUMN, BOX_COLUMN = "image_key", "image_hash", "map_box"
 OUTSIDE_COLUMN, NOTE_COLUMN = "outside_mass", "image_note"
+EPOCH_COLUMN = "epoch"
 SCORE_STEP = 0.375  # unit of uint8 scores: they are off by at most 3/16
 ZERO_SCORE = 86  # uint8 score of 0: they reach from -32.25 to 63.375
 ROWS_PER_GROUP = 4096

@@ -164,6 +164,10 @@ class LabelSetWriter:
         write_json(self.record, record)
         return record
 
+    def repeated_keys(self, keys: pa.ChunkedArray) -> list[str]:
+        """The first of the keys of all rows that come more than once and may not."""
+        return repeated_keys(keys)
+
     def _report(self, num_shards: int) -> dict[str, Any]:
         counts, examples = Counter(), defaultdict(list)
         all_keys, num_empty, outside, size = [], 0, [], 0
@@ -180,7 +184,7 @@ class LabelSetWriter:
                     if len(examples[note]) < MAX_NAMED:
                         examples[note].append(key)
         all_keys = pa.chunked_array(all_keys, pa.string())
-        if duplicates := repeated_keys(all_keys):
+        if duplicates := self.repeated_keys(all_keys):
             raise ValueError(
                 f"Several images have the same key: {', '.join(map(repr, duplicates))}. Take keys from a column "
                 "(`key_column`) or number the rows (`number_rows`), in another folder."

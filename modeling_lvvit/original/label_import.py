@@ -22,8 +22,8 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from ..console import ignore_interrupts, program, progress_bar
-from ..data.class_labels import read_class_names
-from ..data.class_matching import imagenet_class_names
+from ..data.classes.class_labels import read_class_names
+from ..data.classes.class_matching import imagenet_class_names
 from ..hub.repository import HubUploadArguments
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelMaps, LabelSetLayout

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..data.atomic_files import write_atomically, write_json
-from ..data.class_matching import WORDNET_ID, wordnet_names
+from ..data.classes.class_matching import WORDNET_ID, wordnet_names
 from .scores import Confusions
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.class_matching import listed, normalized
+from ..data.classes.class_matching import listed, normalized
 
 
 BALANCED, MEDIAN_FREQUENCY = "balanced", "median_frequency"  # words for weights that are counted

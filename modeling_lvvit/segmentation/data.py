@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
-from ..data.class_labels import read_class_names
+from ..data.classes.class_labels import read_class_names
 from ..data.masks import MANY_VALUES, NEAREST_VALUES, MaskEncoding, has_soft_borders, list_values
 from ..data.sources import looks_local, open_splits
 from ..data.splits import EVALUATION_SPLITS, find_eval_split, hold_out, split_to_evaluate, take_subset

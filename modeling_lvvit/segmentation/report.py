@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
-from ..cli.model_card import Provenance, run_metadata, run_name, training_facts
+from ..cli.model_card import Provenance, model_location, run_metadata, run_name, training_facts
 from ..data.atomic_files import write_json
 from ..hub.file_checks import CARD
 from ..visualization import panel_step, save_segmentation_figure
@@ -120,6 +120,7 @@ def write_segmentation_card(
         run_metadata(name, "image-segmentation", provenance, ["mean_iou", "accuracy"], tags, results),
         template_path=str(template),
         model_name=name,
+        location=model_location(trainer),
         provenance=provenance,
         evaluations=[
             (split, _inference_name(prefix) or "single scale", headline(metrics, prefix))

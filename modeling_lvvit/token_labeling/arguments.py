@@ -69,6 +69,19 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
         help="Target of the patch tokens: dense, the label map, each token its place; image, the human label by the mean of their "
         "scores, so that labels of places emerge and the model can annotate for others (arXiv:2401.03844), without dense labels.",
     )
+    cell_target: Literal["map", "label", "blend", "ignore"] = HfArg(
+        default="map",
+        help="Target of patch tokens whose label map is in doubt (cell_doubt): map, the map all the same; label, the human label; blend, "
+        "the mean of both; ignore, nothing. Without a human label, label and blend keep the map.",
+    )
+    cell_doubt: Literal["contradiction", "confidence", "either"] = HfArg(
+        default="contradiction",
+        help="Which tokens are in doubt: those whose most probable class is not the human label; those for whose class the map has a "
+        "probability below cell_confidence; or either.",
+    )
+    cell_confidence: float = HfArg(
+        default=0.5, help="Lowest probability of a token's class, in [0, 1]; see cell_doubt."
+    )
     class_weights: list[str] | None = HfArg(
         default=None, help=CLASS_WEIGHTS_HELP.format("scaled to a mean of 1 over the training images; ")
     )
@@ -117,11 +130,22 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
     def lengthen(self, num_images: int) -> bool:
         """Raises `num_train_epochs` to what `min_steps` need with so many training images, in whole epochs, unless `max_steps` say how many.
         Returns whether they were too few."""
-        needed = math.ceil(self.min_steps / math.ceil(num_images / self.images_per_step))
+        needed = math.ceil(self.min_steps / self._steps_per_epoch(num_images))
         if self.max_steps > 0 or needed <= self.num_train_epochs:
             return False
         self.num_train_epochs = float(needed)
         return True
+
+    def optimizer_steps(self, num_images: int) -> int:
+        """How many optimizer steps a run with so many training images makes."""
+        return (
+            self.max_steps
+            if self.max_steps > 0
+            else math.ceil(self.num_train_epochs * self._steps_per_epoch(num_images))
+        )
+
+    def _steps_per_epoch(self, num_images: int) -> int:
+        return math.ceil(num_images / self.images_per_step)
 
     def check_options(self) -> None:
         """As in `BaseImageTrainingArguments`."""
@@ -131,10 +155,20 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
             0, "cls_weight", "dense_weight", "warmup_epochs", "cooldown_epochs", "min_steps", *learning_rates
         )
         self.check_numbers(positive=("label_temperature", "mix_alpha", "mixup_alpha"))
-        for name in ("cls_target", "label_crop", "uncovered_tokens", "lr_schedule", "patch_target"):
+        for name in (
+            "cls_target",
+            "cell_target",
+            "cell_doubt",
+            "label_crop",
+            "uncovered_tokens",
+            "lr_schedule",
+            "patch_target",
+        ):
             self.check_choice(name, *get_args(type(self).__dataclass_fields__[name].type))
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"`label_smoothing_factor` must lie in [0, 1), got {self.label_smoothing_factor}.")
+        if not 0 <= self.cell_confidence <= 1:
+            raise ValueError(f"`cell_confidence` must lie in [0, 1], got {self.cell_confidence}.")
         if not 0 <= self.mix_probability <= 1:
             raise ValueError(f"`mix_probability` must lie in [0, 1], got {self.mix_probability}.")
         self._check_mixing_and_average()

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ..data.class_labels import class_ids
+from ..data.classes.class_labels import class_ids
+from ..data.classes.multi_label import is_list, multi_hot
 from ..data.image_dataset import ImageDataset, check_has_columns, with_image_column
 from ..data.images import LYING, SampleError, read_orientation
-from ..data.multi_label.columns import is_list, multi_hot
 from ..labels.columns import LabelMapError
+from ..labels.crops import CropMapReader, with_crop_map
 from ..labels.reader import SIDEWAYS, LabelMapReader, covered_region, turn_with_images
 from ..labels.storage import PaletteMaps
 
@@ -43,7 +44,9 @@ class TokenLabelDataset(ImageDataset):
         transform: Called with an image, and where there are maps with the palette positions, scores and region of its map;
             returns a dict of tensors (`TrainTransform`, `ImageProcessorTransform`).
         ids_column, scores_column: Dense-label columns of the dataset itself, or `None` for both.
-        label_maps: Instead of them, a label set joined to the rows (`LabelSet.join`).
+        label_maps: Instead of them, a label set joined to the rows (`LabelSet.join`), or one of training crops (`join_crops`): then
+            epochs repeat after those that have labels, with their crops.
+        may_lack_labels: Whether the class -1 stands for images without a human label, which dense labels teach.
         name: What messages call the dataset.
 
     Raises:
@@ -60,12 +63,13 @@ class TokenLabelDataset(ImageDataset):
         scores_column: str | None = None,
         name: str = "train",
         label_maps: LabelMapReader | None = None,
+        may_lack_labels: bool = False,
     ):
         if (ids_column is None) != (scores_column is None):
             raise ValueError("Give both dense-label columns, ids and scores, or neither.")
         if ids_column is not None and label_maps is not None:
             raise ValueError("Give dense-label columns or a label set, not both.")
-        self.transform, self.label_column = transform, label_column
+        self.transform, self.label_column, self.may_lack_labels = transform, label_column, may_lack_labels
         dataset = with_image_column(dataset, image_column)
         super().__init__(dataset, [image_column, label_column], name)
         self.label_feature = dataset.features[label_column]
@@ -93,6 +97,15 @@ class TokenLabelDataset(ImageDataset):
         """Whether samples carry dense labels."""
         return self.label_maps is not None
 
+    @property
+    def has_crop_maps(self) -> bool:
+        """Whether these are labels of the very crops that are drawn."""
+        return isinstance(self.label_maps, CropMapReader)
+
+    def start_epoch(self, seed: int, epoch: int) -> None:
+        """As in `ImageDataset`; with labels of crops, the crops of an epoch come again when all epochs with labels are over."""
+        super().start_epoch(seed, epoch % self.label_maps.num_epochs if self.has_crop_maps else epoch)
+
     def fetch(self, table: pa.Table, indices: list[int]) -> tuple[list[int] | torch.Tensor, PaletteMaps | None]:
         """Class ids, or 1 for each class of an image `(rows, classes)`; and, where there are any, label maps."""
         column = table[self.label_column]
@@ -104,12 +117,25 @@ class TokenLabelDataset(ImageDataset):
     ) -> dict[str, Any]:
         """What the transform makes of a row, the palette of its map, and as `labels` its class id, or float32 `(classes,)`."""
         labels, maps = fetched
+        if self.has_crop_maps:
+            try:
+                return {**with_crop_map(self.transform(image), maps, offset), "labels": labels[offset]}
+            except ValueError as error:
+                raise SampleError(
+                    f"The label map of row {index} of the {self.name} data does not belong to its crop in epoch {self.seed_and_epoch()[1]}: "
+                    f"{error}. Seed, augmentation, images and the versions of timm and PyTorch must be those with which the crops were labelled."
+                ) from error
         return {**transformed(self.transform, image, maps, offset), "labels": labels[offset]}
 
     def class_counts(self, num_classes: int) -> np.ndarray:
         """Rows of each class, `(num_classes,)` int64; ids that are none of a class are left out."""
         ids = self.class_ids()
         return np.bincount(ids[(ids >= 0) & (ids < num_classes)], minlength=num_classes)
+
+    @property
+    def num_unlabeled(self) -> int:
+        """Rows without a human label, of class -1."""
+        return 0 if self.is_multi_label else int((self.class_ids() == -1).sum())
 
     def class_ids(self) -> np.ndarray:
         """Class ids of all rows, `(n,)` int64; -1 for missing ones."""
@@ -144,7 +170,8 @@ class TokenLabelDataset(ImageDataset):
             if self.is_multi_label:  # `with_labels` has looked at the lists
                 return []
             labels = table[self.label_column]
-            bad = pc.fill_null(pc.or_(pc.less(labels, 0), pc.greater_equal(labels, num_classes)), True)
+            lowest = -1 if self.may_lack_labels else 0
+            bad = pc.fill_null(pc.or_(pc.less(labels, lowest), pc.greater_equal(labels, num_classes)), True)
             offsets = np.flatnonzero(bad.to_numpy()).tolist()
             problems = [(offset, f"class id {labels[offset]} is outside [0, {num_classes})") for offset in offsets]
             if not self.has_label_maps:
@@ -186,6 +213,8 @@ class TokenLabelDataset(ImageDataset):
 
     def _fetch_maps(self, table: pa.Table, indices: list[int]) -> PaletteMaps:
         try:
+            if self.has_crop_maps:
+                return self.label_maps.fetch_epoch(indices, max(self.seed_and_epoch()[1], 0))
             return turn_with_images(self.label_maps.fetch(indices), table[self.image_column])
         except LabelMapError as error:
             raise SampleError(

@@ -47,6 +47,24 @@ def blend_weight(dense: SparseTargets, labels: torch.Tensor) -> torch.Tensor:
     return torch.where(dense.top_class() == labels, 0.5, 0.9)
 
 
+def doubted_cells(
+    targets: SparseTargets, labels: torch.Tensor, doubt: str = "contradiction", confidence: float = 0.5
+) -> torch.Tensor:
+    """Patch tokens whose label map is in doubt, bool `(batch_size, N)`.
+
+    Args:
+        targets: Of the patch tokens, not smoothed.
+        labels: `(batch_size,)` class ids, negative without a human label.
+        doubt: `"contradiction"`: the most probable class is not the label, where there is one. `"confidence"`: its probability is below
+            `confidence`. `"either"`.
+    """
+    contradicts = (targets.top_class() != labels.unsqueeze(1)) & (labels >= 0).unsqueeze(1)
+    if doubt == "contradiction":
+        return contradicts
+    is_unsure = targets.top_probability() < confidence
+    return is_unsure if doubt == "confidence" else contradicts | is_unsure
+
+
 def token_cross_entropy(
     patch_logits: torch.Tensor,
     targets: SparseTargets,
@@ -177,9 +195,22 @@ class TokenLabelingLoss:
                 image_targets, excess=image_targets.excess.unsqueeze(1), other=image_targets.other.unsqueeze(1)
             )
             partner_share = None if partner_share is None else partner_share.mean(dim=1, keepdim=True)
+        elif token_targets is not None and args.cell_target != "map":
+            token_targets, counted = self._mend_cells(token_targets, labels["labels"], counted)
         token_targets = None if token_targets is None else token_targets.smooth(smoothing)
         options = (args.cls_weight, args.dense_weight, counted, partner_share, self.class_weights)
         return token_labeling_loss(patch_logits, cls_losses, token_targets, *options)
+
+    def _mend_cells(
+        self, targets: SparseTargets, labels: torch.Tensor, counted: torch.Tensor | None
+    ) -> tuple[SparseTargets, torch.Tensor | None]:
+        """Targets of patch tokens and which of them count, after `cell_target`."""
+        args = self.args
+        doubted = doubted_cells(targets, labels, args.cell_doubt, args.cell_confidence)
+        if args.cell_target == "ignore":
+            return targets, ~doubted if counted is None else counted & ~doubted
+        share = 1.0 if args.cell_target == "label" else 0.5
+        return targets.blend_with_labels(labels, share * (doubted & (labels >= 0).unsqueeze(1))), counted
 
     def crop_targets(self, labels: dict[str, torch.Tensor]) -> tuple[CropGeometry, SparseTargets, SparseTargets]:
         """Where the crops lie in the label maps, and the targets of class token and patch tokens, not smoothed."""
@@ -196,8 +227,9 @@ class TokenLabelingLoss:
         """Targets of the class token with the weight of each for every sample."""
         if dense is not None and self.args.cls_target == "dense":
             return [(dense, 1.0)]
-        human = SparseTargets.from_labels(labels, self.num_classes)
-        if dense is None or self.args.cls_target == "label":
+        human = SparseTargets.from_labels(labels.clamp(min=0), self.num_classes)
+        if dense is None:
             return [(human, 1.0)]
-        weight = blend_weight(dense, labels)
+        weight = torch.zeros_like(dense.other) if self.args.cls_target == "label" else blend_weight(dense, labels)
+        weight = torch.where(labels < 0, 1.0, weight)  # without a human label the map is all there is
         return [(dense, weight), (human, 1.0 - weight)]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..annotators.online import OnlineAnnotator
-from ..data.multi_label.columns import is_multi_label
+from ..data.classes.multi_label import is_multi_label
 from ..data.sampling import BALANCED, BalancedSampler
 from ..per_class.scores import AVERAGES, ComputeClassMetrics
 from ..per_class.weights import training_weights

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import timm
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -9,8 +10,9 @@ from transformers.utils import logging
 from ..annotators.online import OnlineAnnotator
 from ..backbones.patch_head import add_patch_head, has_patch_head
 from ..backbones.resize import native_image_size
-from ..data.multi_label.columns import MULTI_LABEL, is_multi_label
+from ..data.classes.multi_label import MULTI_LABEL, is_multi_label
 from ..data.sampling import BALANCED
+from ..labels.crops import check_drawn
 from .arguments import TokenLabelTrainingArguments
 from .dataset import TokenLabelDataset
 from .iterable_dataset import TokenLabelStream
@@ -89,8 +91,51 @@ def check_fit(
             "`train_sampling_strategy` balanced needs to know the class of every image before training, which a stream does not: use "
             "`class_weights` with a file or numbers, or data that is no stream (a TokenLabelDataset)."
         )
+    if getattr(train_dataset, "has_crop_maps", False):
+        check_crop_options(args, train_dataset)
     if isinstance(train_dataset, (TokenLabelDataset, TokenLabelStream)):
         train_dataset.check_num_classes(num_classes)
+    if isinstance(train_dataset, TokenLabelDataset) and (count := train_dataset.num_unlabeled):
+        _check_unlabeled(args, count, len(train_dataset), trains_patches(args, train_dataset, annotator))
+    if args.cell_target != "map" and annotator is not None and set(args.mix_methods) - {"token"}:
+        raise ValueError(
+            f"`cell_target` {args.cell_target!r} compares the annotator's classes of an image with its human label, and `mix_methods` cutmix and "
+            "mixup show it two images at once. Mix by token."
+        )
+
+
+def _check_unlabeled(args: TokenLabelTrainingArguments, count: int, total: int, has_dense: bool) -> None:
+    """Raises a `ValueError` if images without a human label would have nothing to learn from, or something needs that label."""
+    reasons = {
+        "`patch_target` image learns the human label": args.patch_target == "image",
+        "`train_sampling_strategy` balanced draws by it": args.train_sampling_strategy == BALANCED,
+        "there are no dense labels to learn from instead (`token_labels` or `annotator`, and `dense_weight` above 0)": not has_dense,
+    }
+    if given := [reason for reason, holds in reasons.items() if holds]:
+        raise ValueError(
+            f"{count:,} of {total:,} training images have no human label, and {' and '.join(given)}. Leave these images out, or label them."
+        )
+
+
+def check_crop_options(args: TokenLabelTrainingArguments, train_dataset: TokenLabelDataset) -> None:
+    """Raises a `ValueError` if a run with labels of crops would draw others than those, or rows more than once in an epoch."""
+    options = {"data_seed": args.data_seed, **train_dataset.transform.draw_options()}
+    record = train_dataset.label_maps.record
+    check_drawn(record, options)
+    if record.timm != timm.__version__ and train_dataset.transform.rand_augment is not None:
+        logger.warning(
+            "The crops were labelled with timm %s, here is %s: if its RandAugment differs, labels lie beside their crops.",
+            record.timm, timm.__version__,
+        )  # fmt: skip
+    if args.train_sampling_strategy == BALANCED:
+        raise ValueError(
+            "`train_sampling_strategy` balanced draws rows several times in an epoch, with other crops each time, and the label set has labels of "
+            "one crop of each row. Weigh the classes (`class_weights`), or label crops in training (`annotator`)."
+        )
+    if args.label_crop == "authors":
+        raise ValueError(
+            "`label_crop` authors cuts maps of whole images, and the label set has maps of crops: leave it out."
+        )
 
 
 def check_problem_type(args: TokenLabelTrainingArguments, config: PreTrainedConfig, *samples: Any) -> None:

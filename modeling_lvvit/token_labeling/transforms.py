@@ -6,6 +6,7 @@ affine map, by which the image is resampled once and the label map read once (`l
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,6 +125,32 @@ class TrainTransform:
         self.color_jitter = v2.ColorJitter(jitter, jitter, jitter) if jitter else None
         erasing = self.augmentation.random_erasing
         self.random_erasing = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
+
+    def draw_options(self) -> dict[str, Any]:
+        """All on which it depends, besides the generators, what an image looks like before erasing; JSON values."""
+        (low, high), augmentation = self.augmentation.crop_scale, self.augmentation
+        return {
+            "image_size": list(self.image_size),
+            "crop_scale_min": low,
+            "crop_scale_max": high,
+            "crop_ratio": list(augmentation.crop_ratio),
+            "horizontal_flip": augmentation.horizontal_flip,
+            "rand_augment": augmentation.rand_augment,
+            "color_jitter": augmentation.color_jitter,
+            # of `image_mean`, in parts that move in from outside
+            "fill_color": None if self.rand_augment is None else list(self.rand_augment.fill),
+        }
+
+    @classmethod
+    def from_draw_options(cls, options: dict[str, Any]) -> "TrainTransform":
+        """A transform that draws as the one that has these `draw_options`, without erasing."""
+        names = ("horizontal_flip", "rand_augment", "color_jitter")
+        crop_scale = (options["crop_scale_min"], options["crop_scale_max"])
+        augmentation = AugmentationConfig(
+            crop_scale, tuple(options["crop_ratio"]), **{name: options[name] for name in names}, random_erasing=0.0
+        )
+        image_mean = [value / 255 for value in options["fill_color"] or (128, 128, 128)]
+        return cls(tuple(options["image_size"]), image_mean, [0.5] * 3, augmentation)
 
     def __call__(
         self,

@@ -53,6 +53,7 @@ class BaseImageTrainer(HubTrainer):
         self.add_callback(self.stop_on_signal)
         self.divergence = DivergenceCheck(self.accelerator, args)
         self.num_overflows = torch.zeros((), dtype=torch.int64, device=args.device)
+        self.latest_evaluation: tuple[int, dict[str, float]] | None = None  # step and metrics, in training
         self.add_callback(self.divergence)
         self.early_stopping = None
         if args.early_stopping_patience is not None:
@@ -213,7 +214,19 @@ class BaseImageTrainer(HubTrainer):
                     f"`{name}` is {value}: the model gives scores that are NaN or infinite. Evaluate in float32; if that does not help, "
                     "take an earlier checkpoint."
                 )
+        if self.is_in_train and eval_dataset is None:
+            self.latest_evaluation = (self.state.global_step, metrics)
         return metrics
+
+    def evaluate_result(self) -> dict[str, float]:
+        """Metrics of the weights that training ended with: those of the evaluation at the last step, or of a new one where that was of other
+        weights or computed otherwise."""
+        args, step = self.args, self.state.global_step
+        is_other = args.load_best_model_at_end and self.state.best_global_step != step
+        is_other |= args.fp16_full_eval or args.bf16_full_eval  # which hold after training alone
+        if self.latest_evaluation is None or self.latest_evaluation[0] != step or is_other:
+            return self.evaluate()
+        return self.latest_evaluation[1]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, with whole weights where they are sharded; a `DivergenceError` in place of weights that are not finite."""

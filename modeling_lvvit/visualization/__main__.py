@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArg
 
 from ..annotators.annotator import load_annotator
 from ..console import program
-from ..data.class_matching import normalized, readable_names, shown_names
+from ..data.classes.class_matching import normalized, readable_names, shown_names
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu
@@ -123,6 +123,10 @@ def main(arguments: list[str]) -> None:
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)
         PixelLimit(args.max_image_pixels)
+        if files := [name for name in args.models if Path(name).expanduser().is_file()]:
+            raise ValueError(
+                f"It takes one image, and then models: {', '.join(files)} is no model. Usage: {PROGRAM.usage}"
+            )
         image = read_image_file(args.image)
         size = parse_image_size(args.image_size, "`image_size`")
         rows = []

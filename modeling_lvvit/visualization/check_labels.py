@@ -11,18 +11,21 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.hf_argparser import HfArg
 
 from ..annotators.arguments import AnnotateArguments
 from ..console import program
-from ..data.class_labels import check_class_names, check_columns, with_class_ids
-from ..data.class_matching import shown_names
+from ..data.classes.class_labels import check_class_names, check_columns, with_class_ids
+from ..data.classes.class_matching import shown_names
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
 from ..data.splits import take_subset
-from ..labels.checks import LabelSetReport, agreement, check_label_set
+from ..data.unlabeled import UNLABELED_HELP, add_unlabeled, without_labels
+from ..labels.checks import LabelSetReport, agreement, check_label_set, describe_agreement, image_classes
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader, covered_region, turn_with_images
 from ..launching import name_options
@@ -30,6 +33,7 @@ from ..options import Program
 from ..token_labeling.arguments import TokenLabelTrainingArguments
 from ..token_labeling.dataset import TokenLabelDataset
 from . import save_contact_sheet
+from .check_crops import check_crops
 
 
 @dataclass
@@ -42,6 +46,7 @@ class CheckArguments:
     token_labels_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
     train_split: str = HfArg(default="train", help="Split to check.", aliases=["--split"])
     dataset_name: str | None = HfArg(default=None, help="Images that the labels were made for.", aliases=["--dataset"])
+    unlabeled_dataset_name: str | None = HfArg(default=None, help=UNLABELED_HELP)
     dataset_config_name: str | None = HfArg(default=None, help="Configuration on the Hub.")
     dataset_revision: str | None = HfArg(default=None, help="Revision on the Hub.")
     image_column_name: str = HfArg(default="image", help="Column of images.", aliases=["--image_column"])
@@ -63,26 +68,49 @@ class CheckArguments:
 
 
 def local_folder(label_set: str, revision: str | None) -> Path:
-    """The folder of a label set; one on the Hub is downloaded."""
+    """The folder of a label set; one on the Hub is downloaded. A `FileNotFoundError` if there is neither."""
     folder = Path(label_set).expanduser()
-    return folder if folder.is_dir() else Path(snapshot_download(label_set, repo_type="dataset", revision=revision))
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(label_set, repo_type="dataset", revision=revision))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise FileNotFoundError(
+            f"{label_set} is neither a folder (seen from {Path.cwd()}) nor a label set that the Hub gives: {reason}"
+        ) from error
 
 
-def join(args: CheckArguments) -> tuple[TokenLabelDataset, LabelMapReader]:
+def open_images(args: CheckArguments, labels: LabelSet) -> datasets.Dataset:
+    """Images, with the classes of a label set.
+
+    Raises:
+        ValueError: If there is no such split, or the classes are others.
+    """
+    splits = open_splits(args.dataset_name, args.dataset_config_name, args.dataset_revision, split=args.train_split)
+    if args.train_split not in splits:
+        raise ValueError(f"{args.dataset_name} has no split {args.train_split!r}; it has {list(splits)}.")
+    images, column = splits[args.train_split], args.label_column_name
+    if column not in images.column_names and labels.class_names is not None:
+        images = without_labels(images, column, labels.class_names)
+    check_columns(images, args.dataset_name, args.image_column_name, column)
+    keys = [] if args.key_column is None else [args.key_column]
+    columns = (args.image_column_name, column, args.train_split)
+    images = add_unlabeled(images, args.unlabeled_dataset_name, *columns, keys)
+    images = take_subset(images, args.max_train_samples, column)
+    options = {"class_names": labels.class_names, "may_be_missing": True}
+    images = with_class_ids(images, args.dataset_name, column, **options)
+    check_class_names(labels.class_names, images.features[args.label_column_name].names)
+    return images
+
+
+def join(args: CheckArguments, labels: LabelSet) -> tuple[TokenLabelDataset, LabelMapReader]:
     """Images with their label maps, joined as in training.
 
     Raises:
         ValueError: If keys or classes do not match.
     """
-    labels = LabelSet.open(args.token_labels, args.train_split, args.token_labels_revision)
-    splits = open_splits(args.dataset_name, args.dataset_config_name, args.dataset_revision, split=args.train_split)
-    if args.train_split not in splits:
-        raise ValueError(f"{args.dataset_name} has no split {args.train_split!r}; it has {list(splits)}.")
-    images = splits[args.train_split]
-    images = take_subset(images, args.max_train_samples, args.label_column_name)
-    check_columns(images, args.dataset_name, args.image_column_name, args.label_column_name)
-    images = with_class_ids(images, args.dataset_name, args.label_column_name, class_names=labels.class_names)
-    check_class_names(labels.class_names, images.features[args.label_column_name].names)
+    images = open_images(args, labels)
     joined = labels.join(images, args.image_column_name, args.key_column, args.key_pattern)
     if joined.images is not None:
         images = images.select(joined.images)
@@ -108,7 +136,13 @@ def draw(args: CheckArguments, samples: TokenLabelDataset, label_maps: LabelMapR
         box = [round(value) for value in np.multiply(region, [width, height, width, height])]
         images.append((image, image.crop(box).convert("RGB") if box != [0, 0, width, height] else image))
     pairs, names = list(zip(maps.ids, maps.scores)), shown_names(names)
-    save_contact_sheet(Path(args.contact_sheet), images, pairs, [names[human[row]] for row in rows], names)
+    save_contact_sheet(
+        Path(args.contact_sheet),
+        images,
+        pairs,
+        [names[human[row]] if human[row] >= 0 else "no label" for row in rows],
+        names,
+    )
 
 
 def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
@@ -118,15 +152,29 @@ def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
     if args.dataset_name is None or report.problems:
         return report, lines
     try:
-        samples, label_maps = join(args)
+        labels = LabelSet.open(args.token_labels, args.train_split, args.token_labels_revision)
+        if labels.is_of_crops:
+            return report, [*lines, *check_crops(args, labels, open_images(args, labels))]
+        samples, label_maps = join(args, labels)
     except ValueError as error:
         report.add_problem(str(error))
         return report, [*lines, f"PROBLEM: {error}"]
-    first, named = agreement(label_maps, np.asarray(samples.labels(len(samples))))
+    labels = samples.class_ids()
+    labeled = np.flatnonzero(labels >= 0)
     lines.append(f"all {len(samples):,} images that can be trained on have a label map")
-    if first < 0.5:
-        lines.append("WARNING: most maps have another first class than their image. Do ids mean the same classes?")
-    lines.append(f"{100 * first:.1f} % of maps have the human label as their first class, {100 * named:.1f} % name it")
+    if len(labeled):
+        first, named = agreement(label_maps.select(labeled), labels[labeled])
+        of = "maps" if len(labeled) == len(samples) else f"the {len(labeled):,} maps of images with a human label"
+        names_all = report.shape is not None and report.shape[0] == len(report.class_names)
+        lines += describe_agreement(first, None if names_all else named, of)
+    if len(labeled) < len(samples):
+        unlabeled = np.flatnonzero(labels < 0)
+        confidence = image_classes(label_maps.select(unlabeled), samples.label_feature.num_classes)[1]
+        quarter, median, most = np.quantile(confidence, (0.25, 0.5, 0.75))
+        lines.append(
+            f"{len(unlabeled):,} images have no human label; probability of the class that their map gives them: median {median:.2f}, half of "
+            f"them from {quarter:.2f} to {most:.2f}"
+        )
     if args.contact_sheet is not None:
         draw(args, samples, label_maps, samples.label_feature.names)
         lines.append(f"contact sheet -> {args.contact_sheet}")

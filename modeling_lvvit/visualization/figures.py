@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from ..data.atomic_files import write_atomically
-from ..data.class_matching import shown_names
+from ..data.classes.class_matching import shown_names
 
 
 LEGEND_COLUMNS, MAX_LEGEND = 6, 60
@@ -207,6 +207,7 @@ def save_contact_sheet(
                 0.0, -0.08 - 0.1 * line, f"{shortened(class_names[index])} {share:.0f} %", fontsize=7,
                 color=colors[index] * 0.8, transform=lower.transAxes, parse_math=False,
             )  # fmt: skip
+    figure.supxlabel("%: share of cells whose first class this is", fontsize=7)
     save_figure(path, figure)
 
 

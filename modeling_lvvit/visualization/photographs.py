@@ -23,7 +23,7 @@ from transformers.hf_argparser import HfArg
 from ..annotators.annotator import Annotator, load_annotator
 from ..console import program
 from ..data.atomic_files import write_atomically
-from ..data.class_matching import shown_names
+from ..data.classes.class_matching import shown_names
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..data.class_matching import shown_names
+from ..data.classes.class_matching import shown_names
 from .figures import (
     SMALL,
     best_cells,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ..cli.open_data import DataArguments, has_dense_columns
-from ..data.class_matching import shown_names
+from ..data.classes.class_matching import shown_names
 from ..token_labeling import TokenLabelDataset, TokenLabelTrainer
 from .localization import enlarged, read_masked_images
 from .prediction_figure import ClassMaps, save_prediction_figure

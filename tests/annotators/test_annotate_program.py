@@ -113,6 +113,7 @@ def test_label_set_loads_and_describes_itself(labels):
     card = (labels / "README.md").read_text()
     assert "150 images" in card
     assert "| k | 3 |" in card
+    assert "--preset own_images --variant auto --output_dir run" in card  # few images
 
 
 def test_sets_of_one_folder_name_are_not_confused(annotator, tmp_path):

@@ -20,7 +20,7 @@ from modeling_lvvit.annotators.annotator import Annotator, PatchClassifier, Prep
 from modeling_lvvit.backbones.dense_classifier import DenseClassifier
 from modeling_lvvit.backbones.feature_layout import token_grid
 from modeling_lvvit.backbones.loading import fingerprint
-from modeling_lvvit.data.class_matching import ClassMap
+from modeling_lvvit.data.classes.class_matching import ClassMap
 from support.models import tiny_config
 
 

@@ -12,7 +12,7 @@ from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.annotators.annotator import Annotator, PatchClassifier, Preprocessing, load_annotator
 from modeling_lvvit.annotators.online import open_annotator
 from modeling_lvvit.cli.data_arguments import DataArguments
-from modeling_lvvit.data.class_matching import ClassMap
+from modeling_lvvit.data.classes.class_matching import ClassMap
 from modeling_lvvit.labels.label_crops import CropGeometry, crop_label_maps
 from modeling_lvvit.labels.label_maps import build_palette, encode_top_k
 from modeling_lvvit.labels.sparse_targets import SparseTargets

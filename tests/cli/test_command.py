@@ -1,6 +1,7 @@
 """The command `lvvit`, and how it starts programs through accelerate."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -36,6 +37,30 @@ def test_examples_can_be_read(name):
 def test_unknown_command_names_the_nearest_one():
     with pytest.raises(OptionError, match=r"no command trian \(did you mean train\?\)"):
         command.run(["trian"])
+
+
+INTERRUPTED_START = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformers":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.argv = [{start!r}, "train"]
+import modeling_lvvit.cli.command
+"""
+
+
+@pytest.mark.parametrize(("start", "status"), [("/usr/bin/lvvit", 130), ("/home/me/mine.py", -signal.SIGINT)])
+def test_ctrl_c_while_libraries_are_imported_is_one_line(start, status):
+    """Programs that use the package hear of it as always."""
+    code = INTERRUPTED_START.format(start=start)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert (done.stderr == "lvvit: interrupted\n") == (status == 130)
+    assert ("Traceback" in done.stderr) == (status != 130)
 
 
 @pytest.mark.parametrize("shell", command.SHELLS)

@@ -83,6 +83,8 @@ def test_unknown_option_is_named_with_the_nearest_one():
 def test_missing_and_malformed_recipes_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="ships only: ablation.1_deit_s.*digit_scenes"):
         parse(["nowhere.yaml"])
+    with pytest.raises(FileNotFoundError, match=r"own_image \(did you mean own_images\?\)"):
+        parse(["--preset", "own_image", "--dataset_name", "pets"])
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [1")
     with pytest.raises(ValueError, match="not valid YAML"):
@@ -90,6 +92,13 @@ def test_missing_and_malformed_recipes_are_refused(tmp_path):
     bad.write_text("- a\n- b")
     with pytest.raises(ValueError, match="must be a mapping"):
         parse([str(bad)])
+
+
+def test_unknown_variants_are_named_with_the_nearest_ones():
+    with pytest.raises(ValueError, match=r"'lvvit_s' \(did you mean lvvit_s_224 or lvvit_s_384\?\).*, auto"):
+        parse(["--variant", "lvvit_s"])
+    with pytest.raises(ValueError, match=r"'lvvit_t224' \(did you mean lvvit_t_224"):
+        parse(["--variant", "lvvit_t224"])
 
 
 def test_two_sources_of_the_model_are_refused():

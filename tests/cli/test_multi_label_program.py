@@ -18,7 +18,7 @@ from modeling_lvvit.cli.build_model import build_model
 from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.open_data import open_datasets
-from modeling_lvvit.data.multi_label.columns import MULTI_LABEL
+from modeling_lvvit.data.classes.multi_label import MULTI_LABEL
 from modeling_lvvit.token_labeling.multi_label import METRICS
 from support.images import labelled_table
 from support.models import tiny_config

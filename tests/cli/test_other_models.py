@@ -317,5 +317,5 @@ def test_program_trains_a_labeler_then_a_student_of_another_architecture(tmp_pat
     assert not loading["unexpected_keys"] and not loading["missing_keys"]
     card = (tmp_path / "student" / "README.md").read_text()
     assert "resnet image classifier" in card and "Token labels by `" in card and "trust_remote_code" not in card
-    assert str(tmp_path) not in card
+    assert str(tmp_path / "labeler") not in card and f'model="{tmp_path / "student"}"' in card
     assert (tmp_path / "student" / "predictions.png").stat().st_size > 1000

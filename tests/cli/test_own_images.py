@@ -126,7 +126,7 @@ def test_options_go_before_the_preset():
     text = describe_preset(model_args, data_args, training_args)
     held, changed = text.split("; given otherwise: ")
     assert "rand_augment none" in held
-    assert changed == "variant lvvit_t_224, crop_scale_min 0.5, num_train_epochs 7.0, min_steps 0"
+    assert changed == "variant lvvit_t_224, crop_scale_min 0.5, num_train_epochs 7.0"
 
 
 def test_recipes_go_before_the_preset(tmp_path):
@@ -178,3 +178,10 @@ def test_small_datasets_with_the_published_augmentation_are_told_of_the_preset()
     assert preset.startswith("preset own_images: ")
     assert auto.startswith("variant auto: ")
     assert epochs == "2000 epochs, for at least 4,000 steps"
+
+
+def test_fewer_steps_than_the_preset_recommends_are_said():
+    # 40 images are 2 steps of 32
+    assert "14 of the 4,000 steps" in notes_on(40, "--preset", "own_images", "--num_train_epochs", "7")[-1]
+    assert "9 of the 4,000 steps" in notes_on(40, "--preset", "own_images", "--max_steps", "9")[-1]
+    assert "recommends" not in "".join(notes_on(40, "--preset", "own_images"))

@@ -215,3 +215,23 @@ def test_studies_run_three_steps(name, start_folder, tmp_path):
     train_tl.main([name, *options])
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3
     assert "eval_accuracy" in json.loads((tmp_path / "run" / "eval_results.json").read_text())
+
+
+def test_self_emerging_recipes_stand_behind_own_images():
+    """As in the README of the annotators."""
+    images = ["--dataset_name", "path/to/images", "--variant", "auto"]
+    recipes = ["own_images", "self_emerging/labeler"]
+    model_args, data_args, training_args = parse([*recipes, *images, "--output_dir", "runs/labeler"])
+    assert (model_args.preset, model_args.variant, data_args.rand_augment) == ("own_images", "auto", "none")
+    assert (training_args.patch_target, training_args.cls_target, data_args.use_token_labels) == (
+        "image",
+        "label",
+        False,
+    )
+    assert (training_args.output_dir, training_args.min_steps) == ("runs/labeler", 4000)
+    recipes = ["own_images", "self_emerging/student"]
+    options = [*images, "--annotator", "runs/labeler", "--output_dir", "runs/student"]
+    model_args, data_args, training_args = parse([*recipes, *options])
+    assert (data_args.annotator, data_args.annotator_sampling) == ("runs/labeler", "hard")
+    assert (training_args.patch_target, training_args.cls_target) == ("dense", "label")
+    assert (model_args.variant, training_args.output_dir) == ("auto", "runs/student")

@@ -147,3 +147,4 @@ def test_the_check_can_be_interrupted(large, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="130"):
         train_tl.main(options(large, large / "run"))
     assert "lvvit train: interrupted before training. --decode_data false" in capsys.readouterr().err
+    assert not (large / "run").exists()  # the Trainer had made it

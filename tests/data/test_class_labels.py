@@ -5,7 +5,7 @@ import logging
 import datasets
 import pytest
 
-from modeling_lvvit.data.class_labels import with_class_ids
+from modeling_lvvit.data.classes.class_labels import with_class_ids
 
 
 def rows_of(names: list[str], labels: list[int], split: str) -> datasets.Dataset:
@@ -28,7 +28,7 @@ TRAIN = rows_of(["bird", "cat", "dog"], [0, 1, 2], "train")
     ],
 )
 def test_evaluation_classes_are_paired_by_name(names, labels, expected, caplog):
-    logging.getLogger("modeling_lvvit.data.class_labels").addHandler(caplog.handler)
+    logging.getLogger("modeling_lvvit.data.classes.class_labels").addHandler(caplog.handler)
     rows = with_class_ids(rows_of(names, labels, "test"), "zoo", "label", like=TRAIN)
     assert rows["label"][:] == expected
     assert rows["image"][:] == [f"{number}.jpg" for number in range(len(labels))]

@@ -9,7 +9,7 @@ import torch
 from timm.data import ImageNetInfo
 from torchvision.models import ResNet50_Weights
 
-from modeling_lvvit.data.class_matching import (
+from modeling_lvvit.data.classes.class_matching import (
     ClassMap,
     all_names,
     imagenet_class_names,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.cli.open_data import OpenedData, open_datasets
-from modeling_lvvit.data.class_labels import class_counts
+from modeling_lvvit.data.classes.class_labels import class_counts
 from modeling_lvvit.data.image_folder import image_suffixes, read_layout
 from modeling_lvvit.data.sources import open_splits
 from modeling_lvvit.evaluate.test_sets import open_test_set

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_lvvit.data.class_labels import names_in_data, with_class_ids
-from modeling_lvvit.data.multi_label.columns import (
+from modeling_lvvit.data.classes.class_labels import names_in_data, with_class_ids
+from modeling_lvvit.data.classes.multi_label import (
     class_names,
     describe_labels,
     label_counts,

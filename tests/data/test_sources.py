@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from modeling_lvvit.data.class_labels import with_class_ids
+from modeling_lvvit.data.classes.class_labels import with_class_ids
 from modeling_lvvit.data.sources import open_splits, parquet_splits
 from support.images import labelled_table
 from support.programs import ROOT

@@ -2,8 +2,11 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as metadata_version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +20,7 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, SegformerImageProcessor
 
 from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation
+from modeling_lvvit.demo import space as space_module
 from modeling_lvvit.demo.__main__ import main
 from modeling_lvvit.demo.explanation import Explainer, annotated
 from modeling_lvvit.demo.page import build_page, build_segmentation_page, read_image
@@ -174,6 +178,25 @@ def test_space_has_program_package_requirements_and_model(folder, tmp_path, caps
             main(["--model", folder, "--export_space", str(inside)])
     with pytest.raises(SystemExit, match="there is something already"):
         main(["--model", folder, "--export_space", str(space)])
+
+
+def test_page_alone_needs_gradio(folder, tmp_path, monkeypatch):
+    def absent(name: str) -> str:
+        if name == "gradio":
+            raise PackageNotFoundError(name)
+        return metadata_version(name)
+
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "modeling_lvvit.demo.page", raising=False)
+    monkeypatch.setattr(space_module, "version", absent)
+    main(["--model", folder, "--export_space", str(tmp_path / "space")])
+    requirements = (tmp_path / "space" / "requirements.txt").read_text()
+    assert (
+        re.search(r"^gradio[<>]", requirements, re.MULTILINE)
+        and "sdk_version" not in (tmp_path / "space" / "README.md").read_text()
+    )
+    with pytest.raises(SystemExit, match=r'pip install "modeling-lvvit\[demo\]"'):
+        main(["--model", folder])
 
 
 @pytest.mark.slow

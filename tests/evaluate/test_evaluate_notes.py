@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from modeling_lvvit.evaluate.__main__ import main
+from modeling_lvvit.evaluate.report import markdown_table
 from modeling_lvvit.evaluate.scores import ALEXNET_ERRORS
 from modeling_lvvit.evaluate.test_sets import corruption_folders
+from modeling_lvvit.training.checkpoints import data_record
 from support.models import save_tiny_lvvit
 
 
@@ -116,3 +118,28 @@ def test_a_part_of_a_test_set_is_said(model, tmp_path):
     fill(tmp_path / "set" / "test", NAMES, 3)
     notes = evaluated_notes(model, tmp_path, "--max_samples", 4)
     assert notes[0] == "4 of its 24 images" and len(notes) <= 2
+
+
+def test_columns_without_a_value_are_left_out(model, tmp_path, capsys):
+    folder = fill(tmp_path / "images" / "test", NAMES)
+    evaluated(model, tmp_path, "--datasets", folder.parent)
+    heading = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| model"))
+    assert heading == "| model | parameters | input | test set | images | top-1 | top-5 |"
+    results = [{"model": "m", "parameters": 1e6, "input_size": (8, 8), "results": {"d": {"split": "s", "images": 3}}}]
+    results[0]["results"]["d"]["accuracy"] = 0.5
+    assert markdown_table(results).splitlines() == [
+        "| model | parameters | input | test set | images | top-1 |",
+        "| --- | ---: | --- | --- | ---: | ---: |",
+        "| m | 1.0M | 8 x 8 | d (s) | 3 | 50.00 |",
+    ]
+
+
+def test_evaluation_on_the_training_images_is_said(model, tmp_path):
+    trained = tmp_path / "trained"
+    shutil.copytree(model, trained)
+    folder = fill(tmp_path / "pets", NAMES)  # without split folders: everything is train
+    (trained / "arguments.json").write_text(json.dumps({"training_data": data_record(str(folder), "train")}))
+    (note,) = list(evaluated(trained, tmp_path, "--datasets", folder)["results"][str(folder)]["notes"])
+    assert note.startswith("trained was trained on train of pets")
+    (trained / "arguments.json").write_text(json.dumps({"training_data": data_record(str(folder), "test")}))
+    assert evaluated(trained, tmp_path, "--datasets", folder)["results"][str(folder)]["notes"] == []

@@ -65,7 +65,7 @@ def test_without_an_output_nothing_is_written(data, tmp_path, capsys):
     model = save_tiny_lvvit(tmp_path / "model", NAMES)
     before = sorted(tmp_path.rglob("*"))
     main(["--model", str(model), "--dataset", str(data)])
-    assert "--output FILE.json writes the confusion matrix" in capsys.readouterr().out
+    assert "--output_file FILE.json writes the confusion matrix" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
 
 

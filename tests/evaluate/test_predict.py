@@ -150,7 +150,7 @@ def test_decisions_by_hand():
         (["--threshold", "0.5", "--positive_class", "eel"], "--positive_class is one of two classes, and there are 3"),
         (["--positive_class", "eel"], "--positive_class says what --threshold is about: give both"),
         (["--top_k", "4"], "--top_k 4 is more than the 3 classes"),
-        (["--eval_split", "test"], "all of which are predicted: leave out --eval_split"),
+        (["--eval_split", "test"], "all of which are taken: leave out --eval_split"),
     ],
 )
 def test_what_does_not_fit_is_refused(model, photos, predict, words, message):

@@ -367,7 +367,7 @@ def test_missing_packages_are_named(package, saved, tmp_path, capsys, monkeypatc
     monkeypatch.setitem(sys.modules, package, None)
     message = refused(capsys, saved, tmp_path / "out")
     assert package in message
-    assert 'pip install -e ".[export]"' in message
+    assert 'pip install "modeling-lvvit[export]"' in message
 
 
 @pytest.mark.slow

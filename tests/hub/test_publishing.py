@@ -236,7 +236,7 @@ def test_card_names_data_base_model_and_its_licence(hub, tmp_path, monkeypatch):
     )
     data = run_metadata("mine", "image-classification", provenance, ["accuracy"], ["lvvit"], [])
     assert (data.datasets, data.base_model) == (["user/images", "user/labels"], "user/start")
-    for start, license_name in (("user/bare", None), (str(tmp_path / "nowhere"), None), (None, "apache-2.0")):
+    for start, license_name in (("user/bare", None), (str(tmp_path / "nowhere"), None), (None, None)):
         found = find_provenance(ModelArguments(model_name_or_path=start), None, None, "digit_scenes").license
         assert found.get("license") == license_name
     args = ModelArguments(model_name_or_path=str(tmp_path / "start"), license="mit")

@@ -13,7 +13,7 @@ from torchvision.ops import roi_align
 
 from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.cli.open_data import OpenedData, open_datasets
-from modeling_lvvit.data.class_labels import check_class_names
+from modeling_lvvit.data.classes.class_labels import check_class_names
 from modeling_lvvit.data.image_keys import path_keys, read_keys, row_keys
 from modeling_lvvit.data.images import content_hash
 from modeling_lvvit.labels.label_crops import CropGeometry, crop_label_maps

@@ -18,7 +18,7 @@ from PIL import Image
 
 from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.cli.open_data import open_datasets
-from modeling_lvvit.data.class_matching import imagenet_class_names
+from modeling_lvvit.data.classes.class_matching import imagenet_class_names
 from modeling_lvvit.labels.checks import check_label_set
 from modeling_lvvit.labels.checks import top_classes as top_classes_of
 from modeling_lvvit.labels.reader import LabelMapReader, covered_region
@@ -341,7 +341,7 @@ def test_sound_label_set_passes(tmp_path, capsys):
         "1 x unreadable",
     ):
         assert line in output.splitlines()
-    assert "(the annotator's own: 25.0 %)" in output
+    assert "25.0 % by the annotator itself" in output
     assert "PROBLEM" not in output
 
 
@@ -439,6 +439,15 @@ def test_agreement_with_the_human_labels_by_hand(tmp_path, capsys):
     assert "all 8 images that can be trained on have a label map" in output
     assert "62.5 % of maps have the human label as their first class, 87.5 % name it" in output
     assert "4 of 4 classes are the first of a map; most often: cat 4" in output
+
+
+def test_sets_of_all_classes_say_nothing_of_naming(tmp_path, capsys):
+    maps = random_maps(8, len(CLASSES), (len(CLASSES), 2, 3))
+    folder = sound_set(tmp_path / "labels", maps, LabelSetLayout(CLASSES, len(CLASSES), (2, 3)))
+    images = write_images(tmp_path / "images", [key.removesuffix(".JPEG") for key in KEYS])
+    _, output = run_check(capsys, folder, "--dataset", images)
+    assert "have the human label as their first class\n" in output and "name it" not in output
+    assert "in the training targets" in output
 
 
 def test_first_class_of_a_map_is_that_of_its_mean():

@@ -9,7 +9,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from modeling_lvvit import LVViTForImageClassification
-from modeling_lvvit.data.multi_label.columns import MULTI_LABEL
+from modeling_lvvit.data.classes.multi_label import MULTI_LABEL
 from modeling_lvvit.token_labeling import TokenLabelCollator, TokenLabelDataset, TokenLabelTrainer, add_patch_head
 from modeling_lvvit.token_labeling.multi_label import METRICS, MultiLabelLoss, multi_label_metrics
 from support.models import NUM_CLASSES, tiny_config

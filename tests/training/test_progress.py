@@ -10,7 +10,7 @@ from transformers import TrainerState
 from modeling_lvvit import console
 from modeling_lvvit.token_labeling import ImageProcessorTransform, TokenLabelDataset
 from modeling_lvvit.training.progress import PredictionFigure, describe_outputs, estimate, run_progress
-from modeling_lvvit.training.progress.estimate import RunClock, describe_waiting
+from modeling_lvvit.training.progress.estimate import RunClock, describe_shorter_run, describe_waiting
 from modeling_lvvit.training.progress.evaluations import EvaluationTable
 from modeling_lvvit.training.throughput import Throughput
 from support.trainers import image_processor, trainer_for, trainer_of
@@ -38,7 +38,9 @@ def test_lines_without_a_terminal(tiny_model, labelled_rows, tmp_path, capsys):
     assert {"learning_rate", "images_per_second", "data_wait", "token_loss", "epoch"} <= logs[0].keys()
     assert int(logs[1]["seconds_left"]) >= 0
     first, second = [line for line in lines if "best" in line]
-    assert first["best"] == "yes" and {"eval_accuracy", "eval_raw_accuracy", "eval_loss"} <= first.keys()
+    assert (first["best"], first["best_by"]) == ("yes", "accuracy")
+    assert text.count("of the raw weights") == 1
+    assert {"eval_accuracy", "eval_raw_accuracy", "eval_loss"} <= first.keys()
     assert len(estimates) == 1 and "in all" in estimates[0] and "memory " in estimates[0]
     assert "2 evaluations of" in estimates[0]
 
@@ -52,7 +54,7 @@ def test_a_bar_on_a_terminal_and_rows_above_it(tiny_model, labelled_rows, tmp_pa
     written = capsys.readouterr()
     rows = [line.split() for line in written.out.splitlines() if not line.startswith("weight average")]
     assert rows[0][:4] == ["epoch", "step", "loss", "top-1"] and "raw" in rows[0]
-    assert [row[1] for row in rows[1:]] == ["4", "8"] and rows[1][-1] == "best"
+    assert [row[1] for row in rows[1:]] == ["4", "8"] and rows[1][-4:] == ["best", "by", "top-1", "%"]
     assert "images/s, data wait" in written.err and "8/8" in written.err
     assert "batch 2 of 2" in written.err and "batch 3 of 2" not in written.err
 
@@ -99,6 +101,24 @@ def test_nothing_is_estimated_in_the_warm_up(monkeypatch):
     assert not clock.is_measured(state)
 
 
+def test_a_long_run_is_told_how_to_be_shorter(monkeypatch):
+    clock, state = clock_after(25, monkeypatch)  # 90 s so far, 2 s a step
+    clock.steps_per_epoch = 20
+    args = SimpleNamespace(eval_strategy="no", save_strategy="no", max_steps=-1, num_train_epochs=50)
+    assert describe_shorter_run(clock, args, state) is None  # 150 s left
+    state.max_steps = 1_000  # 1,950 s left, 2,040 s in all: 2.04 s a step, 40.8 s an epoch
+    text = describe_shorter_run(clock, args, state)
+    assert text == (
+        "shorter: --num_train_epochs 14 takes about 10 minutes, --max_steps 294 about 10 minutes, "
+        "--early_stopping_patience 5 ends training when it gets no better"
+    )
+    args = SimpleNamespace(**{**vars(args), "max_steps": 1_000}, early_stopping_patience=3)
+    assert describe_shorter_run(clock, args, state) == "shorter: --max_steps 294 takes about 10 minutes"
+    clock.steps_per_epoch = None
+    clock.first_step = 500  # of a run that goes on
+    assert describe_shorter_run(clock, args, state) is None
+
+
 def test_the_line_names_workers_where_data_limits(monkeypatch):
     monkeypatch.setattr(estimate, "num_cpu_cores", lambda: 8)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -126,11 +146,33 @@ def test_best_evaluation(metric, values, is_best):
 def test_table_repeats_its_heading_only_when_it_changes():
     table, state = EvaluationTable(), state_at(1200, epoch=2.5)
     metrics = {"eval_loss": 1.2345, "eval_accuracy": 0.8125, "eval_raw_accuracy": 0.5, "eval_runtime": 3.0}
-    heading, row = table.lines(state, metrics, True)
-    assert heading.split() == ["epoch", "step", "loss", "top-1", "%", "raw", "top-1", "%"]
-    assert row.split() == ["2.5", "1,200", "1.234", "81.25", "50.00", "best"] and len(row) == len(heading) + 6
-    assert len(table.lines(state, metrics, False)) == 1
-    assert len(table.lines(state, {"eval_mean_iou": 0.25}, False)) == 2
+    heading, row = table.lines(state, metrics, "eval_accuracy")
+    assert heading.split() == ["epoch", "step", "loss", "top-1", "%", "raw", "weights", "top-1", "%"]
+    mark = "  best by top-1 %"
+    assert row.removesuffix(mark).split() == ["2.5", "1,200", "1.234", "81.25", "50.00"]
+    assert len(row) == len(heading) + len(mark)
+    assert len(table.lines(state, metrics, None)) == 1
+    assert len(table.lines(state, {"eval_mean_iou": 0.25}, None)) == 2
+
+
+@pytest.mark.parametrize("is_repeated", [False, True])
+def test_the_last_evaluation_is_not_repeated_where_nothing_has_changed(
+    is_repeated, tiny_model, labelled_rows, tmp_path, monkeypatch
+):
+    evaluation = TokenLabelDataset(labelled_rows, ImageProcessorTransform(image_processor()))
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2}
+    settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "ema_decay": 0.9}
+    trainer = trainer_of(tiny_model, labelled_rows, tmp_path, evaluation, **settings, **(best if is_repeated else {}))
+    trainer.train()
+    if is_repeated:
+        trainer.state.best_global_step = 2
+    expected = trainer.evaluate()
+    loops = []
+    monkeypatch.setattr(type(trainer), "evaluate", lambda self: loops.append(1) or expected)
+    metrics = trainer.evaluate_result()
+    assert len(loops) == is_repeated
+    for name in ("eval_loss", "eval_accuracy"):
+        assert metrics[name] == pytest.approx(expected[name])
 
 
 def test_tensorboard_gets_the_predictions_at_each_evaluation(tiny_model, labelled_rows, tmp_path):

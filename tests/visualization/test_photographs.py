@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_lvvit.data.class_matching import shown_names
+from modeling_lvvit.data.classes.class_matching import shown_names
 from modeling_lvvit.visualization.photographs import NUM_NAMED, main, map_panel
 from support.models import save_tiny_lvvit
 

@@ -277,3 +277,10 @@ def test_cells_that_all_lie_at_chance_are_no_riddle():
     assert cells_panel(shown, logits, names, "cells")[0] == "cells\nno cell stands out: at most 50 %"
     logits[0, 0, 1] = 3.0
     assert cells_panel(shown, logits + torch.tensor([0.1, 0]), names, "cells")[0] == "cells\nmost: n01440764"
+
+
+def test_two_images_are_refused(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    with pytest.raises(SystemExit, match=r"takes one image, and then models: .*b.png is no model"):
+        draw([str(tmp_path / "a.png"), str(tmp_path / "b.png"), "MODEL"])

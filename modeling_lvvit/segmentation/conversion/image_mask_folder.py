@@ -23,7 +23,7 @@ from PIL import Image
 from transformers.hf_argparser import HfArg
 
 from ...console import program, progress_bar
-from ...data.class_labels import read_class_names
+from ...data.classes.class_labels import read_class_names
 from ...data.image_folder import SPLIT_FOLDERS
 from ...data.images import IMAGE_ERRORS, MAX_PIXELS_HELP, PixelLimit, decode_image
 from ...data.masks import IGNORED, MAX_VALUE, list_values, read_mask

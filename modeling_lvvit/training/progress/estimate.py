@@ -19,6 +19,8 @@ WARMUP_STEPS = 5  # compilation, first reading of files, growing memory
 MEASURED_STEPS = 10
 FEW_STEPS, LONG = 3, 60.0  # so many are enough where they take so many seconds
 MUCH_WAITING = 0.3  # share of the time
+LONG_RUN, SHORT_RUN = 1200.0, 600.0  # seconds: from where on a shorter run is proposed, and how long that takes
+PATIENCE = 5
 GIB = 2**30
 
 
@@ -110,6 +112,29 @@ def describe_estimate(clock: RunClock, args: TrainingArguments, state: TrainerSt
     whole = f"{duration(time.perf_counter() - clock.began + left)} in all, " if clock.first_step == 0 else ""
     text = f"estimate: {whole}{duration(left)} left ({rest})"
     return "; ".join(filter(None, [text, describe_memory(args.device), describe_waiting(args, waited / seconds)]))
+
+
+def describe_shorter_run(clock: RunClock, args: TrainingArguments, state: TrainerState) -> str | None:
+    """A line that says how to make a run shorter that takes more than 20 minutes; `None` for others, and for one that goes on."""
+    if clock.first_step or not clock.measured(state)[0] or clock.seconds_left(args, state) < LONG_RUN:
+        return None
+    whole = time.perf_counter() - clock.began + clock.seconds_left(args, state)
+    step = whole / state.max_steps  # with its share of evaluations and checkpoints
+    number, ways = max(1, int(SHORT_RUN / step)), []
+    if clock.steps_per_epoch is not None and args.max_steps <= 0:
+        epochs = max(1, int(number / clock.steps_per_epoch))
+        if epochs < args.num_train_epochs:
+            ways.append(f"--num_train_epochs {epochs} takes about {_minutes(epochs * clock.steps_per_epoch * step)}")
+    ways.append(f"--max_steps {number} {'' if ways else 'takes '}about {_minutes(number * step)}")
+    if getattr(args, "early_stopping_patience", None) is None:
+        ways.append(f"--early_stopping_patience {PATIENCE} ends training when it gets no better")
+    return f"shorter: {', '.join(ways)}"
+
+
+def _minutes(seconds: float) -> str:
+    """Whole minutes in words."""
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes:,} minute{'s' if minutes > 1 else ''}"
 
 
 def describe_memory(device: torch.device) -> str | None:

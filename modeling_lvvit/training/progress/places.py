@@ -1,5 +1,6 @@
 """Where the results of a run lie."""
 
+import shlex
 from pathlib import Path
 
 from transformers import Trainer
@@ -34,7 +35,7 @@ def describe_outputs(trainer: Trainer, began: float) -> list[str]:
     board, curves = tensorboard_callback(trainer), None
     if board is not None and board.logging_dir is not None:
         inside = Path(board.logging_dir).parent  # of this and earlier runs in the same folder
-        curves = f"tensorboard --logdir {inside if inside.parent == folder else board.logging_dir}"
+        curves = shlex.join(["tensorboard", "--logdir", str(inside if inside.parent == folder else board.logging_dir)])
     places = {
         "model": folder if written("*.safetensors") else None,
         "checkpoints": ", ".join(map(str, checkpoints)),

@@ -8,8 +8,8 @@ from transformers.trainer_utils import has_length
 
 from ...console import is_terminal
 from ..throughput import Throughput
-from .estimate import RunClock, describe_estimate, duration
-from .evaluations import EvaluationTable
+from .estimate import RunClock, describe_estimate, describe_shorter_run, duration
+from .evaluations import PREFIX, RAW, EvaluationTable
 
 
 BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
@@ -45,7 +45,7 @@ class RunProgress(ProgressCallback):
         super().__init__()
         self.clock, self.table = RunClock(throughput), EvaluationTable()
         self.is_training, self.latest, self.predicted = False, {}, 0
-        self.is_estimated = self.is_evaluation_estimated = False
+        self.is_estimated = self.is_evaluation_estimated = self.is_raw_explained = False
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if not state.is_world_process_zero:
@@ -74,8 +74,11 @@ class RunProgress(ProgressCallback):
         """Once after the first steps, and again when an evaluation was timed for the first time."""
         has_evaluation = bool(self.clock.evaluations) and not self.is_evaluation_estimated
         if self.clock.is_measured(state) and (not self.is_estimated or has_evaluation):
+            is_first = not self.is_estimated
             self.is_estimated, self.is_evaluation_estimated = True, self.is_evaluation_estimated or has_evaluation
             self.write(describe_estimate(self.clock, args, state))
+            if is_first and (shorter := describe_shorter_run(self.clock, args, state)) is not None:
+                self.write(shorter)
 
     def postfix(self, args, state) -> str:
         """What stands behind the bar."""
@@ -103,10 +106,17 @@ class RunProgress(ProgressCallback):
             return
         self.clock.is_evaluated = True
         metrics, is_best = self.table.take(), self.table.is_best(args, state)
+        by = self.table.choosing_metric(args, state)
         if self.training_bar is None:
-            self.write(as_line(state, metrics, {} if is_best is None else {"best": "yes" if is_best else "no"}))
+            if not self.is_raw_explained and any(name.startswith(PREFIX + RAW) for name in metrics):
+                self.is_raw_explained = True
+                self.write(
+                    f"{PREFIX}{RAW}*: of the raw weights; the other evaluation figures are of their moving average"
+                )
+            best = {} if by is None else {"best": "yes" if is_best else "no", "best_by": by.removeprefix(PREFIX)}
+            self.write(as_line(state, metrics, best))
         else:
-            for line in self.table.lines(state, metrics, is_best):
+            for line in self.table.lines(state, metrics, by if is_best else None):
                 self.write(line)
             self.training_bar.set_postfix_str(self.postfix(args, state))  # in place of how far the evaluation was
 

@@ -80,12 +80,13 @@ def describe_classes(rows: datasets.Dataset, split: str, column: str) -> str:
     names, counts = rows.features[column].names, class_counts(rows, column)
     present = np.flatnonzero(counts)
     if not len(present):
-        return f"{split}: no images"
+        return f"{split}: {f'{len(rows):,} images without label' if len(rows) else 'no images'}"
     least, most = present[counts[present].argmin()], present[counts[present].argmax()]
     sizes = f"from {counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]})"
     if counts[least] == counts[most]:
         sizes = f"{counts[most]:,} each"
-    return f"{split}: {len(rows):,} images of {len(present):,} classes, {sizes}"
+    text = f"{split}: {counts.sum():,} images of {len(present):,} classes, {sizes}"
+    return f"{text}; {missing:,} images without label" if (missing := len(rows) - counts.sum()) else text
 
 
 def warn_of_missing_classes(names: Sequence[str], counts: Mapping[str, np.ndarray]) -> None:
@@ -129,7 +130,7 @@ def names_in_data(
     check_single_classes(rows, name, column)
     values = read_column(rows, column)
     if is_text(values.type):
-        return sorted(set(pc.unique(values.drop_null()).to_pylist())), True
+        return sorted(set(pc.unique(_without_missing(values, False).drop_null()).to_pylist())), True
     if not pa.types.is_integer(values.type) or not len(values):
         raise ValueError(f"Column {column!r} of {name} must hold class ids or names, got {values.type}.")
     highest = pc.max(values).as_py()
@@ -215,40 +216,53 @@ def with_class_ids(
     column: str,
     like: datasets.Dataset | None = None,
     class_names: list[str] | None = None,
+    may_be_missing: bool = False,
 ) -> datasets.Dataset:
     """Turns a column of class names, or of plain integers, into a `ClassLabel` column.
 
     Args:
         name: What messages call the data.
         like: Rows whose classes these must have.
-        class_names: Names of the classes that plain integers count, if they are told elsewhere.
+        class_names: Names of the classes that plain integers count, or that labels name of which some are missing, if they are told
+            elsewhere.
+        may_be_missing: Whether rows without a label (null, an empty text or a negative number) get the class -1.
 
     Raises:
-        ValueError: If a label is missing, is no class, or is a class that `like` lacks.
+        ValueError: If a label is missing and may not, is no class, or is a class that `like` lacks.
     """
     if not len(rows):
         raise ValueError(f"{name} has no rows in split {rows.split}.")
     check_single_classes(rows, name, column)
     column_type = rows.features.arrow_schema.field(column).type
+    if pa.types.is_null(column_type) and may_be_missing and class_names is not None:
+        rows, column_type = rows.cast_column(column, datasets.Value("string")), pa.string()
     is_name = is_text(column_type)
     if not (is_name or pa.types.is_integer(column_type) or pa.types.is_boolean(column_type)):
         raise ValueError(f"Column {column!r} of {name} must hold class ids or names, got {column_type}.")
-    values = read_column(rows, column)
-    if values.null_count:
+    values = _without_missing(read_column(rows, column), may_be_missing)
+    if values.null_count and not may_be_missing:
         row = pc.index(values.is_null().combine_chunks(), True).as_py()
-        raise ValueError(f"Row {row} of {name}, split {rows.split}, has no label in column {column!r}.")
+        raise ValueError(
+            f"Row {row} of {name}, split {rows.split}, has no label in column {column!r}, like {values.null_count:,} of {len(values):,} rows. "
+            "Images without a label can be trained on with dense labels: `token_labels`, or `annotator`."
+        )
     is_named = isinstance(rows.features[column], datasets.ClassLabel)
     if is_named:
         present = rows.features[column].names
     else:
-        present = sorted(set(pc.unique(values).to_pylist())) if is_name else _numbered_names(values, name, column)
+        labels = values.drop_null()
+        present = sorted(set(pc.unique(labels).to_pylist())) if is_name else _numbered_names(labels, name, column)
     names = present if like is None else like.features[column].names
-    if like is None and class_names is not None and not (is_named or is_name) and len(present) <= len(class_names):
-        names = class_names
+    if like is None and class_names is not None and not is_named:
+        # numbers count the classes of the label set; names are those of the set where some labels are missing, maybe all of a class
+        is_part = (
+            values.null_count and set(present) <= set(class_names) if is_name else len(present) <= len(class_names)
+        )
+        names = class_names if is_part else names
     if len(names) < 2:
         raise ValueError(f"{name} has {len(names)} class in column {column!r}; a classifier needs two.")
     feature = datasets.ClassLabel(names=names)
-    if rows.features[column] == feature:
+    if rows.features[column] == feature and not read_column(rows, column).null_count:
         return rows
     if is_named and has_names(names) and has_names(present):
         return _renumbered(rows, name, column, feature)
@@ -260,11 +274,25 @@ def with_class_ids(
         raise ValueError(
             f"Split {rows.split} of {name} has class ids up to {len(present) - 1}, but there are {len(names)} classes."
         )
-    return rows.remove_columns(column).add_column(column, values.cast(pa.int64()).to_numpy(), feature=feature)
+    ids = values.cast(pa.int64()).fill_null(-1).to_numpy()
+    return rows.remove_columns(column).add_column(column, ids, feature=feature)
+
+
+def _without_missing(labels: pa.ChunkedArray, with_negative: bool) -> pa.ChunkedArray:
+    """Labels with null in place of empty texts, and of negative numbers if these stand for no label too."""
+    if is_text(labels.type):
+        is_missing = pc.equal(pc.utf8_trim_whitespace(labels), "")
+    elif with_negative and pa.types.is_integer(labels.type):
+        is_missing = pc.less(labels, 0)
+    else:
+        return labels
+    return pc.if_else(is_missing, pa.scalar(None, labels.type), labels)
 
 
 def _numbered_names(ids: pa.ChunkedArray, name: str, column: str) -> list[str]:
     """Names of the classes that plain integers count, "0" to the highest; a `ValueError` if they are no class ids."""
+    if not len(ids):
+        return []
     lowest, highest = (value.as_py() for value in pc.min_max(ids.cast(pa.int64())).values())
     if not 0 <= lowest <= highest < MAX_CLASSES:
         raise ValueError(

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 from transformers.utils import logging
 
-from ..class_labels import MAX_NAMED, class_counts, describe_classes, is_text, read_column, with_class_ids
+from .class_labels import MAX_NAMED, class_counts, describe_classes, is_text, read_column, with_class_ids
 
 
 logger = logging.get_logger(__name__)
@@ -91,6 +91,7 @@ def with_labels(
     column: str,
     like: datasets.Dataset | None = None,
     class_names: list[str] | None = None,
+    may_be_missing: bool = False,
 ) -> datasets.Dataset:
     """Turns a column of labels into a `ClassLabel` column (see `with_class_ids`), and one of lists into lists of `ClassLabel`.
 
@@ -104,7 +105,7 @@ def with_labels(
         )
     if not has_lists(rows, column):
         _note_separator(rows, name, column)
-        return with_class_ids(rows, name, column, like, class_names)
+        return with_class_ids(rows, name, column, like, class_names, may_be_missing)
     if not len(rows):
         raise ValueError(f"{name} has no rows in split {rows.split}.")
     feature = rows.features[column]

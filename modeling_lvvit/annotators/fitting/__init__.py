@@ -1,0 +1,1 @@
+"""Annotators from labels alone: a head fitted on the features of a frozen backbone."""

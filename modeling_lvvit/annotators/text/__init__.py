@@ -1,0 +1,1 @@
+"""Image-text models as annotators: prompts made of class names score every cell."""

@@ -1,1 +1,0 @@
-"""Images with several classes, or none: labels that are lists."""
