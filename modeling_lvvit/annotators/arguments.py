@@ -83,7 +83,7 @@ class AnnotateArguments(HubUploadArguments):
         help="Logits as they are, or relative to the classes left out; default: logits, of text:MODEL relative.",
     )
     score_type: Literal["float16", "int8"] = HfArg(
-        default="float16", help="float16 is lossless; int8 rounds scores to quarters."
+        default="float16", help="float16 is lossless; int8 rounds scores to 0.375."
     )
     rows_per_shard: int | None = HfArg(default=None, help="Rows of a Parquet file.")
 

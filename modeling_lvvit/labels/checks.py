@@ -18,6 +18,7 @@ from ..data.image_keys import repeated_keys
 from .columns import SCORES_COLUMN, LabelMapError, label_map_problems, list_nesting
 from .label_crops import top_classes, whole_image_classes
 from .label_maps import mass_outside
+from .packing import unpack
 from .reader import LabelMapReader, label_class_names
 from .storage import (
     EPOCH_COLUMN,
@@ -188,19 +189,20 @@ def _tables(paths: list[Path], report: LabelSetReport) -> Iterator[tuple[Path, p
         try:
             with pq.ParquetFile(path) as file:
                 schema = file.schema_arrow
-                missing = [name for name in REQUIRED if name not in schema.names]
+                plain = unpack(schema.empty_table()).schema
+                missing = [name for name in REQUIRED if name not in plain.names]
                 if missing:
                     report.add_problem(f"{path.name}: no column {', '.join(missing)}")
                     continue
                 if first_schema is None:
                     first_schema = schema
                     report.class_names = label_class_names(datasets.Dataset(schema.empty_table())) or []
-                    report.shape = tuple(list_nesting(schema.field(INDEX_COLUMN).type)[1])
+                    report.shape = tuple(list_nesting(plain.field(INDEX_COLUMN).type)[1])
                 elif not schema.equals(first_schema, check_metadata=True):
                     report.add_problem(f"{path.name}: other columns, map size, K or classes than {paths[0].name}")
                     continue
                 for batch in file.iter_batches(ROWS_PER_BATCH):
-                    yield path, pa.Table.from_batches([batch])
+                    yield path, unpack(pa.Table.from_batches([batch]))
         except (pa.ArrowException, OSError, ValueError) as error:
             report.add_problem(f"{path.name}: damaged, cannot be read ({str(error).splitlines()[0]})")
 

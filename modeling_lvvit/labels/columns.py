@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 
 IDS_COLUMN, SCORES_COLUMN = "token_label_ids", "token_label_scores"
+PALETTE_COLUMN, INDEX_COLUMN = "token_label_palette", "token_label_index"  # of label sets, see `storage`
 
 
 class LabelMapError(ValueError):
@@ -83,6 +84,15 @@ def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
         array = array.flatten()
     _refuse_missing(array, per_row)
     return array.to_numpy(zero_copy_only=False).reshape(shape)
+
+
+def read_palettes(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Length of each palette, `(n,)`, and all their classes one after another; a `LabelMapError` if one is missing."""
+    palettes = table[PALETTE_COLUMN].combine_chunks()
+    if palettes.null_count:
+        raise LabelMapError(palettes.is_null().to_pylist().index(True), "it has no palette")
+    lengths = np.asarray(palettes.value_lengths()).astype(np.int64)
+    return lengths, palettes.flatten().to_numpy(zero_copy_only=False)
 
 
 def _refuse_missing(array: pa.Array, per_row: int) -> None:

@@ -27,6 +27,7 @@ from ..data.image_keys import (
 from ..data.images import content_hash, read_content
 from ..data.sources import looks_local, open_parquet, open_splits
 from ..hub.file_checks import CARD
+from .packing import unpacked_rows
 from .reader import LabelMapReader, label_class_names
 from .storage import EPOCH_COLUMN, HASH_COLUMN, KEY_COLUMN, PALETTE_COLUMN
 from .writer import DATA, RECORD
@@ -57,7 +58,7 @@ class LabelSet:
     def __init__(self, rows: datasets.Dataset):
         if KEY_COLUMN not in rows.column_names:
             raise ValueError(f"The label set has no column {KEY_COLUMN!r}; it has {rows.column_names}.")
-        self.rows = rows
+        self.rows = unpacked_rows(rows)
         self.class_names = label_class_names(rows)
 
     @classmethod

@@ -15,8 +15,7 @@ from ..data.image_keys import MAX_NAMED
 from ..hub.file_checks import CARD, matches
 from ..hub.folders import CARD_TEMPLATES
 from ..hub.repository import HubTarget
-from .columns import SCORES_COLUMN
-from .storage import HASH_COLUMN, INDEX_COLUMN, KEY_COLUMN, PALETTE_COLUMN
+from .packing import is_worth_packing
 from .writer import DATA, RECORD, LabelSetWriter
 
 
@@ -60,9 +59,9 @@ def write_card(writer: LabelSetWriter, record: dict[str, Any], title: str) -> No
         template_path=str(CARD_TEMPLATES / "label_set.md"),
         title=title,
         **record,
+        is_packed=is_worth_packing(writer.layout.k, len(writer.layout.class_names)),
         dataset_name=shlex.quote(record["settings"].get("dataset") or "IMAGES"),
         model_options=OPTIONS_FOR_FEW if record["report"]["num_images"] < FEW_IMAGES else OPTIONS_FOR_MANY,
-        columns=[KEY_COLUMN, HASH_COLUMN, PALETTE_COLUMN, INDEX_COLUMN, SCORES_COLUMN],
         class_names=writer.layout.class_names[:MAX_NAMED],
     )
     write_text(writer.folder / CARD, str(card))

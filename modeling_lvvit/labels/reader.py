@@ -12,6 +12,7 @@ import pyarrow as pa
 from ..data.images import LYING, read_orientation
 from .columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError, check_column_types, label_map_problems, to_numpy
 from .label_maps import id_dtype
+from .packing import unpacked_rows
 from .storage import (
     BOX_COLUMN,
     INDEX_COLUMN,
@@ -57,6 +58,7 @@ class LabelMapReader:
         ids_column: str = IDS_COLUMN,
         scores_column: str = SCORES_COLUMN,
     ):
+        dataset = unpacked_rows(dataset)
         self.is_compact = ids_column not in dataset.column_names and INDEX_COLUMN in dataset.column_names
         columns = [PALETTE_COLUMN, INDEX_COLUMN, SCORES_COLUMN] if self.is_compact else [ids_column, scores_column]
         missing = [column for column in columns if column not in dataset.column_names]

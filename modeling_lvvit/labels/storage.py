@@ -6,7 +6,7 @@ One row for each image:
     image_hash           int64 or null     hash of the image file that was annotated
     token_label_palette  list of classes   the U classes that the map names, ascending; empty for an empty label
     token_label_index    uint16 [K][R][C]  position in the palette of the K classes of each cell, ascending within a cell
-    token_label_scores   float16 [K][R][C] their scores; int8 in units of a quarter in the lossy form
+    token_label_scores   float16 [K][R][C] their scores; uint8 in the lossy form (`SCORE_STEP`), in older sets int8 in quarters
     map_box              float32 [4]       region of the image that the map covers, (left, top, right, bottom) as fractions
                                            of the image; null: its center square, as wide as its shorter side, in a map
                                            of the image as its file stores it, which its Exif orientation turns later
@@ -14,8 +14,8 @@ One row for each image:
     image_note           string            what was special about the image
     epoch                int32             only in a set of training crops (package `crops`): the epoch that draws the crop
 
-The class names are those of the palette's `ClassLabel`. Sorting the classes of a cell by id, not by score, and storing
-positions instead of ids makes smooth maps cheap: neighbouring cells name the same classes in the same order.
+The class names are those of the palette's `ClassLabel`. Files have the maps packed, in two other columns (see `packing`), which is undone
+when a set is opened. Sets of earlier versions, of few classes, or of many classes a cell, have the columns above in their files.
 """
 
 import warnings
@@ -31,20 +31,33 @@ import pyarrow.parquet as pq
 import torch
 
 from ..data.atomic_files import write_atomically
-from .columns import SCORES_COLUMN, LabelMapError, nested_feature, to_arrow, to_numpy
+from .columns import (
+    INDEX_COLUMN,
+    PALETTE_COLUMN,
+    SCORES_COLUMN,
+    LabelMapError,
+    nested_feature,
+    read_palettes,
+    to_arrow,
+    to_numpy,
+)
 from .label_maps import build_palette, id_dtype
+from .packing import pack, packed_leaves, unpack
 
 
 KEY_COLUMN, HASH_COLUMN, BOX_COLUMN = "image_key", "image_hash", "map_box"
-PALETTE_COLUMN, INDEX_COLUMN = "token_label_palette", "token_label_index"
 OUTSIDE_COLUMN, NOTE_COLUMN = "outside_mass", "image_note"
 EPOCH_COLUMN = "epoch"
-SCORE_STEP = 0.25  # unit of int8 scores: they reach from -32 to 31.75 and are off by at most an eighth
-ROWS_PER_GROUP = 1024
+SCORE_STEP = 0.375  # unit of uint8 scores: they are off by at most 3/16
+ZERO_SCORE = 86  # uint8 score of 0: they reach from -32.25 to 63.375
+ROWS_PER_GROUP = 4096
 COMPRESSION_LEVEL = 19  # of zstd; slow to write (about a millisecond a map), as fast to read as any other
 
-# float16 values of int8 scores, indexed by their bits: NumPy multiplies float16 slowly
-_INT8_SCORES = (np.arange(256, dtype=np.uint8).view(np.int8) * SCORE_STEP).astype(np.float16)
+# float16 values of lossy scores, indexed by their bits: NumPy multiplies float16 slowly
+_LOSSY_SCORES = {
+    np.dtype(np.uint8): ((np.arange(256) - ZERO_SCORE) * SCORE_STEP).astype(np.float16),
+    np.dtype(np.int8): (np.arange(256, dtype=np.uint8).view(np.int8) * 0.25).astype(np.float16),  # of older sets
+}
 
 ScoreType = Literal["float16", "int8"]
 
@@ -107,7 +120,7 @@ class LabelSetLayout:
     Args:
         k: Classes kept for each cell.
         map_size: Rows and columns of a map.
-        score_type: `"float16"`, lossless; or `"int8"`, scores rounded to `SCORE_STEP`.
+        score_type: `"float16"`, lossless; or `"int8"`, 8 bits: scores rounded to `SCORE_STEP`.
     """
 
     class_names: tuple[str, ...]
@@ -125,7 +138,7 @@ class LabelSetLayout:
                 HASH_COLUMN: datasets.Value("int64"),
                 PALETTE_COLUMN: datasets.List(datasets.ClassLabel(names=list(self.class_names))),
                 INDEX_COLUMN: nested_feature(shape, "uint16"),
-                SCORES_COLUMN: nested_feature(shape, self.score_type),
+                SCORES_COLUMN: nested_feature(shape, "uint8" if self.score_type == "int8" else self.score_type),
                 BOX_COLUMN: datasets.List(datasets.Value("float32"), length=4),
                 OUTSIDE_COLUMN: datasets.Value("float32"),
                 NOTE_COLUMN: datasets.Value("string"),
@@ -144,13 +157,14 @@ class LabelSetLayout:
         """Rows of the stored form, all arguments with one entry for each image; maps of empty labels are not looked at."""
         palettes, index, scores = compact(maps.ids, maps.scores, is_empty)
         if self.score_type == "int8":
-            if np.abs(scores + SCORE_STEP / 2).max(initial=0) > -SCORE_STEP * np.iinfo(np.int8).min:
+            steps = np.rint(scores.astype(np.float32) / SCORE_STEP) + ZERO_SCORE
+            if steps.min(initial=0) < 0 or steps.max(initial=0) > 255:
                 warnings.warn(
-                    f"Scores from {scores.min():.1f} to {scores.max():.1f} are cut to what int8 holds, -32 to 31.75. Store "
+                    f"Scores from {scores.min():.1f} to {scores.max():.1f} are cut to what int8 holds, -32.25 to 63.375. Store "
                     "float16, or relative scores (`scores`).",
                     stacklevel=2,
                 )
-            scores = np.clip(np.rint(scores.astype(np.float32) / SCORE_STEP), -128, 127).astype(np.int8)
+            scores = steps.clip(0, 255).astype(np.uint8)
         lengths = [len(palette) for palette in palettes]
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         boxes = maps.boxes if maps.boxes is not None else np.tile(np.float32([0, 0, 1, 1]), (len(maps), 1))
@@ -197,6 +211,7 @@ def read_maps(table: pa.Table, num_classes: int) -> PaletteMaps:
     Raises:
         LabelMapError: If a row has no map, an empty one, or one with positions outside its palette; names the first.
     """
+    table = unpack(table)
     index = to_numpy(table[INDEX_COLUMN]).astype(np.int32)
     lengths, classes = read_palettes(table)
     if (lengths == 0).any():
@@ -218,16 +233,8 @@ def position_problems(index: np.ndarray, lengths: np.ndarray) -> list[tuple[int,
 
 def decoded_scores(scores: np.ndarray) -> np.ndarray:
     """Scores as float16, whatever they are stored as."""
-    return _INT8_SCORES.take(scores.view(np.uint8)) if scores.dtype == np.int8 else scores
-
-
-def read_palettes(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Length of each palette, `(n,)`, and all their classes one after another; a `LabelMapError` if one is missing."""
-    palettes = table[PALETTE_COLUMN].combine_chunks()
-    if palettes.null_count:
-        raise LabelMapError(palettes.is_null().to_pylist().index(True), "it has no palette")
-    lengths = np.asarray(palettes.value_lengths()).astype(np.int64)
-    return lengths, palettes.flatten().to_numpy(zero_copy_only=False)
+    values = _LOSSY_SCORES.get(scores.dtype)
+    return scores if values is None else values.take(scores.view(np.uint8))
 
 
 def read_map_boxes(table: pa.Table) -> np.ndarray | None:
@@ -262,13 +269,16 @@ def map_problems(table: pa.Table, num_classes: int) -> list[tuple[int, str]]:
 
 
 def write_shard(path: Path, table: pa.Table) -> None:
-    """Writes a Parquet file whole or not at all, also when the program is killed."""
-    nested = ".list.element" * 3
+    """Writes rows to a Parquet file, their maps packed, whole or not at all, also when the program is killed."""
+    table = pack(table)
+    leaves = packed_leaves(table.schema) or [name + ".list.element" * 3 for name in (INDEX_COLUMN, SCORES_COLUMN)]
     options = {
         "row_group_size": ROWS_PER_GROUP,
         "compression": "zstd",
         "compression_level": COMPRESSION_LEVEL,
-        "use_dictionary": [f"{PALETTE_COLUMN}.list.element", f"{BOX_COLUMN}.list.element", NOTE_COLUMN],
-        "column_encoding": {name + nested: "BYTE_STREAM_SPLIT" for name in (INDEX_COLUMN, SCORES_COLUMN)},
+        "use_dictionary": [f"{BOX_COLUMN}.list.element", NOTE_COLUMN],
+        "column_encoding": dict.fromkeys(
+            [*leaves, f"{PALETTE_COLUMN}.list.element", OUTSIDE_COLUMN], "BYTE_STREAM_SPLIT"
+        ),
     }
     write_atomically(path, lambda file: pq.write_table(table, file, **options))

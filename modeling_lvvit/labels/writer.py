@@ -27,6 +27,7 @@ from .storage import KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN, La
 
 logger = logging.get_logger(__name__)
 RECORD, DATA, LOCK = "token_labels.json", "data", ".lock"
+FORMAT = 2  # packed maps; an unfinished set of another format is not continued, its shards would differ
 
 
 def default_rows_per_shard(num_rows: int) -> int:
@@ -56,7 +57,7 @@ class LabelSetWriter:
         self.folder, self.split, self.layout = folder, split, layout
         self.versions, self.rows_per_shard = versions, rows_per_shard
         stored = {"split": split, "k": layout.k, "map_size": list(layout.map_size), "score_type": layout.score_type}
-        stored |= {"rows_per_shard": rows_per_shard, "num_classes": len(layout.class_names)}
+        stored |= {"rows_per_shard": rows_per_shard, "num_classes": len(layout.class_names), "format": FORMAT}
         self.settings = {**settings, **stored}
         self.record = folder / RECORD
         self._lock: FileLock | None = None

@@ -51,7 +51,7 @@ class ImportArguments(HubUploadArguments):
         default=".JPEG", help="Ending of the image files, which keys of the label set have instead of .pt."
     )
     score_type: Literal["float16", "int8"] = HfArg(
-        default="float16", help="float16 is lossless; int8 rounds scores to quarters."
+        default="float16", help="float16 is lossless; int8 rounds scores to 0.375."
     )
     num_workers: int | None = HfArg(default=None, help="Processes; default: one for each core.")
     on_error: Literal["stop", "empty"] = HfArg(default="stop", help="Damaged file: stop, or an empty label.")

@@ -21,6 +21,7 @@ from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassifi
 from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.annotators import annotate
 from modeling_lvvit.labels.label_set import LabelSet
+from modeling_lvvit.labels.packing import unpacked_rows
 from modeling_lvvit.token_labeling import (
     TokenLabelDataset,
     TokenLabelTrainer,
@@ -107,7 +108,7 @@ def test_label_set_loads_and_describes_itself(labels):
     rows = datasets.load_dataset(str(labels), split="train")
     assert len(rows) == 150
     assert rows.features["token_label_palette"].feature.names == NAMES
-    assert np.array(rows[3]["token_label_scores"]).shape == (3, 6, 6)
+    assert np.array(unpacked_rows(rows)[3]["token_label_scores"]).shape == (3, 6, 6)
     assert rows[3]["image_key"] == "3.img"
     card = (labels / "README.md").read_text()
     assert "150 images" in card
@@ -246,8 +247,8 @@ def test_more_classes_than_there_are_means_all(images, annotator, tmp_path, capl
 def test_classes_are_matched_by_name(images, tmp_path, labels):
     shuffled = save_annotator(tmp_path / "annotator", [name.upper() for name in reversed(NAMES)])
     annotate.main(options(images, shuffled, tmp_path / "set"))
-    given = datasets.load_dataset(str(labels), split="train")
-    found = datasets.load_dataset(str(tmp_path / "set"), split="train")
+    given = unpacked_rows(datasets.load_dataset(str(labels), split="train"))
+    found = unpacked_rows(datasets.load_dataset(str(tmp_path / "set"), split="train"))
     assert found.features["token_label_palette"].feature.names == NAMES
     mirrored = [6 - index for index in reversed(given[0]["token_label_palette"])]
     assert found[0]["token_label_palette"] == mirrored  # the same scores, counted from the other end

@@ -263,7 +263,7 @@ def test_other_class_names_and_suffix_are_used(tmp_path):
     labels = load(tmp_path / "labels", "validation")
     assert LabelMapReader(labels).class_names == ["eins", "zwei", "drei, die dritte", "vier"]
     assert labels["image_key"][:] == ["deep/1.png", "top.png"]
-    assert labels.features["token_label_scores"].feature.feature.feature.dtype == "int8"
+    assert labels.features["token_label_scores"].feature.feature.feature.dtype == "uint8"
 
 
 def test_keys_that_repeat_are_named(tmp_path):
