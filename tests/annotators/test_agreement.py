@@ -55,6 +55,9 @@ def test_maps_are_compared_with_the_labels_of_their_images(tmp_path):
     assert compare_with_labels(folder, rows, "data", "train", "no such column") == []
     some = datasets.Dataset.from_dict({"label": [*labels[:8], None, None]}, features=feature)
     assert compare_with_labels(folder, some, "data", "train", "label")[0].startswith("62.5 % of 8 maps")
+    texts = [*(layout.class_names[index] for index in labels[:8]), None, ""]
+    some = datasets.Dataset.from_dict({"image": ["x.jpg"] * 10, "label": texts})
+    assert compare_with_labels(folder, some, "data", "train", "label")[0].startswith("62.5 % of 8 maps")
     names = datasets.Dataset.from_dict({"label": ["elsewhere"] * 10})
     assert "not compared" in compare_with_labels(folder, names, "data", "train", "label")[0]
 
