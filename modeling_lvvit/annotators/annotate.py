@@ -78,8 +78,7 @@ def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.Iterable
         )
     if not args.streaming:
         columns = (args.image_column_name, args.label_column_name, args.train_split)
-        keys = [] if args.key_column is None else [args.key_column]
-        rows = add_unlabeled(rows, args.unlabeled_dataset_name, *columns, keys)
+        rows = add_unlabeled(rows, args.unlabeled_dataset_name, *columns, [args.key_column])
         rows = take_subset(rows, args.max_train_samples, args.label_column_name)
     elif args.max_train_samples is not None:
         rows = rows.take(args.max_train_samples)

@@ -28,7 +28,7 @@ from ..backbones.loading import (
 )
 from ..backbones.patch_head import PATCH_HEAD, add_patch_head, load_patch_head
 from ..backbones.preprocessing import Fit, Preprocessing
-from ..backbones.resize import must_interpolate, native_image_size, resize_classifier
+from ..backbones.resize import forward_options, must_interpolate, native_image_size, resize_classifier
 from ..data.classes.class_matching import ClassMap
 from ..data.classes.multi_label import is_multi_label
 from ..data.sources import looks_local
@@ -226,7 +226,7 @@ def _make_dense(
         image_size: Height and width in pixels.
         grid_size: Rows and columns of its patch head; `None` without one.
     """
-    options = {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
+    options = forward_options(model, image_size)
     try:
         if grid_size is None:
             return DenseClassifier(model, image_size, options)

@@ -26,7 +26,7 @@ from ..finite import check_weights
 from .class_rows import ClassRows
 from .feature_hook import FeatureHook, find_features, unused_parameters
 from .feature_search import probe_images
-from .resize import must_interpolate
+from .resize import forward_options
 
 
 logger = logging.get_logger(__name__)
@@ -179,7 +179,7 @@ def add_patch_head(model: nn.Module, image_size: tuple[int, int]) -> PreTrainedM
         raise ValueError(f"{type(model).__name__} has a patch head already.")
     if not isinstance(model, PreTrainedModel):
         model = _in_transformers(model, tuple(image_size))
-    options = {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
+    options = forward_options(model, image_size)
     if options:
         logger.warning(
             "%s was made for other images than %d x %d: its position table is resized in every forward pass, and later users of "

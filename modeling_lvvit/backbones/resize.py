@@ -37,6 +37,11 @@ def must_interpolate(model: nn.Module, image_size: tuple[int, int]) -> bool:
     return _can_interpolate(model) and native_image_size(model) != tuple(image_size)
 
 
+def forward_options(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
+    """Keyword arguments of every forward pass on images of a size."""
+    return {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
+
+
 def resize_classifier(model: PreTrainedModel, image_size: tuple[int, int]) -> PreTrainedModel:
     """A classifier made for images of another size: its position tables are resized once, as it would itself do in every forward
     pass, and whoever loads it later gives it images of the new size without further ado.

@@ -15,7 +15,15 @@ from ..data.classes.class_labels import (
     warn_of_missing_classes,
     with_class_ids,
 )
-from ..data.classes.multi_label import class_names, describe_labels, has_lists, label_counts, labelled, with_labels
+from ..data.classes.multi_label import (
+    class_names,
+    describe_labels,
+    has_lists,
+    is_unlabeled,
+    label_counts,
+    labelled,
+    with_labels,
+)
 from ..data.sources import dataset_fingerprint, open_splits, streamed_rows
 from ..data.splits import classes_of_rows, draw_subset, find_eval_split, hold_out, select_subset, take_subset
 from ..data.unlabeled import add_unlabeled, select_confident, without_labels
@@ -96,16 +104,16 @@ def _open_rows(
         with_human_label = with_human_label if images is None else with_human_label[images]
     else:
         classes = classes_of_rows(train, column)
-        is_unlabeled = np.zeros(len(train), bool) if has_lists(train, column) else class_ids(train, column) < 0
+        unlabeled = is_unlabeled(train, column)
         rows, held_out, eval_name = hold_out(
-            len(train), args.eval_fraction, seed, name, args.train_split, classes, is_unlabeled
+            len(train), args.eval_fraction, seed, name, args.train_split, classes, unlabeled
         )
         evaluation = train.select(held_out)
-        if is_unlabeled.all() and label_maps is None:
+        if unlabeled.all() and label_maps is None:
             raise ValueError(
                 f"No image of {name} has a human label, and labels of training crops say nothing of others."
             )
-        if is_unlabeled.all():
+        if unlabeled.all():
             evaluation = _with_classes_of_maps(evaluation, label_maps.select(held_out), column)
             eval_name += ", by the classes of their label maps"
         subset = select_subset(len(rows), args.max_train_samples, classes[rows])
@@ -127,7 +135,7 @@ def _open_rows(
         if not len(rows):
             raise ValueError(f"There are no {part} rows in {name}.")
     counts = {}
-    if has_lists(train, column) or (class_ids(train, column) >= 0).all():  # others learn classes from label maps
+    if not is_unlabeled(train, column).any():  # others learn classes from label maps
         counts["training"] = label_counts(train, args.label_column_name)
     counts["evaluation"] = label_counts(evaluation, args.label_column_name)
     warn_of_missing_classes(class_names(train, args.label_column_name), counts)
@@ -145,7 +153,7 @@ def _open_training_rows(args: DataArguments, rows: datasets.Dataset, labels: Lab
     rows = _labelled_rows(args, rows)
     if has_lists(rows, column):
         _check_plain_labels(args, labels is not None)
-    others = [column for column in (args.key_column, *args.dense_columns) if column is not None]
+    others = (args.key_column, *args.dense_columns)
     rows = add_unlabeled(rows, args.unlabeled_dataset_name, args.image_column_name, column, args.train_split, others)
     has_dense = labels is not None or args.annotator is not None
     has_dense = has_dense or (args.use_token_labels and has_dense_columns(rows, args.dense_columns))
@@ -214,13 +222,13 @@ def _select_confident(
         raise ValueError(
             "`unlabeled_min_confidence` and `unlabeled_per_class` choose images by label maps of whole images, and there are none: give `token_labels`."
         )
-    is_unlabeled = class_ids(train, args.label_column_name) < 0
+    unlabeled = is_unlabeled(train, args.label_column_name)
     num_classes = train.features[args.label_column_name].num_classes
     best, confidence = image_classes(label_maps, num_classes)
-    rows = select_confident(is_unlabeled, best, confidence, args.unlabeled_min_confidence, args.unlabeled_per_class)
+    rows = select_confident(unlabeled, best, confidence, args.unlabeled_min_confidence, args.unlabeled_per_class)
     logger.warning(
         "%d of %d images without a human label are left out (`unlabeled_min_confidence` %g%s).",
-        len(train) - len(rows), is_unlabeled.sum(), args.unlabeled_min_confidence,
+        len(train) - len(rows), unlabeled.sum(), args.unlabeled_min_confidence,
         "" if args.unlabeled_per_class is None else f", `unlabeled_per_class` {args.unlabeled_per_class}",
     )  # fmt: skip
     return train.select(rows), label_maps.select(rows)

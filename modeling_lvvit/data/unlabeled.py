@@ -47,7 +47,7 @@ def open_images(
     revision: str | None = None,
     image_column: str = FOLDER_COLUMN,
     preferred_splits: Sequence[str] = EVALUATION_SPLITS,
-    other_columns: Sequence[str] = (),
+    other_columns: Sequence[str | None] = (),
 ) -> UnlabeledImages:
     """Opens images. Of a folder they are all image files in it and in the folders below it, whatever these are called.
 
@@ -55,7 +55,7 @@ def open_images(
         name: Folder of images, image file, Hub name, folder of Parquet files, or such a file.
         split, config_name, revision, image_column: Of a dataset, as in `open_splits`; a folder of images has none of them.
         preferred_splits: Taken in this order where no split is named; then the only one.
-        other_columns: Kept where the dataset has them.
+        other_columns: Kept where the dataset has them; `None` names none.
 
     Raises:
         FileNotFoundError: If there is nothing of that name.
@@ -111,7 +111,7 @@ def add_unlabeled(
     image_column: str,
     label_column: str,
     train_split: str = "train",
-    other_columns: Sequence[str] = (),
+    other_columns: Sequence[str | None] = (),
 ) -> datasets.Dataset:
     """Rows of a dataset, and behind them images that have no label: theirs is null. All programs that read labels for them add them here, so
     that images have the same order and the same keys in all.

@@ -94,9 +94,8 @@ def open_images(args: CheckArguments, labels: LabelSet) -> datasets.Dataset:
     if column not in images.column_names and labels.class_names is not None:
         images = without_labels(images, column, labels.class_names)
     check_columns(images, args.dataset_name, args.image_column_name, column)
-    keys = [] if args.key_column is None else [args.key_column]
     columns = (args.image_column_name, column, args.train_split)
-    images = add_unlabeled(images, args.unlabeled_dataset_name, *columns, keys)
+    images = add_unlabeled(images, args.unlabeled_dataset_name, *columns, [args.key_column])
     images = take_subset(images, args.max_train_samples, column)
     options = {"class_names": labels.class_names, "may_be_missing": True}
     images = with_class_ids(images, args.dataset_name, column, **options)

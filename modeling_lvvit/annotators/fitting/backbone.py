@@ -29,7 +29,7 @@ from ...backbones.loading import (
     load_image_processor,
 )
 from ...backbones.preprocessing import Fit
-from ...backbones.resize import must_interpolate, native_image_size, resize_classifier
+from ...backbones.resize import forward_options, must_interpolate, native_image_size, resize_classifier
 from ...data.atomic_files import write_json
 from ...data.sources import looks_local
 from ...finite import check_weights
@@ -208,11 +208,6 @@ def _draw_weights(parameters: dict[str, nn.Parameter]) -> None:
         else:
             deviation = parameter[0].numel() ** -0.5
             parameter.copy_(deviation * torch.randn(parameter.shape, generator=generator))
-
-
-def forward_options(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
-    """Keyword arguments of every forward pass on images of a size."""
-    return {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
 
 
 @torch.no_grad()

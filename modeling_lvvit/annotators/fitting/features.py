@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ...backbones.loading import fingerprint
 from ...backbones.preprocessing import Preprocessing
+from ...backbones.resize import forward_options
 from ...console import progress_bar
 from ...data.atomic_files import write_atomically, write_json
 from ...data.image_keys import Strings
@@ -31,7 +32,7 @@ from ...data.images import content_hash, read_content
 from ...finite import check_scores
 from ..image_batches import ImageBatches
 from ..pipeline import MISSING, PreparedImage, prepared_ahead
-from .backbone import forward_options, mean_of_cells
+from .backbone import mean_of_cells
 
 
 logger = logging.get_logger(__name__)

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from ...backbones.feature_search import output_logits, probe_images
 from ...backbones.preprocessing import Preprocessing
+from ...backbones.resize import forward_options
 from ...console import progress_bar
 from ...data.images import decode_image
 from ...finite import check_weights
@@ -23,7 +24,7 @@ from ...launching import num_cpu_cores
 from ..image_batches import ImageBatches
 from ..pipeline import prepared_ahead
 from .arguments import FitAnnotatorArguments
-from .backbone import Backbone, forward_options, set_head
+from .backbone import Backbone, set_head
 from .head import FittedHead, Regression, draw_folds, fit_temperature, log_loss
 from .images import LabeledImages
 

@@ -239,7 +239,8 @@ def with_class_ids(
     is_name = is_text(column_type)
     if not (is_name or pa.types.is_integer(column_type) or pa.types.is_boolean(column_type)):
         raise ValueError(f"Column {column!r} of {name} must hold class ids or names, got {column_type}.")
-    values = _without_missing(read_column(rows, column), may_be_missing)
+    stored = read_column(rows, column)
+    values = _without_missing(stored, may_be_missing)
     if values.null_count and not may_be_missing:
         row = pc.index(values.is_null().combine_chunks(), True).as_py()
         raise ValueError(
@@ -262,7 +263,7 @@ def with_class_ids(
     if len(names) < 2:
         raise ValueError(f"{name} has {len(names)} class in column {column!r}; a classifier needs two.")
     feature = datasets.ClassLabel(names=names)
-    if rows.features[column] == feature and not read_column(rows, column).null_count:
+    if rows.features[column] == feature and not stored.null_count:
         return rows
     if is_named and has_names(names) and has_names(present):
         return _renumbered(rows, name, column, feature)

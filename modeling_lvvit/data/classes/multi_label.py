@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 from transformers.utils import logging
 
-from .class_labels import MAX_NAMED, class_counts, describe_classes, is_text, read_column, with_class_ids
+from .class_labels import MAX_NAMED, class_counts, class_ids, describe_classes, is_text, read_column, with_class_ids
 
 
 logger = logging.get_logger(__name__)
@@ -260,6 +260,11 @@ def label_counts(rows: datasets.Dataset, column: str) -> np.ndarray:
         return class_counts(rows, column)
     ids = flattened(read_column(rows, column))[1].to_numpy(zero_copy_only=False)
     return np.bincount(ids.astype(np.int64), minlength=len(class_names(rows, column)))
+
+
+def is_unlabeled(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """Which rows have no human label, bool `(n,)`, by a column that `with_labels` made: those of class -1. A list of no class is a label."""
+    return np.zeros(len(rows), dtype=bool) if has_lists(rows, column) else class_ids(rows, column) < 0
 
 
 def describe_labels(rows: datasets.Dataset, split: str, column: str) -> str:
