@@ -17,6 +17,7 @@ from PIL import Image
 from transformers.hf_argparser import HfArg
 
 from ..annotators.annotator import load_annotator
+from ..annotators.text.prompts import PROMPTS_HELP, check_text_options
 from ..console import program
 from ..data.classes.class_matching import normalized, readable_names, shown_names
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, parse_image_size
@@ -24,7 +25,7 @@ from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu
 from ..options import Program
 from .figures import heat, save_relevance_figure
-from .panels import cells_panel, read_image_file, short, shown_image
+from .panels import ANNOTATOR_HELP, cells_panel, read_image_file, short, shown_image
 from .relevance import relevance_maps
 
 
@@ -44,7 +45,8 @@ class VisualizationArguments:
     classes: list[str] | None = HfArg(
         default=None, help="Names or ids of classes to explain; default: the two best ones of each model."
     )
-    annotator: str | None = HfArg(default=None, help="Classifier whose scores of the cells are shown as dense labels.")
+    annotator: str | None = HfArg(default=None, help=ANNOTATOR_HELP)
+    prompts: str | None = HfArg(default=None, help=PROMPTS_HELP)
     image_size: list[int] | None = HfArg(
         default=None, help="Side of the input in pixels, or height and width; default: that of each model."
     )
@@ -103,9 +105,12 @@ def draw_panels(classifier: Classifier, image: Image.Image, wanted: list[str] | 
     return panels
 
 
-def dense_label_panel(name: str, image: Image.Image, trust_remote_code: bool) -> tuple[str, np.ndarray]:
-    """Dense labels of an annotator over the whole image."""
-    annotator = load_annotator(name, trust_remote_code=trust_remote_code)
+def dense_label_panel(
+    args: VisualizationArguments, image: Image.Image, class_names: list[str]
+) -> tuple[str, np.ndarray]:
+    """Dense labels of the annotator over the whole image; an image-text model scores the given classes."""
+    about_texts = {"class_names": class_names, "prompts": args.prompts}
+    annotator = load_annotator(args.annotator, trust_remote_code=args.trust_remote_code, **about_texts)
     pixels, _ = annotator.preprocessing(image)
     with torch.inference_mode():
         scores = annotator.score_map(pixels[None])[0]  # (classes, rows, columns)
@@ -122,6 +127,7 @@ def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)
+        check_text_options(args.annotator, args.prompts)
         PixelLimit(args.max_image_pixels)
         if files := [name for name in args.models if Path(name).expanduser().is_file()]:
             raise ValueError(
@@ -129,12 +135,13 @@ def main(arguments: list[str]) -> None:
             )
         image = read_image_file(args.image)
         size = parse_image_size(args.image_size, "`image_size`")
-        rows = []
+        rows, class_names = [], []
         for name in args.models:
             classifier = load_classifier(name, InputOptions(size), trust_remote_code=args.trust_remote_code)
             rows.append((Path(name).name, draw_panels(classifier, image, args.classes)))
+            class_names = class_names or classifier.class_names
         if args.annotator is not None:
-            rows[0][1].append(dense_label_panel(args.annotator, image, args.trust_remote_code))
+            rows[0][1].append(dense_label_panel(args, image, class_names))
         output = Path(args.output_file or "relevance.png")
         output.parent.mkdir(parents=True, exist_ok=True)
         save_relevance_figure(output, rows)

@@ -8,6 +8,9 @@ from ..data.images import IMAGE_ERRORS, decode_image
 from .figures import best_cells, class_colors, note_on_weak_cells, overlay
 
 
+ANNOTATOR_HELP = "Classifier, or image-text model text:NAME, whose scores of the cells are shown as dense labels."
+
+
 def shown_image(pixel_values: torch.Tensor) -> np.ndarray:
     """The image as a model sees it, `(3, height, width)` to `(height, width, 3)` in [0, 1], each channel stretched to its range."""
     low, high = (getattr(pixel_values, extreme)(dim=(1, 2), keepdim=True) for extreme in ("amin", "amax"))

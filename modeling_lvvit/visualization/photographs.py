@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from transformers.hf_argparser import HfArg
 
 from ..annotators.annotator import Annotator, load_annotator
+from ..annotators.text.prompts import PROMPTS_HELP, check_text_options
 from ..console import program
 from ..data.atomic_files import write_atomically
 from ..data.classes.class_matching import shown_names
@@ -29,7 +30,7 @@ from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu
 from ..options import Program
 from .figures import SMALL, best_cells, class_colors, overlay
-from .panels import read_image_file
+from .panels import ANNOTATOR_HELP, read_image_file
 
 
 MODULE = "modeling_lvvit.visualization.photographs"
@@ -44,7 +45,8 @@ class PhotographArguments:
     """Options of the program."""
 
     images: list[str] | None = HfArg(default=None, help="Image files.")
-    annotator: str | None = HfArg(default=None, help="Classifier whose scores of the cells are shown as dense labels.")
+    annotator: str | None = HfArg(default=None, help=ANNOTATOR_HELP)
+    prompts: str | None = HfArg(default=None, help=PROMPTS_HELP)
     models: list[str] | None = HfArg(
         default=None,
         help="Classifiers whose patch predictions and best classes are shown: folders or Hub names.",
@@ -183,12 +185,13 @@ def main(arguments: list[str]) -> None:
     set_up_cpu(torch.device("cpu"))
     with PROGRAM.refusals():
         (args,) = PROGRAM.parse(arguments)
+        check_text_options(args.annotator, args.prompts)
         PixelLimit(args.max_image_pixels)
         squares = partial(ImageOps.fit, size=(SIDE, SIDE), method=Image.Resampling.LANCZOS)
         images = [squares(read_image_file(path)) for path in args.images]
         trusted = {"trust_remote_code": args.trust_remote_code}
         size = parse_image_size(args.image_size, "`image_size`")
-        rows = [("dense labels", load_annotator(args.annotator, size, **trusted), None)]
+        rows = [("dense labels", load_annotator(args.annotator, size, prompts=args.prompts, **trusted), None)]
         for name in args.models or ():
             classifier = load_classifier(name, InputOptions(), **trusted)
             rows.append((f"patches, {Path(name).name}", load_annotator(name, **trusted), classifier))

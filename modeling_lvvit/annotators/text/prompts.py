@@ -107,7 +107,9 @@ def _warn_of_equal_texts(class_names: Sequence[str], texts: Sequence[Sequence[st
         )
 
 
-def check_text_options(annotator: str | None, prompts: str | None, class_map: str | None, ignore_extra: bool) -> None:
+def check_text_options(
+    annotator: str | None, prompts: str | None, class_map: str | None = None, ignore_extra: bool = False
+) -> None:
     """Raises a `ValueError` if options do not go together: prompts of an annotator that reads none, or pairs of classes for one that
     has the classes of the data."""
     if annotator is None or not annotator.startswith(TEXT_PREFIX):

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
@@ -19,8 +20,10 @@ from modeling_lvvit.annotators.annotator import load_annotator
 from modeling_lvvit.annotators.online import open_annotator
 from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.labels.label_set import LabelSet
-from modeling_lvvit.visualization import check_labels
+from modeling_lvvit.visualization import check_labels, photographs
+from modeling_lvvit.visualization.__main__ import main as visualize
 from support.images import encode_image
+from support.models import save_tiny_lvvit
 from support.programs import options as training_options
 from support.text_models import CLASSES, save_text_model, tiny_text_model
 
@@ -234,6 +237,29 @@ def test_a_tokenizer_that_needs_sentencepiece_says_so(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "SiglipTokenizer"}))
     with pytest.raises(ValueError, match="pip install sentencepiece"):
         load_annotator(f"text:{folder}", class_names=NAMES)
+
+
+def test_pictures_show_cells_scored_by_texts(clip, tmp_path, monkeypatch):
+    """`lvvit visualize` scores the classes of its first model, photographs those of the prompts; both say what they were given."""
+    asked = []
+
+    def load(name, *args, class_names=None, prompts=None, **more):
+        annotator = load_annotator(name, *args, class_names=class_names, prompts=prompts, **more)
+        asked.append(annotator.class_names)
+        return annotator
+
+    for module in ("__main__", "photographs"):
+        monkeypatch.setattr(f"modeling_lvvit.visualization.{module}.load_annotator", load)
+    image, text, output = str(tmp_path / "image.png"), f"text:{clip}", ["--output_file", str(tmp_path / "shown.png")]
+    Image.effect_noise((40, 40), 80).convert("RGB").save(image)
+    model = str(save_tiny_lvvit(tmp_path / "model", NAMES[:3]))
+    visualize([image, model, "--annotator", text, *output])
+    prompts = write_prompts(tmp_path, classes={"dog": ["dog"], "owl": ["owl"]})
+    photographs.main([image, "--annotator", text, "--prompts", prompts, *output])
+    assert asked == [NAMES[:3], ["dog", "owl"]]
+    for main, inputs in ((visualize, [image, model]), (photographs.main, [image])):
+        with pytest.raises(SystemExit, match="--prompts are for image-text models"):
+            main([*inputs, "--annotator", model, "--prompts", prompts])
 
 
 def test_random_weights_try_out_the_architecture(clip):
