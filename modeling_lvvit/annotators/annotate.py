@@ -31,12 +31,12 @@ from ..data.sources import dataset_fingerprint, open_splits, short_name
 from ..data.splits import take_subset
 from ..data.unlabeled import add_unlabeled
 from ..hub.repository import HubError
+from ..labels.checks.agreement import compare_with_labels
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelSetLayout
 from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_versions
 from ..launching import num_cpu_cores, set_up_cpu, start_missing_processes
 from ..options import Program
-from .agreement import compare_with_labels
 from .annotator import Annotator, load_annotator
 from .arguments import DEFAULT_COLUMN, AnnotateArguments
 from .image_batches import ImageBatches, StreamedImageBatches, distinct_keys

@@ -27,7 +27,7 @@ from ..data.classes.multi_label import (
 from ..data.sources import dataset_fingerprint, open_splits, streamed_rows
 from ..data.splits import classes_of_rows, draw_subset, find_eval_split, hold_out, select_subset, take_subset
 from ..data.unlabeled import add_unlabeled, select_confident, without_labels
-from ..labels.checks import agreement, image_classes
+from ..labels.checks.agreement import compare, image_classes
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
 from ..labels.crops import join_crops, read_record
 from ..labels.label_set import LabelSet
@@ -314,17 +314,11 @@ def _compare_with_labels(label_maps: LabelMapReader, train: datasets.Dataset, la
     rows = labeled[np.unique(np.linspace(0, len(labeled) - 1, COMPARED_ROWS).astype(np.int64))]
     classes = labels[rows]
     try:
-        share, _ = agreement(label_maps.select(rows), classes)
+        agreement = compare(label_maps.select(rows), classes)
     except LabelMapError:  # the check of all rows names it
         return
-    logger.info("%.0f %% of %d label maps have the class of their image first.", 100 * share, len(rows))
-    if share < 0.5:
-        logger.warning(
-            "Only %.0f %% of %d label maps have the class of their image first. Do labels and images belong together, do ids "
-            "mean the same classes, and is the annotator any good? (dataset_scripts/check_token_labels.py shows more.)",
-            100 * share,
-            len(rows),
-        )
+    if warnings := agreement.warnings(train.features[label_column].names):
+        logger.warning("%s: %s", agreement.summary(f"{len(rows):,} label maps"), " ".join(warnings))
 
 
 def has_dense_columns(rows: datasets.Dataset | datasets.IterableDataset, columns: tuple[str, str]) -> bool:

@@ -1,6 +1,5 @@
 """Scores of each class for people: a table, a JSON file, and a figure of the confusion matrix."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..data.atomic_files import write_atomically, write_json
-from ..data.classes.class_matching import WORDNET_ID, wordnet_names
+from ..data.classes.class_matching import shown_names
 from .scores import Confusions
 
 
@@ -18,27 +17,22 @@ MAX_IN_FIGURE = 25  # classes of a figure; of more, those that are confused most
 COLUMNS = ("precision", "recall", "f1", "support")
 
 
-def shown_names(class_names: Sequence[str], length: int = 24) -> list[str]:
-    """Class names as people read them: those of WordNet ids, the first of several, cut. Two that are alike get their full name."""
-    wordnet = wordnet_names(class_names)
-    full = [wordnet.get(next(iter(WORDNET_ID.findall(name)), ""), name) for name in class_names]
-    short = [name.split(",")[0].strip() for name in full]
-    alike = Counter(short)
-    names = [f"{one} ({name})" if alike[one] > 1 else one for one, name in zip(short, class_names)]
-    return [name if len(name) <= length else f"{name[: length - 1]}…" for name in names]
+def short_names(class_names: Sequence[str], length: int = 24) -> list[str]:
+    """`shown_names`, cut to so many characters."""
+    return [name if len(name) <= length else f"{name[: length - 1]}…" for name in shown_names(class_names)]
 
 
 def class_table(class_names: Sequence[str], confusions: Confusions) -> str | None:
     """A Markdown table of precision, recall and F1 in per cent and images of every class; `None` for more than `MAX_IN_TABLE`."""
     if len(class_names) > MAX_IN_TABLE:
         return None
-    return _table(shown_names(class_names), confusions, range(len(class_names)))
+    return _table(short_names(class_names), confusions, range(len(class_names)))
 
 
 def worst_table(class_names: Sequence[str], confusions: Confusions) -> str:
     """The same table of the classes of the lowest F1, the worst first."""
     f1 = confusions.scores()["f1"]
-    return _table(shown_names(class_names), confusions, np.argsort(f1, kind="stable")[:NUM_WORST].tolist())
+    return _table(short_names(class_names), confusions, np.argsort(f1, kind="stable")[:NUM_WORST].tolist())
 
 
 def _table(names: Sequence[str], confusions: Confusions, classes: Sequence[int]) -> str:
@@ -66,7 +60,7 @@ def describe_classes(class_names: Sequence[str], confusions: Confusions) -> str:
         text += f"; of {len(class_names):,} classes those of the lowest F1:"
         table = worst_table(class_names, confusions)
     if mistakes := confusions.mistakes():
-        names = shown_names(class_names)
+        names = short_names(class_names)
         true, predicted, count = mistakes[0]
         table += f"\nmost frequent mistake: {names[true]} taken for {names[predicted]}, {count:,} times"
     return f"{text}\n{table}"
@@ -110,7 +104,7 @@ def save_confusion_figure(path: Path, class_names: Sequence[str], confusions: Co
     """Draws the confusion matrix: numbers of images, colored by their share of the true class; of many classes the most confused,
     with all others in a last column."""
     classes = figure_classes(confusions)
-    matrix, names = confusions.matrix(classes), shown_names(class_names)
+    matrix, names = confusions.matrix(classes), short_names(class_names)
     images = np.bincount(confusions.true, confusions.counts, confusions.num_classes)[classes].astype(np.int64)
     columns, title = [names[index] for index in classes], f"Confusion matrix: {about}"
     rows = list(columns)

@@ -8,7 +8,7 @@ import numpy as np
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ..data.image_keys import cut_keys, find_keys, read_keys
-from ..labels.checks import agreement, describe_agreement
+from ..labels.checks.agreement import compare
 from ..labels.crops import CropRecord, join_crops, read_record
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader
@@ -35,7 +35,7 @@ def check_crops(args: Any, labels: LabelSet, images: datasets.Dataset) -> list[s
     samples = TokenLabelDataset(images, transform, *columns, label_maps=label_maps)
     classes = np.tile(samples.labels(len(samples)), record.num_epochs)
     lines = [f"all {len(samples):,} images have a label map of their crop in each of {record.num_epochs:,} epochs"]
-    lines += describe_agreement(*agreement(LabelMapReader(labels.rows), classes))
+    lines += compare(LabelMapReader(labels.rows), classes).lines(labels.class_names)
     if args.contact_sheet is not None:
         draw_crops(Path(args.contact_sheet), samples, args.num_pictures)
         lines.append(f"contact sheet -> {args.contact_sheet}")

@@ -25,7 +25,8 @@ from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
 from ..data.splits import take_subset
 from ..data.unlabeled import UNLABELED_HELP, add_unlabeled, without_labels
-from ..labels.checks import LabelSetReport, agreement, check_label_set, describe_agreement, image_classes
+from ..labels.checks.agreement import compare, image_classes
+from ..labels.checks.report import LabelSetReport, check_label_set
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader, covered_region, turn_with_images
 from ..launching import name_options
@@ -162,10 +163,8 @@ def check(args: CheckArguments) -> tuple[LabelSetReport, list[str]]:
     labeled = np.flatnonzero(labels >= 0)
     lines.append(f"all {len(samples):,} images that can be trained on have a label map")
     if len(labeled):
-        first, named = agreement(label_maps.select(labeled), labels[labeled])
         of = "maps" if len(labeled) == len(samples) else f"the {len(labeled):,} maps of images with a human label"
-        names_all = report.shape is not None and report.shape[0] == len(report.class_names)
-        lines += describe_agreement(first, None if names_all else named, of)
+        lines += compare(label_maps.select(labeled), labels[labeled]).lines(samples.label_feature.names, of)
     if len(labeled) < len(samples):
         unlabeled = np.flatnonzero(labels < 0)
         confidence = image_classes(label_maps.select(unlabeled), samples.label_feature.num_classes)[1]

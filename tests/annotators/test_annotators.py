@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import transformers
 from PIL import Image
 from timm.models import save_for_hf
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.annotators import annotator as annotator_module
 from modeling_lvvit.annotators.annotator import Annotator, PatchClassifier, Preprocessing, load_annotator
+from modeling_lvvit.backbones import dense_classifier
 from modeling_lvvit.backbones.dense_classifier import DenseClassifier
 from modeling_lvvit.backbones.feature_layout import token_grid
 from modeling_lvvit.backbones.loading import fingerprint
@@ -668,3 +671,23 @@ def test_fit_is_recorded(folders):
     annotator = load_annotator(str(folders["vit"]), fit="center_crop")
     assert annotator.preprocessing.fit == annotator.provenance["fit"] == "center_crop"
     assert annotator.provenance["resample"] == "bilinear"
+
+
+@pytest.mark.parametrize("is_lvvit", [True, False])
+def test_class_token_classifiers_are_warned_of(is_lvvit, caplog):
+    torch.manual_seed(0)
+    if is_lvvit:
+        model = LVViTForImageClassification(tiny_config(patch_logits_weight=0.0))
+    else:
+        config = ViTConfig(image_size=(32, 48), patch_size=8, num_labels=3, hidden_size=32, num_hidden_layers=1)
+        config.update({"num_attention_heads": 4, "intermediate_size": 48})
+        model = ViTForImageClassification(config)
+    logger = logging.getLogger(dense_classifier.__name__)
+    logger.addHandler(caplog.handler)
+    try:
+        DenseClassifier(model.eval(), (32, 48))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "has never seen single patches" in caplog.text
+    assert "self_emerging/labeler" in caplog.text
+    assert ("patch head of this LV-ViT was not trained" in caplog.text) == is_lvvit

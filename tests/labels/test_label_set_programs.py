@@ -19,8 +19,8 @@ from PIL import Image
 from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.cli.open_data import open_datasets
 from modeling_lvvit.data.classes.class_matching import imagenet_class_names
-from modeling_lvvit.labels.checks import check_label_set
-from modeling_lvvit.labels.checks import top_classes as top_classes_of
+from modeling_lvvit.labels.checks.report import check_label_set
+from modeling_lvvit.labels.label_crops import top_classes as top_classes_of
 from modeling_lvvit.labels.reader import LabelMapReader, covered_region
 from modeling_lvvit.labels.storage import LabelMaps, LabelSetLayout, PaletteMaps, write_shard
 from modeling_lvvit.original import label_import

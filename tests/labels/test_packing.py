@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from modeling_lvvit.labels.checks import check_label_set
+from modeling_lvvit.labels.checks.report import check_label_set
 from modeling_lvvit.labels.columns import INDEX_COLUMN, SCORES_COLUMN, to_arrow, to_numpy
 from modeling_lvvit.labels.label_set import LabelSet
 from modeling_lvvit.labels.packing import (

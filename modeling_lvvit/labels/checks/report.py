@@ -13,14 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..console import progress_bar
-from ..data.image_keys import repeated_keys
-from .columns import SCORES_COLUMN, LabelMapError, label_map_problems, list_nesting
-from .label_crops import top_classes, whole_image_classes
-from .label_maps import mass_outside
-from .packing import unpack
-from .reader import LabelMapReader, label_class_names
-from .storage import (
+from ...console import progress_bar
+from ...data.classes.class_matching import shown_names
+from ...data.image_keys import repeated_keys
+from ..columns import SCORES_COLUMN, LabelMapError, label_map_problems, list_nesting
+from ..label_crops import top_classes
+from ..label_maps import mass_outside
+from ..packing import unpack
+from ..reader import label_class_names
+from ..storage import (
     EPOCH_COLUMN,
     INDEX_COLUMN,
     KEY_COLUMN,
@@ -30,7 +31,7 @@ from .storage import (
     map_problems,
     read_maps,
 )
-from .writer import DATA, RECORD
+from ..writer import DATA, RECORD
 
 
 ROWS_PER_BATCH = 1024
@@ -98,7 +99,8 @@ class LabelSetReport:
                 f"named. Train with `label_temperature` {self.temperature:.2g}, or annotate again with `scores` relative."
             )
         if self.top_classes:
-            first = ", ".join(f"{self.class_names[index]} {count}" for index, count in self.top_classes.most_common(5))
+            names = shown_names(self.class_names)
+            first = ", ".join(f"{names[index]} {count}" for index, count in self.top_classes.most_common(5))
             lines.append(
                 f"{len(self.top_classes):,} of {len(self.class_names):,} classes are the first of a map; most often: {first}"
             )
@@ -140,46 +142,6 @@ def _keys_in_epochs(table: pa.Table) -> pa.ChunkedArray:
         return keys
     epochs = table[EPOCH_COLUMN].cast(pa.string()).fill_null("?")
     return pc.binary_join_element_wise("epoch ", epochs, ", ", keys, "")
-
-
-def agreement(label_maps: LabelMapReader, classes: np.ndarray) -> tuple[float, float]:
-    """Share of label maps whose first class is that of their image, and share of maps that name it in any cell.
-
-    Args:
-        classes: Class ids of the images, as many as maps.
-
-    Raises:
-        LabelMapError: If a map cannot be read.
-    """
-    first = named = 0
-    starts = range(0, len(classes), ROWS_PER_BATCH)
-    for start in progress_bar(starts, desc="Comparing with labels", unit="batch", disable=len(starts) < 2):
-        expected = classes[start : start + ROWS_PER_BATCH]
-        maps = label_maps.fetch(range(start, start + len(expected)))
-        first += int((top_classes(maps, label_maps.num_classes) == expected).sum())
-        named += sum(label in palette for label, palette in zip(expected, maps.palettes))
-    return first / len(classes), named / len(classes)
-
-
-def image_classes(label_maps: LabelMapReader, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each label map says of its whole image: the most probable class `(n,)` int64, and its probability `(n,)` float32."""
-    parts = []
-    starts = range(0, len(label_maps), ROWS_PER_BATCH)
-    for start in progress_bar(starts, desc="Reading label maps", unit="batch", disable=len(starts) < 2):
-        rows = range(start, min(start + ROWS_PER_BATCH, len(label_maps)))
-        parts.append(whole_image_classes(label_maps.fetch(rows), num_classes))
-    classes, confidence = zip(*parts)
-    return np.concatenate(classes), np.concatenate(confidence)
-
-
-def describe_agreement(first: float, named: float | None, maps: str = "maps") -> list[str]:
-    """The result of `agreement` on what `maps` names, for people, with a warning where few agree; `named` is `None` where every cell names all
-    classes."""
-    also = "" if named is None else f", {100 * named:.1f} % name it"
-    lines = [f"{100 * first:.1f} % of {maps} have the human label as their first class{also}"]
-    if first < 0.5:
-        lines.insert(0, "WARNING: most maps have another first class than their image. Do ids mean the same classes?")
-    return lines
 
 
 def _tables(paths: list[Path], report: LabelSetReport) -> Iterator[tuple[Path, pa.Table]]:

@@ -1,22 +1,14 @@
-"""What annotation says of its labels: at its end how often they agree with those of people, and at its start who labels badly."""
-
-import logging
+"""How often label maps agree with the human labels of their images, and what is said of it."""
 
 import datasets
 import numpy as np
 import pytest
-import torch
-from transformers import ViTConfig, ViTForImageClassification
 
-from modeling_lvvit import LVViTForImageClassification
-from modeling_lvvit.annotators.agreement import compare_with_labels, describe_first_classes
-from modeling_lvvit.backbones import dense_classifier
-from modeling_lvvit.backbones.dense_classifier import DenseClassifier
+from modeling_lvvit.labels.checks.agreement import Agreement, compare, compare_with_labels
 from modeling_lvvit.labels.label_crops import top_classes
 from modeling_lvvit.labels.label_set import LabelSet
 from modeling_lvvit.labels.reader import LabelMapReader
 from support.label_sets import layout_of, random_maps, table_of, write_label_set
-from support.models import tiny_config
 
 
 NAMES = ["ant", "bee", "cat"]
@@ -24,20 +16,34 @@ NAMES = ["ant", "bee", "cat"]
 
 def test_agreement_is_a_share_of_the_maps():
     classes = np.array([0, 1, 2, 0, 1, 2, 0, 1])
-    lines = describe_first_classes(np.array([0, 1, 2, 0, 1, 2, 1, 0]), classes, NAMES)
-    assert lines == ["75.0 % of 8 maps have the human label as their first class"]
+    agreement = Agreement(np.array([0, 1, 2, 0, 1, 2, 1, 0]), classes, named=0.875)
+    assert agreement.lines(NAMES) == ["75.0 % of maps have the human label as their first class, 87.5 % name it"]
 
 
 def test_rare_agreement_and_a_preferred_class_are_warned_of():
     classes, first = np.repeat([0, 1, 2], [20, 20, 60]), np.repeat([1, 2], [80, 20])
-    share, rare, preferred = describe_first_classes(first, classes, NAMES)
-    assert share.startswith("40.0 % of 100 maps")
+    share, rare, preferred = Agreement(first, classes).lines(NAMES, "100 maps")
+    assert share == "40.0 % of 100 maps have the human label as their first class"
     assert rare.startswith("WARNING: most maps have another first class")
     assert "bee is the first class of 80 % of the maps, and the label of 20 % of the images, 4.0 times" in preferred
 
 
 def test_a_class_preferred_by_chance_is_not_warned_of():
-    assert len(describe_first_classes(np.array([0, 0, 2, 1, 2]), np.array([0, 1, 2, 1, 2]), NAMES)) == 1
+    assert Agreement(np.array([0, 0, 2, 1, 2]), np.array([0, 1, 2, 1, 2])).warnings(NAMES) == []
+
+
+def test_names_of_wordnet_ids_are_written_out():
+    assert Agreement(np.zeros(9, int), np.ones(9, int)).warnings(["n02123045", "n01440764"])[1].startswith("tabby is")
+
+
+@pytest.mark.parametrize(("k", "says"), [(2, "name it"), (7, "first class")])
+def test_sets_of_all_classes_say_nothing_of_naming(k, says, tmp_path):
+    maps = random_maps(6, shape=(k, 3, 3))
+    layout = layout_of(maps)
+    folder = write_label_set(tmp_path / "set", table_of(maps, layout), layout)
+    reader = LabelMapReader(LabelSet.open(str(folder), "train").rows)
+    agreement = compare(reader, top_classes(reader.fetch(range(6)), 7))
+    assert agreement.share == 1 and agreement.summary().endswith(says)
 
 
 def test_maps_are_compared_with_the_labels_of_their_images(tmp_path):
@@ -60,23 +66,3 @@ def test_maps_are_compared_with_the_labels_of_their_images(tmp_path):
     assert compare_with_labels(folder, some, "data", "train", "label")[0].startswith("62.5 % of 8 maps")
     names = datasets.Dataset.from_dict({"label": ["elsewhere"] * 10})
     assert "not compared" in compare_with_labels(folder, names, "data", "train", "label")[0]
-
-
-@pytest.mark.parametrize("is_lvvit", [True, False])
-def test_class_token_classifiers_are_warned_of(is_lvvit, caplog):
-    torch.manual_seed(0)
-    if is_lvvit:
-        model = LVViTForImageClassification(tiny_config(patch_logits_weight=0.0))
-    else:
-        config = ViTConfig(image_size=(32, 48), patch_size=8, num_labels=3, hidden_size=32, num_hidden_layers=1)
-        config.update({"num_attention_heads": 4, "intermediate_size": 48})
-        model = ViTForImageClassification(config)
-    logger = logging.getLogger(dense_classifier.__name__)
-    logger.addHandler(caplog.handler)
-    try:
-        DenseClassifier(model.eval(), (32, 48))
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "has never seen single patches" in caplog.text
-    assert "self_emerging/labeler" in caplog.text
-    assert ("patch head of this LV-ViT was not trained" in caplog.text) == is_lvvit
