@@ -39,6 +39,7 @@ from ..launching import num_cpu_cores, set_up_cpu, start_missing_processes
 from ..options import Program
 from .annotator import Annotator, load_annotator
 from .arguments import DEFAULT_COLUMN, AnnotateArguments
+from .five_crop import SIDE, VIEWS, FiveCrop
 from .image_batches import ImageBatches, StreamedImageBatches, distinct_keys
 from .pipeline import Scorer, ShardBuilder, prepared_ahead
 from .text.prompts import TEXT_PREFIX
@@ -182,6 +183,7 @@ class Annotation:
         about: What the record says of the images.
         title: Of the card.
         writer_class: What writes the shards.
+        passes: Forward passes of the annotator for each batch.
     """
 
     annotator: Annotator
@@ -192,6 +194,7 @@ class Annotation:
     about: dict[str, Any]
     title: str
     writer_class: type[LabelSetWriter] = LabelSetWriter
+    passes: int = 1
 
     def writer(self, args: AnnotateArguments) -> LabelSetWriter:
         """The writer of the label set."""
@@ -214,8 +217,12 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     if not args.streaming and isinstance(dataset.features.get(column), datasets.ClassLabel):
         note = describe_classes(dataset, args.train_split, column)
     title = f"Token labels of {about['dataset']} ({args.train_split}) by {annotator.provenance['annotator']}"
-    prepare = partial(prepared_ahead, preprocessing=annotator.preprocessing)
-    annotation = Annotation(annotator, annotator.score_map, class_names, rows, prepare, about, title)
+    preprocessing, score_map, passes = annotator.preprocessing, annotator.score_map, 1
+    if args.five_crop:
+        views, passes = FiveCrop(annotator), VIEWS
+        preprocessing, score_map, about["five_crop"] = views.prepare, views.score_map, SIDE
+    prepare = partial(prepared_ahead, preprocessing=preprocessing)
+    annotation = Annotation(annotator, score_map, class_names, rows, prepare, about, title, passes=passes)
     write_label_set(args, annotation, accelerator, note)
     if accelerator.is_main_process and not args.streaming:
         for line in compare_with_labels(Path(args.output_dir), dataset, args.dataset_name, args.train_split, column):
@@ -263,7 +270,7 @@ def write_shards(
     """Annotates and writes every n-th of the shards that are not there yet, with a progress bar in the main process."""
     rows, heads = annotation.rows, annotation.annotator.fold_heads
     scorer = Scorer(annotation.score_map, writer.layout, args.scores, accelerator.device, accelerator.autocast)
-    choose_heads = None if heads is None else heads.choose
+    choose_heads = None if heads is None else partial(heads.choose, passes=annotation.passes)
     builder = ShardBuilder(scorer, writer.layout, args.on_error == "empty", choose_heads)
     workers = args.num_workers or max(1, num_cpu_cores() // accelerator.num_processes)
     share = f", share of process 1 of {accelerator.num_processes}" if accelerator.num_processes > 1 else ""

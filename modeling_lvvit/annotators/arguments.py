@@ -74,6 +74,10 @@ class AnnotateArguments(HubUploadArguments):
     fit: Literal["squash", "pad", "center_crop"] = HfArg(
         default="squash", help="How images get its shape (see README)."
     )
+    five_crop: bool = HfArg(
+        default=False,
+        help="Average the map of the whole image with those of five windows of it: better labels of crops for six times the work.",
+    )
     batch_size: int = HfArg(default=32, help="Images a forward pass.")
     bf16: bool = HfArg(default=False, help="Run the annotator in bfloat16.")
     output_dir: str | None = HfArg(default=None, help="Folder of the label set; an unfinished one is continued.")

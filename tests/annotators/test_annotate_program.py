@@ -1,6 +1,7 @@
 """The annotation program: odd images, many classes, kills, full disks, streams, the Hub."""
 
 import io
+import json
 import logging
 import os
 import subprocess
@@ -20,8 +21,11 @@ from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassifi
 
 from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.annotators import annotate
+from modeling_lvvit.annotators.annotator import load_annotator
+from modeling_lvvit.annotators.five_crop import FiveCrop
 from modeling_lvvit.labels.label_set import LabelSet
 from modeling_lvvit.labels.packing import unpacked_rows
+from modeling_lvvit.labels.reader import LabelMapReader
 from modeling_lvvit.token_labeling import (
     TokenLabelDataset,
     TokenLabelTrainer,
@@ -102,6 +106,27 @@ def labels(images, annotator, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("labels") / "set"
     annotate.main(options(images, annotator, folder))
     return folder
+
+
+def test_maps_of_five_windows(images, annotator, labels, tmp_path, capsys):
+    """Each map is that of the views of its image; the record says so; a set begun without windows is another one."""
+    annotate.main(options(images, annotator, tmp_path / "set", "--five_crop", "--max_samples", "20"))
+    rows = LabelSet.open(str(tmp_path / "set"), "train").rows
+    maps = LabelMapReader(rows).fetch([0, 7])
+    loaded = load_annotator(str(annotator))
+    views, table = FiveCrop(loaded), datasets.load_dataset("parquet", data_files=str(images), split="train")
+    by_name = {f"{row}.img": row for row in range(len(table))}
+    for offset, row in enumerate((0, 7)):
+        image = table[by_name[rows[row]["image_key"]]]["image"].convert("RGB")
+        with torch.inference_mode():
+            scores = views.score_map(views.prepare(image)[0][None])[0]
+        stored = torch.from_numpy(maps.scores[offset].astype(np.float32))
+        taken = scores.gather(0, torch.from_numpy(np.asarray(maps.ids[offset]).astype(np.int64)))
+        torch.testing.assert_close(stored, taken, atol=2e-3, rtol=2e-3)
+        assert torch.equal(stored.amin(0), scores.topk(3, dim=0).values[-1].half().float())
+    assert json.loads((tmp_path / "set" / "token_labels.json").read_text())["settings"]["five_crop"] == 0.6
+    with pytest.raises(SystemExit, match="five_crop"):
+        annotate.main(options(images, annotator, tmp_path / "set", "--max_samples", "20"))
 
 
 def test_label_set_loads_and_describes_itself(labels):

@@ -42,18 +42,19 @@ class FoldHeads(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.counts: Counter[bool] = Counter()
-        self._chosen: list[int] | None = None
+        self._chosen: list[list[int]] = []  # for each of the next passes
 
-    def choose(self, hashes: Sequence[int | None]) -> None:
-        """Chooses the heads of the images of the next forward pass by their content hashes; without it all get the head of all."""
-        self._chosen = [self.folds.get(number, ALL) for number in hashes]
-        self.counts.update(fold != ALL for fold in self._chosen)
+    def choose(self, hashes: Sequence[int | None], passes: int = 1) -> None:
+        """Chooses the heads of the images of the next forward passes by their content hashes; without it all get the head of all."""
+        self._chosen = passes * [[self.folds.get(number, ALL) for number in hashes]]
+        self.counts.update(fold != ALL for fold in self._chosen[0])
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Features of images or of their cells, those of an image next to each other, `(B * N, ...)`, to their logits."""
-        logits, chosen, self._chosen = self.head(features), self._chosen, None
-        if chosen is None:
+        logits = self.head(features)
+        if not self._chosen:
             return logits
+        chosen = self._chosen.pop()
         rows = torch.tensor(chosen, device=features.device).repeat_interleave(len(features) // len(chosen))
         for fold in sorted(set(chosen) - {ALL}):
             weight, bias = self.weight[fold], self.bias[fold]

@@ -78,6 +78,7 @@ class CropArguments:
             "streaming": (args.streaming, "a stream does not number its images, and the number decides what is drawn"),
             "on_error": (args.on_error == "empty", "a damaged image would stop training too"),
             "fit": (args.fit != "squash", "an annotator sees the whole crop, as in training"),
+            "five_crop": (args.five_crop, "an annotator sees the crop itself"),
             "random_weights": (args.random_weights, "live labels have no counterpart"),
         }
         for name, (is_given, reason) in reasons.items():

@@ -280,6 +280,10 @@ def test_lvvit_annotates_by_the_head_of_its_patch_tokens(tmp_path, images, data,
         annotator.fold_heads.choose([int(heads["hashes"][0]), None, int(heads["hashes"][1])])
         maps = annotator.score_map(pixels).flatten(2).mT
         again = annotator.score_map(pixels).flatten(2).mT  # without a choice: the head of all
+        annotator.fold_heads.choose([int(heads["hashes"][0]), None, int(heads["hashes"][1])], passes=2)
+        twice = [annotator.score_map(pixels).flatten(2).mT for _ in range(3)]
+        for one, expected in zip(twice, (maps, maps, again)):
+            torch.testing.assert_close(one, expected)
     for place, number in ((0, 0), (2, 1)):
         fold = heads["folds"][number]
         expected = tokens[place] @ heads["weight"][fold].T + heads["bias"][fold]
