@@ -35,7 +35,7 @@ def test_cells_are_means_of_what_all_views_say_there():
     places = [(0, 0, 240, 240)] + [(3 * top, 6 * left, 144, 144) for top, left in TOPS_AND_LEFTS]
     for view, (top, left, height, width) in zip(scores.numpy(), places):
         region = (slice(top, top + height), slice(left, left + width))
-        total[..., *region] += np.kron(view, np.ones((height // 3, width // 2)))
+        total[(..., *region)] += np.kron(view, np.ones((height // 3, width // 2)))
         count[region] += 1
     expected = total.reshape(5, 4, 3, 80, 2, 120).sum((3, 5)) / count.reshape(3, 80, 2, 120).sum((1, 3))
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-5)
