@@ -38,7 +38,7 @@ from ..labels.writer import LabelSetWriter, default_rows_per_shard, package_vers
 from ..launching import num_cpu_cores, set_up_cpu, start_missing_processes
 from ..options import Program
 from .annotator import Annotator, load_annotator
-from .arguments import DEFAULT_COLUMN, AnnotateArguments
+from .arguments import DEFAULT_COLUMN, FEW_CLASSES, TOP_K, AnnotateArguments
 from .five_crop import SIDE, VIEWS, FiveCrop
 from .image_batches import ImageBatches, StreamedImageBatches, distinct_keys
 from .pipeline import Scorer, ShardBuilder, prepared_ahead
@@ -89,7 +89,7 @@ def open_images(args: AnnotateArguments) -> datasets.Dataset | datasets.Iterable
 
 
 def open_annotator(args: AnnotateArguments, rows, device: torch.device) -> tuple[Annotator, tuple[str, ...]]:
-    """The annotator with the classes of the data, and their names. `args.top_k` becomes their number where it is more.
+    """The annotator with the classes of the data, and their names. `args.top_k` gets its default, and becomes their number where it is more.
 
     Raises:
         ValueError: If it cannot be loaded, or the classes of both do not match or cannot be compared.
@@ -129,8 +129,11 @@ def open_annotator(args: AnnotateArguments, rows, device: torch.device) -> tuple
 
 
 def record_classes(args: AnnotateArguments, annotator: Annotator, num_classes: int) -> None:
-    """Adds to the annotator's provenance how its classes were paired; `args.top_k` becomes the number of classes where it is more."""
-    if args.top_k > num_classes:
+    """Adds to the annotator's provenance how its classes were paired; `args.top_k` gets its default, and becomes the number of classes where it
+    is more."""
+    if args.top_k is None:
+        args.top_k = num_classes if num_classes <= FEW_CLASSES else TOP_K
+    elif args.top_k > num_classes:
         logger.warning(
             "--top_k %d is more than the %d classes: every cell keeps all of them.", args.top_k, num_classes
         )
