@@ -8,7 +8,7 @@ The program can be killed at any time and started again; the result is the same.
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -186,7 +186,7 @@ class Annotation:
         about: What the record says of the images.
         title: Of the card.
         writer_class: What writes the shards.
-        passes: Forward passes of the annotator for each batch.
+        views: Shows the annotator several views of each image.
     """
 
     annotator: Annotator
@@ -197,7 +197,13 @@ class Annotation:
     about: dict[str, Any]
     title: str
     writer_class: type[LabelSetWriter] = LabelSetWriter
-    passes: int = 1
+    views: FiveCrop | None = None
+
+    def of_five_crops(self) -> "Annotation":
+        """The same with `--five_crop`."""
+        views = FiveCrop(self.annotator)
+        prepare, about = partial(prepared_ahead, preprocessing=views.prepare), {**self.about, "five_crop": SIDE}
+        return replace(self, score_map=views.score_map, prepare=prepare, about=about, views=views)
 
     def writer(self, args: AnnotateArguments) -> LabelSetWriter:
         """The writer of the label set."""
@@ -220,12 +226,10 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     if not args.streaming and isinstance(dataset.features.get(column), datasets.ClassLabel):
         note = describe_classes(dataset, args.train_split, column)
     title = f"Token labels of {about['dataset']} ({args.train_split}) by {annotator.provenance['annotator']}"
-    preprocessing, score_map, passes = annotator.preprocessing, annotator.score_map, 1
+    prepare = partial(prepared_ahead, preprocessing=annotator.preprocessing)
+    annotation = Annotation(annotator, annotator.score_map, class_names, rows, prepare, about, title)
     if args.five_crop:
-        views, passes = FiveCrop(annotator), VIEWS
-        preprocessing, score_map, about["five_crop"] = views.prepare, views.score_map, SIDE
-    prepare = partial(prepared_ahead, preprocessing=preprocessing)
-    annotation = Annotation(annotator, score_map, class_names, rows, prepare, about, title, passes=passes)
+        annotation = annotation.of_five_crops()
     write_label_set(args, annotation, accelerator, note)
     if accelerator.is_main_process and not args.streaming:
         for line in compare_with_labels(Path(args.output_dir), dataset, args.dataset_name, args.train_split, column):
@@ -273,7 +277,7 @@ def write_shards(
     """Annotates and writes every n-th of the shards that are not there yet, with a progress bar in the main process."""
     rows, heads = annotation.rows, annotation.annotator.fold_heads
     scorer = Scorer(annotation.score_map, writer.layout, args.scores, accelerator.device, accelerator.autocast)
-    choose_heads = None if heads is None else partial(heads.choose, passes=annotation.passes)
+    choose_heads = None if heads is None else partial(heads.choose, passes=1 if annotation.views is None else VIEWS)
     builder = ShardBuilder(scorer, writer.layout, args.on_error == "empty", choose_heads)
     workers = args.num_workers or max(1, num_cpu_cores() // accelerator.num_processes)
     share = f", share of process 1 of {accelerator.num_processes}" if accelerator.num_processes > 1 else ""
@@ -296,8 +300,9 @@ def write_shards(
             progress.update(len(images))
             if table is not None:
                 writer.write(batch.shard, table)
-    if heads is not None and accelerator.is_main_process:
-        print(f"{heads.describe()}{share}", flush=True)
+    for part in (heads, annotation.views):
+        if part is not None and accelerator.is_main_process:
+            print(f"{part.describe()}{share}", flush=True)
 
 
 def run(args: AnnotateArguments, accelerated: Callable[[AnnotateArguments, Accelerator], None] = annotate) -> None:

@@ -111,6 +111,7 @@ def labels(images, annotator, tmp_path_factory) -> Path:
 def test_maps_of_five_windows(images, annotator, labels, tmp_path, capsys):
     """Each map is that of the views of its image; the record says so; a set begun without windows is another one."""
     annotate.main(options(images, annotator, tmp_path / "set", "--five_crop", "--max_samples", "20"))
+    assert "% of 20 images" in capsys.readouterr().out
     rows = LabelSet.open(str(tmp_path / "set"), "train").rows
     maps = LabelMapReader(rows).fetch([0, 7])
     loaded = load_annotator(str(annotator))

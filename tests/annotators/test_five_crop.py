@@ -55,6 +55,17 @@ def test_views_show_the_image_and_its_windows(fit, shape):
         assert torch.equal(view, frame[:, top : top + 48, left : left + 24])
 
 
+@pytest.mark.parametrize(("changed", "words"), [(1, "windows change"), (2, "WARNING: windows change")])
+def test_images_whose_class_the_windows_change_are_counted(changed, words):
+    scores = torch.zeros(6, 6, 4, *GRID)  # views, images, classes
+    scores[0, :, 2], scores[1:, :changed, 3], scores[1:, changed:, 2] = 1, 5, 5
+    calls = iter(scores)
+    views = FiveCrop(annotator(lambda view: next(calls)))
+    views.score_map(torch.zeros(6, 6, 3, *SIZE))
+    assert (views.num_changed, views.num_images) == (changed, 6)
+    assert views.describe().startswith(f"{words} the first class of {100 * changed / 6:.0f} % of 6 images")
+
+
 def test_what_lies_at_a_place_stays_there():
     """A red and a green half: the map says so, as that of the whole image does."""
     array = np.zeros((96, 48, 3), np.uint8)
