@@ -12,9 +12,9 @@ from ...data.classes.class_matching import shown_names
 from ..label_crops import top_classes, whole_image_classes
 from ..label_set import LabelSet
 from ..reader import LabelMapReader
+from .report import ROWS_PER_BATCH
 
 
-ROWS_PER_BATCH = 512
 MAX_COMPARED = 2000  # maps of a set that was just made
 LOW = 0.5  # share of maps whose first class is the human label
 OFTEN, MUCH = 1.5, 0.1  # times as often, and share of all maps more, than the data has a class
