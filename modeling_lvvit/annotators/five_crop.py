@@ -25,12 +25,19 @@ class FiveCrop:
 
     Windows are enlarged to the input of the annotator. The map has the cells, and shows the region, of one of the whole image.
 
+    Args:
+        annotator: Sees the views.
+        device: Where it runs.
+
     Attributes:
         num_images, num_changed: Images so far, and those of them to which the windows gave another class than the whole.
     """
 
-    def __init__(self, annotator: Annotator):
-        self.annotator, self.num_images, self.num_changed = annotator, 0, 0
+    def __init__(self, annotator: Annotator, device: torch.device | str = "cpu"):
+        self.annotator, self.num_images = annotator, 0
+        self._changed = torch.zeros(
+            (), dtype=torch.int64, device=device
+        )  # read at the end: no batch waits for the device
         sides = annotator.preprocessing.image_size
         self.enlarged = replace(annotator.preprocessing, image_size=tuple(round(side / SIDE) for side in sides))
         ends = [large - side for large, side in zip(self.enlarged.image_size, sides)]
@@ -44,7 +51,12 @@ class FiveCrop:
             self.views.append(
                 tuple(_overlaps(start / large, (start + side) / large, cells) for start, side, large, cells in spans)
             )
+        self.views = [(down.to(device), across.to(device)) for down, across in self.views]
         self.covered = sum(down.sum(1, keepdim=True) * across.sum(1) for down, across in self.views)  # (rows, columns)
+
+    @property
+    def num_changed(self) -> int:
+        return int(self._changed)
 
     def prepare(self, image: Image.Image) -> tuple[torch.Tensor, tuple[float, float, float, float]]:
         """An RGB image to pixels uint8 `[6, 3, height, width]`, and the region that they show (see `Preprocessing`)."""
@@ -55,11 +67,11 @@ class FiveCrop:
         """Pixels `(B, 6, 3, height, width)` to logits `(B, classes, rows, columns)` float32; a forward pass for each view."""
         placed = []
         for view, (down, across) in zip(pixels.unbind(1), self.views):
-            placed.append(down.to(pixels.device) @ self.annotator.score_map(view).float() @ across.to(pixels.device).T)
-        scores = sum(placed) / self.covered.to(pixels.device)
+            placed.append(down @ self.annotator.score_map(view).float() @ across.T)
+        scores = sum(placed) / self.covered
         of_whole, of_all = (maps.mean(dim=(2, 3)).argmax(dim=1) for maps in (placed[0], scores))
         self.num_images += len(scores)
-        self.num_changed += int((of_whole != of_all).sum())
+        self._changed += (of_whole != of_all).sum()
         return scores
 
     def describe(self) -> str:

@@ -27,7 +27,7 @@ from ..data.classes.multi_label import (
 from ..data.sources import dataset_fingerprint, open_splits, streamed_rows
 from ..data.splits import classes_of_rows, draw_subset, find_eval_split, hold_out, select_subset, take_subset
 from ..data.unlabeled import add_unlabeled, select_confident, without_labels
-from ..labels.checks.agreement import compare, image_classes
+from ..labels.checks.agreement import compare_some, image_classes
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
 from ..labels.crops import join_crops, read_record
 from ..labels.label_set import LabelSet
@@ -307,18 +307,13 @@ def _open_stream(
 
 def _compare_with_labels(label_maps: LabelMapReader, train: datasets.Dataset, label_column: str) -> None:
     """Warns when maps rarely have the class of their image: then they are of other images, or ids mean other classes."""
-    labels = class_ids(train, label_column)
-    labeled = np.flatnonzero(labels >= 0)
-    if not len(labeled):
-        return
-    rows = labeled[np.unique(np.linspace(0, len(labeled) - 1, COMPARED_ROWS).astype(np.int64))]
-    classes = labels[rows]
     try:
-        agreement = compare(label_maps.select(rows), classes)
+        agreement = compare_some(label_maps, class_ids(train, label_column), COMPARED_ROWS)
     except LabelMapError:  # the check of all rows names it
         return
-    if warnings := agreement.warnings(train.features[label_column].names):
-        logger.warning("%s: %s", agreement.summary(f"{len(rows):,} label maps"), " ".join(warnings))
+    if agreement is not None and (warnings := agreement.warnings(train.features[label_column].names)):
+        summary = agreement.summary(f"{len(agreement.classes):,} label maps")
+        logger.warning("%s: %s", summary, " ".join(warnings))
 
 
 def has_dense_columns(rows: datasets.Dataset | datasets.IterableDataset, columns: tuple[str, str]) -> bool:

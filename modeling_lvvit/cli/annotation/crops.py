@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator
 from transformers.hf_argparser import HfArg
 
-from ...annotators.annotate import WAITING, Annotation, about_dataset, record_classes, write_label_set
+from ...annotators.annotate import WAITING, about_dataset, record_classes
+from ...annotators.annotation import Annotation, write_label_set
 from ...annotators.arguments import AnnotateArguments
 from ...annotators.image_batches import ImageBatch, distinct_keys
 from ...annotators.online import OnlineAnnotator, open_annotator

@@ -87,6 +87,21 @@ def compare(label_maps: LabelMapReader, classes: np.ndarray) -> Agreement:
     return Agreement(np.concatenate(first), classes, None if names_all else named / len(classes))
 
 
+def compare_some(label_maps: LabelMapReader, classes: np.ndarray, at_most: int) -> Agreement | None:
+    """Compares at most so many label maps, spread over all, with the human labels of their images, `classes` `(n,)`.
+
+    Rows of class -1 are left out; `None` where there are no others.
+
+    Raises:
+        LabelMapError: If a map cannot be read.
+    """
+    rows = np.flatnonzero(classes >= 0)
+    if not len(rows):
+        return None
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, at_most).astype(int))]
+    return compare(label_maps.select(rows), classes[rows])
+
+
 def compare_with_labels(folder: Path, rows: datasets.Dataset, name: str, split: str, label_column: str) -> list[str]:
     """Compares at most 2,000 maps with the human labels; lines for the user, none where there are no labels.
 
@@ -103,13 +118,9 @@ def compare_with_labels(folder: Path, rows: datasets.Dataset, name: str, split: 
             rows = with_class_ids(rows, name, label_column, class_names=labels.class_names, may_be_missing=True)
         except ValueError as error:
             return [f"not compared with the human labels: {error}"]
-    classes = class_ids(rows, label_column)
-    compared = np.flatnonzero(~labels.is_empty & (classes >= 0))
-    if not len(compared):
-        return []
-    compared = compared[np.unique(np.linspace(0, len(compared) - 1, MAX_COMPARED).astype(int))]
-    result = compare(LabelMapReader(labels.rows).select(compared), classes[compared])
-    return result.lines(labels.class_names, f"{len(compared):,} maps")
+    classes = np.where(labels.is_empty, -1, class_ids(rows, label_column))
+    result = compare_some(LabelMapReader(labels.rows), classes, MAX_COMPARED)
+    return [] if result is None else result.lines(labels.class_names, f"{len(result.classes):,} maps")
 
 
 def image_classes(label_maps: LabelMapReader, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
