@@ -65,17 +65,28 @@ class ClassifierRun(TrainingRun):
             f"{images} training images, {args.images_per_step} a step, peak learning rate {args.learning_rate:.3g}"
             + (f" ({args.base_learning_rate:g} for 1,024 images, scaled)" if args.is_learning_rate_scaled else "")
         )
-        if trainer.annotator is not None and trainer.trains_patches and trainer.is_world_process_zero():
-            duration = 1000 / trainer.annotator.images_per_second(args.train_batch_size)
-            name = trainer.annotator.annotator.name
-            text += f"\nlabels by {name}, which takes {duration:.3g} ms an image here"
         if getattr(samples, "has_crop_maps", False) and trainer.trains_patches:
             number = samples.label_maps.num_epochs
             text += f"\nlabels of the crops of {number:,} epoch{'s' * (number > 1)}"
             if args.num_train_epochs > number:
                 text += f", after which crops and labels come again ({args.num_train_epochs:g} epochs in all)"
         data = self.opened.describe(self.data_args.label_column_name)
-        return "\n".join([*self.notes, text, *data, *self.describe_balance()])
+        return "\n".join([*self.notes, text, *self.describe_annotator(), *data, *self.describe_balance()])
+
+    def describe_annotator(self) -> list[str]:
+        """How fast it labels crops, and how often as humans label their images; no line without one, or in other processes than the main one."""
+        trainer, args, samples = self.trainer, self.trainer.args, self.trainer.train_dataset
+        online = trainer.annotator
+        if online is None or not (trainer.trains_patches and trainer.is_world_process_zero()):
+            return []
+        duration = 1000 / online.images_per_second(args.train_batch_size)
+        lines = [f"labels by {online.annotator.name}, which takes {duration:.3g} ms an image here"]
+        agreement = None
+        if isinstance(samples, TokenLabelDataset):
+            agreement = online.compare_with_labels(samples, args.data_seed, args.train_batch_size)
+        if agreement is not None:
+            lines += agreement.lines(trainer.class_names, f"{len(agreement.classes):,} crops", are_crops=True)
+        return lines
 
     def describe_balance(self) -> list[str]:
         """How classes of different sizes are made up for, or that nothing does; no line where they have about the same size."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from timm.data.random_erasing import RandomErasing
 from torch import nn
@@ -14,12 +15,14 @@ from torch import nn
 from ..data.classes.class_labels import pair_classes
 from ..data.images import parse_image_size
 from ..finite import check_weights
+from ..labels.checks.agreement import Agreement, spread_labelled
 from ..labels.label_crops import CropGeometry, crop_palette_scores
 from ..labels.sparse_targets import SparseTargets
 from .annotator import Annotator, load_annotator
 from .text.prompts import PROMPTS_HELP, TEXT_PREFIX, check_text_options
 
 
+MAX_COMPARED = 256  # crops that are labelled before training
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -201,6 +204,20 @@ class OnlineAnnotator:
             for _ in range(repeats):
                 self.label(pixel_values, (2, 2))
         return batch_size * repeats / self.clock.seconds()
+
+    def compare_with_labels(self, samples: Any, seed: int, batch_size: int) -> Agreement | None:
+        """What it says of at most 256 crops of the first epoch, next to the human labels; `None` where there are none.
+
+        Args:
+            samples: Training data, a `TokenLabelDataset`.
+            seed: `data_seed` of the run.
+        """
+        classes = np.array(samples.labels(len(samples)))
+        rows, first = spread_labelled(classes, MAX_COMPARED), []
+        for part in np.array_split(rows, -(-len(rows) // batch_size)) if len(rows) else ():
+            crops = torch.stack([sample["pixel_values"] for sample in samples.draw(part.tolist(), seed, 0)])
+            first.append(self.label(crops.to(self.device), (2, 2))[0].to_dense().argmax(dim=1).cpu().numpy())
+        return Agreement(np.concatenate(first), classes[rows]) if first else None
 
     def seed(self, seed: int) -> None:
         """Starts what places the erased rectangles, Python's generator; another seed in each process."""

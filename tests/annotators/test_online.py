@@ -205,6 +205,24 @@ def test_training_uses_the_annotator_and_reports_its_share(tiny_model, labelled_
     assert (output.patch_logits.argmax(-1) == 2).all()
 
 
+def test_what_it_says_of_crops_is_compared_with_human_labels(labelled_rows):
+    """Rows without a human label are left out; crops are those of the first epoch of the seed."""
+    rows = labelled_rows.rename_column("label", "before")
+    human = [index if index % 3 else -1 for index in labelled_rows["label"]]
+    rows = rows.add_column("label", human, feature=labelled_rows.features["label"])
+    samples = samples_at(rows)
+    labelled = [row for row, index in enumerate(human) if index >= 0]
+    crops = torch.stack([sample["pixel_values"] for sample in samples.draw(labelled, 5, 0)])
+    annotator = live()
+    annotator.annotator.dense.scorer.bias.data -= annotator.score_map(crops).mean(
+        dim=(0, 2, 3)
+    )  # else one class is always first
+    agreement = annotator.compare_with_labels(samples, seed=5, batch_size=3)
+    expected = annotator.score_map(crops).mean(dim=(2, 3)).argmax(dim=1)
+    assert len(set(agreement.first)) > 1 and agreement.first.tolist() == expected.tolist()
+    assert agreement.classes.tolist() == [human[row] for row in labelled]
+
+
 def test_annotator_sees_no_erased_images(tiny_model, labelled_rows, tmp_path):
     """With erasing everywhere the model sees noise that the annotator does not."""
     dense, seen = Cells(), []

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -213,6 +214,7 @@ def test_options_of_the_run_can_follow_the_recipe(folder, labels, tmp_path, caps
     assert "labels of 20 crops in each of 2 epochs (data_seed 3, image_size [32, 32], crop_scale_min 0.2" in output
     # 7 classes, 5 x 5 cells, 2 bytes each, 60 for the key, and 6 files
     assert "up to about 1,310 bytes a crop, 0.1 MB in all" in output
+    assert re.search(r"% of 40 maps of crops have the human label as their first class\n", output)
     prepare(folder, tmp_path / "run", "--token_labels", str(tmp_path / "labels"), "--seed", "3")
 
 

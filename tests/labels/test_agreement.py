@@ -28,6 +28,12 @@ def test_rare_agreement_and_a_preferred_class_are_warned_of():
     assert "bee is the first class of 80 % of the maps, and the label of 20 % of the images, 4.0 times" in preferred
 
 
+def test_crops_that_an_annotator_sees_otherwise_get_advice():
+    *_, preferred, advice = Agreement(np.repeat(1, 9), np.arange(9) % 3).lines(NAMES, "9 crops", are_crops=True)
+    assert "bee is the first class of 100 %" in preferred and "labels of whole images" in advice
+    assert len(Agreement(np.arange(9) % 3, np.arange(9) % 3).lines(NAMES, "9 crops", are_crops=True)) == 1
+
+
 def test_a_class_preferred_by_chance_is_not_warned_of():
     assert Agreement(np.array([0, 0, 2, 1, 2]), np.array([0, 1, 2, 1, 2])).warnings(NAMES) == []
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers.hf_argparser import HfArg
@@ -26,7 +27,9 @@ from ...console import ignore_interrupts
 from ...data.classes.multi_label import class_names
 from ...data.images import PixelLimit, SampleError, content_hash, image_note, read_content
 from ...data.sampling import BALANCED
+from ...labels.checks.agreement import compare_set
 from ...labels.crops import CropLabelSetWriter, CropRecord
+from ...labels.label_set import LabelSet
 from ...labels.writer import default_rows_per_shard
 from ...token_labeling import TokenLabelDataset, TokenLabelTrainingArguments, TrainTransform
 from ...variants import AUTO
@@ -175,6 +178,9 @@ def annotate_crops(
     annotation = Annotation(annotator, online.score_map, names, rows, rows.prepare, about, title, CropLabelSetWriter)
     args = replace(args, train_split=data_args.train_split, max_train_samples=data_args.max_train_samples)
     write_label_set(args, annotation, accelerator, describe_size(args, annotation, record))
+    if accelerator.is_main_process:
+        classes = np.tile(samples.labels(len(samples)), num_epochs)
+        print("\n".join(compare_set(LabelSet.open(args.output_dir, args.train_split), classes)))
 
 
 def describe_size(args: AnnotateArguments, annotation: Annotation, record: CropRecord) -> str:

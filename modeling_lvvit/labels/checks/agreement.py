@@ -17,6 +17,7 @@ from .report import ROWS_PER_BATCH
 
 MAX_COMPARED = 2000  # maps of a set that was just made
 LOW = 0.5  # share of maps whose first class is the human label
+OF_CROPS = "Parts of images, enlarged, may look like something else to the annotator: compare with labels of whole images (lvvit annotate)."
 OFTEN, MUCH = 1.5, 0.1  # times as often, and share of all maps more, than the data has a class
 
 
@@ -65,9 +66,10 @@ class Agreement:
             )
         return lines
 
-    def lines(self, class_names: list[str], maps: str = "maps") -> list[str]:
-        """`summary` and `warnings`, these marked as such."""
-        return [self.summary(maps), *(f"WARNING: {line}" for line in self.warnings(class_names))]
+    def lines(self, class_names: list[str], maps: str = "maps", are_crops: bool = False) -> list[str]:
+        """`summary` and `warnings`, these marked as such; with advice where they are of crops."""
+        warnings = [f"WARNING: {line}" for line in self.warnings(class_names)]
+        return [self.summary(maps), *warnings, *([OF_CROPS] if warnings and are_crops else [])]
 
 
 def compare(label_maps: LabelMapReader, classes: np.ndarray) -> Agreement:
@@ -87,19 +89,20 @@ def compare(label_maps: LabelMapReader, classes: np.ndarray) -> Agreement:
     return Agreement(np.concatenate(first), classes, None if names_all else named / len(classes))
 
 
-def compare_some(label_maps: LabelMapReader, classes: np.ndarray, at_most: int) -> Agreement | None:
-    """Compares at most so many label maps, spread over all, with the human labels of their images, `classes` `(n,)`.
+def spread_labelled(classes: np.ndarray, at_most: int) -> np.ndarray:
+    """At most so many rows with a human label, spread over all of them: ascending int64. `classes` `(n,)` are -1 without one."""
+    rows = np.flatnonzero(classes >= 0)
+    return rows[np.unique(np.linspace(0, len(rows) - 1, at_most).astype(int))] if len(rows) else rows
 
-    Rows of class -1 are left out; `None` where there are no others.
+
+def compare_some(label_maps: LabelMapReader, classes: np.ndarray, at_most: int) -> Agreement | None:
+    """Compares at most so many label maps with the human labels of their images, `classes` `(n,)`; `None` where these are all -1.
 
     Raises:
         LabelMapError: If a map cannot be read.
     """
-    rows = np.flatnonzero(classes >= 0)
-    if not len(rows):
-        return None
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, at_most).astype(int))]
-    return compare(label_maps.select(rows), classes[rows])
+    rows = spread_labelled(classes, at_most)
+    return compare(label_maps.select(rows), classes[rows]) if len(rows) else None
 
 
 def compare_with_labels(folder: Path, rows: datasets.Dataset, name: str, split: str, label_column: str) -> list[str]:
@@ -118,9 +121,19 @@ def compare_with_labels(folder: Path, rows: datasets.Dataset, name: str, split: 
             rows = with_class_ids(rows, name, label_column, class_names=labels.class_names, may_be_missing=True)
         except ValueError as error:
             return [f"not compared with the human labels: {error}"]
-    classes = np.where(labels.is_empty, -1, class_ids(rows, label_column))
+    return compare_set(labels, class_ids(rows, label_column))
+
+
+def compare_set(labels: LabelSet, classes: np.ndarray) -> list[str]:
+    """Compares at most 2,000 maps of a set with `classes` `(n,)`, -1 for none; lines for the user, none where there is nothing to compare."""
+    maps = "maps of crops" if labels.is_of_crops else "maps"
+    classes = np.where(labels.is_empty, -1, classes)
     result = compare_some(LabelMapReader(labels.rows), classes, MAX_COMPARED)
-    return [] if result is None else result.lines(labels.class_names, f"{len(result.classes):,} maps")
+    return (
+        []
+        if result is None
+        else result.lines(labels.class_names, f"{len(result.classes):,} {maps}", labels.is_of_crops)
+    )
 
 
 def image_classes(label_maps: LabelMapReader, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
