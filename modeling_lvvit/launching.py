@@ -223,11 +223,12 @@ def name_options(message: object, *arguments: type | str) -> str:
 def set_up_cpu(device: torch.device) -> None:
     """What a process that computes on the CPU needs: freed memory is kept, and the cores are shared between the processes of
     this machine (`accelerate launch` gives each a single thread unless `--num_cpu_threads_per_process` says otherwise). A number of
-    threads in `OMP_NUM_THREADS` holds, but for the 1 that launchers put there."""
+    threads in `OMP_NUM_THREADS` holds, but for the 1 that launchers put there where nobody chose one."""
     if device.type != "cpu":
         return
     keep_freed_memory()
-    is_launched = "LOCAL_WORLD_SIZE" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
+    # of several processes, and of one by `accelerate launch`; other variables of accelerate come from its objects too
+    is_launched = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_USE_CPU" in os.environ
     if is_launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, num_cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 

@@ -46,7 +46,8 @@ def test_freed_memory_is_kept_on_a_cpu_only():
     ("variables", "threads"),
     [
         ({"OMP_NUM_THREADS": "1"}, 1),
-        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 4),
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "bf16"}, 1),  # set by an `Accelerator`
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "False"}, 4),
         ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 2),
         ({"OMP_NUM_THREADS": "3", "LOCAL_WORLD_SIZE": "2"}, 1),
     ],

@@ -81,6 +81,13 @@ def launch(program: Program, module: str, words: list[str]) -> None:
             launch_command(args)
         return
     _, environment = prepare_simple_launcher_cmd_env(args)
+    if environment["ACCELERATE_USE_CPU"] == "False" and args.num_processes == 1:
+        # by this variable `set_up_cpu` knows launchers, whose 1 thread it overrides; a 1 that the user chose holds
+        del environment["ACCELERATE_USE_CPU"]
+        if any(word.replace("-", "_").startswith("__num_cpu_threads_per_process") for word in options):
+            torch.set_num_threads(args.num_cpu_threads_per_process)  # it has read the variable already
+        elif "OMP_NUM_THREADS" not in os.environ:
+            del environment["OMP_NUM_THREADS"]
     os.environ.update(environment)
     if args.num_machines == 1 and args.num_processes > 1:
         with quiet_launch():

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from pyarrow import parquet
 
+from modeling_lvvit import launching
 from modeling_lvvit.cli import command, launch
 from modeling_lvvit.cli.parser import TRAIN_TL
 from modeling_lvvit.options import OptionError
@@ -114,6 +116,32 @@ def test_what_the_launcher_refuses_is_one_message():
         launch.launcher_arguments(["--num_processes", "two"], "train_tl", [])
     with pytest.raises(OptionError, match="accelerate launch: You need to use at least 2 processes"):
         launch.launcher_arguments(["--multi_gpu", "--num_processes", "1"], "train_tl", [])
+
+
+@pytest.mark.parametrize(
+    ("before", "options", "variable", "chosen"),
+    [
+        (None, [], None, []),  # torch takes all cores
+        ("1", [], "1", []),  # torch has read it
+        (None, ["--num-cpu-threads-per-process", "1"], "1", [1]),
+        ("2", ["--num_cpu_threads_per_process=1"], "1", [1]),
+    ],
+)
+def test_a_single_process_has_the_threads_that_were_asked_for(before, options, variable, chosen, monkeypatch):
+    """Of four cores."""
+    monkeypatch.setattr(
+        os, "environ", {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    )
+    if before is not None:
+        os.environ["OMP_NUM_THREADS"] = before
+    numbers = []
+    monkeypatch.setattr(launch, "default_config_file", "nowhere")
+    monkeypatch.setattr(launching, "num_cpu_cores", lambda: 4)
+    monkeypatch.setattr(launching, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr("torch.set_num_threads", numbers.append)
+    monkeypatch.setattr("train_tl.main", lambda words: launching.set_up_cpu(torch.device("cpu")))
+    launch.launch(TRAIN_TL, "train_tl", options)
+    assert (os.environ.get("OMP_NUM_THREADS"), numbers) == (variable, chosen)
 
 
 def test_a_single_process_is_this_one(monkeypatch):
