@@ -79,11 +79,13 @@ class ClassifierRun(TrainingRun):
         online = trainer.annotator
         if online is None or not (trainer.trains_patches and trainer.is_world_process_zero()):
             return []
-        duration = 1000 / online.images_per_second(args.train_batch_size)
-        lines = [f"labels by {online.annotator.name}, which takes {duration:.3g} ms an image here"]
         agreement = None
         if isinstance(samples, TokenLabelDataset):
             agreement = online.compare_with_labels(samples, args.data_seed, args.train_batch_size)
+        duration = 1000 / online.images_per_second(
+            args.train_batch_size
+        )  # last: it sets the clock of training to zero
+        lines = [f"labels by {online.annotator.name}, which takes {duration:.3g} ms an image here"]
         if agreement is not None:
             lines += agreement.lines(trainer.class_names, f"{len(agreement.classes):,} crops", are_crops=True)
         return lines

@@ -212,7 +212,7 @@ class OnlineAnnotator:
             samples: Training data, a `TokenLabelDataset`.
             seed: `data_seed` of the run.
         """
-        classes = np.array(samples.labels(len(samples)))
+        classes = samples.class_ids()
         rows, first = spread_labelled(classes, MAX_COMPARED), []
         for part in np.array_split(rows, -(-len(rows) // batch_size)) if len(rows) else ():
             crops = torch.stack([sample["pixel_values"] for sample in samples.draw(part.tolist(), seed, 0)])

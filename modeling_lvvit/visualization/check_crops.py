@@ -8,7 +8,7 @@ import numpy as np
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ..data.image_keys import cut_keys, find_keys, read_keys
-from ..labels.checks.agreement import compare
+from ..labels.checks.agreement import compare_some
 from ..labels.crops import CropRecord, join_crops, read_record
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader
@@ -33,9 +33,10 @@ def check_crops(args: Any, labels: LabelSet, images: datasets.Dataset) -> list[s
     transform = TrainTransform.from_draw_options(record.drawn)
     columns = (args.image_column_name, args.label_column_name)
     samples = TokenLabelDataset(images, transform, *columns, label_maps=label_maps)
-    classes = np.tile(samples.labels(len(samples)), record.num_epochs)
+    classes = np.tile(samples.class_ids(), record.num_epochs)
     lines = [f"all {len(samples):,} images have a label map of their crop in each of {record.num_epochs:,} epochs"]
-    lines += compare(LabelMapReader(labels.rows), classes).lines(labels.class_names)
+    agreement = compare_some(LabelMapReader(labels.rows), classes, len(classes))
+    lines += [] if agreement is None else agreement.lines(labels.class_names, are_crops=True)
     if args.contact_sheet is not None:
         draw_crops(Path(args.contact_sheet), samples, args.num_pictures)
         lines.append(f"contact sheet -> {args.contact_sheet}")

@@ -179,8 +179,9 @@ def annotate_crops(
     args = replace(args, train_split=data_args.train_split, max_train_samples=data_args.max_train_samples)
     write_label_set(args, annotation, accelerator, describe_size(args, annotation, record))
     if accelerator.is_main_process:
-        classes = np.tile(samples.labels(len(samples)), num_epochs)
-        print("\n".join(compare_set(LabelSet.open(args.output_dir, args.train_split), classes)))
+        classes = np.tile(samples.class_ids(), num_epochs)
+        for line in compare_set(LabelSet.open(args.output_dir, args.train_split), classes):
+            print(line)
 
 
 def describe_size(args: AnnotateArguments, annotation: Annotation, record: CropRecord) -> str:
