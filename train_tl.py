@@ -79,15 +79,17 @@ class ClassifierRun(TrainingRun):
         online = trainer.annotator
         if online is None or not (trainer.trains_patches and trainer.is_world_process_zero()):
             return []
-        agreement = None
-        if isinstance(samples, TokenLabelDataset):
+        agreement, is_streamed = None, isinstance(samples, TokenLabelStream)
+        if not is_streamed:
             agreement = online.compare_with_labels(samples, args.data_seed, args.train_batch_size)
         duration = 1000 / online.images_per_second(
             args.train_batch_size
         )  # last: it sets the clock of training to zero
         lines = [f"labels by {online.annotator.name}, which takes {duration:.3g} ms an image here"]
-        if agreement is not None:
-            lines += agreement.lines(trainer.class_names, f"{len(agreement.classes):,} crops", are_crops=True)
+        if is_streamed:
+            lines.append("crops of a stream are not compared with human labels before training")
+        elif agreement is not None:
+            lines += agreement.lines(trainer.class_names, f"{len(agreement.classes):,} crops")
         return lines
 
     def describe_balance(self) -> list[str]:

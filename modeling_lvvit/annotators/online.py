@@ -217,7 +217,7 @@ class OnlineAnnotator:
         for part in np.array_split(rows, -(-len(rows) // batch_size)) if len(rows) else ():
             crops = torch.stack([sample["pixel_values"] for sample in samples.draw(part.tolist(), seed, 0)])
             first.append(self.label(crops.to(self.device), (2, 2))[0].to_dense().argmax(dim=1).cpu().numpy())
-        return Agreement(np.concatenate(first), classes[rows]) if first else None
+        return Agreement(np.concatenate(first), classes[rows], are_crops=True) if first else None
 
     def seed(self, seed: int) -> None:
         """Starts what places the erased rectangles, Python's generator; another seed in each process."""

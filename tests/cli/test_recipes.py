@@ -206,7 +206,7 @@ def test_every_recipe_runs_three_steps(name, start_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUN_STUDIES)
-def test_studies_run_three_steps(name, start_folder, tmp_path):
+def test_studies_run_three_steps(name, start_folder, tmp_path, capsys):
     """On the embedded data, also those that are meant for CIFAR-10; an annotator with the right classes is at hand."""
     options = ["--dataset_name", "digit_scenes", "--output_dir", str(tmp_path / "run"), "--report_to", "none"]
     options += ["--max_steps", "3", "--max_train_samples", "64", "--max_eval_samples", "32", "--save_picture", "False"]
@@ -215,6 +215,8 @@ def test_studies_run_three_steps(name, start_folder, tmp_path):
     train_tl.main([name, *options])
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3
     assert "eval_accuracy" in json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    if "student" in name:
+        assert "of 64 crops have the human label as their first class" in capsys.readouterr().out
 
 
 def test_self_emerging_recipes_stand_behind_own_images():

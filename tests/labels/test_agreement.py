@@ -29,9 +29,9 @@ def test_rare_agreement_and_a_preferred_class_are_warned_of():
 
 
 def test_crops_that_an_annotator_sees_otherwise_get_advice():
-    *_, preferred, advice = Agreement(np.repeat(1, 9), np.arange(9) % 3).lines(NAMES, "9 crops", are_crops=True)
-    assert "bee is the first class of 100 %" in preferred and "labels of whole images" in advice
-    assert len(Agreement(np.arange(9) % 3, np.arange(9) % 3).lines(NAMES, "9 crops", are_crops=True)) == 1
+    *_, preferred = Agreement(np.repeat(1, 9), np.arange(9) % 3, are_crops=True).lines(NAMES, "9 crops")
+    assert "bee is the first class of 100 % of the crops" in preferred and "labels of whole images" in preferred
+    assert len(Agreement(np.arange(9) % 3, np.arange(9) % 3, are_crops=True).lines(NAMES, "9 crops")) == 1
 
 
 def test_a_class_preferred_by_chance_is_not_warned_of():

@@ -28,11 +28,13 @@ class Agreement:
     Args:
         first, classes: Class ids `(n,)`: that of the map, pooled over the image, and the human label.
         named: Share of maps that name the human label in any cell; `None` where every cell names all classes.
+        are_crops: Whether the maps are of crops, not of whole images.
     """
 
     first: np.ndarray
     classes: np.ndarray
     named: float | None = None
+    are_crops: bool = False
 
     @property
     def share(self) -> float:
@@ -45,11 +47,11 @@ class Agreement:
         return f"{100 * self.share:.1f} % of {maps} have the human label as their first class{also}"
 
     def warnings(self, class_names: list[str]) -> list[str]:
-        """What is suspicious: few maps agree, or one class comes first far more often than the data has it."""
-        lines = []
+        """What is suspicious: few maps agree, or one class comes first far more often than the data has it; with advice for crops."""
+        lines, maps = [], "crops" if self.are_crops else "maps"
         if self.share < LOW:
             lines.append(
-                "most maps have another first class than the human label of their image. Look at them (lvvit check LABEL_SET IMAGES "
+                f"most {maps} have another first class than the human label of their image. Look at them (lvvit check LABEL_SET IMAGES "
                 "--contact_sheet labels.png) before training: do labels and images belong together, do the ids mean the same classes, "
                 "and is the annotator made for such images?"
             )
@@ -61,18 +63,19 @@ class Agreement:
         if there >= OFTEN * expected and there - expected > max(MUCH, by_chance):
             times = f", {there / expected:.1f} times as often" if expected else ""
             lines.append(
-                f"{shown_names(class_names)[index]} is the first class of {100 * there:.0f} % of the maps, and the label of "
+                f"{shown_names(class_names)[index]} is the first class of {100 * there:.0f} % of the {maps}, and the label of "
                 f"{100 * expected:.0f} % of the images{times}: the annotator prefers it."
             )
+        if lines and self.are_crops:
+            lines[-1] += f" {OF_CROPS}"
         return lines
 
-    def lines(self, class_names: list[str], maps: str = "maps", are_crops: bool = False) -> list[str]:
-        """`summary` and `warnings`, these marked as such; with advice where they are of crops."""
-        warnings = [f"WARNING: {line}" for line in self.warnings(class_names)]
-        return [self.summary(maps), *warnings, *([OF_CROPS] if warnings and are_crops else [])]
+    def lines(self, class_names: list[str], maps: str = "maps") -> list[str]:
+        """`summary` and `warnings`, these marked as such."""
+        return [self.summary(maps), *(f"WARNING: {line}" for line in self.warnings(class_names))]
 
 
-def compare(label_maps: LabelMapReader, classes: np.ndarray) -> Agreement:
+def compare(label_maps: LabelMapReader, classes: np.ndarray, are_crops: bool = False) -> Agreement:
     """Compares label maps with the human labels of their images, `classes` `(n,)`, as many as maps.
 
     Raises:
@@ -86,7 +89,7 @@ def compare(label_maps: LabelMapReader, classes: np.ndarray) -> Agreement:
         first.append(top_classes(maps, label_maps.num_classes))
         named += sum(label in palette for label, palette in zip(expected, maps.palettes))
         names_all &= maps.index.shape[1] == label_maps.num_classes
-    return Agreement(np.concatenate(first), classes, None if names_all else named / len(classes))
+    return Agreement(np.concatenate(first), classes, None if names_all else named / len(classes), are_crops)
 
 
 def spread_labelled(classes: np.ndarray, at_most: int) -> np.ndarray:
@@ -95,14 +98,16 @@ def spread_labelled(classes: np.ndarray, at_most: int) -> np.ndarray:
     return rows[np.unique(np.linspace(0, len(rows) - 1, at_most).astype(int))] if len(rows) else rows
 
 
-def compare_some(label_maps: LabelMapReader, classes: np.ndarray, at_most: int) -> Agreement | None:
+def compare_some(
+    label_maps: LabelMapReader, classes: np.ndarray, at_most: int, are_crops: bool = False
+) -> Agreement | None:
     """Compares at most so many label maps with the human labels of their images, `classes` `(n,)`; `None` where these are all -1.
 
     Raises:
         LabelMapError: If a map cannot be read.
     """
     rows = spread_labelled(classes, at_most)
-    return compare(label_maps.select(rows), classes[rows]) if len(rows) else None
+    return compare(label_maps.select(rows), classes[rows], are_crops) if len(rows) else None
 
 
 def compare_with_labels(folder: Path, rows: datasets.Dataset, name: str, split: str, label_column: str) -> list[str]:
@@ -128,12 +133,8 @@ def compare_set(labels: LabelSet, classes: np.ndarray) -> list[str]:
     """Compares at most 2,000 maps of a set with `classes` `(n,)`, -1 for none; lines for the user, none where there is nothing to compare."""
     maps = "maps of crops" if labels.is_of_crops else "maps"
     classes = np.where(labels.is_empty, -1, classes)
-    result = compare_some(LabelMapReader(labels.rows), classes, MAX_COMPARED)
-    return (
-        []
-        if result is None
-        else result.lines(labels.class_names, f"{len(result.classes):,} {maps}", labels.is_of_crops)
-    )
+    result = compare_some(LabelMapReader(labels.rows), classes, MAX_COMPARED, labels.is_of_crops)
+    return [] if result is None else result.lines(labels.class_names, f"{len(result.classes):,} {maps}")
 
 
 def image_classes(label_maps: LabelMapReader, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
