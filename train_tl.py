@@ -79,18 +79,16 @@ class ClassifierRun(TrainingRun):
         online = trainer.annotator
         if online is None or not (trainer.trains_patches and trainer.is_world_process_zero()):
             return []
-        agreement, is_streamed = None, isinstance(samples, TokenLabelStream)
-        if not is_streamed:
+        if isinstance(samples, TokenLabelStream):
+            compared = ["crops of a stream are not compared with human labels before training"]
+        else:
             agreement = online.compare_with_labels(samples, args.data_seed, args.train_batch_size)
-        duration = 1000 / online.images_per_second(
-            args.train_batch_size
-        )  # last: it sets the clock of training to zero
-        lines = [f"labels by {online.annotator.name}, which takes {duration:.3g} ms an image here"]
-        if is_streamed:
-            lines.append("crops of a stream are not compared with human labels before training")
-        elif agreement is not None:
-            lines += agreement.lines(trainer.class_names, f"{len(agreement.classes):,} crops")
-        return lines
+            compared = (
+                [] if agreement is None else agreement.lines(trainer.class_names, f"{len(agreement.classes):,} crops")
+            )
+        # last: it sets the clock of training to zero
+        duration = 1000 / online.images_per_second(args.train_batch_size)
+        return [f"labels by {online.annotator.name}, which takes {duration:.3g} ms an image here", *compared]
 
     def describe_balance(self) -> list[str]:
         """How classes of different sizes are made up for, or that nothing does; no line where they have about the same size."""

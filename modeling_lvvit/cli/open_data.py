@@ -129,7 +129,7 @@ def _open_rows(
         record = read_record(args.token_labels, args.token_labels_revision)
         keys = (args.image_column_name, args.key_column, args.key_pattern)
         label_maps = join_crops(labels, record, train, row_options(args, seed), *keys)
-        _compare_with_labels(label_maps, train, column, are_crops=True)
+        _compare_with_labels(label_maps, train, column)
     evaluation = take_subset(evaluation, args.max_eval_samples, args.label_column_name)
     for part, rows in (("training", train), ("evaluation", evaluation)):
         if not len(rows):
@@ -305,12 +305,10 @@ def _open_stream(
     return OpenedData(train, evaluation, eval_name, labels=labels)
 
 
-def _compare_with_labels(
-    label_maps: LabelMapReader, train: datasets.Dataset, label_column: str, are_crops: bool = False
-) -> None:
+def _compare_with_labels(label_maps: LabelMapReader, train: datasets.Dataset, label_column: str) -> None:
     """Warns when maps rarely have the class of their image: then they are of other images, or ids mean other classes."""
     try:
-        agreement = compare_some(label_maps, class_ids(train, label_column), COMPARED_ROWS, are_crops)
+        agreement = compare_some(label_maps, class_ids(train, label_column), COMPARED_ROWS)
     except LabelMapError:  # the check of all rows names it
         return
     if agreement is not None and (warnings := agreement.warnings(train.features[label_column].names)):

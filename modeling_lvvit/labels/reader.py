@@ -15,6 +15,7 @@ from .label_maps import id_dtype
 from .packing import unpacked_rows
 from .storage import (
     BOX_COLUMN,
+    EPOCH_COLUMN,
     INDEX_COLUMN,
     PALETTE_COLUMN,
     PaletteMaps,
@@ -60,6 +61,7 @@ class LabelMapReader:
     ):
         dataset = unpacked_rows(dataset)
         self.is_compact = ids_column not in dataset.column_names and INDEX_COLUMN in dataset.column_names
+        self.is_of_crops = self.is_compact and EPOCH_COLUMN in dataset.column_names
         columns = [PALETTE_COLUMN, INDEX_COLUMN, SCORES_COLUMN] if self.is_compact else [ids_column, scores_column]
         missing = [column for column in columns if column not in dataset.column_names]
         if missing:

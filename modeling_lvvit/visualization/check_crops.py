@@ -35,7 +35,7 @@ def check_crops(args: Any, labels: LabelSet, images: datasets.Dataset) -> list[s
     samples = TokenLabelDataset(images, transform, *columns, label_maps=label_maps)
     classes = np.tile(samples.class_ids(), record.num_epochs)
     lines = [f"all {len(samples):,} images have a label map of their crop in each of {record.num_epochs:,} epochs"]
-    agreement = compare_some(LabelMapReader(labels.rows), classes, len(classes), are_crops=True)
+    agreement = compare_some(LabelMapReader(labels.rows), classes, len(classes))
     lines += [] if agreement is None else agreement.lines(labels.class_names)
     if args.contact_sheet is not None:
         draw_crops(Path(args.contact_sheet), samples, args.num_pictures)

@@ -75,7 +75,7 @@ class Agreement:
         return [self.summary(maps), *(f"WARNING: {line}" for line in self.warnings(class_names))]
 
 
-def compare(label_maps: LabelMapReader, classes: np.ndarray, are_crops: bool = False) -> Agreement:
+def compare(label_maps: LabelMapReader, classes: np.ndarray) -> Agreement:
     """Compares label maps with the human labels of their images, `classes` `(n,)`, as many as maps.
 
     Raises:
@@ -89,7 +89,9 @@ def compare(label_maps: LabelMapReader, classes: np.ndarray, are_crops: bool = F
         first.append(top_classes(maps, label_maps.num_classes))
         named += sum(label in palette for label, palette in zip(expected, maps.palettes))
         names_all &= maps.index.shape[1] == label_maps.num_classes
-    return Agreement(np.concatenate(first), classes, None if names_all else named / len(classes), are_crops)
+    return Agreement(
+        np.concatenate(first), classes, None if names_all else named / len(classes), label_maps.is_of_crops
+    )
 
 
 def spread_labelled(classes: np.ndarray, at_most: int) -> np.ndarray:
@@ -98,16 +100,14 @@ def spread_labelled(classes: np.ndarray, at_most: int) -> np.ndarray:
     return rows[np.unique(np.linspace(0, len(rows) - 1, at_most).astype(int))] if len(rows) else rows
 
 
-def compare_some(
-    label_maps: LabelMapReader, classes: np.ndarray, at_most: int, are_crops: bool = False
-) -> Agreement | None:
+def compare_some(label_maps: LabelMapReader, classes: np.ndarray, at_most: int) -> Agreement | None:
     """Compares at most so many label maps with the human labels of their images, `classes` `(n,)`; `None` where these are all -1.
 
     Raises:
         LabelMapError: If a map cannot be read.
     """
     rows = spread_labelled(classes, at_most)
-    return compare(label_maps.select(rows), classes[rows], are_crops) if len(rows) else None
+    return compare(label_maps.select(rows), classes[rows]) if len(rows) else None
 
 
 def compare_with_labels(folder: Path, rows: datasets.Dataset, name: str, split: str, label_column: str) -> list[str]:
@@ -133,7 +133,7 @@ def compare_set(labels: LabelSet, classes: np.ndarray) -> list[str]:
     """Compares at most 2,000 maps of a set with `classes` `(n,)`, -1 for none; lines for the user, none where there is nothing to compare."""
     maps = "maps of crops" if labels.is_of_crops else "maps"
     classes = np.where(labels.is_empty, -1, classes)
-    result = compare_some(LabelMapReader(labels.rows), classes, MAX_COMPARED, labels.is_of_crops)
+    result = compare_some(LabelMapReader(labels.rows), classes, MAX_COMPARED)
     return [] if result is None else result.lines(labels.class_names, f"{len(result.classes):,} {maps}")
 
 
