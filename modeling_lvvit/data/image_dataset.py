@@ -5,7 +5,7 @@ import io
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import datasets
@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..console import ignore_interrupts, progress_bar
 from ..launching import num_cpu_cores
+from .decoding import EncodedImage
 from .images import (
     IMAGE_ERRORS,
     MAX_VALUE,
@@ -26,7 +27,7 @@ from .images import (
     ImageReport,
     PixelLimit,
     SampleError,
-    decode_image,
+    UndecodableError,
     examine_image,
     libjpeg_reports_damage,
     pillow_errors,
@@ -85,8 +86,8 @@ class ImageDataset(torch.utils.data.Dataset):
         """What besides the images belongs to some rows, which `table` holds."""
         raise NotImplementedError
 
-    def sample(self, image: Image.Image, fetched: Any, offset: int, index: int) -> dict[str, Any]:
-        """The sample of row `index`, which is number `offset` of those that `fetched` is about."""
+    def sample(self, image: EncodedImage, fetched: Any, offset: int, index: int) -> dict[str, Any]:
+        """The sample of row `index`, which is number `offset` of those that `fetched` is about; what is needed of its image is decoded."""
         raise NotImplementedError
 
     def start_epoch(self, seed: int, epoch: int) -> None:
@@ -118,26 +119,30 @@ class ImageDataset(torch.utils.data.Dataset):
         samples = []
         with preserve_rng_state() if epoch >= 0 else nullcontext():
             for offset, index in enumerate(indices):
-                image = self.decode(images[offset].as_py(), index)
-                seed = {}
+                value, seed = images[offset].as_py(), {}
                 if epoch >= 0:
                     again = [draws[offset]] if draws[offset] else []
                     seed = {"seed": fold_in(run_seed, epoch, index, *again)}
                     seed_generators(seed["seed"])
-                samples.append({**self.sample(image, fetched, offset, index), **seed})
+                with self.reading(value, index):
+                    sample = self.sample(EncodedImage.open(value), fetched, offset, index)
+                samples.append({**sample, **seed})
         return samples
 
     def read_image(self, index: int) -> Image.Image:
         """The RGB image of a row, before any transform."""
-        return self.decode(self.rows[index][self.image_column][0].as_py(), index)
+        value = self.rows[index][self.image_column][0].as_py()
+        with self.reading(value, index):
+            return EncodedImage.open(value).decode()
 
-    def decode(self, value: dict[str, Any] | None, index: int) -> Image.Image:
-        """The RGB image of an image column's value; raises a `SampleError` that names row and file if it cannot be read."""
+    @contextmanager
+    def reading(self, value: dict[str, Any] | None, index: int) -> Iterator[None]:
+        """Raises a `SampleError` that names row and file for an image column's value that cannot be read, while it is opened and decoded."""
         if value is None:
             raise SampleError(f"Row {index} of the {self.name} data has no image.")
         try:
-            return decode_image(value)
-        except IMAGE_ERRORS as error:
+            yield
+        except UndecodableError as error:
             raise SampleError(
                 f"Row {index} of the {self.name} data{file_hint(value)}: the image cannot be decoded ({error})."
             ) from error

@@ -38,6 +38,10 @@ class SampleError(ValueError):
     """A row of the data cannot be used; found while training."""
 
 
+class UndecodableError(ValueError):
+    """The pixels of an image file cannot be decoded; its header could be read."""
+
+
 @contextmanager
 def pillow_errors() -> Iterator[None]:
     """Turns what Pillow raises for unusable files into `IMAGE_ERRORS`; for calls of Pillow alone, as it would hide errors of ours."""
@@ -282,6 +286,7 @@ def parse_image_size(
     return numbers[0], numbers[-1]
 
 
+@dataclass(frozen=True)
 class Normalization:
     """8-bit values to normalized ones in one pass, `(x / 255 - mean) / std`.
 
@@ -289,15 +294,23 @@ class Normalization:
         mean, std: Of each channel, for images in [0, 1].
     """
 
-    def __init__(self, mean: list[float], std: list[float]):
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-        self.scale, self.shift = 1 / (255 * std), -mean / std
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self):
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 `[3, height, width]` to float32 of the same shape."""
+        """uint8 `[..., 3, height, width]` to float32 of the same shape, on the same device."""
+        scale, shift = _scale_and_shift(self, pixels.device)
         pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels.mul_(self.scale).add_(self.shift)
+        return pixels.mul_(scale).add_(shift)
 
-    def inverse(self, values: torch.Tensor) -> torch.Tensor:
-        """Normalized values of 8-bit ones to uint8, `[3, height, width]`."""
-        return ((values - self.shift) / self.scale).round().clamp(0, 255).to(torch.uint8)
+
+@functools.lru_cache(maxsize=16)
+def _scale_and_shift(normalization: Normalization, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors and summands of the channels, `[3, 1, 1]`, copied to a device once."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalization.mean, normalization.std))
+        return (1 / (255 * std)).to(device), (-mean / std).to(device)
