@@ -7,10 +7,9 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch
-from PIL import Image
 from transformers.utils import logging
 
+from ..data.decoding import EncodedImage
 from ..data.image_dataset import ImageDataset, with_image_column
 from ..data.images import IMAGE_ERRORS, SampleError
 from ..data.masks import (
@@ -145,12 +144,12 @@ class SegmentationDataset(ImageDataset):
         """The masks, undecoded."""
         return table[self.mask_column]
 
-    def sample(self, image: Image.Image, fetched: pa.ChunkedArray, offset: int, index: int) -> dict[str, torch.Tensor]:
+    def sample(self, image: EncodedImage, fetched: pa.ChunkedArray, offset: int, index: int) -> dict[str, Any]:
         """What the transform makes of an image and its mask."""
-        _, mask, problem = self._read(fetched[offset].as_py(), (image.height, image.width))
+        _, mask, problem = self._read(fetched[offset].as_py(), image.size[::-1])
         if problem:
             raise SampleError(f"Row {index} of the {self.name} data: {problem}")
-        return self.transform(image, mask)
+        return self.transform(image if getattr(self.transform, "reads_regions", False) else image.decode(), mask)
 
     def mask(self, index: int) -> np.ndarray:
         """Class ids of a row, int32 `(height, width)`."""

@@ -64,7 +64,10 @@ def draw_predictions(
     count = min(num_images, len(samples))
     images, masks, predictions = [], [], []
     for row in (index * len(samples) // count for index in range(count)):
-        predicted = trainer.predict_images(model, samples[row]["pixel_values"][None])[0].cpu().numpy()
+        sample = samples[row]
+        predicted = (
+            trainer.predict_images(model, sample["pixel_values"][None], sample["normalization"])[0].cpu().numpy()
+        )
         step = panel_step(predicted.shape)  # so that large images are not kept
         images.append(samples.read_image(row).reduce(step))
         masks.append(samples.mask(row)[::step, ::step].copy())

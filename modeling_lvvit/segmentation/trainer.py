@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import default_collate as stack
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.images import Normalization
 from ..data.sampling import ShardedEvalSampler
 from ..finite import check_scores
 from ..training.base_trainer import BaseImageTrainer
@@ -23,14 +24,33 @@ from .inference import InferenceSettings, predict_classes
 from .metrics import SegmentationScores
 
 
-def collate_crops(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Training samples of one size to a batch: `pixel_values` `(B, 3, h, w)` and `labels` `(B, h, w)`."""
-    return stack([{name: sample[name] for name in ("pixel_values", "labels")} for sample in samples])
+def collate_crops(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Training samples of one size to a batch: `pixel_values` `(B, 3, h, w)`, `labels` `(B, h, w)`, and what `finish_crops` needs."""
+    batch = stack([{name: sample[name] for name in ("pixel_values", "labels")} for sample in samples])
+    if batch["pixel_values"].dtype != torch.uint8:
+        return batch
+    sizes = [sample["image_size"] for sample in samples]
+    return {**batch, "normalization": samples[0]["normalization"], "image_sizes": sizes}
 
 
-def collate_images(samples: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
-    """Evaluation samples of any sizes to lists."""
-    return {name: [sample[name] for sample in samples] for name in ("pixel_values", "labels")}
+def finish_crops(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A batch of `collate_crops` as the model takes it: uint8 images are normalized, with 0 in the border of those that are smaller."""
+    if batch["pixel_values"].dtype != torch.uint8:
+        return batch
+    batch = dict(batch)
+    normalization, sizes = batch.pop("normalization"), batch.pop("image_sizes")
+    pixel_values = normalization(batch["pixel_values"])
+    for image, (height, width) in zip(pixel_values, sizes):
+        if (height, width) != image.shape[1:]:
+            image[:, height:] = 0
+            image[:, :, width:] = 0
+    return {**batch, "pixel_values": pixel_values}
+
+
+def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Evaluation samples of any sizes to lists, and their `normalization`."""
+    lists = {name: [sample[name] for sample in samples] for name in ("pixel_values", "labels")}
+    return {**lists, "normalization": samples[0].get("normalization")}
 
 
 def check_batches(model: nn.Module, args: SegmentationTrainingArguments, num_rows: int) -> None:
@@ -114,6 +134,9 @@ class SegmentationTrainer(BaseImageTrainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return finish_crops(super()._prepare_inputs(inputs))
+
     def get_eval_dataloader(self, eval_dataset: SegmentationDataset | str | None = None) -> DataLoader:
         """Images of this process in lists; they are moved to the device one after another."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -158,20 +181,21 @@ class SegmentationTrainer(BaseImageTrainer):
         }
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
 
-    def _predictions(
-        self, model: nn.Module, batch: dict[str, list[torch.Tensor]]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _predictions(self, model: nn.Module, batch: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Predicted and true classes `(B, height, width)` of the images of a batch, those of one size together."""
         groups = defaultdict(list)
         for image, labels in zip(batch["pixel_values"], batch["labels"]):
             groups[image.shape].append((image, labels))
         for group in groups.values():
             images, labels = map(torch.stack, zip(*group))
-            predicted = self.predict_images(model, images)
+            predicted = self.predict_images(model, images, batch["normalization"])
             yield predicted, labels.to(predicted.device, non_blocking=True)
 
-    def predict_images(self, model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Classes `(B, height, width)` of images of one size `(B, 3, height, width)`, in the precision of training."""
+    def predict_images(
+        self, model: nn.Module, pixel_values: torch.Tensor, normalization: Normalization | None = None
+    ) -> torch.Tensor:
+        """Classes `(B, height, width)` of images of one size `(B, 3, height, width)`, those still to be normalized as they say, in the precision
+        of training."""
 
         def forward(pixel_values: torch.Tensor) -> torch.Tensor:
             with self.accelerator.autocast():
@@ -180,4 +204,6 @@ class SegmentationTrainer(BaseImageTrainer):
             check_scores(logits, [f"a window of {size} pixels"] * len(logits), type(model).__name__)
             return logits
 
-        return predict_classes(forward, pixel_values.to(self.args.device, non_blocking=True), self.inference)
+        pixel_values = pixel_values.to(self.args.device, non_blocking=True)
+        pixel_values = pixel_values if normalization is None else normalization(pixel_values)
+        return predict_classes(forward, pixel_values, self.inference)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from ..data.decoding import EncodedImage, as_encoded, resized_crop
 from ..data.images import Normalization
 
 
@@ -81,6 +82,8 @@ def evaluation_size(size: tuple[int, int], short_side: int | None, long_side: in
 class SegmentationTrainTransform:
     """Random scale, crop, mirror image and color changes of an image and its mask.
 
+    Scale and crop are drawn from the size of the image; then the part that the crop shows is decoded, in the scale that it needs.
+
     Randomness comes from the global generator of PyTorch, which `ImageDataset` starts for every sample.
 
     Args:
@@ -89,6 +92,8 @@ class SegmentationTrainTransform:
         ignore_index: Label of the border around images that are smaller than the crop.
         short_side, long_side: See `evaluation_size`.
     """
+
+    reads_regions = True
 
     def __init__(
         self,
@@ -106,33 +111,36 @@ class SegmentationTrainTransform:
         self.short_side, self.long_side = short_side, long_side
         self.distort = PhotometricDistortion(self.augmentation.photometric) if self.augmentation.photometric else None
 
-    def __call__(self, image: Image.Image, mask: np.ndarray) -> dict[str, torch.Tensor]:
-        """From an RGB image of any size and the class ids of its pixels `(height, width)` to `pixel_values` float32 `[3, height,
-        width]`, 0 in the border, and `labels` int32 `[height, width]`."""
-        low, high = self.augmentation.scale
-        base = evaluation_size((image.height, image.width), self.short_side, self.long_side)
+    def __call__(self, image: Image.Image | EncodedImage, mask: np.ndarray) -> dict[str, Any]:
+        """From an RGB image of any size, decoded or not, and the class ids of its pixels `(height, width)` to `pixel_values` uint8 `[3, height,
+        width]`, of which the upper left `image_size` are the crop, their `normalization`, and `labels` int32 `[height, width]`."""
+        image, (low, high) = as_encoded(image), self.augmentation.scale
+        image_width, image_height = image.size
+        base = evaluation_size((image_height, image_width), self.short_side, self.long_side)
         factor = low + (high - low) * torch.rand(()).item()
         scaled = tuple(max(1, round(side * factor)) for side in base)
         top, left, labels = self._draw_crop(mask, scaled)
         height, width = labels.shape
-        down, right = image.height / scaled[0], image.width / scaled[1]  # pixels of the image in a scaled one
+        down, right = image_height / scaled[0], image_width / scaled[1]  # pixels of the image in a scaled one
         box = (
             left * right,
             top * down,
-            min(image.width, (left + width) * right),
-            min(image.height, (top + height) * down),
+            min(image_width, (left + width) * right),
+            min(image_height, (top + height) * down),
         )
-        image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        # boxes are no whole pixels: Pillow resamples, which takes them as they are
+        is_whole = image.reduction(box, (width, height)) == 1
+        pixels = resized_crop(image, box, (width, height), Image.Resampling.BILINEAR, exact=is_whole)
         if torch.rand(()).item() < self.augmentation.horizontal_flip:
-            image, labels = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), labels[:, ::-1]
-        pixels = v2.functional.pil_to_tensor(image)
+            pixels, labels = pixels.flip(2), labels[:, ::-1]
         if self.distort is not None:
             pixels = self.distort(pixels)
-        pixel_values = torch.zeros(3, *self.crop_size)
-        pixel_values[:, :height, :width] = self.normalize(pixels)
+        pixel_values = torch.zeros(3, *self.crop_size, dtype=torch.uint8)
+        pixel_values[:, :height, :width] = pixels
         framed = torch.full(self.crop_size, self.ignore_index, dtype=torch.int32)
         framed[:height, :width] = torch.from_numpy(labels.astype(np.int32))
-        return {"pixel_values": pixel_values, "labels": framed}
+        image = {"pixel_values": pixel_values, "normalization": self.normalize, "image_size": (height, width)}
+        return {**image, "labels": framed}
 
     def _draw_crop(self, mask: np.ndarray, scaled: tuple[int, int]) -> tuple[int, int, np.ndarray]:
         """Top and left pixel of a crop in the scaled image, and its labels, by the nearest pixel of the mask."""
@@ -155,12 +163,13 @@ class SegmentationTrainTransform:
 
 
 class SegmentationEvalTransform:
-    """An image in its own size, normalized, and its mask: both are resized on the device (`inference.predict_classes`)."""
+    """An image in its own size and its mask: both are resized on the device (`inference.predict_classes`)."""
 
     def __init__(self, image_mean: list[float], image_std: list[float]):
         self.normalize = Normalization(image_mean, image_std)
 
-    def __call__(self, image: Image.Image, mask: np.ndarray) -> dict[str, torch.Tensor]:
-        """`pixel_values` float32 `[3, height, width]` and `labels` int32 `[height, width]`."""
+    def __call__(self, image: Image.Image, mask: np.ndarray) -> dict[str, Any]:
+        """`pixel_values` uint8 `[3, height, width]`, their `normalization`, and `labels` int32 `[height, width]`."""
         pixels = v2.functional.pil_to_tensor(image)
-        return {"pixel_values": self.normalize(pixels), "labels": torch.from_numpy(mask.astype(np.int32))}
+        labels = torch.from_numpy(mask.astype(np.int32))
+        return {"pixel_values": pixels, "normalization": self.normalize, "labels": labels}

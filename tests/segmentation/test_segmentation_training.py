@@ -72,7 +72,8 @@ def independent_scores(model, samples, settings: InferenceSettings) -> tuple[flo
     """Mean IoU, pixel accuracy and the IoU of the classes, image by image, counted by scikit-learn."""
     total = 0
     for sample in (samples[index] for index in range(len(samples))):
-        predicted = predict_classes(lambda pixels: model(pixels).logits, sample["pixel_values"][None], settings)[0]
+        pixel_values = sample["normalization"](sample["pixel_values"][None])
+        predicted = predict_classes(lambda pixels: model(pixels).logits, pixel_values, settings)[0]
         counted = sample["labels"] != 255
         total = total + independent_confusion_matrix(
             sample["labels"][counted], predicted[counted], labels=range(len(NAMES))
@@ -295,7 +296,7 @@ def test_pipeline_is_close_to_the_evaluation(trained, data):
         names[np.asarray(part["mask"]) > 0] = part["label"]
     sample = samples_of(rows_of([image], [mask_bytes(np.zeros((32, 48), np.uint8))]))[0]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    pixel_values = ((sample["pixel_values"] * 0.5 + 0.5) - mean) / std
+    pixel_values = (sample["pixel_values"] / 255 - mean) / std
     predicted = predict_classes(
         lambda pixels: model(pixels).logits, pixel_values[None], InferenceSettings((32, 48), (20, 30))
     )
