@@ -33,7 +33,7 @@ from .annotation import Annotation, write_label_set
 from .annotator import Annotator, load_annotator
 from .arguments import DEFAULT_COLUMN, FEW_CLASSES, TOP_K, AnnotateArguments
 from .image_batches import ImageBatches, StreamedImageBatches, distinct_keys
-from .pipeline import prepared_ahead
+from .prefetch import prepared_ahead
 from .text.prompts import TEXT_PREFIX
 
 

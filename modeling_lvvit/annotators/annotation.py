@@ -23,7 +23,8 @@ from .annotator import Annotator
 from .arguments import AnnotateArguments
 from .five_crop import SIDE, VIEWS, FiveCrop
 from .image_batches import StreamedImageBatches
-from .pipeline import Scorer, ShardBuilder, prepared_ahead
+from .pipeline import Scorer, ShardBuilder
+from .prefetch import prepared_ahead
 
 
 @dataclass
@@ -63,6 +64,9 @@ class Annotation:
         layout = LabelSetLayout(self.class_names, args.top_k, tuple(self.annotator.dense.grid_size), args.score_type)
         # not --on_error: finished shards are the same whatever it says
         options = {"scores": args.scores, "batch_size": args.batch_size, "bf16": args.bf16}
+        options |= {
+            "decoding": "reduced"
+        }  # sets that were begun before are not continued: of large images they differ
         settings = {**self.about, **self.annotator.provenance, **options, "max_samples": args.max_train_samples}
         versions = package_versions(torch, transformers, timm, PIL)
         folder, per_shard = Path(args.output_dir), self.rows.rows_per_shard

@@ -5,12 +5,14 @@ nearer to what the annotator says of crops, for the same bytes (README, Results)
 are enlarged, as textures do: hence the count of images whose class the windows change.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from ..backbones.preprocessing import Preprocessing
+from ..data.decoding import EncodedImage, as_encoded
 from .annotator import Annotator
 
 
@@ -18,6 +20,25 @@ SIDE = 0.6  # of a window, as a share of the sides of the annotator's input
 VIEWS = 6  # the whole, four corners, the center
 # share of images whose class the windows change: 13 and 14 % where they made labels better, 34 % where they spoiled them (README, Results)
 FAR = 0.2
+
+
+@dataclass(frozen=True)
+class FiveCropPreprocessing:
+    """From an image to the six views that an annotator sees.
+
+    Args:
+        whole: From an image to the annotator's input.
+        enlarged: The same for the larger input that windows are cut from.
+    """
+
+    whole: Preprocessing
+    enlarged: Preprocessing
+
+    def __call__(self, image: Image.Image | EncodedImage) -> tuple[torch.Tensor, tuple[float, float, float, float]]:
+        """An RGB image to pixels uint8 `[6, 3, height, width]`, and the region that they show (see `Preprocessing`)."""
+        image = as_encoded(image).loaded(self.enlarged.image_size[::-1])
+        whole, box = self.whole(image)
+        return torch.stack([whole, *F.five_crop(self.enlarged(image)[0], list(whole.shape[1:]))]), box
 
 
 class FiveCrop:
@@ -30,6 +51,7 @@ class FiveCrop:
         device: Where it runs.
 
     Attributes:
+        prepare: Makes the views of an image.
         num_images, num_changed: Images so far, and those of them to which the windows gave another class than the whole.
     """
 
@@ -40,6 +62,7 @@ class FiveCrop:
         )  # read at the end: no batch waits for the device
         sides = annotator.preprocessing.image_size
         self.enlarged = replace(annotator.preprocessing, image_size=tuple(round(side / SIDE) for side in sides))
+        self.prepare = FiveCropPreprocessing(annotator.preprocessing, self.enlarged)
         ends = [large - side for large, side in zip(self.enlarged.image_size, sides)]
         # top and left of each view in pixels of the enlarged input, in the order of `five_crop`
         places = [(0, 0), (0, ends[1]), (ends[0], 0), tuple(ends), tuple(round(end / 2) for end in ends)]
@@ -57,11 +80,6 @@ class FiveCrop:
     @property
     def num_changed(self) -> int:
         return int(self._changed)
-
-    def prepare(self, image: Image.Image) -> tuple[torch.Tensor, tuple[float, float, float, float]]:
-        """An RGB image to pixels uint8 `[6, 3, height, width]`, and the region that they show (see `Preprocessing`)."""
-        whole, box = self.annotator.preprocessing(image)
-        return torch.stack([whole, *F.five_crop(self.enlarged(image)[0], list(whole.shape[1:]))]), box
 
     def score_map(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(B, 6, 3, height, width)` to logits `(B, classes, rows, columns)` float32; a forward pass for each view."""

@@ -167,7 +167,7 @@ class OnlineAnnotator:
         """Targets of class token and patch tokens of whole crops, not smoothed.
 
         Args:
-            pixel_values: The student's images, `(B, 3, height, width)`.
+            pixel_values: The student's images, `(B, 3, height, width)`, normalized or uint8.
             grid_size: Token rows and columns of the student.
             temperature: Divides the pooled scores before softmax.
         """
@@ -190,7 +190,9 @@ class OnlineAnnotator:
     def score_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Logits `(B, classes, rows, columns)`, float32."""
         size = self.annotator.preprocessing.image_size
-        values = 255 * (pixel_values * self.image_std + self.image_mean)
+        values = pixel_values.float()
+        if pixel_values.dtype != torch.uint8:
+            values = 255 * (values * self.image_std + self.image_mean)
         if tuple(values.shape[-2:]) != tuple(size):
             values = nn.functional.interpolate(values, size=size, mode="bicubic", antialias=True).clamp_(0, 255)
         return self.annotator.score_map(values, self.dtype).float()

@@ -1,9 +1,7 @@
 """From images to label maps: the one path that every label set takes."""
 
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
@@ -14,14 +12,14 @@ import pyarrow as pa
 import torch
 from datasets.utils import logging
 
-from ..data.images import IMAGE_ERRORS, content_hash, decode_image, image_note, read_content
+from ..data.decoding import EncodedImage
+from ..data.images import IMAGE_ERRORS, UndecodableError, content_hash, image_note, read_content
 from ..finite import check_scores
 from ..labels.label_maps import encode_top_k, mass_outside
 from ..labels.storage import LabelMaps, LabelSetLayout
 
 
 logger = logging.get_logger(__name__)
-BATCHES_AHEAD = 3  # prepared while the annotator runs
 LOST_MASS = 0.25  # more than this moved outside the kept classes by the stored scores gets a warning
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError)  # no file, or neither bytes nor path
 ScoreKind = Literal["logits", "relative"]
@@ -110,10 +108,13 @@ def prepare_image(value: dict[str, Any], preprocessing: Callable) -> PreparedIma
     number = content_hash(content)
     try:
         note = image_note(content)
-        image = decode_image({"bytes": content, "path": None})
     except IMAGE_ERRORS as error:
         return PreparedImage(None, whole, number, f"unreadable: {_lasting_text(error)}")
-    return PreparedImage(*preprocessing(image), number, note)
+    try:
+        pixels, box = preprocessing(EncodedImage.open({"bytes": content, "path": None}))
+    except UndecodableError as error:
+        return PreparedImage(None, whole, number, f"unreadable: {_lasting_text(error)}")
+    return PreparedImage(pixels, box, number, note)
 
 
 def _lasting_text(error: Exception) -> str:
@@ -121,33 +122,6 @@ def _lasting_text(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"[Errno {error.errno}] {error.strerror}"
     return re.sub(r" <[^>]*>", "", str(error)) or type(error).__name__
-
-
-def prepared_ahead(
-    batches: Iterable[tuple[Any, Sequence[dict[str, Any]]]], preprocessing: Callable, num_workers: int
-) -> Iterator[tuple[Any, list[PreparedImage]]]:
-    """Prepares images in threads while the caller works on earlier ones.
-
-    Args:
-        batches: Pairs of anything and the image values of a batch.
-        preprocessing: Called with an RGB image.
-        num_workers: Threads; reading, decoding and resizing run next to each other.
-
-    Yields:
-        The first of each pair with the prepared images, in order.
-    """
-    waiting: deque[tuple[Any, list[Future]]] = deque()
-    pool = ThreadPoolExecutor(max(1, num_workers))
-    try:
-        for about, values in batches:
-            waiting.append((about, [pool.submit(prepare_image, value, preprocessing) for value in values]))
-            if len(waiting) > BATCHES_AHEAD:
-                about, futures = waiting.popleft()
-                yield about, [future.result() for future in futures]
-        for about, futures in waiting:
-            yield about, [future.result() for future in futures]
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def spread_to_borders(values: np.ndarray, boxes: Sequence[tuple[float, ...]]) -> np.ndarray:

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from ..data.decoding import EncodedImage, resized_box
+
 
 Fit = Literal["squash", "pad", "center_crop"]
 
@@ -40,12 +42,14 @@ class Preprocessing:
         scale = tuple(1.0 / (255.0 * deviation) for deviation in std)
         return cls(image_size, scale, tuple(-value / deviation for value, deviation in zip(mean, std)), resample)
 
-    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, tuple[float, float, float, float]]:
+    def __call__(self, image: Image.Image | EncodedImage) -> tuple[torch.Tensor, tuple[float, float, float, float]]:
         """An RGB image to pixels uint8 `[3, height, width]`, and the region of the image that they show: (left, top,
-        right, bottom) as fractions of the image, below 0 or above 1 where they show a border."""
+        right, bottom) as fractions of the image, below 0 or above 1 where they show a border. Encoded JPEG files are decoded in the scale
+        that this needs."""
         (width, height), (rows, columns) = image.size, self.image_size
+        whole = (0, 0, width, height)
         if self.fit == "squash":
-            return F.pil_to_tensor(image.resize((columns, rows), self.resample)), (0.0, 0.0, 1.0, 1.0)
+            return F.pil_to_tensor(resized_box(image, whole, (columns, rows), self.resample)), (0.0, 0.0, 1.0, 1.0)
         scales = (columns / width, rows / height)
         ratio = min(scales) if self.fit == "pad" else max(scales)
         shown = (columns / ratio, rows / ratio)  # size of the region, in pixels of the image
@@ -53,8 +57,8 @@ class Preprocessing:
         box = (left / width, top / height, (left + shown[0]) / width, (top + shown[1]) / height)
         if self.fit == "center_crop":
             region = (max(left, 0.0), max(top, 0.0), min(left + shown[0], width), min(top + shown[1], height))
-            return F.pil_to_tensor(image.resize((columns, rows), self.resample, box=region)), box
-        inner = image.resize((max(1, round(width * ratio)), max(1, round(height * ratio))), self.resample)
+            return F.pil_to_tensor(resized_box(image, region, (columns, rows), self.resample)), box
+        inner = resized_box(image, whole, (max(1, round(width * ratio)), max(1, round(height * ratio))), self.resample)
         canvas = Image.new("RGB", (columns, rows), self._mean_color())
         canvas.paste(inner, ((columns - inner.width) // 2, (rows - inner.height) // 2))
         return F.pil_to_tensor(canvas), box

@@ -22,8 +22,9 @@ from modeling_lvvit.annotators.pipeline import (
     annotate_batches,
     encode_scores,
     prepare_image,
-    prepared_ahead,
 )
+from modeling_lvvit.annotators.prefetch import BATCHES_AHEAD, prepared_ahead
+from modeling_lvvit.data.decoding import EncodedImage
 from modeling_lvvit.data.image_keys import read_keys
 from modeling_lvvit.data.images import content_hash, decode_image, examine_image
 from modeling_lvvit.labels.label_maps import decode, mass_outside
@@ -146,8 +147,9 @@ def encoded(image: Image.Image, file_format: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def as_it_is(image: Image.Image) -> tuple[torch.Tensor, tuple[float, float, float, float]]:
+def as_it_is(image: EncodedImage) -> tuple[torch.Tensor, tuple[float, float, float, float]]:
     """Preprocessing that changes nothing."""
+    image = image.decode()
     assert image.mode == "RGB"
     return F.pil_to_tensor(image), (0.0, 0.25, 1.0, 0.75)
 
@@ -368,7 +370,7 @@ def number_of(image: PreparedImage) -> int:
 @pytest.mark.parametrize("num_workers", [0, 1, 5])
 def test_images_prepared_ahead_keep_their_order(num_workers):
     def slow_at_first(image):
-        time.sleep(0.02 if image.getpixel((0, 0))[0] % 7 == 0 else 0)
+        time.sleep(0.02 if image.decode().getpixel((0, 0))[0] % 7 == 0 else 0)
         return as_it_is(image)
 
     batches = [("a", range(3)), ("b", range(3, 4)), ("c", []), ("d", range(4, 9)), ("e", range(9, 20)), ("f", [20])]
@@ -389,12 +391,12 @@ def test_only_few_batches_are_prepared_ahead():
 
     stream = prepared_ahead(batches(), as_it_is, 2)
     assert next(stream)[0] == 0
-    assert taken == list(range(annotation.BATCHES_AHEAD + 1))
+    assert taken == list(range(2 * BATCHES_AHEAD + 1))
     stream.close()
-    assert len(taken) == annotation.BATCHES_AHEAD + 1
+    assert len(taken) == 2 * BATCHES_AHEAD + 1
 
 
-def test_errors_of_threads_reach_the_caller():
+def test_errors_of_workers_reach_the_caller():
     def fail(image):
         raise ZeroDivisionError
 

@@ -31,7 +31,8 @@ from ...data.image_keys import Strings
 from ...data.images import content_hash, read_content
 from ...finite import check_scores
 from ..image_batches import ImageBatches
-from ..pipeline import MISSING, PreparedImage, prepared_ahead
+from ..pipeline import MISSING, PreparedImage
+from ..prefetch import prepared_ahead
 from .backbone import mean_of_cells
 
 

@@ -22,7 +22,7 @@ from ...data.images import decode_image
 from ...finite import check_weights
 from ...launching import num_cpu_cores
 from ..image_batches import ImageBatches
-from ..pipeline import prepared_ahead
+from ..prefetch import prepared_ahead
 from .arguments import FitAnnotatorArguments
 from .backbone import Backbone, set_head
 from .head import FittedHead, Regression, draw_folds, fit_temperature, log_loss

@@ -6,7 +6,6 @@ the same options, and each is drawn for each epoch as training draws it, but for
 
 import math
 import shutil
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from ...annotators.arguments import AnnotateArguments
 from ...annotators.image_batches import ImageBatch, distinct_keys
 from ...annotators.online import OnlineAnnotator, open_annotator
 from ...annotators.pipeline import PreparedImage
-from ...console import ignore_interrupts
+from ...annotators.prefetch import loaded_ahead
 from ...data.classes.multi_label import class_names
 from ...data.images import PixelLimit, SampleError, content_hash, image_note, read_content
 from ...data.sampling import BALANCED
@@ -137,7 +136,7 @@ def open_samples(recipe: RecipeOptions, device: torch.device) -> tuple[TokenLabe
         )
     model, processor = build_model(model_args, names)  # which knows the size of its images
     statistics = (processor.image_mean, processor.image_std)
-    transform = TrainTransform(model_image_size(model), *statistics, data_args.augmentation())
+    transform = TrainTransform(model_image_size(model), *statistics, data_args.augmentation(), data_args.exact_resize)
     columns = (data_args.image_column_name, data_args.label_column_name)
     samples = TokenLabelDataset(opened.train, transform, *columns, name="training")
     return samples, open_annotator(data_args, names, *statistics, device), opened
@@ -204,7 +203,7 @@ def describe_size(args: AnnotateArguments, annotation: Annotation, record: CropR
     )
 
 
-class CropBatches(torch.utils.data.Dataset):
+class CropBatches:
     """Crops of several epochs in batches that never cross the border of a shard; a shard belongs to one epoch.
 
     Args:
@@ -251,34 +250,16 @@ class CropBatches(torch.utils.data.Dataset):
         Raises:
             SampleError: If an image cannot be read.
         """
-        waiting: deque[ImageBatch] = deque()
+        return loaded_ahead(self.load, batches, num_workers)
 
-        def places() -> Iterator[tuple[int, range]]:
-            for about, place in batches:
-                waiting.append(about)
-                yield place
-
-        loader = torch.utils.data.DataLoader(
-            self,
-            batch_size=None,
-            sampler=places(),
-            num_workers=num_workers,
-            worker_init_fn=ignore_interrupts,
-            generator=torch.Generator(),
-        )
-        for images in loader:
-            if isinstance(images, SampleError):
-                raise images
-            yield waiting.popleft(), images
-
-    def __getitem__(self, place: tuple[int, range]) -> list[PreparedImage] | SampleError:
-        """Crops of some rows in an epoch; an error that a worker process could not raise as it is."""
+    def load(self, place: tuple[int, range]) -> list[PreparedImage]:
+        """Crops of some rows in an epoch."""
         epoch, rows = place
         values = self.samples.rows[list(rows)][self.samples.image_column].to_pylist()
         try:
             samples = self.samples.draw(list(rows), self.seed, epoch)
         except SampleError as error:
-            return SampleError(f"{error} Mend the file, then start again: what was labelled so far is kept.")
+            raise SampleError(f"{error} Mend the file, then start again: what was labelled so far is kept.") from error
         contents = [read_content(value) for value in values]
         return [
             PreparedImage(
