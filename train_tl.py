@@ -158,9 +158,9 @@ def build_samples(
 ) -> tuple[TokenLabelDataset | TokenLabelStream, TokenLabelDataset]:
     """Training samples, jointly augmented, and evaluation samples, preprocessed by the image processor."""
     mean, std = image_processor.image_mean, image_processor.image_std
-    transform = TrainTransform(image_size, mean, std, args.augmentation())
+    transform = TrainTransform(image_size, mean, std, args.augmentation(), args.exact_resize)
     columns = {"image_column": args.image_column_name, "label_column": args.label_column_name}
-    preprocess = ImageProcessorTransform(image_processor)
+    preprocess = ImageProcessorTransform(image_processor, as_pixels=True)
     evaluation = TokenLabelDataset(opened.evaluation, preprocess, **columns, name="evaluation")
     if args.streaming:
         train = TokenLabelStream(

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import DeiTImageProcessor, LevitImageProcessor, LevitImageProcessorPil, TimmWrapperImageProcessor
 
+from ..data.images import Normalization
 from ..variants import DEFAULT_CROP_PCT, evaluation_image_processor
 
 
@@ -174,11 +175,24 @@ class ImageProcessorTransform:
 
     Args:
         image_processor: Called with one image; must return `pixel_values`.
+        as_pixels: Leave the normalization to the device, where the processor has a switch for it: then images are uint8 and come with
+            their `normalization`.
     """
 
-    def __init__(self, image_processor: Callable):
-        self.image_processor = image_processor
+    def __init__(self, image_processor: Callable, as_pixels: bool = False):
+        self.image_processor, self.normalization = image_processor, None
+        if as_pixels and not isinstance(image_processor, TimmWrapperImageProcessor):
+            settings = checked_settings(image_processor)
+            self.normalization = Normalization(settings.image_mean, settings.image_std)
 
-    def __call__(self, image: Image.Image, *label_map: Any) -> dict[str, torch.Tensor]:
-        """Image to `pixel_values` float32 `[3, height, width]`; a label map has no use in evaluation."""
-        return {"pixel_values": self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]}
+    def __call__(self, image: Image.Image, *label_map: Any) -> dict[str, Any]:
+        """Image to `pixel_values` `[3, height, width]`, float32 and normalized, or uint8; a label map has no use in evaluation."""
+        if self.normalization is None:
+            return {"pixel_values": self.model_input(image)}
+        switches = {"do_rescale": False, "do_normalize": False}
+        pixels = self.image_processor(images=image, return_tensors="pt", **switches)["pixel_values"][0]
+        return {"pixel_values": pixels.to(torch.uint8), "normalization": self.normalization}
+
+    def model_input(self, image: Image.Image) -> torch.Tensor:
+        """Image to float32 `[3, height, width]`, normalized by the processor."""
+        return self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]

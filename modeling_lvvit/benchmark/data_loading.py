@@ -14,12 +14,15 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from ..data.decoding import jpeg_regions
 from ..labels.columns import label_map_features
 from ..labels.label_maps import encode_top_k
 from ..token_labeling import TokenLabelCollator, TokenLabelDataset, TrainTransform
 
 
-LOADERS = ("token_labels", "plain_labels", "timm", "torchvision")
+# ours: with label maps; without; resampled exactly; decoded by Pillow alone
+OURS = ("token_labels", "plain_labels", "exact_resize", "without_library")
+LOADERS = (*OURS, "timm", "torchvision")
 ANNOTATOR_CELLS, TOP_K = 18, 5
 CLASSES_IN_AN_IMAGE = 40
 
@@ -61,11 +64,16 @@ def synthetic_label_map(num_classes: int, rng: np.random.Generator) -> tuple[np.
 
 
 def token_label_loader(
-    rows: datasets.Dataset, batch_size: int, image_size: tuple[int, int], grid_size: tuple[int, int], has_maps: bool
+    rows: datasets.Dataset,
+    batch_size: int,
+    image_size: tuple[int, int],
+    grid_size: tuple[int, int],
+    has_maps: bool,
+    exact_resize: bool = False,
 ) -> DataLoader:
     """Our loader with the published augmentation, shuffled."""
     columns = {"ids_column": "token_label_ids", "scores_column": "token_label_scores"} if has_maps else {}
-    transform = TrainTransform(image_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    transform = TrainTransform(image_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, exact_resize=exact_resize)
     samples = TokenLabelDataset(rows, transform, **columns)
     samples.start_epoch(0, 0)
     return DataLoader(samples, batch_size, shuffle=True, collate_fn=TokenLabelCollator(grid_size), drop_last=True)
@@ -122,5 +130,9 @@ def loader_call(name: str, rows: datasets.Dataset, batch_size: int) -> Callable[
         ]
         loader = DataLoader(_Files(rows, v2.Compose(steps)), batch_size, shuffle=True, drop_last=True)
     else:
-        loader = token_label_loader(rows, batch_size, image_size, (14, 14), has_maps=name == "token_labels")
+        if name == "without_library":
+            jpeg_regions.library = lambda: None  # of this process, which does nothing else
+        loader = token_label_loader(
+            rows, batch_size, image_size, (14, 14), name != "plain_labels", name == "exact_resize"
+        )
     return lambda: deque(loader, maxlen=0)

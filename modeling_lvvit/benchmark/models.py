@@ -15,7 +15,7 @@ from ..deployment import prepare_for_inference
 from ..export.verification import exported_runner
 from ..modeling_lvvit import LVViTForImageClassification
 from ..original.model import OriginalLVViT, original_loss
-from ..token_labeling import TokenLabelTrainingArguments
+from ..token_labeling import TokenLabelTrainingArguments, finish_images
 from ..token_labeling.losses import LABEL_FIELDS, TokenLabelingLoss
 from ..variants import VARIANTS, variant_config
 
@@ -209,7 +209,7 @@ def training_call(
     forward = torch.compile(model) if "compiled" in options else model
 
     def call() -> None:
-        batch = send_to_device(next(batches), setting.device, non_blocking=True)
+        batch = finish_images(send_to_device(next(batches), setting.device, non_blocking=True))
         optimizer.zero_grad()
         compute_loss(forward, batch).backward()
         optimizer.step()

@@ -11,7 +11,7 @@ from ..data.image_dataset import DECODE_HELP
 from ..data.images import MAX_PIXELS_HELP
 from ..data.unlabeled import UNLABELED_HELP
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN
-from ..token_labeling.transforms import AugmentationConfig
+from ..token_labeling import AugmentationConfig
 
 
 @dataclass
@@ -90,6 +90,10 @@ class DataArguments(AnnotatorArguments):
     rand_augment: str = HfArg(default="rand-m9-mstd0.5-inc1", help="RandAugment in timm's notation, or none.")
     color_jitter: float = HfArg(default=0.0, help="Strength of color changes.")
     random_erasing: float = HfArg(default=0.25, help="Probability of an erased rectangle.")
+    exact_resize: bool = HfArg(
+        default=False,
+        help="Resample training crops with Pillow from all pixels of their images: slower, and hardly different.",
+    )
 
     def __post_init__(self):
         if not 0 < self.eval_fraction < 1:

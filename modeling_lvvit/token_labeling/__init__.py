@@ -5,11 +5,10 @@ from ..backbones.image_processors import ImageProcessorTransform
 from ..backbones.patch_head import add_patch_head
 from ..backbones.resize import resize_classifier
 from .arguments import TokenLabelTrainingArguments
-from .collator import TokenLabelCollator
+from .augmentation import AugmentationConfig, TokenLabelCollator, TrainTransform, finish_images
 from .dataset import TokenLabelDataset
 from .iterable_dataset import TokenLabelStream
 from .trainer import TokenLabelTrainer
-from .transforms import AugmentationConfig, TrainTransform
 
 
 LiveAnnotator = OnlineAnnotator  # its earlier name
@@ -25,5 +24,6 @@ __all__ = [
     "TokenLabelTrainingArguments",
     "TrainTransform",
     "add_patch_head",
+    "finish_images",
     "resize_classifier",
 ]

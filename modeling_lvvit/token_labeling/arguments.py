@@ -13,7 +13,7 @@ from ..per_class.weights import HELP as CLASS_WEIGHTS_HELP
 from ..per_class.weights import check_class_weights
 from ..training.base_arguments import BaseImageTrainingArguments
 from ..training.schedule import REFERENCE_IMAGES_PER_STEP
-from .collator import MIX_METHODS
+from .augmentation import MIX_METHODS
 
 
 @dataclass

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image
 from transformers.utils import logging
 
 from ..data.classes.class_labels import class_ids
 from ..data.classes.multi_label import is_list, multi_hot
+from ..data.decoding import EncodedImage
 from ..data.image_dataset import ImageDataset, check_has_columns, with_image_column
 from ..data.images import LYING, SampleError, read_orientation
 from ..labels.columns import LabelMapError
@@ -26,8 +26,10 @@ logger = logging.get_logger(__name__)
 REMOTE = "remote"
 
 
-def transformed(transform: Callable, image: Image.Image, maps: PaletteMaps | None, offset: int) -> dict[str, Any]:
-    """What a transform makes of an image and, where there are maps, of number `offset` of them."""
+def transformed(transform: Callable, image: EncodedImage, maps: PaletteMaps | None, offset: int) -> dict[str, Any]:
+    """What a transform makes of an image and, where there are maps, of number `offset` of them. It gets a decoded image unless it says that
+    it `reads_regions`."""
+    image = image if getattr(transform, "reads_regions", False) else image.decode()
     if maps is None:
         return transform(image)
     region = covered_region(None if maps.boxes is None else maps.boxes[offset], *image.size)
@@ -113,13 +115,18 @@ class TokenLabelDataset(ImageDataset):
         return labels, self._fetch_maps(table, indices) if self.has_label_maps else None
 
     def sample(
-        self, image: Image.Image, fetched: tuple[list[int] | torch.Tensor, PaletteMaps | None], offset: int, index: int
+        self,
+        image: EncodedImage,
+        fetched: tuple[list[int] | torch.Tensor, PaletteMaps | None],
+        offset: int,
+        index: int,
     ) -> dict[str, Any]:
         """What the transform makes of a row, the palette of its map, and as `labels` its class id, or float32 `(classes,)`."""
         labels, maps = fetched
         if self.has_crop_maps:
+            crop = transformed(self.transform, image, None, offset)
             try:
-                return {**with_crop_map(self.transform(image), maps, offset), "labels": labels[offset]}
+                return {**with_crop_map(crop, maps, offset), "labels": labels[offset]}
             except ValueError as error:
                 raise SampleError(
                     f"The label map of row {index} of the {self.name} data does not belong to its crop in epoch {self.seed_and_epoch()[1]}: "

@@ -1,6 +1,7 @@
 """Training samples from a dataset that is read one row after another, with the label maps of a label set."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import compress, islice
 from typing import Any
@@ -16,8 +17,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from ..annotators.image_batches import column_values
+from ..data.decoding import EncodedImage
 from ..data.image_keys import path_keys, value_keys
-from ..data.images import IMAGE_ERRORS, PixelLimit, SampleError, decode_image
+from ..data.images import PixelLimit, SampleError, UndecodableError
 from ..data.sampling import fold_in, temporary_seed
 from ..labels.columns import LabelMapError
 from ..labels.label_set import LabelLookup, LabelSet
@@ -112,8 +114,8 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
             except LabelMapError as error:
                 raise SampleError(f"The label map of {self._key(rows[error.row])!r}: {error}.") from error
         for offset, row in enumerate(rows):
-            image = self._image(row)
-            with temporary_seed(seed := fold_in(*place, offset)):
+            with self._reading(row), temporary_seed(seed := fold_in(*place, offset)):
+                image = EncodedImage.open(row[self.image_column])
                 sample = transformed(self.transform, image, maps, offset)
             yield {**sample, "labels": self._label(row), "seed": seed}
 
@@ -145,12 +147,15 @@ class TokenLabelStream(torch.utils.data.IterableDataset):
             )
         return path_keys(pa.array([path]))[0].as_py()
 
-    def _image(self, row: dict[str, Any]):
+    @contextmanager
+    def _reading(self, row: dict[str, Any]) -> Iterator[None]:
         value = row[self.image_column]
+        if value is None:
+            raise SampleError("A row of the stream has no image.")
         try:
-            return decode_image(value)
-        except (*IMAGE_ERRORS, TypeError) as error:
-            name = (value or {}).get("path") or "without a path"
+            yield
+        except UndecodableError as error:
+            name = value.get("path") or "without a path"
             raise SampleError(f"Image {name} of the stream cannot be decoded ({error}).") from error
 
 

@@ -27,7 +27,7 @@ from ..training.metrics import TOP_K, rank_classes
 from ..training.schedule import published_factor
 from ..training.throughput import LossComponents
 from .arguments import TokenLabelTrainingArguments
-from .collator import TokenLabelCollator
+from .augmentation import TokenLabelCollator, finish_images
 from .dataset import TokenLabelDataset
 from .iterable_dataset import TokenLabelStream, stream_loader
 from .losses import LABEL_FIELDS, TokenLabelingLoss
@@ -187,6 +187,9 @@ class TokenLabelTrainer(BaseImageTrainer):
         if unwrapped.__dict__.pop("_original_forward", None) is not None:
             del unwrapped.forward  # the one that hides that of the class
         return model, loader
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return finish_images(super()._prepare_inputs(inputs))
 
     def prediction_step(
         self,

@@ -12,8 +12,8 @@ from ..labels.checks.agreement import compare_some
 from ..labels.crops import CropRecord, join_crops, read_record
 from ..labels.label_set import LabelSet
 from ..labels.reader import LabelMapReader
+from ..token_labeling import TrainTransform
 from ..token_labeling.dataset import TokenLabelDataset
-from ..token_labeling.transforms import TrainTransform
 from . import save_contact_sheet
 
 
@@ -74,8 +74,7 @@ def draw_crops(path: Path, samples: TokenLabelDataset, count: int) -> None:
     for number, row in enumerate(rows):
         samples.start_epoch(record.drawn["data_seed"], number % record.num_epochs)
         sample = samples[row]
-        crop = samples.transform.normalize.inverse(sample["pixel_values"])
-        images.append((samples.read_image(row), to_pil_image(crop)))
+        images.append((samples.read_image(row), to_pil_image(sample["pixel_values"])))
         ids = sample["token_label_palette"].numpy()[sample["token_label_index"].numpy()]
         maps.append((ids, sample["token_label_scores"].numpy()))
     save_contact_sheet(path, images, maps, [names[human[row]] for row in rows], names)

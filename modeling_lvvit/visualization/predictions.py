@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..cli.open_data import DataArguments, has_dense_columns
 from ..data.classes.class_matching import shown_names
-from ..token_labeling import TokenLabelDataset, TokenLabelTrainer
+from ..token_labeling import TokenLabelCollator, TokenLabelDataset, TokenLabelTrainer, finish_images
 from .localization import enlarged, read_masked_images
 from .prediction_figure import ClassMaps, save_prediction_figure
 from .trained_maps import FIGURE_TITLES, Localization, find_mask_column, trained_maps
@@ -40,7 +40,7 @@ def draw_class_maps(
     table = rows.select(range(count)).select_columns(list(columns)).with_format("arrow")[:]
     labels = table[columns[1]].to_pylist()
     transform = trainer.eval_dataset.transform
-    pixel_values, masks = read_masked_images(table, *columns[::2], lambda image: transform(image)["pixel_values"], 0)
+    pixel_values, masks = read_masked_images(table, *columns[::2], transform.model_input, 0)
     maps = trained_maps(trainer, pixel_values, torch.tensor(labels))
     titled, peaks = {}, {}
     for name, values in maps.items():
@@ -74,7 +74,8 @@ def draw_predictions(
     model, config, samples = trainer.model.eval(), trainer.model.config, trainer.eval_dataset
     path = path or Path(trainer.args.output_dir) / FIGURE
     count = min(num_images, len(samples))
-    pixel_values = torch.stack([sample["pixel_values"] for sample in samples.__getitems__(list(range(count)))])
+    batch = finish_images(TokenLabelCollator(trainer.grid_size)(samples.__getitems__(list(range(count)))))
+    pixel_values = batch["pixel_values"]
     output = model(pixel_values.to(model.device))
     class_maps = localization and draw_class_maps(trainer, data_args, eval_rows, count, localization)
     if not trainer.is_world_process_zero():

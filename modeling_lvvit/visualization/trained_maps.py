@@ -128,9 +128,7 @@ def _measure(
     for start in range(0, len(rows), BATCH_SIZE):
         table = rows[start : start + BATCH_SIZE]
         labels = table[args.label_column_name].to_pylist()
-        pixel_values, masks = read_masked_images(
-            table, args.image_column_name, column, lambda image: transform(image)["pixel_values"], start
-        )
+        pixel_values, masks = read_masked_images(table, args.image_column_name, column, transform.model_input, start)
         maps = trained_maps(trainer, pixel_values, torch.tensor(labels))
         if not maps:
             return None

@@ -12,10 +12,16 @@ from modeling_lvvit.data.sampling import seed_generators
 from modeling_lvvit.labels.label_crops import CropGeometry, crop_label_maps
 from modeling_lvvit.labels.label_maps import build_palette
 from modeling_lvvit.token_labeling.arguments import TokenLabelTrainingArguments
-from modeling_lvvit.token_labeling.collator import TokenLabelCollator
+from modeling_lvvit.token_labeling.augmentation.collator import TokenLabelCollator
+from modeling_lvvit.token_labeling.augmentation.finish import finish_images
+from modeling_lvvit.token_labeling.augmentation.rand_augment import (
+    GEOMETRIC,
+    ColorOperation,
+    RandAugment,
+    _AffineRecorder,
+)
+from modeling_lvvit.token_labeling.augmentation.transforms import AugmentationConfig, TrainTransform
 from modeling_lvvit.token_labeling.losses import TokenLabelingLoss
-from modeling_lvvit.token_labeling.rand_augment import GEOMETRIC, RandAugment, _AffineRecorder
-from modeling_lvvit.token_labeling.transforms import AugmentationConfig, TrainTransform
 from support.label_geometry import (
     STRONG,
     apply_operations,
@@ -28,6 +34,7 @@ from support.label_geometry import (
     transform_with,
     whole_image,
 )
+from support.samples import finished
 
 
 PUBLISHED = "rand-m9-mstd0.5-inc1"
@@ -121,7 +128,7 @@ def test_tokens_learn_the_class_of_the_color_they_show(name, is_moved):
         seed_generators(seed)
         transform = geometric_transform(is_moved, horizontal_flip=seed % 2, crop_scale=(0.2, 1.0))
         sample = transform(bordered, ids, np.full(ids.shape, 10, np.float16), box)
-        shown, (_, targets) = shown_classes(sample["pixel_values"]), targets_of(sample)
+        shown, (_, targets) = shown_classes(finished(sample)), targets_of(sample)
         counts += [(shown >= 0).sum(), (shown == -2).sum()]
         assert (targets.argmax(-1).numpy() == shown)[shown >= 0].all(), f"seed {seed}"
         assert np.allclose(targets[shown == -2], 1 / NUM_CLASSES)
@@ -181,8 +188,7 @@ def test_what_lies_outside_has_uniform_targets_and_no_part_in_the_class_token():
     filled = tokens.view(*GRID, -1)[:, 9:]  # 0.6 * 14 = 8.4 columns show the image
     assert torch.allclose(filled, torch.full_like(filled, 1 / NUM_CLASSES))
     assert (tokens.view(*GRID, -1)[:, :8].max(-1).values > 0.3).all()
-    color = sample["pixel_values"][:, 80, 200] * 0.5 + 0.5
-    assert color.tolist() == pytest.approx([0.2, 0.4, 0.8], abs=1e-3)
+    assert sample["pixel_values"][:, 80, 200].tolist() == [51, 102, 204]
     pooled = torch.tensor([0.0] * 4 + [4 / 6] * 6 + [0.0])  # the classes 4 to 9 share what is shown
     assert torch.allclose(cls, pooled.softmax(0), atol=1e-2)
 
@@ -208,7 +214,7 @@ def mixed_batch(count: int, method: str) -> tuple[dict, list[dict]]:
 def test_loss_of_mixed_pixels_equals_the_dense_definition(count, method, uncovered, tmp_path):
     batch, samples = mixed_batch(count, method)
     number = torch.arange(count).unsqueeze(1)
-    color = torch.nn.functional.avg_pool2d(batch["pixel_values"][:, 0], 16).flatten(1)  # (B, N)
+    color = torch.nn.functional.avg_pool2d(finish_images(batch)["pixel_values"][:, 0], 16).flatten(1)  # (B, N)
     share = color[0].expand_as(color) / (count - 1)  # the first image is 0, its partner the last
     assert 0 < share.mean() < 1
     torch.testing.assert_close(color, number + (count - 1 - 2 * number) * share)
@@ -242,8 +248,10 @@ def test_operations_are_drawn_as_often_as_by_timm(monkeypatch):
     for source in ("ours", "timm"):
         called.clear()
         for _ in range(3000):
-            for operation in ours.draw((30, 20))[1] if source == "ours" else [timms]:
-                operation(None)
+            if source == "timm":
+                timms(None)
+            else:
+                called += [color.operation.name for color in ours.draw((30, 20))[1]]
         assert len(called) == 6000
         counts = np.array([called.count(operation.name) for operation in timms.ops])
         assert np.abs(counts - 400).max() < 80  # four standard deviations
@@ -278,6 +286,20 @@ def test_every_operation_of_color_changes_the_image():
         assert np.abs(np.int16(operation(image)) - np.int16(image)).mean() > 1, operation.name
 
 
+def test_operations_of_color_draw_as_those_of_timm():
+    image = Image.fromarray(np.random.default_rng(0).integers(30, 200, (40, 60, 3), dtype=np.uint8))
+    colors = [op for op in RandAugment(PUBLISHED, [0.5] * 3).operations if op.name not in GEOMETRIC]
+    acted = 0
+    for seed in range(60):
+        random.seed(seed)
+        expected, following = colors[seed % 10](image), random.random()
+        random.seed(seed)
+        act = ColorOperation(colors[seed % 10]).draw()
+        assert np.array_equal(expected, image if act is None else act(image)) and random.random() == following
+        acted += act is not None
+    assert 20 < acted < 40
+
+
 def test_colors_are_changed_in_the_sample():
     image, samples = colored_field(10, 16, 20)[0], []
     for policy in ("none", "rand-m9-n1-p1-inc1"):
@@ -288,8 +310,8 @@ def test_colors_are_changed_in_the_sample():
             operations = transform.rand_augment.operations
             transform.rand_augment.operations = [operation for operation in operations if operation.name == "Invert"]
         samples.append(transform(image))
-    torch.testing.assert_close(samples[1]["pixel_values"], -samples[0]["pixel_values"])
-    assert set(samples[0]) == {"pixel_values", "crop_box"}  # switched off
+    assert torch.equal(samples[1]["pixel_values"], 255 - samples[0]["pixel_values"])
+    assert set(samples[0]) == {"pixel_values", "normalization", "crop_box"}  # switched off
 
 
 @pytest.mark.parametrize("policy", ["rand-x3", "autoaugment", "rand-m9-tweights", "", "None", "rand-m", "rand-m9 "])

@@ -455,7 +455,8 @@ def train_crop(monkeypatch, pixels, mirrored: bool, map_box=MAP_BOX, size=IMAGE_
     left, top, right, bottom = pixels
     params = (top, left, bottom - top, right - left)
     monkeypatch.setattr(
-        "modeling_lvvit.token_labeling.transforms.RandomResizedCropAndInterpolation.get_params", lambda *_: params
+        "modeling_lvvit.token_labeling.augmentation.transforms.RandomResizedCropAndInterpolation.get_params",
+        lambda *_: params,
     )
     plain = AugmentationConfig(horizontal_flip=float(mirrored), rand_augment="none", random_erasing=0.0)
     ids = CELLS.numpy()[None].astype(np.int16)
@@ -509,7 +510,7 @@ def test_center_square_of_a_wide_image_is_where_the_map_lies(monkeypatch):
     plain = AugmentationConfig(horizontal_flip=0.0, rand_augment="none", random_erasing=0.0)
     transform = TrainTransform((16, 16), [0.5] * 3, [0.5] * 3, plain)
     monkeypatch.setattr(
-        "modeling_lvvit.token_labeling.transforms.RandomResizedCropAndInterpolation.get_params",
+        "modeling_lvvit.token_labeling.augmentation.transforms.RandomResizedCropAndInterpolation.get_params",
         lambda *_: (0, 60, 40, 20),
     )
     sample = TokenLabelDataset(images, transform, label_maps=joined.label_maps)[0]

@@ -16,10 +16,10 @@ from modeling_lvvit.labels.label_crops import (
 from modeling_lvvit.labels.label_maps import build_palette
 from modeling_lvvit.labels.sparse_targets import SparseTargets
 from modeling_lvvit.token_labeling.arguments import TokenLabelTrainingArguments
-from modeling_lvvit.token_labeling.collator import TokenLabelCollator
+from modeling_lvvit.token_labeling.augmentation.collator import TokenLabelCollator
+from modeling_lvvit.token_labeling.augmentation.transforms import AugmentationConfig, TrainTransform
 from modeling_lvvit.token_labeling.losses import TokenLabelingLoss, blend_weight
 from modeling_lvvit.token_labeling.sparse_cross_entropy import soft_cross_entropy
-from modeling_lvvit.token_labeling.transforms import AugmentationConfig, TrainTransform
 
 
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])

@@ -15,9 +15,9 @@ from modeling_lvvit.cli.open_data import open_datasets
 from modeling_lvvit.labels.label_crops import CropGeometry, crop_label_maps
 from modeling_lvvit.labels.label_set import LabelSet
 from modeling_lvvit.original import label_import
+from modeling_lvvit.token_labeling.augmentation.transforms import AugmentationConfig, TrainTransform
 from modeling_lvvit.token_labeling.dataset import TokenLabelDataset
 from modeling_lvvit.token_labeling.iterable_dataset import TokenLabelStream
-from modeling_lvvit.token_labeling.transforms import AugmentationConfig, TrainTransform
 from modeling_lvvit.visualization import check_labels
 
 
@@ -75,8 +75,7 @@ def plain(image: Image.Image, *label_map) -> dict:
 
 def assert_tokens_show_their_classes(sample: dict) -> None:
     """The class of the color of every token that the map covers is its most probable one."""
-    pixels = 127.5 * (sample["pixel_values"].permute(1, 2, 0).numpy() + 1)
-    expected = colors_of(pixels)
+    expected = colors_of(sample["pixel_values"].permute(1, 2, 0).numpy().astype(float))
     geometry = CropGeometry(sample["crop_box"][None])
     palette, index, scores = (sample[f"token_label_{name}"][None] for name in ("palette", "index", "scores"))
     _, tokens = crop_label_maps(palette.long(), index, scores, geometry, expected.shape, len(CLASSES))

@@ -9,7 +9,7 @@ from modeling_lvvit.benchmark.models import dense_targets
 from modeling_lvvit.original import model as original_model
 from modeling_lvvit.original.convert import convert_state_dict
 from modeling_lvvit.original.model import OriginalLVViT, draw_box, original_loss
-from modeling_lvvit.token_labeling import TokenLabelCollator, TokenLabelTrainingArguments
+from modeling_lvvit.token_labeling import TokenLabelCollator, TokenLabelTrainingArguments, finish_images
 from modeling_lvvit.token_labeling.losses import LABEL_FIELDS, TokenLabelingLoss
 from support.models import NUM_CLASSES, tiny_config
 from support.samples import samples_of
@@ -35,7 +35,7 @@ def test_training_losses_and_gradients_agree(both_models, labelled_rows, tmp_pat
     original, ours = (model.train() for model in both_models)
     torch.manual_seed(5)
     samples = samples_of(labelled_rows)
-    batch = TokenLabelCollator((4, 6))([samples[index] for index in range(6)])
+    batch = finish_images(TokenLabelCollator((4, 6))([samples[index] for index in range(6)]))
     top, left, bottom, right = 1, 2, 3, 5
     batch["mix_mask"] = torch.zeros(6, 4, 6, dtype=torch.bool)
     batch["mix_mask"][:, top:bottom, left:right] = True

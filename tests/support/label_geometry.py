@@ -28,8 +28,8 @@ from timm.data.auto_augment import NAME_TO_OP
 
 from modeling_lvvit.labels.label_crops import CropGeometry, crop_label_maps
 from modeling_lvvit.labels.label_maps import build_palette, encode_top_k
-from modeling_lvvit.token_labeling.rand_augment import _AffineRecorder
-from modeling_lvvit.token_labeling.transforms import AugmentationConfig, TrainTransform
+from modeling_lvvit.token_labeling.augmentation.rand_augment import _AffineRecorder
+from modeling_lvvit.token_labeling.augmentation.transforms import AugmentationConfig, TrainTransform
 
 
 Operations = tuple[tuple[str, float], ...]  # name in timm, and its argument (degrees, factor, share of the side)

@@ -15,11 +15,17 @@ from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.cli.open_data import has_dense_columns, open_datasets
 from modeling_lvvit.data.sampling import seed_generators
 from modeling_lvvit.labels.columns import IDS_COLUMN, SCORES_COLUMN, to_numpy
-from modeling_lvvit.token_labeling import AugmentationConfig, TokenLabelCollator, TokenLabelDataset, TrainTransform
-from modeling_lvvit.token_labeling.collator import draw_mix_box
+from modeling_lvvit.token_labeling import (
+    AugmentationConfig,
+    TokenLabelCollator,
+    TokenLabelDataset,
+    TrainTransform,
+    finish_images,
+)
+from modeling_lvvit.token_labeling.augmentation.collator import draw_mix_box
 from support.images import encode_image, labelled_table
 from support.models import MAP_COLUMNS, MAP_ROWS, NUM_CLASSES, K
-from support.samples import plain_transform, samples_of
+from support.samples import finished, plain_transform, samples_of
 
 
 def with_column(name: str, change: Callable[[list], list], column_type: pa.DataType | None = None) -> datasets.Dataset:
@@ -72,8 +78,8 @@ def test_flip_mirrors_image_and_map():
     ids = np.arange(6, dtype=np.int16).reshape(1, 2, 3)
     transform = plain_transform(horizontal_flip=1.0, crop_scale=(1.0, 1.0), crop_ratio=(1.5, 1.5))
     sample = transform(Image.fromarray(image), ids, ids.astype(np.float16))
-    assert sample["pixel_values"][0, 16, 40] > 0.9  # now the right half is white
-    assert sample["pixel_values"][0, 16, 8] < -0.9
+    assert finished(sample)[0, 16, 40] > 0.9  # now the right half is white
+    assert finished(sample)[0, 16, 8] < -0.9
     assert sample["token_label_index"].tolist() == [[[2, 1, 0], [5, 4, 3]]]
 
 
@@ -86,7 +92,7 @@ def test_crop_box_tells_where_the_pixels_come_from():
         seed_generators(seed)
         sample = transform(Image.fromarray(np.uint8(255 * image)))
         left, top, right, bottom = sample["crop_box"].tolist()
-        pixels = sample["pixel_values"] * 0.5 + 0.5
+        pixels = sample["pixel_values"] / 255
         assert pixels[0, 16, 0].item() == pytest.approx(left, abs=0.03)
         assert pixels[0, 16, -1].item() == pytest.approx(right, abs=0.03)
         assert pixels[1, 0, 24].item() == pytest.approx(top, abs=0.03)
@@ -103,7 +109,10 @@ def test_crops_of_tiny_images_are_not_empty(size):
 
 
 def equal_samples(first: dict, second: dict) -> bool:
-    return all(torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name])) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
+        for name, value in first.items()
+    )
 
 
 def test_a_sample_hangs_on_seed_epoch_and_row_alone(labelled_rows):
@@ -134,8 +143,8 @@ def test_workers_and_later_epochs_give_the_same_samples(labelled_rows):
     for epoch in range(2):
         samples.start_epoch(0, epoch)
         for first, second in zip(*loaders):
-            assert first.keys() == second.keys()
             assert equal_samples(first, second)
+            assert torch.equal(finish_images(first)["pixel_values"], finish_images(second)["pixel_values"])
 
 
 @pytest.mark.parametrize("strengths", [{"horizontal_flip": 2}, {"crop_scale": (0, 1)}, {"color_jitter": -1}])

@@ -391,7 +391,10 @@ def test_patch_logits_stay_in_half_precision(tiny_model, labelled_rows, tmp_path
     projected = []
     tiny_model.lvvit.layers[0].attention.qkv.register_forward_hook(lambda *call: projected.append(call[-1].dtype))
     samples = [samples_of(labelled_rows)[index] for index in range(2)]
-    for names in (("pixel_values", "labels"), ("pixel_values",)):  # evaluation, prediction
+    for names in (
+        ("pixel_values", "normalization", "labels"),
+        ("pixel_values", "normalization"),
+    ):  # evaluation, prediction
         trainer.predict([{name: sample[name] for name in names} for sample in samples])
     assert projected == [torch.bfloat16] * 2
 

@@ -116,7 +116,7 @@ def join_crops(
     return label_maps
 
 
-def with_crop_map(sample: dict[str, torch.Tensor], maps: PaletteMaps, offset: int) -> dict[str, torch.Tensor]:
+def with_crop_map(sample: dict[str, Any], maps: PaletteMaps, offset: int) -> dict[str, Any]:
     """The sample of a crop with number `offset` of some label maps of crops, which covers it wholly.
 
     Raises:
@@ -126,8 +126,9 @@ def with_crop_map(sample: dict[str, torch.Tensor], maps: PaletteMaps, offset: in
     if not np.allclose(drawn, labelled, rtol=0, atol=BOX_TOLERANCE):
         texts = (" ".join(f"{side:.4f}" for side in box) for box in (labelled, drawn))
         raise ValueError("the labels are of the crop {}, and the crop {} was drawn".format(*texts))
+    image = {name: sample[name] for name in ("pixel_values", "normalization", "erased") if name in sample}
     return {
-        "pixel_values": sample["pixel_values"],
+        **image,
         "crop_box": torch.tensor(WHOLE),
         "token_label_palette": torch.from_numpy(maps.palettes[offset]),
         "token_label_index": torch.from_numpy(maps.index[offset].copy()),

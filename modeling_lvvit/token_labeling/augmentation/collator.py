@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.sampling import fold_in, temporary_seed
-from ..labels.label_crops import CropGeometry
-from ..labels.label_maps import pad_palettes
+from ...data.sampling import fold_in, temporary_seed
+from ...labels.label_crops import CropGeometry
+from ...labels.label_maps import pad_palettes
 
 
 MIX_METHODS = ("token", "cutmix", "mixup")
@@ -46,7 +46,8 @@ class TokenLabelCollator:
         mixup_alpha: Parameter of the Beta distribution for Mixup (DeiT: 0.8).
 
     Returns (from the call):
-        `pixel_values` `[B, 3, H, W]`; `labels` int64 `[B]`, or float32 `[B, C]` of images with several classes; for training samples `crop_box` `[B, 4]`, with RandAugment also
+        `pixel_values` `[B, 3, H, W]`, where they are uint8 with what `finish_images` needs: `normalization`, `erased`, `pixel_share`;
+        `labels` int64 `[B]`, or float32 `[B, C]` of images with several classes; for training samples `crop_box` `[B, 4]`, with RandAugment also
         `label_affine` `[B, 2, 3]` and `image_box` `[B, 4]`; when mixed by tokens `mix_mask` bool `[B, rows, columns]`, the
         same box for every sample; when mixed by pixels `mix_share` float32 `[B, rows, columns]`, how much of each token
         shows the other image; with dense labels `token_label_palette` int64 `[B, U]`, the classes that each map names, padded
@@ -63,7 +64,11 @@ class TokenLabelCollator:
     mixup_alpha: float = 0.8
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+        # the channels of a pixel lie next to each other in memory, as decoders give them
+        pixels = torch.stack([sample["pixel_values"].permute(1, 2, 0) for sample in samples])
+        batch = {"pixel_values": pixels.permute(0, 3, 1, 2)}
+        if "normalization" in samples[0]:
+            batch["normalization"] = samples[0]["normalization"]
         if "labels" in samples[0]:
             labels = [sample["labels"] for sample in samples]
             batch["labels"] = torch.stack(labels) if isinstance(labels[0], torch.Tensor) else torch.as_tensor(labels)
@@ -83,6 +88,8 @@ class TokenLabelCollator:
         with temporary_seed(None if seed is None else fold_in(seed, len(samples))):
             if self.mix_probability and torch.rand(()).item() < self.mix_probability:
                 batch |= getattr(self, f"_mix_by_{random.choice(self.mix_methods)}")(batch["pixel_values"])
+        if erased := [sample["erased"].at(row) for row, sample in enumerate(samples) if "erased" in sample]:
+            batch["erased"] = erased
         return batch
 
     def _mix_by_token(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -94,16 +101,12 @@ class TokenLabelCollator:
     def _mix_by_cutmix(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         size = tuple(pixel_values.shape[-2:])
         left, top, right, bottom = draw_mix_box(size, self.mix_alpha)
-        box = (..., slice(top, bottom), slice(left, right))
-        mixed = pixel_values.clone()
-        mixed[box] = pixel_values.flip(0)[box]
-        shown = torch.zeros(size)
-        shown[box] = 1.0
-        share = torch.nn.functional.adaptive_avg_pool2d(shown.view(1, 1, *size), self.grid_size)[:, 0]
-        return {"pixel_values": mixed, "mix_share": share.expand(len(mixed), -1, -1)}
+        shown = torch.zeros(1, 1, *size)
+        shown[..., top:bottom, left:right] = 1.0
+        share = torch.nn.functional.adaptive_avg_pool2d(shown, self.grid_size)[:, 0]
+        return {"pixel_share": shown, "mix_share": share.expand(len(pixel_values), -1, -1)}
 
     def _mix_by_mixup(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         own_share = torch.distributions.Beta(self.mixup_alpha, self.mixup_alpha).sample().item()
-        partner_share = torch.full((len(pixel_values), *self.grid_size), 1.0 - own_share)
-        mixed = torch.lerp(pixel_values.flip(0), pixel_values, own_share)
-        return {"pixel_values": mixed, "mix_share": partner_share}
+        share = torch.full((1, 1, 1, 1), 1.0 - own_share)
+        return {"pixel_share": share, "mix_share": share[0].expand(len(pixel_values), *self.grid_size)}

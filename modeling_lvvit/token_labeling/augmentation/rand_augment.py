@@ -1,7 +1,9 @@
 """RandAugment whose geometric operations are composed into one affine map, so that labels can follow them exactly."""
 
+import copy
 import random
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,12 +63,12 @@ class RandAugment:
         drawn = rand_augment_transform(policy, {"img_mean": self.fill, "translate_const": 100})
         self.operations, self.num_operations = drawn.ops, drawn.num_layers
 
-    def draw(self, size: tuple[int, int]) -> tuple[np.ndarray | None, list]:
+    def draw(self, size: tuple[int, int]) -> tuple[np.ndarray | None, list["ColorOperation"]]:
         """Draws the operations for an image of a width and height in pixels.
 
         Returns:
             `[3, 3]` float64 that maps (x, y, 1) in pixels of the moved image to the given one, `None` if nothing moves; and
-            the color operations, to be called one after another with an image (each decides itself whether it acts).
+            the color operations, each of which is still to be drawn.
         """
         recorder = _AffineRecorder(size)
         colors = []
@@ -74,5 +76,20 @@ class RandAugment:
             if operation.name in GEOMETRIC:
                 operation(recorder)
             else:
-                colors.append(operation)
+                colors.append(ColorOperation(operation))
         return recorder.matrix, colors
+
+
+class ColorOperation:
+    """An operation of timm of which it is known beforehand whether it acts: it draws as timm does, and no image is made for one that does not."""
+
+    def __init__(self, operation: Any):
+        self.operation = operation
+
+    def draw(self) -> Callable[[Image.Image], Image.Image] | None:
+        """What is to be done to an image, `None` for nothing. Its strength is drawn when it is done, before any other draw."""
+        if self.operation.prob < 1.0 and random.random() > self.operation.prob:
+            return None
+        acting = copy.copy(self.operation)
+        acting.prob = 1.0
+        return acting

@@ -6,20 +6,19 @@ affine map, by which the image is resampled once and the label map read once (`l
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import v2
 
-from ..data.images import Normalization
-from .rand_augment import RandAugment
-
-
-FILTER_REACH = 3  # pixels, more than a bicubic filter reads to a side
+from ...data.decoding import EncodedImage, as_encoded, resized_crop, warped_crop
+from ...data.images import Normalization
+from .finish import BoxEraser
+from .rand_augment import ColorOperation, RandAugment
 
 
 @dataclass(frozen=True)
@@ -58,55 +57,25 @@ class AugmentationConfig:
             RandAugment(self.rand_augment, [0.5] * 3)  # raises on a bad policy
 
 
-def crop_of_warped_image(
-    image: Image.Image,
-    matrix: np.ndarray,
-    box: tuple[int, int, int, int],
-    size: tuple[int, int],
-    resample: Image.Resampling,
-    fill: tuple[int, ...],
-) -> Image.Image:
-    """A crop of an affinely warped image; only the part that the crop shows is ever computed.
-
-    Args:
-        matrix: `[3, 3]`, pixel of the warped image (x, y, 1) to pixel of the given one.
-        box: The crop in pixels of the warped image, (left, top, right, bottom).
-        size: Width and height of the result in pixels.
-        fill: Color of what lies outside the image.
-    """
-    left, top, right, bottom = box
-    width, height = size
-    to_warped = np.array([[(right - left) / width, 0, left], [0, (bottom - top) / height, top], [0, 0, 1]])
-    to_source = matrix @ to_warped  # pixel of the result -> pixel of the image
-    # source pixels in a pixel of the result: what is more than one is averaged first, so that none is left out
-    shrink = np.maximum(1, np.hypot(to_source[:2, 0], to_source[:2, 1]))
-    corners = to_source[:2] @ np.array([[0, width, 0, width], [0, 0, height, height], [1, 1, 1, 1]])
-    margin = FILTER_REACH * shrink
-    low = np.clip(np.floor(corners.min(axis=1) - margin), 0, image.size)
-    high = np.clip(np.ceil(corners.max(axis=1) + margin), 0, image.size)
-    if (high - low).min() < 1:
-        return Image.new("RGB", size, fill)
-    if shrink.max() > 1:
-        reduced_size = np.ceil((high - low) / shrink).astype(int)
-        image = image.resize(tuple(reduced_size.tolist()), resample, box=(*low, *high))
-        to_source[:2] = (to_source[:2] - np.outer(low, [0, 0, 1])) * (reduced_size / (high - low))[:, None]
-    data = tuple(to_source[:2].flatten())
-    return image.transform(size, Image.Transform.AFFINE, data, resample, fillcolor=fill)
-
-
 class TrainTransform:
-    """Random flip, RandAugment, random resized crop, color jitter, normalization and random erasing.
+    """Random flip, RandAugment, random resized crop, color jitter and random erasing.
 
     The order and the frame of the geometry are those of the published recipe: RandAugment moves the whole image, then the
     crop is cut. RandAugment's color operations act on the crop (as in timm), not on the whole image: those that look at
     the whole histogram see the part that is used.
+
+    Flip, crop and matrix are drawn from the size of the image alone; then the part that the crop shows is decoded. Pixels stay 8-bit:
+    `finish_images` normalizes them and fills erased rectangles, on the device.
 
     Randomness comes from the global generators of PyTorch and Python, which `data.sampling.seed_generators` starts for every sample.
 
     Args:
         image_size: Height and width of the result in pixels.
         image_mean, image_std: Per-channel normalization for images in [0, 1].
+        exact_resize: Resample with Pillow from the whole image, instead of the fast way of `data.decoding`.
     """
+
+    reads_regions = True
 
     def __init__(
         self,
@@ -114,8 +83,9 @@ class TrainTransform:
         image_mean: list[float],
         image_std: list[float],
         augmentation: AugmentationConfig | None = None,
+        exact_resize: bool = False,
     ):
-        self.image_size = tuple(image_size)
+        self.image_size, self.exact_resize = tuple(image_size), exact_resize
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.augmentation = augmentation or AugmentationConfig()
         self.normalize = Normalization(self.image_mean, self.image_std)
@@ -124,7 +94,7 @@ class TrainTransform:
         jitter = self.augmentation.color_jitter
         self.color_jitter = v2.ColorJitter(jitter, jitter, jitter) if jitter else None
         erasing = self.augmentation.random_erasing
-        self.random_erasing = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
+        self.random_erasing = BoxEraser(erasing) if erasing else None
 
     def draw_options(self) -> dict[str, Any]:
         """All on which it depends, besides the generators, what an image looks like before erasing; JSON values."""
@@ -154,64 +124,72 @@ class TrainTransform:
 
     def __call__(
         self,
-        image: Image.Image,
+        image: Image.Image | EncodedImage,
         token_label_index: np.ndarray | None = None,
         token_label_scores: np.ndarray | None = None,
         map_box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         """
         Args:
-            image: RGB image of any size.
+            image: RGB image of any size, decoded or not.
             token_label_index: `[K, rows, columns]` integers, classes as positions in the palette of the map, or `None`.
             token_label_scores: `[K, rows, columns]` float16, or `None`.
             map_box: Region of the image that the map covers, (left, top, right, bottom) as fractions of the image.
 
         Returns:
-            `pixel_values` float32 `[3, height, width]`; where given, the flipped `token_label_index` and
+            `pixel_values` uint8 `[3, height, width]`, their `normalization`, and `erased`, an `ErasedBox`, where one was drawn; where
+            given, the flipped `token_label_index` and
             `token_label_scores`; and where the crop lies: `crop_box` float32 `[4]`, (left, top, right, bottom). Without
             RandAugment these are fractions of the region that the flipped map covers (below 0 or above 1 where the crop
             leaves it). With it they are fractions of the warped image, and `label_affine` float32 `[2, 3]` and `image_box`
             float32 `[4]` lead from there to the map (see `label_crops.CropGeometry`).
         """
-        sample = {}
+        sample, image = {}, as_encoded(image)
         if torch.rand(()).item() < self.augmentation.horizontal_flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = image.mirrored()
             map_box = (1 - map_box[2], map_box[1], 1 - map_box[0], map_box[3])
             if token_label_index is not None:
                 token_label_index, token_label_scores = token_label_index[..., ::-1], token_label_scores[..., ::-1]
         if token_label_index is not None:
             sample["token_label_index"] = torch.from_numpy(token_label_index.copy())
             sample["token_label_scores"] = torch.from_numpy(token_label_scores.copy())
-        box = self._draw_crop(image)
+        box = self._draw_crop(image.size)
         warp, colors = self.rand_augment.draw(image.size) if self.rand_augment is not None else (None, [])
         sample |= self._places(warp, box, image.size, map_box)
-        image = self._cut(image, warp, box)
-        for operation in colors:
-            image = operation(image)
-        if self.color_jitter is not None:
-            image = self.color_jitter(image)
-        pixel_values = self.normalize(v2.functional.pil_to_tensor(image))
-        if self.random_erasing is not None:
-            pixel_values = self.random_erasing(pixel_values)
-        return {"pixel_values": pixel_values, **sample}
+        sample |= {"pixel_values": self._colored(self._cut(image, warp, box), colors), "normalization": self.normalize}
+        if self.random_erasing is not None and (erased := self.random_erasing.draw(self.image_size)):
+            sample["erased"] = erased
+        return sample
 
-    def _draw_crop(self, image: Image.Image) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom in pixels."""
+    def _colored(self, pixels: torch.Tensor, colors: list[ColorOperation]) -> torch.Tensor:
+        """A crop after the changes of color that are drawn; it becomes an image of Pillow only for those that act."""
+        image = None
+        drawn = (operation.draw() for operation in colors)  # each when those before it have acted
+        for change in chain(drawn, [self.color_jitter]):
+            if change is not None:
+                image = change(v2.functional.to_pil_image(pixels) if image is None else image)
+        return pixels if image is None else v2.functional.pil_to_tensor(image)
+
+    def _draw_crop(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom in pixels, of an image of this width and height."""
+        image_width, image_height = image_size
         # the rule of torchvision, drawn with Python's generator: 6 microseconds instead of 47
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(
-            image, self.augmentation.crop_scale, self.augmentation.crop_ratio
+            torch.empty(image_height, image_width, device="meta"),
+            self.augmentation.crop_scale,
+            self.augmentation.crop_ratio,
         )
         width, height = max(1, width), max(1, height)  # of tiny images it can cut nothing
-        left, top = min(left, image.width - width), min(top, image.height - height)
+        left, top = min(left, image_width - width), min(top, image_height - height)
         return left, top, left + width, top + height
 
-    def _cut(self, image: Image.Image, warp: np.ndarray | None, box: tuple[int, int, int, int]) -> Image.Image:
+    def _cut(self, image: EncodedImage, warp: np.ndarray | None, box: tuple[int, int, int, int]) -> torch.Tensor:
         bilinear = torch.rand(()).item() < 0.5  # the recipe draws the filter for each image
         resample = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
         size = self.image_size[::-1]
         if warp is None:
-            return image.resize(size, resample, box=box)
-        return crop_of_warped_image(image, warp, box, size, resample, self.rand_augment.fill)
+            return resized_crop(image, box, size, resample, self.exact_resize)
+        return warped_crop(image, warp, box, size, resample, self.rand_augment.fill, self.exact_resize)
 
     def _places(
         self,
