@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..console import progress_bar
+from ..data.shard_folder import package_versions
 from ..hub.repository import HubError
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelSetLayout
-from ..labels.writer import LabelSetWriter, package_versions
+from ..labels.writer import LabelSetWriter
 from ..launching import num_cpu_cores
 from .annotator import Annotator
 from .arguments import AnnotateArguments

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from modeling_lvvit.data.shard_folder import default_rows_per_shard
 from modeling_lvvit.labels.columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError, label_map_features, to_arrow
 from modeling_lvvit.labels.packing import unpacked_rows
 from modeling_lvvit.labels.reader import LabelMapReader, covered_region, label_class_names
@@ -28,7 +29,7 @@ from modeling_lvvit.labels.storage import (
     write_atomically,
     write_shard,
 )
-from modeling_lvvit.labels.writer import LabelSetWriter, default_rows_per_shard
+from modeling_lvvit.labels.writer import LabelSetWriter
 from support.label_sets import (
     MAP_SHAPE,
     NUM_CLASSES,

@@ -6,9 +6,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from modeling_lvvit.data.shard_folder import package_versions
 from modeling_lvvit.labels.publishing import finish_label_set
 from modeling_lvvit.labels.storage import LabelMaps, LabelSetLayout
-from modeling_lvvit.labels.writer import LabelSetWriter, package_versions
+from modeling_lvvit.labels.writer import LabelSetWriter
 
 
 NUM_CLASSES, MAP_SHAPE = 7, (3, 4, 6)  # K, rows, columns

@@ -26,10 +26,10 @@ from ...annotators.prefetch import loaded_ahead
 from ...data.classes.multi_label import class_names
 from ...data.images import PixelLimit, SampleError, content_hash, image_note, read_content
 from ...data.sampling import BALANCED
+from ...data.shard_folder import default_rows_per_shard
 from ...labels.checks.agreement import compare_set
 from ...labels.crops import CropLabelSetWriter, CropRecord
 from ...labels.label_set import LabelSet
-from ...labels.writer import default_rows_per_shard
 from ...token_labeling import TokenLabelDataset, TokenLabelTrainingArguments, TrainTransform
 from ...variants import AUTO
 from ..build_model import build_model, choose_for_data, model_image_size

@@ -1,0 +1,159 @@
+"""Folders of Parquet shards that a program writes one after another, with a record of how they were made; stopped and continued.
+
+    FOLDER/RECORD                 settings, versions, and in the end a report
+    FOLDER/data/NAME.parquet      shards
+
+A shard depends on the settings and its rows alone, not on who writes it or when. Whatever was finished when a run was killed is kept, and
+the result is the same, byte for byte, as that of a run that was not.
+"""
+
+import json
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from transformers.utils import logging
+
+from .atomic_files import write_atomically, write_json
+
+
+logger = logging.get_logger(__name__)
+DATA, LOCK = "data", ".lock"
+
+
+def default_rows_per_shard(num_rows: int) -> int:
+    """Between 64 and 4096, about 64 shards: small sets are shared by processes and lose little when they are killed."""
+    return min(4096, max(64, -(-num_rows // 64)))
+
+
+def package_versions(*modules: Any) -> dict[str, str]:
+    """Versions of modules, and of the libraries on which the bytes of a shard depend."""
+    return {module.__name__: module.__version__ for module in (*modules, datasets, np, pa)}
+
+
+class ShardFolder:
+    """Shards in a folder. A subclass says what the record is called (`record_name`), what messages call the whole (`kind`), and where a
+    shard is (`path`).
+
+    Args:
+        settings: Whatever the content of the shards depends on, JSON values. A run that continues must have the same.
+        versions: Versions of the libraries, kept for the record.
+    """
+
+    record_name: ClassVar[str]
+    kind: ClassVar[str]
+
+    def __init__(self, folder: Path, settings: dict[str, Any], versions: dict[str, str]):
+        self.folder, self.settings, self.versions = folder, settings, versions
+        self.record = folder / self.record_name
+        self._lock: FileLock | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The lock stays with the process that took it."""
+        return {**self.__dict__, "_lock": None}
+
+    def begin(self) -> None:
+        """Makes the folder, or finds out that it holds an unfinished run of the same settings; in one process only.
+
+        Raises:
+            ValueError: If the folder holds something else.
+            OSError: If nothing can be written there.
+        """
+        data = self.folder / DATA
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file; a {self.kind} is a folder.")
+        if self.record.is_file():
+            self._check_same_settings()
+        elif self.folder.is_dir() and any(not self._may_precede_record(path) for path in self.folder.iterdir()):
+            raise ValueError(f"{self.folder} holds other files. Choose an empty or new folder.")
+        data.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"Another run is writing to {self.folder}. Wait for its end, or stop it.") from error
+        for partial in [*data.glob(".*.partial"), *self.folder.glob(".*.partial")]:  # of a run that was killed
+            partial.unlink()
+        if not self.record.is_file():
+            write_json(self.record, {"settings": self.settings, "versions": self.versions})
+        else:  # a full disk or a read-only folder should show now, not after an hour
+            write_atomically(data / ".probe", lambda file: file.write(b"."))
+            (data / ".probe").unlink()
+
+    def release(self) -> None:
+        """Lets other runs write to the folder."""
+        if self._lock is not None:
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self._lock.release()
+
+    def _may_precede_record(self, path: Path) -> bool:
+        """Whether a file may come from a run that was killed before it had written its record."""
+        if path.name == DATA:
+            return path.is_dir() and not any(path.iterdir())
+        return path.name == LOCK or path.match(f".{self.record_name}.*.partial")
+
+    def _check_same_settings(self) -> None:
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            settings, versions = record["settings"], record["versions"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.record} is damaged ({error!r}). Remove {self.folder} and start again.") from error
+        now = json.loads(json.dumps(self.settings))
+        differing = [
+            f"{name}: {settings.get(name)!r} there, {now.get(name)!r} now"
+            for name in sorted({*settings, *now})
+            if settings.get(name) != now.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.folder} holds a {self.kind} with other settings. Continue with the same ones, or choose another "
+                "folder.\n  " + "\n  ".join(differing)
+            )
+        if versions != self.versions:
+            logger.warning("%s was begun with %s; now %s. Results may differ.", self.folder, versions, self.versions)
+
+    def path(self, shard: Hashable) -> Path:
+        """File of a shard."""
+        raise NotImplementedError
+
+    def is_written(self, shard: Hashable) -> bool:
+        """Whether a shard is there and can be read; a damaged one is removed, to be made again."""
+        path = self.path(shard)
+        if not path.is_file():
+            return False
+        try:
+            pq.read_metadata(path)
+        except (pa.ArrowException, OSError) as error:
+            logger.warning("%s is damaged (%s) and is made again.", path, error)
+            path.unlink(missing_ok=True)
+            return False
+        return True
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Around the writing of a shard: an `OSError` says what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{path} cannot be written: {error.strerror or error}. The shards that are finished are kept; "
+                "make room and start the same command again."
+            ) from error
+
+    def check_no_others(self, shards: Iterable[Hashable]) -> None:
+        """Raises a `ValueError` if there are shards besides those that belong there."""
+        expected = {self.path(shard) for shard in shards}
+        for extra in set((self.folder / DATA).glob("*.parquet")) - expected:
+            raise ValueError(f"{extra} does not belong to this {self.kind} of {len(expected)} shards.")
+
+    def complete_record(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Writes the record with a report; returns it."""
+        record = {"settings": self.settings, "versions": self.versions, "report": report}
+        write_json(self.record, record)
+        return record
