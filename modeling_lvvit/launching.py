@@ -179,6 +179,12 @@ def _is_in_foreground() -> bool:
         os.close(terminal)
 
 
+def end_with_parent() -> None:
+    """Has Linux end this process when the one that started it is gone, however it ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _end_unless_interrupted(number: int, frame: object) -> None:
     """Handles SIGTERM as if there were no handler, unless it tells of the end of a launcher that this process has ended."""
     if not _interrupted.is_set():

@@ -53,6 +53,11 @@ COMMANDS = {
         "--dataset_name path/to/data --model_name_or_path runs/mine --output_dir runs/segmenter",
         is_launched=True,
     ),
+    "cache": Command(
+        f"{PACKAGE}.data.reduced_copy.program",
+        "write a copy of large images at a smaller size, which training reads faster",
+        "path/to/images --max_side 512 --output_dir small_images",
+    ),
     "annotate": Command(
         f"{PACKAGE}.cli.annotation.__main__",
         "make dense labels with any classifier",

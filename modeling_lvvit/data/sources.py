@@ -17,6 +17,7 @@ from huggingface_hub import DatasetCard, HfApi
 from transformers.utils import logging
 
 from .image_folder import NO_IMAGE, SPLIT_FOLDERS, image_rows, read_layout
+from .reduced_copy.record import copied_files
 
 
 logger = logging.get_logger(__name__)
@@ -44,7 +45,7 @@ def open_splits(
     """All splits of a dataset, prepared or, with `streaming`, read one row after another. All programs open their data with it.
 
     In a folder of images or Parquet files, folder and file names tell the split (see `image_folder` and `parquet_splits`), unless a
-    README.md configures its files. What is left out is logged as a warning. Prepared files in the cache belong to the very files that
+    README.md configures its files or it is a reduced copy, whose record names them. What is left out is logged as a warning. Prepared files in the cache belong to the very files that
     they were made of: a folder of the same name, or files that were replaced, are read again.
 
     Args:
@@ -84,6 +85,8 @@ def _open_folder(
         return _open_configured_folder(folder, config_name, streaming)
     if config_name not in (None, "default"):
         raise ValueError(f"{folder} has no configuration {config_name!r}: it has no README.md that names some.")
+    if files := copied_files(folder):
+        return _open_parquet_files(files, streaming)
     layout, metadata = read_layout(folder)
     num_images = sum(len(rows) for rows in layout.splits.values())
     if parquet_files := find_parquet_data(folder, layout.left_out, num_images > 0):

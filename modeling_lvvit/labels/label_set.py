@@ -25,6 +25,7 @@ from ..data.image_keys import (
     repeated_keys,
 )
 from ..data.images import content_hash, read_content
+from ..data.reduced_copy.record import SOURCE_HASH
 from ..data.sources import looks_local, open_parquet, open_splits
 from ..hub.file_checks import CARD
 from .packing import unpacked_rows
@@ -156,31 +157,16 @@ class LabelSet:
 
         Args:
             row_of: For each image the row of its label; `None` where the orders agree.
-            is_strict: Whether other files are refused; else they are warned of.
+            is_strict: Whether other files are refused; else they are warned of. Reduced copies of the files that were annotated are
+                these files, too.
 
         Raises:
             ValueError: If they are.
         """
-        if HASH_COLUMN not in self.rows.column_names or not len(dataset):
-            return
-        images = np.unique(np.linspace(0, len(dataset) - 1, HASHED_ROWS).astype(np.int64))
-        rows = images if row_of is None else row_of[images]
-        hashes = self.rows.select_columns(HASH_COLUMN).with_format("arrow")[rows.tolist()][HASH_COLUMN].to_pylist()
-        values = dataset.select_columns(image_column).with_format("arrow")[images.tolist()][image_column]
-        others = []
-        for image, value, expected in zip(images.tolist(), values, hashes):
-            value = value.as_py() if isinstance(value, pa.StructScalar) else {"bytes": None, "path": value.as_py()}
-            is_remote = value is not None and value["bytes"] is None and "://" in (value["path"] or "")
-            if expected is None or value is None or is_remote:
-                continue
-            try:
-                if content_hash(read_content(value)) != expected:
-                    others.append(image)
-            except (OSError, ValueError):  # the check of all rows names it
-                continue
+        others, number = self.other_files(dataset, image_column, row_of), min(len(dataset), HASHED_ROWS)
         if others and is_strict:
             raise ValueError(
-                f"The label set knows images by their number only, and {len(others)} of {len(images)} images looked at are "
+                f"The label set knows images by their number only, and {len(others)} of {number} images looked at are "
                 f"not those that were annotated, first row {others[0]}. Was the data reordered or changed?"
             )
         if others:
@@ -188,7 +174,37 @@ class LabelSet:
                 "%d of %d image files looked at are not byte for byte those that were annotated (first row %d). That is fine "
                 "for resized copies, and wrong if other images have the same names."
             )
-            logger.warning(text, len(others), len(images), others[0])
+            logger.warning(text, len(others), number, others[0])
+
+    def other_files(
+        self, dataset: datasets.Dataset, image_column: str, row_of: np.ndarray | None, may_be_copies: bool = True
+    ) -> list[int]:
+        """Rows of some images, spread over the data, that are not those that were annotated.
+
+        Args:
+            row_of: As in `compare_files`.
+            may_be_copies: Whether an image counts by the file that `lvvit cache` has made it of, too.
+        """
+        if HASH_COLUMN not in self.rows.column_names or not len(dataset):
+            return []
+        images = np.unique(np.linspace(0, len(dataset) - 1, HASHED_ROWS).astype(np.int64)).tolist()
+        rows = images if row_of is None else row_of[images].tolist()
+        hashes = self.rows.select_columns(HASH_COLUMN).with_format("arrow")[rows][HASH_COLUMN].to_pylist()
+        names = [image_column, *([SOURCE_HASH] if may_be_copies and SOURCE_HASH in dataset.column_names else [])]
+        table = dataset.select_columns(names).with_format("arrow")[images]
+        sources = table[SOURCE_HASH].to_pylist() if len(names) > 1 else [None] * len(images)
+        others = []
+        for image, value, source, expected in zip(images, table[image_column], sources, hashes):
+            value = value.as_py() if isinstance(value, pa.StructScalar) else {"bytes": None, "path": value.as_py()}
+            is_remote = value is not None and value["bytes"] is None and "://" in (value["path"] or "")
+            if expected in (None, source) or value is None or is_remote:
+                continue
+            try:
+                if content_hash(read_content(value)) != expected:
+                    others.append(image)
+            except (OSError, ValueError):  # the check of all rows names it
+                continue
+        return others
 
 
 class LabelLookup:

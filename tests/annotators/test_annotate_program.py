@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
-from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.annotators import annotate
@@ -32,6 +31,7 @@ from modeling_lvvit.token_labeling import (
     TokenLabelTrainingArguments,
     TrainTransform,
 )
+from support.classifiers import save_annotator
 from support.images import encode_image
 from support.local_hub import local_hub
 from support.models import tiny_config
@@ -39,17 +39,6 @@ from support.programs import ROOT
 
 
 NAMES = ["ant", "bee", "cat", "dog", "emu", "fox", "gnu"]
-
-
-def save_annotator(folder: Path, names: list[str]) -> Path:
-    """A tiny residual network with random weights and the given classes."""
-    torch.manual_seed(0)
-    config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=dict(enumerate(names))
-    )
-    ResNetForImageClassification(config).save_pretrained(folder)
-    BitImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}).save_pretrained(folder)
-    return folder
 
 
 def save_images(path: Path, contents: list[bytes], names: list[str]) -> Path:

@@ -16,6 +16,7 @@ from modeling_lvvit.cli.annotation import __main__ as annotation
 from modeling_lvvit.cli.annotation.crops import CropBatches, run_epochs
 from modeling_lvvit.cli.parser import parse
 from modeling_lvvit.data.images import SampleError
+from modeling_lvvit.data.reduced_copy import program as cache
 from modeling_lvvit.labels.crops import CropLabelSetWriter
 from modeling_lvvit.labels.label_set import LabelLookup, LabelSet
 from modeling_lvvit.token_labeling import AugmentationConfig, TrainTransform
@@ -114,6 +115,16 @@ def test_loss_of_a_step_equals_that_with_live_labels(folder, labels, tmp_path):
         torch.manual_seed(0)
         losses.append(trainer.compute_loss(trainer.model.train(), batch).item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_labels_of_crops_do_not_fit_a_reduced_copy(folder, labels, tmp_path):
+    words = [str(folder / "train.parquet"), "--output_dir", str(tmp_path / "copy"), "--num_workers", "1"]
+    cache.main([*words, "--max_side", "30"])
+    options = ["--token_labels", str(labels), "--dataset_name", str(tmp_path / "copy")]
+    with pytest.raises(ValueError, match="labels of crops of other image files than those of this reduced copy"):
+        prepare(folder, tmp_path / "run", *options)
+    cache.main([*words[:1], "--output_dir", str(tmp_path / "whole"), "--num_workers", "1", "--max_side", "60"])
+    assert prepare(folder, tmp_path / "run", *options[:2], "--dataset_name", str(tmp_path / "whole")) is not None
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,8 +1,16 @@
 """Small classifiers of transformers and timm."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    BitImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from modeling_lvvit.token_labeling import AugmentationConfig, TokenLabelDataset, TrainTransform
 from support.models import NUM_CLASSES
@@ -51,3 +59,14 @@ def samples_of(rows, **columns: str) -> TokenLabelDataset:
     augmentation = AugmentationConfig(horizontal_flip=0.0, rand_augment="none", random_erasing=0.0)
     columns = columns or {"ids_column": "token_label_ids", "scores_column": "token_label_scores"}
     return TokenLabelDataset(rows, TrainTransform(SIZE, [0.5] * 3, [0.5] * 3, augmentation), **columns)
+
+
+def save_annotator(folder: Path, names: list[str]) -> Path:
+    """A tiny residual network with random weights and the given classes."""
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=dict(enumerate(names))
+    )
+    ResNetForImageClassification(config).save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}).save_pretrained(folder)
+    return folder

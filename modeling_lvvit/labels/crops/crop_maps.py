@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ...data.image_keys import cut_keys, have_equal_keys, read_keys
+from ...data.reduced_copy.record import SOURCE_HASH
 from ..label_set import LabelSet
 from ..reader import LabelMapReader
 from ..storage import PaletteMaps
@@ -111,6 +112,11 @@ def join_crops(
             f"The label set has labels of the crops of {len(label_keys):,} training rows, and the {len(keys):,} training rows of this run are "
             f"not these in their order: {reason}. Train with the options of the label set, or label the crops of this run: lvvit annotate "
             "--crops."
+        )
+    if SOURCE_HASH in dataset.column_names and labels.other_files(dataset, image_column, None, may_be_copies=False):
+        raise ValueError(
+            "The label set has labels of crops of other image files than those of this reduced copy, and crops are drawn in pixels: other ones "
+            "would be drawn here. Train on the images that were labelled, or label the crops of the copy: lvvit annotate --crops."
         )
     labels.compare_files(dataset, image_column, None, is_strict=has_numbers)
     return label_maps
