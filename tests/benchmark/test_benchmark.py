@@ -82,7 +82,9 @@ def test_run_takes_new_batches(tiny, few_images, capsys, tmp_path):
 
 def test_loaders_side_by_side(few_images, capsys, tmp_path):
     rows, printed = figures(capsys, tmp_path, "data", "--batch_sizes", "3", "--images", few_images)
-    assert [row["model"] for row in rows] == ["token_labels", "plain_labels", "timm", "torchvision"]
+    assert [row["model"] for row in rows] == [
+        "token_labels", "plain_labels", "exact_resize", "without_library", "timm", "torchvision",
+    ]  # fmt: skip
     assert "data, batch size 3" in printed
 
 

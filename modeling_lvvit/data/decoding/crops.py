@@ -124,21 +124,23 @@ def _read_bilinearly(
     pixels: torch.Tensor, to_source: np.ndarray, size: tuple[int, int], fill: tuple[int, ...] | None
 ) -> torch.Tensor:
     """An affine reading of pixels `[3, rows, columns]`; `fill` where it is outside of them, `None` if it never is."""
-    width, height = size
     # pixel of the result -> place from -1 to 1 in the pixels
-    (along_x, along_y, offset) = (to_source[:2] * (2 / np.array(pixels.shape[:0:-1]))[:, None]).T
-    grid = torch.empty(1, height, width, 2)
-    columns, rows = torch.arange(width) + 0.5, torch.arange(height) + 0.5
-    for axis in range(2):
-        start = rows * float(along_y[axis]) + float(offset[axis] - 1)
-        torch.add(columns * float(along_x[axis]), start[:, None], out=grid[0, :, :, axis])
-    values = pixels[None].to(torch.float32, memory_format=torch.contiguous_format)
-    read = nn.functional.grid_sample(values, grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
-    read = read.add_(0.5).to(torch.uint8)  # values are means of 0 to 255
+    along_x, along_y, offset = (to_source[:2] * (2 / np.array(pixels.shape[:0:-1]))[:, None]).T.tolist()
+    columns, rows = (torch.arange(side) + 0.5 for side in size)
+    places = [
+        torch.add(columns * along_x[axis], (rows * along_y[axis] + (offset[axis] - 1))[:, None]) for axis in range(2)
+    ]  # x and y, [height, width] each
+    grid = torch.empty(1, *size[::-1], 2)
+    for axis, place in enumerate(places):
+        grid[0, :, :, axis] = place
+    options = {"mode": "bilinear", "padding_mode": "border", "align_corners": False}
+    read = nn.functional.grid_sample(pixels[None].float(), grid, **options)[0]
+    channels = read.add_(0.5).to(torch.uint8).numpy()  # values are means of 0 to 255
     if fill is not None:
-        outside = (grid[0].abs() > 1).any(dim=-1)
-        read = torch.where(outside, torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1), read)
-    return read
+        outside = (torch.maximum(*(place.abs() for place in places)) > 1).numpy()
+        for channel, value in zip(channels, fill):
+            np.copyto(channel, value, where=outside)
+    return torch.from_numpy(np.dstack(list(channels))).permute(2, 0, 1)
 
 
 def _shrink(box: Box, size: tuple[int, int]) -> tuple[float, float]:
