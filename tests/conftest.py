@@ -19,9 +19,14 @@ from accelerate.state import AcceleratorState
 from huggingface_hub import constants
 
 from modeling_lvvit import LVViTForImageClassification
+from modeling_lvvit.data import loaders
 from support.images import labelled_table
 from support.local_hub import local_hub
 from support.models import tiny_config
+
+
+# workers take longer to start than the small data of most tests takes to load; tests of workers ask for them
+loaders.MAX_WORKERS = 0
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,6 +15,7 @@ from transformers import set_seed
 from ..console import end_interrupted, quiet_libraries
 from ..data.image_dataset import FEW_IMAGES, MANY_PASSES
 from ..data.images import SampleError
+from ..data.loaders import describe_workers
 from ..finite import NotFiniteError
 from ..hub.hub_trainer import push_finished_run
 from ..launching import (
@@ -102,7 +103,8 @@ def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], argument
     trainer.add_callback(PredictionFigure(trainer, run.draw))
     description = run.describe()
     if is_main:
-        print("\n".join([description, *describe_early_stopping(trainer.args, is_trained)]), flush=True)
+        workers = describe_workers(trainer.args.dataloader_num_workers, trainer.args.device.type == "cpu")
+        print("\n".join([description, workers, *describe_early_stopping(trainer.args, is_trained)]), flush=True)
     try:
         if is_trained:
             train(run)

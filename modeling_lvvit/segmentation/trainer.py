@@ -15,7 +15,6 @@ from ..data.images import Normalization
 from ..data.sampling import ShardedEvalSampler
 from ..finite import check_scores
 from ..training.base_trainer import BaseImageTrainer
-from ..training.callbacks import leave_signals_to_main_process
 from ..training.fsdp import is_fsdp_requested
 from ..training.schedule import polynomial_factor
 from .arguments import SCORES, SegmentationTrainingArguments
@@ -148,8 +147,9 @@ class SegmentationTrainer(BaseImageTrainer):
             collate_fn=collate_images,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
-        return leave_signals_to_main_process(loader)
+        return self.prepare_loader(loader)
 
     def evaluation_loop(
         self,

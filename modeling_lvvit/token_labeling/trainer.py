@@ -20,7 +20,7 @@ from ..data.sampling import BALANCED, BalancedSampler
 from ..per_class.scores import AVERAGES, ComputeClassMetrics
 from ..per_class.weights import training_weights
 from ..training.base_trainer import BaseImageTrainer
-from ..training.callbacks import leave_signals_to_main_process
+from ..training.checkpoints import resume_workers
 from ..training.divergence import DivergenceError
 from ..training.ema import EMACallback
 from ..training.metrics import TOP_K, rank_classes
@@ -106,6 +106,12 @@ class TokenLabelTrainer(BaseImageTrainer):
             self.ema = EMACallback(args.ema_decay or args.base_ema_decay, is_base=args.ema_decay is None)
             self.add_callback(self.ema)
         self.components = LossComponents()
+        if args.resume_from_checkpoint is not None:
+            self._resume_workers(args.resume_from_checkpoint)
+
+    def _resume_workers(self, checkpoint: str) -> None:
+        if isinstance(self.train_dataset, TokenLabelStream):
+            resume_workers(Path(checkpoint), self.args)
 
     @property
     def class_names(self) -> list[str]:
@@ -176,8 +182,7 @@ class TokenLabelTrainer(BaseImageTrainer):
         if not isinstance(self.train_dataset, TokenLabelStream):
             return super().get_train_dataloader()
         loader = stream_loader(self.train_dataset, self.data_collator, self._train_batch_size, self.args)
-        leave_signals_to_main_process(loader)
-        return loader
+        return self.prepare_loader(loader)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
         model, loader = super()._prepare_for_training(*args, **kwargs)
@@ -267,6 +272,8 @@ class TokenLabelTrainer(BaseImageTrainer):
         """As in `BaseImageTrainer`."""
         if self.ema is not None:
             self.ema.checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint != self.args.resume_from_checkpoint:
+            self._resume_workers(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import HubStrategy
 
+from ..data.loaders import NUM_WORKERS_HELP, PREFETCH_FACTOR, default_num_workers
 from .batch_norm import BatchNormMode
 from .callbacks import choose_early_stopping_schedule
 
@@ -72,11 +73,23 @@ class BaseImageTrainingArguments(TrainingArguments):
         },
     )
 
+    dataloader_num_workers: int | None = field(default=None, metadata={"help": NUM_WORKERS_HELP})
+    dataloader_persistent_workers: bool | None = field(
+        default=None, metadata={"help": "Keep these processes from one epoch to the next; default: true."}
+    )
+    dataloader_prefetch_factor: int | None = field(
+        default=None,
+        metadata={"help": f"Batches that each of these processes loads ahead; default: {PREFETCH_FACTOR}."},
+    )
+
     def __post_init__(self):
         self.check_options()
         if not torch.accelerator.is_available():
             # said openly, the library allows bfloat16 on a CPU; and there is nothing to pin memory for
             self.use_cpu, self.dataloader_pin_memory = True, False
+        self.are_workers_given = self.dataloader_num_workers is not None
+        self._given_to_workers = (self.dataloader_persistent_workers, self.dataloader_prefetch_factor)
+        self.use_workers(self.dataloader_num_workers if self.are_workers_given else default_num_workers(self.use_cpu))
         if self.accelerator_config is None:  # pinned batches are copied while the device computes
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         if self.data_seed is None:
@@ -91,6 +104,14 @@ class BaseImageTrainingArguments(TrainingArguments):
             self.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
         if self.is_learning_rate_scaled:
             self.learning_rate = self.base_learning_rate * self.images_per_step / self.reference_images_per_step
+
+    def use_workers(self, number: int) -> None:
+        """Has so many processes load images for each process that trains; what they were given holds, and where there are none is of
+        no meaning."""
+        is_persistent, prefetch_factor = self._given_to_workers
+        self.dataloader_num_workers = number
+        self.dataloader_persistent_workers = number > 0 and is_persistent is not False
+        self.dataloader_prefetch_factor = (prefetch_factor or PREFETCH_FACTOR) if number else None
 
     @property
     def has_ema(self) -> bool:
@@ -121,6 +142,9 @@ class BaseImageTrainingArguments(TrainingArguments):
             )
         if self.learning_rate is not None:
             self.check_numbers(0, "learning_rate")
+        for name, smallest in (("dataloader_num_workers", 0), ("dataloader_prefetch_factor", 1)):
+            if getattr(self, name) is not None:
+                self.check_numbers(smallest, name)
         self._check_early_stopping()
 
     def _check_early_stopping(self) -> None:

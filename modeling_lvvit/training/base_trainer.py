@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from ..backbones.patch_head import PATCH_HEAD, weights_by_own_names
 from ..data.image_dataset import ImageDataset
+from ..data.loaders import end_workers, prepare_loader
 from ..data.sampling import temporary_seed
 from ..hub.hub_trainer import HubTrainer
 from .base_arguments import BaseImageTrainingArguments
 from .batch_norm import set_batch_norm
-from .callbacks import EarlyStopping, EpochCallback, StopOnSignal, describe_best, leave_signals_to_main_process
+from .callbacks import EarlyStopping, EpochCallback, StopOnSignal, describe_best
 from .checkpoints import check_resumable
 from .divergence import DivergenceCheck, DivergenceError
 from .fsdp import broadcast_buffers, configure_fsdp2, own_class
@@ -80,7 +82,17 @@ class BaseImageTrainer(HubTrainer):
         return decayed_parameters(model)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        return leave_signals_to_main_process(super()._get_dataloader(*args, **kwargs))
+        return self.prepare_loader(super()._get_dataloader(*args, **kwargs))
+
+    def prepare_loader(self, loader: DataLoader) -> DataLoader:
+        """See `loaders.prepare_loader`; every loader of a trainer goes through it."""
+        return prepare_loader(loader, self.args.seed, self.args.process_index)
+
+    def end_workers(self) -> None:
+        """Ends the workers of all loaders, unless training goes on: they would hold memory, and keep the program from ending at once."""
+        if not self.is_in_train:
+            for loader in self.accelerator._dataloaders:
+                end_workers(loader)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -150,6 +162,7 @@ class BaseImageTrainer(HubTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.is_in_train = False  # also where it ended with an error
+            self.end_workers()
             self.progress.close()
             self.stop_on_signal.restore_handlers()
 
@@ -208,6 +221,7 @@ class BaseImageTrainer(HubTrainer):
         is_several = isinstance(eval_dataset or self.eval_dataset, dict)  # the library calls this for each of them
         with nullcontext() if is_several else self.evaluating():
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        self.end_workers()
         for name, value in metrics.items():
             if name.endswith("_loss") and not math.isfinite(value):
                 raise DivergenceError(
@@ -217,6 +231,12 @@ class BaseImageTrainer(HubTrainer):
         if self.is_in_train and eval_dataset is None:
             self.latest_evaluation = (self.state.global_step, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As in `Trainer`."""
+        output = super().predict(*args, **kwargs)
+        self.end_workers()
+        return output
 
     def evaluate_result(self) -> dict[str, float]:
         """Metrics of the weights that training ended with: those of the evaluation at the last step, or of a new one where that was of other

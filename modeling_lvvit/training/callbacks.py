@@ -4,13 +4,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..data.image_dataset import ImageDataset
@@ -213,17 +210,3 @@ def end_after_signal(trainer: Trainer) -> NoReturn:
     if is_interrupted:
         stop_launcher()
     sys.exit(128 + (signal.SIGINT if is_interrupted else signal.SIGTERM))
-
-
-def leave_signals_to_main_process(loader: DataLoader) -> DataLoader:
-    """Lets the workers of a loader ignore stop signals, which schedulers send to all processes: they end with the main one."""
-    inner = getattr(loader, "base_dataloader", loader)
-    inner.worker_init_fn = partial(_ignore_signals, inner.worker_init_fn)
-    return loader
-
-
-def _ignore_signals(then: Callable[[int], Any] | None, worker_id: int) -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if then is not None:
-        then(worker_id)

@@ -166,6 +166,22 @@ def read_data_record(model: str) -> dict[str, str] | None:
         return None
 
 
+def resume_workers(checkpoint: Path, args: BaseImageTrainingArguments) -> None:
+    """Has a run whose samples depend on the number of its workers, as those of a stream do, go on with the number that `checkpoint` was
+    written with. One that was given holds; if it is another, a warning says what that means."""
+    number = _read_json(checkpoint / ARGUMENTS).get("dataloader_num_workers")
+    if number is None or number == args.dataloader_num_workers:
+        return
+    if not args.are_workers_given:
+        args.use_workers(number)
+        return
+    logger.warning(
+        "`dataloader_num_workers` is %d, and was %d when %s was written: the rest of the stream is divided in another way, so that some "
+        "images come again early and others late. Leave it out to go on with %d.",
+        args.dataloader_num_workers, number, checkpoint, number,
+    )  # fmt: skip
+
+
 def check_resumable(checkpoint: Path, model: nn.Module) -> None:
     """Raises a `ValueError` if a checkpoint, as far as it says, is one of other classes or another model. Headers of files are read."""
     instead = f"To train another model from its weights, start a new run with `model_name_or_path` {checkpoint}."

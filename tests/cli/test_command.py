@@ -183,6 +183,7 @@ def test_two_processes_train_and_refuse_with_one_message(tmp_path):
     result = run([*LVVIT, "train", *options, "--output_dir", str(tmp_path / "run")], tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("training images") == 1 and (tmp_path / "run" / "model.safetensors").is_file()
+    assert result.stdout.count("images are loaded without workers") == 1
     refused = run([*LVVIT, "train", *options, "--output_dir", str(tmp_path / "run")], tmp_path)
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert refused.stderr.count("holds another run") == 1
