@@ -1,5 +1,6 @@
 """What a training run says of itself."""
 
+import platform
 import time
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from transformers import TrainerState
 
 from modeling_lvvit import console
+from modeling_lvvit.data import loaders
 from modeling_lvvit.token_labeling import ImageProcessorTransform, TokenLabelDataset
 from modeling_lvvit.training.progress import PredictionFigure, describe_outputs, estimate, run_progress
 from modeling_lvvit.training.progress.estimate import RunClock, describe_shorter_run, describe_waiting
@@ -119,13 +121,45 @@ def test_a_long_run_is_told_how_to_be_shorter(monkeypatch):
     assert describe_shorter_run(clock, args, state) is None
 
 
-def test_the_line_names_workers_where_data_limits(monkeypatch):
-    monkeypatch.setattr(estimate, "num_cpu_cores", lambda: 8)
+def test_the_line_says_what_to_try_where_data_limits(monkeypatch):
+    monkeypatch.setattr(loaders, "num_cpu_cores", lambda: 8)
+    monkeypatch.setattr(estimate, "lacks_shared_memory", lambda: False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert describe_waiting(SimpleNamespace(dataloader_num_workers=0), 0.1) is None
-    text = describe_waiting(SimpleNamespace(dataloader_num_workers=2), 0.45)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(estimate, "_has_decoder", lambda: False)
+    gpu = torch.device("cuda")
+    assert describe_waiting(SimpleNamespace(dataloader_num_workers=0, device=gpu), 0.1) is None
+    text = describe_waiting(SimpleNamespace(dataloader_num_workers=2, device=gpu), 0.45)
     assert text == "45% of the time waits for images: try more --dataloader_num_workers (now 2, 8 cores)"
-    assert "8 --dataloader_num_workers" in describe_waiting(SimpleNamespace(dataloader_num_workers=8), 0.45)
+    text = describe_waiting(SimpleNamespace(dataloader_num_workers=8, device=gpu), 0.45)
+    assert text == (
+        "45% of the time waits for images, although 8 --dataloader_num_workers load them on 8 cores: try smaller files (lvvit cache), "
+        "a faster decoder (pip install nvidia-nvimgcodec-cu12)"
+    )
+    on_cpu = SimpleNamespace(dataloader_num_workers=0, device=torch.device("cpu"))
+    assert "more" not in describe_waiting(on_cpu, 0.45) and "lvvit cache" in describe_waiting(on_cpu, 0.45)
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    assert describe_waiting(on_cpu, 0.45).endswith("try smaller files (lvvit cache)")
+
+
+def test_the_warm_up_and_short_intervals_do_not_count_as_waiting(monkeypatch):
+    """Of steps of 10 s in the warm-up and of 2 s after it, each waits for 1 s."""
+    clock, state = clock_after(25, monkeypatch, waited=1.0)
+    assert clock.waited_share(state) == 0.5  # 20 steps
+    state.global_step += 5
+    assert clock.waited_share(state) is None  # the interval goes on
+    assert clock.waited_share(clock_after(5, monkeypatch, waited=1.0)[1]) is None
+
+
+def test_waiting_is_explained_once(tiny_model, labelled_rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(RunClock, "waited_share", lambda self, state: 0.05 if state.global_step == 1 else 0.5)
+    settings = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": False}
+    trainer = trainer_of(tiny_model, labelled_rows, tmp_path, **settings)
+    trainer.train()
+    lines = capsys.readouterr().out.splitlines()
+    (place,) = [index for index, line in enumerate(lines) if line.startswith("50% of the time waits for images")]
+    assert lines[place - 1].startswith("step 2 ")
 
 
 @pytest.mark.parametrize(

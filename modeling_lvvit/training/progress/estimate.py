@@ -1,7 +1,8 @@
 """How long a run will take, and how much memory it needs."""
 
+import importlib.util
 import math
-import os
+import platform
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,14 +12,16 @@ import psutil
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from ...launching import num_cpu_cores
+from ...data.loaders import cores_of_process, lacks_shared_memory, processes_of_machine
 from ..throughput import Throughput
 
 
 WARMUP_STEPS = 5  # compilation, first reading of files, growing memory
 MEASURED_STEPS = 10
 FEW_STEPS, LONG = 3, 60.0  # so many are enough where they take so many seconds
-MUCH_WAITING = 0.3  # share of the time
+MUCH_WAITING = 0.1  # share of the time
+DECODER = "nvidia-nvimgcodec-cu12"
+DECODER_SYSTEMS = {("Linux", "x86_64"), ("Linux", "aarch64"), ("Windows", "AMD64")}  # for which it is published
 LONG_RUN, SHORT_RUN = 1200.0, 600.0  # seconds: from where on a shorter run is proposed, and how long that takes
 PATIENCE = 5
 GIB = 2**30
@@ -38,10 +41,11 @@ class RunClock:
     evaluations: list[float] = field(default_factory=list)
     saves: list[float] = field(default_factory=list)
     is_evaluated: bool = False  # since the last step
+    interval: tuple[int, float, float, float] | None = None  # where that of `waited_share` began
 
     def start(self, state: TrainerState, steps_per_epoch: float | None) -> None:
         """Begins to measure."""
-        self.evaluations, self.saves, self.is_evaluated = [], [], False
+        self.evaluations, self.saves, self.is_evaluated, self.interval = [], [], False, None
         self.steps_per_epoch, self.first_step = steps_per_epoch, state.global_step
         self.began = time.perf_counter()
         self._mark(state)
@@ -50,6 +54,12 @@ class RunClock:
         clock = self.throughput
         self._paused = clock.paused_seconds
         self._marked = (state.global_step, time.perf_counter(), clock.paused_seconds, clock.waited_seconds)
+
+    def _since(self, mark: tuple[int, float, float, float], state: TrainerState) -> tuple[int, float, float]:
+        """Steps, seconds of training and seconds of waiting since then."""
+        step, began, paused, waited = mark
+        seconds = time.perf_counter() - began - (self.throughput.paused_seconds - paused)
+        return state.global_step - step, seconds, self.throughput.waited_seconds - waited
 
     def step(self, state: TrainerState) -> None:
         """Notes the end of a step."""
@@ -64,11 +74,21 @@ class RunClock:
 
     def measured(self, state: TrainerState) -> tuple[int, float, float]:
         """Steps after the warm-up, the seconds that they took, and how many of them they waited for data."""
-        step, began, paused, waited = self._marked
         if state.global_step - self.first_step <= WARMUP_STEPS:
             return 0, 0.0, 0.0
-        seconds = time.perf_counter() - began - (self.throughput.paused_seconds - paused)
-        return state.global_step - step, seconds, self.throughput.waited_seconds - waited
+        return self._since(self._marked, state)
+
+    def waited_share(self, state: TrainerState) -> float | None:
+        """Share of the time that training has waited for data since the last call, to be called at each log. The warm-up, in which
+        workers start and load their first batches, does not count; `None` while an interval has too few steps, it goes on then."""
+        if state.global_step - self.first_step <= WARMUP_STEPS:
+            return None
+        steps, seconds, waited = self._since(self.interval or self._marked, state)
+        if steps < MEASURED_STEPS:
+            return None
+        clock = self.throughput
+        self.interval = (state.global_step, time.perf_counter(), clock.paused_seconds, clock.waited_seconds)
+        return waited / seconds
 
     def is_measured(self, state: TrainerState) -> bool:
         """Whether there is enough to estimate with."""
@@ -100,8 +120,8 @@ class RunClock:
 
 
 def describe_estimate(clock: RunClock, args: TrainingArguments, state: TrainerState) -> str:
-    """A line about duration, memory and, where training waits for it, data."""
-    steps, seconds, waited = clock.measured(state)
+    """A line about duration and memory."""
+    steps, seconds, _ = clock.measured(state)
     left = clock.seconds_left(args, state)
     rest = f"{state.max_steps - state.global_step:,} steps of {seconds / steps:.3g} s"
     if evaluations := clock.evaluations_left(args, state):
@@ -111,7 +131,7 @@ def describe_estimate(clock: RunClock, args: TrainingArguments, state: TrainerSt
         )
     whole = f"{duration(time.perf_counter() - clock.began + left)} in all, " if clock.first_step == 0 else ""
     text = f"estimate: {whole}{duration(left)} left ({rest})"
-    return "; ".join(filter(None, [text, describe_memory(args.device), describe_waiting(args, waited / seconds)]))
+    return "; ".join(filter(None, [text, describe_memory(args.device)]))
 
 
 def describe_shorter_run(clock: RunClock, args: TrainingArguments, state: TrainerState) -> str | None:
@@ -141,7 +161,7 @@ def describe_memory(device: torch.device) -> str | None:
     """Peak memory of the device; on a CPU that of this process and its loader workers. `None` where that cannot be asked."""
     if device.type == "cpu":
         used, total = process_memory(), psutil.virtual_memory().total
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        processes = processes_of_machine()
         each = f" in each of {processes} processes" if processes > 1 else ""
         return f"memory {used / GIB:.1f} GiB{each} of {total / GIB:.1f}"
     try:
@@ -162,17 +182,28 @@ def process_memory() -> int:
 
 
 def describe_waiting(args: TrainingArguments, share: float) -> str | None:
-    """A sentence if training waits for data for too large a share of the time."""
-    if share < MUCH_WAITING:
+    """A line that says what to try if training waits for data for too large a share of the time; `None` if it does not."""
+    if share <= MUCH_WAITING:
         return None
-    workers = args.dataloader_num_workers
-    cores = max(1, num_cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    workers, cores = args.dataloader_num_workers, cores_of_process()
     text = f"{share:.0%} of the time waits for images"
-    if workers < cores:
+    on_cpu = args.device.type == "cpu"  # where the cores compute
+    if workers < cores and not on_cpu and not lacks_shared_memory():
         return f"{text}: try more --dataloader_num_workers (now {workers}, {cores} cores)"
-    return (
-        f"{text}, although {workers} --dataloader_num_workers read them on {cores} cores: smaller image files may help"
+    ways = ["smaller files (lvvit cache)"]
+    if (platform.system(), platform.machine()) in DECODER_SYSTEMS and not _has_decoder():
+        ways.append(f"a faster decoder (pip install {DECODER})")
+    though = (
+        "" if on_cpu or not workers else f", although {workers} --dataloader_num_workers load them on {cores} cores"
     )
+    return f"{text}{though}: try {', '.join(ways)}"
+
+
+def _has_decoder() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.nvimgcodec") is not None
+    except ModuleNotFoundError:  # nothing of NVIDIA is installed
+        return False
 
 
 def duration(seconds: float) -> str:

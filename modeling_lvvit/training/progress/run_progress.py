@@ -8,7 +8,7 @@ from transformers.trainer_utils import has_length
 
 from ...console import is_terminal
 from ..throughput import Throughput
-from .estimate import RunClock, describe_estimate, describe_shorter_run, duration
+from .estimate import RunClock, describe_estimate, describe_shorter_run, describe_waiting, duration
 from .evaluations import PREFIX, RAW, EvaluationTable
 
 
@@ -38,14 +38,14 @@ class RunProgress(ProgressCallback):
 
     Without a terminal, or with `disable_tqdm`, lines of `key value` pairs instead: one for each log, one for each evaluation. Only the
     main process writes. Both have a line that estimates duration and memory, after the first steps and, if there are evaluations, after
-    the first of them.
+    the first of them, and once a line that says what to try where training waits for data.
     """
 
     def __init__(self, throughput: Throughput):
         super().__init__()
         self.clock, self.table = RunClock(throughput), EvaluationTable()
         self.is_training, self.latest, self.predicted = False, {}, 0
-        self.is_estimated = self.is_evaluation_estimated = self.is_raw_explained = False
+        self.is_estimated = self.is_evaluation_estimated = self.is_raw_explained = self.is_waiting_explained = False
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if not state.is_world_process_zero:
@@ -55,6 +55,7 @@ class RunProgress(ProgressCallback):
         self.table.start()
         self.is_training, self.latest, self.current_step = True, {}, state.global_step
         self.is_estimated, self.is_evaluation_estimated = False, args.eval_strategy == "no"
+        self.is_waiting_explained = False
         if is_terminal() and not args.disable_tqdm:
             self.training_bar = tqdm(
                 total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=BAR_FORMAT
@@ -99,6 +100,18 @@ class RunProgress(ProgressCallback):
             self.write(as_line(state, logs, {} if left is None else {"seconds_left": round(left)}))
         elif "loss" not in logs and "train_runtime" not in logs:  # of another callback
             self.write(as_line(state, logs))
+        if "loss" in logs:
+            self.explain_waiting(args, state)
+
+    def explain_waiting(self, args, state) -> None:
+        """Once in a run, at the first log before which training waited much for data."""
+        share = self.clock.waited_share(state)
+        if share is None or self.is_waiting_explained:
+            return
+        line = describe_waiting(args, share)
+        if line is not None:
+            self.is_waiting_explained = True
+            self.write(line)
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.close_prediction_bar()
