@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader
 
-from ..console import ignore_interrupts, program, progress_bar
+from ..console import program, progress_bar
 from ..data.classes.multi_label import describe_labels
 from ..data.images import PixelLimit, SampleError
-from ..data.sampling import ShardedEvalSampler
+from ..data.loaders import sharded_loader
 from ..deployment import prepare_for_cpu
 from ..finite import NotFiniteError, check_scores
 from ..launching import end_together, join_processes, name_options
@@ -77,15 +76,7 @@ def evaluate(
         *columns,
         name=test_set.name,
     )
-    sampler = ShardedEvalSampler(len(samples), state.process_index, state.num_processes)
-    loader = DataLoader(
-        _Numbered(samples),
-        args.batch_size,
-        sampler=sampler,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=ignore_interrupts,
-        pin_memory=state.device.type == "cuda",
-    )
+    loader = sharded_loader(_Numbered(samples), args.batch_size, args.dataloader_num_workers, state)
     scores = ClassificationScores(len(test_set.class_names))
     autocast = torch.autocast(state.device.type, torch.bfloat16) if args.bf16 else nullcontext()
     title = f"{classifier.name} on {test_set.name}"

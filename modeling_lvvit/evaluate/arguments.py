@@ -8,6 +8,7 @@ from transformers.hf_argparser import HfArg
 
 from ..data.classes.multi_label import COLUMNS_HELP, SEPARATOR_HELP, check_label_options
 from ..data.images import MAX_PIXELS_HELP, parse_image_size
+from ..data.loaders import NUM_WORKERS_HELP
 from .classifier import InputOptions
 from .two_classes import Wish
 
@@ -80,7 +81,7 @@ class EvaluationArguments:
         aliases=["--crop_fraction"],
     )
     batch_size: int = HfArg(default=32, help="Images that a device takes at a time.")
-    dataloader_num_workers: int = HfArg(default=0, help="Processes that load images.", aliases=["--num_workers"])
+    dataloader_num_workers: int | None = HfArg(default=None, help=NUM_WORKERS_HELP, aliases=["--num_workers"])
     bf16: bool = HfArg(default=False, help="Compute in bfloat16.")
     output_file: str | None = HfArg(
         default=None,

@@ -17,12 +17,11 @@ from typing import ClassVar, Literal
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
 from transformers.hf_argparser import HfArg
 
-from ..console import ignore_interrupts, program, progress_bar
+from ..console import program, progress_bar
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, SampleError, parse_image_size
-from ..data.sampling import ShardedEvalSampler
+from ..data.loaders import NUM_WORKERS_HELP, sharded_loader
 from ..data.unlabeled import UnlabeledImages, open_images
 from ..deployment import prepare_for_cpu
 from ..finite import NotFiniteError, check_scores
@@ -83,7 +82,7 @@ class PredictArguments:
     top_k: int | None = HfArg(default=None, help="Write the best classes alone, for models of many; default: all.")
     output_file: str | None = HfArg(default=None, help="CSV file; default: predictions.csv.")
     batch_size: int = HfArg(default=32, help="Images that a device takes at a time.")
-    dataloader_num_workers: int = HfArg(default=0, help="Processes that load images.")
+    dataloader_num_workers: int | None = HfArg(default=None, help=NUM_WORKERS_HELP)
     bf16: bool = HfArg(default=False, help="Compute in bfloat16.")
 
     def __post_init__(self):
@@ -161,20 +160,12 @@ def predict(
         SampleError: If an image cannot be read, and `args.on_error` is stop.
     """
     samples = PredictionDataset(images, classifier.transform)
-    sampler = ShardedEvalSampler(len(samples), state.process_index, state.num_processes)
-    is_cuda = state.device.type == "cuda"
-    loader = DataLoader(
-        samples,
-        args.batch_size,
-        sampler=sampler,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=ignore_interrupts,
-        pin_memory=is_cuda,
-        collate_fn=Inputs.collate,
-    )
+    loader = sharded_loader(samples, args.batch_size, args.dataloader_num_workers, state, Inputs.collate)
     autocast = torch.autocast(state.device.type, torch.bfloat16) if args.bf16 else nullcontext()
     predictions: list[Prediction] = []
-    progress = progress_bar(total=len(sampler), desc="Predicting", unit="image", disable=not state.is_main_process)
+    progress = progress_bar(
+        total=len(loader.sampler), desc="Predicting", unit="image", disable=not state.is_main_process
+    )
     for inputs in loader:
         if inputs.errors and args.on_error == "stop":
             row, text = next(iter(inputs.errors.items()))

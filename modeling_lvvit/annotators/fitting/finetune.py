@@ -19,8 +19,8 @@ from ...backbones.preprocessing import Preprocessing
 from ...backbones.resize import forward_options
 from ...console import progress_bar
 from ...data.images import decode_image
+from ...data.loaders import PREFETCH_FACTOR, default_num_workers
 from ...finite import check_weights
-from ...launching import num_cpu_cores
 from ..image_batches import ImageBatches
 from ..prefetch import prepared_ahead
 from .arguments import FitAnnotatorArguments
@@ -259,6 +259,7 @@ def train(
     print(f"finetuning {number:,} parameters of the last stage for {args.finetune_epochs:g} epochs{slow}", flush=True)
     class_weights = None if weights is None else torch.from_numpy(weights).float()
     module = LossModule(model, forward_options(model, preprocessing.image_size), class_weights)
+    workers = 0 if is_cpu else args.num_workers or default_num_workers(is_cpu)
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingArguments(
             folder,
@@ -271,7 +272,9 @@ def train(
             bf16=args.bf16,
             seed=args.seed,
             use_cpu=is_cpu,
-            dataloader_num_workers=0 if is_cpu else args.num_workers or num_cpu_cores(),
+            dataloader_num_workers=workers,
+            dataloader_persistent_workers=workers > 0,
+            dataloader_prefetch_factor=PREFETCH_FACTOR if workers else None,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
