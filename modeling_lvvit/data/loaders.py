@@ -49,7 +49,8 @@ def default_num_workers(on_cpu: bool) -> int:
     shared memory.
 
     None either where the CPU computes: PyTorch keeps all of its cores busy, and a worker on one of them makes the threads of the others
-    wait at the end of every operation.
+    wait at the end of every operation. On two cores a step of the embedded job takes 102 ms without workers and 110 ms with one or two,
+    one on photographs 251 ms without and 284 ms with one.
     """
     return 0 if on_cpu or lacks_shared_memory() else min(cores_of_process(), MAX_WORKERS)
 
