@@ -5,6 +5,7 @@
     lvvit benchmark training original/lvvit_t_224 lvvit_t_224 lvvit_t_224+bfloat16
     lvvit benchmark run lvvit_t_224 lvvit_t_224+plain        # steps that wait for their data
     lvvit benchmark data token_labels plain_labels timm torchvision --threads 1
+    lvvit benchmark gpu --json gpu.json                      # all about a GPU, within eight minutes
     lvvit benchmark --table                                  # the paper's comparison; --rounds 0: without speed
 
 Models are written NAME@SIZE+OPTION+OPTION. Each of a comparison has a process of its own; they are warmed up and then taken in turn, round
@@ -30,10 +31,12 @@ from ..data.atomic_files import write_json
 from ..options import Program
 from .comparison import compare_loaders, compare_models, table
 from .data_loading import LOADERS
+from .gpu import BATCH_SIZES, FAMILY, GPUBenchmark
 from .measure import device_name
 from .models import OPTIONS, BenchmarkModel, Setting
 from .published_comparison import compare_published, published_table
 from .published_results import published_rows
+from .record import Record
 
 
 QUICK = (
@@ -41,7 +44,7 @@ QUICK = (
     ("training", ["original/lvvit_t_224", "lvvit_t_224+kept_memory", "lvvit_t_224+bfloat16+kept_memory"]),
     ("data", list(LOADERS)),
 )
-MODES = ("inference", "training", "run", "data")
+MODES = ("inference", "training", "run", "data", "gpu")
 
 
 EPILOG = "options of a model:\n" + "\n".join(
@@ -55,10 +58,16 @@ class BenchmarkArguments:
     """Options of the program."""
 
     mode: Literal[MODES] | None = HfArg(default=None, help="What to measure; default: a quick look at all.")
-    models: list[str] | None = HfArg(default=None, help=f"Models; in mode data some of {', '.join(LOADERS)}.")
+    models: list[str] | None = HfArg(
+        default=None,
+        help=f"Models; in mode data some of {', '.join(LOADERS)}; in mode gpu ours, the first of which is compared with others.",
+    )
     table: list[str] | None = HfArg(default=None, help="The published comparison, or some networks of it.")
     options: list[str] = HfArg(default_factory=lambda: ["kept_memory"], help="Of every model of the table.")
-    batch_sizes: list[int] | None = HfArg(default=None, help="Default: 16; with table one, 4.")
+    batch_sizes: list[int] | None = HfArg(
+        default=None,
+        help="Default: 16; with table one, 4; in mode gpu of inference and training, {} and {}.".format(*BATCH_SIZES),
+    )
     num_classes: int | None = HfArg(default=None, help="Outputs of all models; default: their own.")
     device: str | None = HfArg(default=None, help="Default: cuda where there is one, else cpu.")
     rounds: int | None = HfArg(default=None, help="Times that each is taken; default: 7, else 3.")
@@ -68,6 +77,7 @@ class BenchmarkArguments:
         help="Image folder or Parquet for data and run; default: synthetic photographs.",
         aliases=["--images"],
     )
+    minutes: float = HfArg(default=8.0, help="Of mode gpu, which leaves out what takes longer.")
     ceiling: bool = HfArg(default=False, help="Share of the fastest matrix product of the device.")
     output_file: str | None = HfArg(default=None, help="JSON file for all figures.", aliases=["--json"])
 
@@ -103,6 +113,8 @@ def check(args: BenchmarkArguments) -> None:
         if args.ceiling or args.dataset_name:
             raise ValueError("`ceiling` and `dataset_name` do nothing with `table`.")
         BenchmarkModel.parse("+".join(["timm/resnet50", *args.options])).check_mode("inference")
+    elif args.mode == "gpu":
+        check_gpu(args)
     elif args.mode == "data":
         unknown = [name for name in args.models if name not in LOADERS]
         if unknown:
@@ -110,6 +122,18 @@ def check(args: BenchmarkArguments) -> None:
     elif args.mode is not None:
         for text in args.models:
             BenchmarkModel.parse(text).check_mode(args.mode)
+
+
+def check_gpu(args: BenchmarkArguments) -> None:
+    """As `check`, of mode gpu."""
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes must be positive, got {args.minutes:g}.")
+    if len(args.batch_sizes or []) > 2:
+        raise ValueError(f"gpu takes one batch size, or those of inference and training, got {args.batch_sizes}.")
+    for text in args.models:
+        model = BenchmarkModel.parse(text)
+        if model.source != "ours" or model.options:
+            raise ValueError(f"gpu takes models of ours without options, got {text!r}.")
 
 
 def environment(args: BenchmarkArguments) -> dict[str, object]:
@@ -129,6 +153,8 @@ def run(args: BenchmarkArguments) -> list[dict[str, object]]:
     """Measures what was asked for and prints a table for each comparison."""
     if args.table is not None:
         return run_table(args)
+    if args.mode == "gpu":
+        return run_gpu(args)
     plan = [(args.mode, args.models)] if args.mode else QUICK
     rounds = args.rounds or (7 if args.mode else 3)
     rows = []
@@ -143,6 +169,17 @@ def run(args: BenchmarkArguments) -> list[dict[str, object]]:
             print(f"\n{mode}, batch size {batch_size}, {args.device}\n{table(measured)}", flush=True)
             rows += measured
     return rows
+
+
+def run_gpu(args: BenchmarkArguments) -> list[dict[str, object]]:
+    """Measures a GPU within `minutes`."""
+    sizes = args.batch_sizes or BATCH_SIZES
+    record = Record(args.minutes, environment(args), args.output_file and Path(args.output_file))
+    options = (args.rounds or 7, args.dataset_name, args.num_classes)
+    GPUBenchmark(
+        record, torch.device(args.device), tuple(args.models) or FAMILY, (sizes[0], sizes[-1]), *options
+    ).run()
+    return record.rows
 
 
 def run_table(args: BenchmarkArguments) -> list[dict[str, object]]:
@@ -175,7 +212,7 @@ def main(arguments: list[str]) -> None:
             torch.set_num_threads(args.threads)
         print(json.dumps(environment(args)))
         rows = run(args)
-    if args.output_file and args.table is None:  # the table writes its own, row by row
+    if args.output_file and args.table is None and args.mode != "gpu":  # these write theirs row by row
         write_json(Path(args.output_file), {"environment": environment(args), "rows": rows})
 
 

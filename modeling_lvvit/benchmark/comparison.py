@@ -68,7 +68,7 @@ def compare_loaders(
     names: list[str], setting: Setting, rounds: int, images: str | None = None
 ) -> list[dict[str, object]]:
     """Times loaders in turn, an epoch of 224 x 224 at a time, on one thread each."""
-    rows = _image_rows(images, 1000)
+    rows = image_rows(images, 1000)
     if len(rows) < setting.batch_size:
         raise ValueError(f"{images} has {len(rows)} images, fewer than a batch of {setting.batch_size}.")
     entries = {name: Entry(partial(loader_call, name, rows, setting.batch_size), threads=1) for name in names}
@@ -110,7 +110,7 @@ def _call(mode: str, model: BenchmarkModel, setting: Setting, images: str | None
     if mode == "inference":
         return inference_call(model, setting)
     num_classes = model.num_classes(setting.num_classes)
-    rows = _image_rows(images, num_classes, setting.batch_size if mode == "training" else None)
+    rows = image_rows(images, num_classes, setting.batch_size if mode == "training" else None)
     torch.manual_seed(0)
     has_maps = "plain" not in model.options or mode == "training"
     loader = token_label_loader(rows, setting.batch_size, model.image_size(), model.grid_size(), has_maps)
@@ -120,17 +120,18 @@ def _call(mode: str, model: BenchmarkModel, setting: Setting, images: str | None
     return training_call(model, setting, repeat(batch))
 
 
-def _image_rows(images: str | None, num_classes: int, count: int | None = None) -> datasets.Dataset:
+def image_rows(images: str | None, num_classes: int, count: int | None = None) -> datasets.Dataset:
+    """Training rows of a source with synthetic label maps, or synthetic photographs where there is none, so many of them."""
     if images is None:
         return synthetic_rows(count or SYNTHETIC_IMAGES, num_classes)
     splits = open_splits(images)
     return with_label_maps(splits.get("train", next(iter(splits.values()))), num_classes)
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    """The columns of `COLUMNS` that any row has, aligned."""
-    names = [name for name in COLUMNS if any(name in row for row in rows)]
-    cells = [[COLUMNS[name].format(row[name]) if name in row else "" for name in names] for row in rows]
+def table(rows: list[dict[str, object]], columns: dict[str, str] = COLUMNS) -> str:
+    """The columns that any row has, aligned; `columns` has the format of each."""
+    names = [name for name in columns if any(name in row for row in rows)]
+    cells = [[columns[name].format(row[name]) if name in row else "" for name in names] for row in rows]
     lines = [[name.replace("_", " ") for name in names], *cells]
     widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
     return "\n".join(
