@@ -177,13 +177,16 @@ class OnlineAnnotator:
                 self.bad_images += (~scores.flatten(1).isfinite().all(dim=1)).sum()  # read when the loss is logged
             batch_size, num_classes = scores.shape[:2]
             palette = torch.arange(num_classes, device=scores.device).expand(batch_size, -1)
-            whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=scores.device).expand(batch_size, -1)
+            whole = scores.new_zeros(batch_size, 4)
+            whole[:, 2:] = 1  # made on the device: for numbers that come from the processor, it would wait
             cls_targets, token_targets = crop_palette_scores(
                 scores, palette, CropGeometry(whole), grid_size, num_classes, temperature=temperature
             )
             if self.draws_classes:
-                drawn = torch.distributions.Categorical(token_targets.to_dense()).sample()  # (B, N)
-                excess = nn.functional.one_hot(drawn, num_classes).float()
+                # as `torch.multinomial` draws, without its checks, which wait for the device: the first of C exponential clocks
+                probabilities = token_targets.to_dense()  # (B, N, C)
+                drawn = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1, keepdim=True)
+                excess = torch.zeros_like(probabilities).scatter_(-1, drawn, 1.0)
                 token_targets = SparseTargets(palette, excess, torch.zeros_like(excess[..., 0]), num_classes)
             return replace(cls_targets, names_all=True), replace(token_targets, names_all=True)
 

@@ -1,5 +1,6 @@
 """From images to the input of a classifier that was trained elsewhere."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,13 @@ from ..data.decoding import EncodedImage, resized_box
 
 
 Fit = Literal["squash", "pad", "center_crop"]
+
+
+@functools.lru_cache(maxsize=16)
+def _per_channel(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """Float32 `(3, 1, 1)`, made once: numbers that are copied to a device for every batch make the processor wait for it."""
+    with torch.inference_mode(False):  # whoever asks first, all may use it
+        return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Preprocessing:
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(B, 3, height, width)`, uint8 or floating values 0 to 255, to float32 input."""
-        scale, offset = (pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.scale, self.offset))
+        scale, offset = (_per_channel(tuple(values), pixels.device) for values in (self.scale, self.offset))
         return pixels.float() * scale + offset
 
     def _mean_color(self) -> tuple[int, int, int]:

@@ -58,7 +58,7 @@ class CropGeometry:
     def select(self, rows: list[int]) -> "CropGeometry":
         """The crops of some samples, without `crop_cells`."""
         parts = (self.crop_box, self.label_affine, self.image_box)
-        return CropGeometry(*(part if part is None else part[rows] for part in parts))
+        return CropGeometry(*(part if part is None else _select(part, rows) for part in parts))
 
     def points(self, grid_size: tuple[int, int], points_per_token: tuple[int, int]) -> torch.Tensor:
         """Equidistant points of every token, as fractions of the region that the map covers.
@@ -79,6 +79,11 @@ class CropGeometry:
         """Which tokens have their center in the region that the map covers, bool `(batch_size, N)`, row-major."""
         points = self.points(grid_size, (1, 1))  # (B, rows, columns, 2)
         return ((points >= 0) & (points <= 1)).all(dim=-1).flatten(1)
+
+
+def _select(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """`tensor[rows]`, without a copy of the numbers to the device, for which the processor would wait."""
+    return torch.cat([tensor[row : row + 1] for row in rows])
 
 
 def _usual_points(map_size: tuple[int, int], grid_size: tuple[int, int]) -> tuple[int, int]:
@@ -149,13 +154,15 @@ def _pool_warped(
     for row, spanned in enumerate(crop_cells):
         times = max(math.ceil(cells / (tokens * points)) for cells, tokens, points in zip(spanned, grid_size, base))
         groups.setdefault(max(finer, 1 << (times - 1).bit_length()), []).append(row)
-    if len(groups) < 2:
-        times = next(iter(groups), finer)
-        return _mean_of_points(palette_scores, geometry, grid_size, [times * points for points in base], covered_only)
-    pooled = palette_scores.new_empty(*palette_scores.shape[:2], *grid_size)
-    for times, rows in groups.items():
+    # the coarsest is computed for all, then the rest anew; rows are taken by slices, as a list of numbers would be copied to the device
+    coarsest, *others = sorted(groups) or [finer]
+    points = [coarsest * points for points in base]
+    pooled = _mean_of_points(palette_scores, geometry, grid_size, points, covered_only)
+    for times in others:
         points = [times * points for points in base]
-        pooled[rows] = _mean_of_points(palette_scores[rows], geometry.select(rows), grid_size, points, covered_only)
+        part = _select(palette_scores, groups[times]), geometry.select(groups[times])
+        for row, value in zip(groups[times], _mean_of_points(*part, grid_size, points, covered_only)):
+            pooled[row] = value
     return pooled
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from modeling_lvvit.labels.label_crops import CropGeometry, pool_label_maps
@@ -344,40 +343,6 @@ def test_published_schedule_goes_through_a_shortened_run(tiny_model, labelled_ro
     assert rates[1::2] == rates[::2]
     with pytest.raises(ValueError, match="shorten these"):
         arguments(tmp_path, lr_schedule="published", num_train_epochs=15)
-
-
-class HostReads(TorchDispatchMode):
-    """Counts how often a tensor's value is asked for, for which a processor would wait for its device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        names = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal")
-        self.count += function.name().split(".")[0] in names
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("options", [{}, {"bf16": True, "ema_decay": 0.9, "gradient_accumulation_steps": 2}])
-def test_no_step_waits_for_the_device(tiny_model, labelled_rows, tmp_path, options):
-    """Longer runs read no more values than short ones. The loader works in a process of its own, as in real runs."""
-    counts = []
-    for steps in (2, 6):
-        trainer = trainer_for(
-            copy.deepcopy(tiny_model),
-            labelled_rows,
-            tmp_path,
-            max_steps=steps,
-            logging_strategy="no",
-            dataloader_num_workers=1,
-            per_device_train_batch_size=1,  # all steps within one epoch
-            **options,
-        )
-        with HostReads() as reads:
-            trainer.train()
-        counts.append(reads.count)
-    assert counts[0] == counts[1]
 
 
 def test_patch_logits_stay_in_half_precision(tiny_model, labelled_rows, tmp_path):

@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ class ClassMap:
 
     groups: tuple[tuple[int, ...], ...]
     num_annotator_classes: int
+    _made: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def is_identity(self) -> bool:
@@ -47,15 +48,23 @@ class ClassMap:
         """
         if self.is_identity:
             return scores
-        width = max(len(group) for group in self.groups)
-        padded = [[*group, *[group[0]] * (width - len(group))] for group in self.groups]
-        index = torch.tensor(padded, device=scores.device)  # (classes, width)
-        if width == 1:
+        index, is_padding = self._members(scores.device)
+        if index.shape[1] == 1:
             return scores[:, index[:, 0]]
-        is_padding = torch.tensor([[i >= len(group) for i in range(width)] for group in self.groups])
         members = scores[:, index.flatten()].unflatten(1, index.shape)  # (B, classes, width, rows, columns)
-        members = members.masked_fill(is_padding.to(scores.device)[None, :, :, None, None], -torch.inf)
+        members = members.masked_fill(is_padding[None, :, :, None, None], -torch.inf)
         return members.logsumexp(dim=2)
+
+    def _members(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Classes of the annotator `(classes, width)`, and which of them only fill a group up; made once for each device: a processor
+        that copies them there for every batch would wait for the device."""
+        if device not in self._made:
+            width = max(len(group) for group in self.groups)
+            padded = [[*group, *[group[0]] * (width - len(group))] for group in self.groups]
+            is_padding = [[place >= len(group) for place in range(width)] for group in self.groups]
+            with torch.inference_mode(False):  # whoever asks first, all may use them
+                self._made[device] = (torch.tensor(padded, device=device), torch.tensor(is_padding, device=device))
+        return self._made[device]
 
 
 def normalized(name: str) -> str:
