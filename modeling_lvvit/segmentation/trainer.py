@@ -53,13 +53,8 @@ def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_batches(model: nn.Module, args: SegmentationTrainingArguments, num_rows: int) -> None:
-    """Raises a `ValueError` if an epoch has no batch, or one of a single image, of which UperNet cannot take statistics."""
+    """Raises a `ValueError` if an epoch has a batch of a single image, of which UperNet cannot take statistics."""
     batch_size, is_alone = args.train_batch_size, args.world_size == 1
-    if args.dataloader_drop_last and num_rows < batch_size * args.world_size:
-        raise ValueError(
-            f"There are {num_rows} training images, fewer than a batch over all devices ({batch_size * args.world_size}). Choose a "
-            "smaller `per_device_train_batch_size`."
-        )
     needs_two = getattr(model.config, "segmentation_head", None) == "upernet" and 1 in model.config.pool_scales
     if not needs_two or args.batch_norm == "frozen" or (args.batch_norm == "synchronized" and not is_alone):
         return

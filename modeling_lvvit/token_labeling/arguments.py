@@ -145,7 +145,9 @@ class TokenLabelTrainingArguments(BaseImageTrainingArguments):
         )
 
     def _steps_per_epoch(self, num_images: int) -> int:
-        return math.ceil(num_images / self.images_per_step)
+        batches = num_images / (self.train_batch_size * self.world_size)
+        batches = max(1, math.floor(batches)) if self.dataloader_drop_last else math.ceil(batches)
+        return math.ceil(batches / self.gradient_accumulation_steps)
 
     def check_options(self) -> None:
         """As in `BaseImageTrainingArguments`."""

@@ -166,6 +166,7 @@ def stream_loader(
     loader = DataLoader(
         stream,
         batch_size=batch_size,
+        drop_last=args.dataloader_drop_last,
         collate_fn=collator,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,

@@ -160,6 +160,15 @@ class BaseImageTrainingArguments(TrainingArguments):
         for name, value in self.early_stopping_choices.items():
             setattr(self, name, value)
 
+    def check_batches(self, num_images: int) -> None:
+        """Raises a `ValueError` if an epoch of so many images has no batch."""
+        images = self.train_batch_size * self.world_size
+        if self.dataloader_drop_last and num_images < images:
+            raise ValueError(
+                f"There are {num_images} training images, fewer than a batch over all devices ({images}), and the last, smaller batch is left "
+                "out. Choose a smaller `per_device_train_batch_size`, or `dataloader_drop_last` false."
+            )
+
     def check_reporting(self) -> None:
         """Raises a `ValueError` if something to log to is unknown or not installed."""
         for name in self.report_to:

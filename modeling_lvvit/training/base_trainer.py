@@ -70,6 +70,7 @@ class BaseImageTrainer(HubTrainer):
         if args.resume_from_checkpoint is not None:
             check_resumable(Path(args.resume_from_checkpoint), model)
         if isinstance(self.train_dataset, ImageDataset):
+            args.check_batches(len(self.train_dataset))
             self.add_callback(EpochCallback(self.train_dataset))
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -81,8 +82,15 @@ class BaseImageTrainer(HubTrainer):
         """See `schedule.decayed_parameters`."""
         return decayed_parameters(model)
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        return self.prepare_loader(super()._get_dataloader(*args, **kwargs))
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        """As in `Trainer`; `dataloader_drop_last` holds for training alone: evaluations and predictions are of all images."""
+        is_last_left_out = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = is_last_left_out and is_training
+        try:
+            loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = is_last_left_out
+        return self.prepare_loader(loader)
 
     def prepare_loader(self, loader: DataLoader) -> DataLoader:
         """See `loaders.prepare_loader`; every loader of a trainer goes through it."""

@@ -54,6 +54,15 @@ def test_recipe_headers_say_what_to_expect(name):
     assert any(f"lvvit train {name}" in line for line in head) or name == "digit_scenes"
 
 
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name not in PARTS])
+def test_recipes_for_gpus_compile_and_those_for_cpus_do_not(name):
+    """What is compiled has full batches only: another shape is another graph."""
+    head = (RECIPES / f"{name}.yaml").read_text()
+    training_args = parse([name, "--output_dir", "run"])[2]
+    assert training_args.torch_compile == training_args.dataloader_drop_last == ("devices:   8 GPUs" in head)
+    assert not parse([name, "try_out"])[2].torch_compile
+
+
 def test_every_published_row_has_its_recipe_and_a_plain_baseline():
     rows = {name for name in VARIANTS if VARIANTS[name].published_top1} - {
         "lvvit_m_448"

@@ -381,3 +381,20 @@ def test_the_compiled_model_has_no_graph_breaks(tiny_model, labelled_rows, tmp_p
     counters = torch._dynamo.utils.counters
     assert sum(counters["graph_break"].values()) == 0, counters["graph_break"]
     assert 1 <= counters["stats"]["unique_graphs"] <= 2  # with and without mixed tokens
+
+
+def test_compiled_training_has_one_shape_and_evaluates_all_images(tiny_model, labelled_rows, tmp_path):
+    """12 images in batches of 5: two an epoch; and in batches of 8 in the evaluation, which is not compiled."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"torch_compile": True, "torch_compile_backend": "eager", "dataloader_drop_last": True, "ema_decay": 0.9}
+    options |= {"per_device_train_batch_size": 5, "per_device_eval_batch_size": 8, "eval_strategy": "epoch"}
+    settings = arguments(tmp_path, max_steps=-1, num_train_epochs=2, **options)
+    evaluated = TokenLabelDataset(labelled_rows, ImageProcessorTransform(image_processor()))
+    trainer = TokenLabelTrainer(tiny_model, settings, train_dataset=samples_of(labelled_rows), eval_dataset=evaluated)
+    trainer.train()
+    assert trainer.state.global_step == settings.optimizer_steps(12) == 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len(trainer.predict(evaluated).predictions) == 12 and settings.dataloader_drop_last
+    with pytest.raises(ValueError, match="12 training images, fewer than a batch over all devices"):
+        trainer_for(tiny_model, labelled_rows, tmp_path, dataloader_drop_last=True, per_device_train_batch_size=13)
