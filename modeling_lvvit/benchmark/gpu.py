@@ -265,7 +265,15 @@ def limit_sentence(rates: dict[str, float]) -> str:
     best_loader = max((name for name in chain if name.startswith(LOADER)), key=chain.get, default=None)
     chain = {name: rate for name, rate in chain.items() if name in (DEVICE_STEP, COPY, best_loader)}
     first = min(chain, key=chain.get)
-    return (
+    sentence = (
         f"The first limit is the {first}: {chain[first]:,.0f} images a second; "
         f"with it the device would be busy {min(1.0, chain[first] / chain[DEVICE_STEP]):.0%} of the time."
     )
+    decoders = [name for name in rates if name not in (DEVICE_STEP, COPY) and not name.startswith(LOADER)]
+    if decoders and best_loader:
+        fastest = max(decoders, key=rates.get)
+        sentence += (
+            f" The fastest decoder is {fastest}: {rates[fastest]:,.0f} images a second, "
+            f"{rates[fastest] / rates[best_loader]:.1f} times the {best_loader}."
+        )
+    return sentence

@@ -124,9 +124,8 @@ def _nvimgcodec(backends: list[str], has_regions: bool, device: torch.device) ->
     try:
         decoder = nvimgcodec.Decoder(device_id=device_id, backends=kinds)
     except RuntimeError as error:
-        raise RuntimeError(
-            f"{error} ({', '.join(backends)}: no such decoder here, or the nvJPEG library is not installed)"
-        ) from error
+        advice = 'pip install "nvidia-nvimgcodec-cu13[nvjpeg]", or -cu12 where PyTorch is of CUDA 12, installs the nvJPEG library'
+        raise RuntimeError(f"there is no decoder of kind {' or '.join(backends)}; {advice} ({error})") from error
 
     def decode(files: list[bytes]) -> int:
         streams = [nvimgcodec.CodeStream(file) for file in files]
@@ -152,8 +151,10 @@ def decoding_rate(
     """Images a second that a decoder gives, a batch at a time, reading of the file headers included.
 
     Raises:
-        RuntimeError: If it could not decode some of them.
+        RuntimeError: If there are none, or it could not decode some of them.
     """
+    if not files:
+        raise RuntimeError("there are no JPEG files among the images")
     batches = [files[start : start + DECODED_TOGETHER] for start in range(0, len(files), DECODED_TOGETHER)]
     for batch in batches[:2]:
         if (decoded := decode(batch)) < len(batch):
