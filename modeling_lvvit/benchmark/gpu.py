@@ -73,6 +73,7 @@ class GPUBenchmark:
         self.ceiling = None  # FLOP/s
         self.supply_seconds = 60 * self.record.minutes * SUPPLY_SHARE  # of each
         self.reserved_seconds = SUPPLIES * self.supply_seconds
+        self._longest: dict[tuple[str, bool], float] = {}  # first call of a mode, with or without compilation
         self._batches: dict[tuple, dict[str, torch.Tensor]] = {}
         self._rows: dict[int, datasets.Dataset] = {}  # by number of classes
 
@@ -154,9 +155,8 @@ class GPUBenchmark:
     def _estimate(self, mode: str, text: str) -> float:
         """Seconds until a model is measured, from what those like it took."""
         compiles = bool(BenchmarkModel.parse(text).options & COMPILING)
-        known = [row for row in self.record.rows if row["mode"] == mode and row["compiles"] == compiles]
-        if known:
-            return MARGIN * max(row["first_call_seconds"] for row in known)
+        if (mode, compiles) in self._longest:
+            return MARGIN * self._longest[mode, compiles]
         return FIRST_ESTIMATES[mode] if compiles else EAGER_ESTIMATE
 
     def _prepared(self, mode: str, text: str, batch_size: int) -> tuple[Callable[[], object], dict[str, object]]:
@@ -179,6 +179,7 @@ class GPUBenchmark:
         before = memory_now(self.device)
         call = inference_call(model, setting) if batch is None else training_call(model, setting, repeat(batch))
         first = time_call(call, self.device)
+        self._longest[mode, compiles] = max(first, self._longest.get((mode, compiles), 0.0))
         time_call(call, self.device, 2)
         row = {"mode": mode, "model": text, "batch_size": batch_size, "parameters": parameters, "gflops": flops / 1e9}
         row |= {"first_call_seconds": first, "compiles": compiles, "peak_bytes": peak_memory(self.device, before)}
