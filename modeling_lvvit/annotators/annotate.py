@@ -21,11 +21,11 @@ from transformers.utils import logging
 from ..console import program
 from ..data.classes.class_labels import describe_classes, names_in_data, pair_classes
 from ..data.classes.class_matching import ClassMap
+from ..data.classes.unlabeled import add_unlabeled
 from ..data.images import PixelLimit, parse_image_size
 from ..data.shard_folder import default_rows_per_shard
 from ..data.sources import dataset_fingerprint, open_splits, short_name
 from ..data.splits import take_subset
-from ..data.unlabeled import add_unlabeled
 from ..labels.checks.agreement import compare_with_labels
 from ..launching import set_up_cpu, start_missing_processes
 from ..options import Program

@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 
 from transformers.hf_argparser import HfArg
 
+from ..data.classes.unlabeled import UNLABELED_HELP
 from ..data.images import MAX_PIXELS_HELP, parse_image_size
-from ..data.unlabeled import UNLABELED_HELP
 from ..hub.repository import HubUploadArguments
 from .text.prompts import PROMPTS_HELP, TEXT_PREFIX, check_text_options
 

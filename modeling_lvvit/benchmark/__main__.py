@@ -32,6 +32,7 @@ from ..options import Program
 from .comparison import compare_loaders, compare_models, table
 from .data_loading import LOADERS
 from .gpu import BATCH_SIZES, FAMILY, GPUBenchmark
+from .image_supply import load_gpu_decoders
 from .measure import device_name
 from .models import OPTIONS, BenchmarkModel, Setting
 from .published_comparison import compare_published, published_table
@@ -176,6 +177,8 @@ def run_gpu(args: BenchmarkArguments) -> list[dict[str, object]]:
     sizes = args.batch_sizes or BATCH_SIZES
     record = Record(args.minutes, environment(args), args.output_file and Path(args.output_file))
     options = (args.rounds or 7, args.dataset_name, args.num_classes)
+    if args.device.startswith("cuda"):
+        load_gpu_decoders()
     GPUBenchmark(
         record, torch.device(args.device), tuple(args.models) or FAMILY, (sizes[0], sizes[-1]), *options
     ).run()

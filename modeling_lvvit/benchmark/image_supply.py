@@ -1,9 +1,12 @@
 """How fast images reach a device: a loader with workers, the copy, and JPEG files that the device decodes itself."""
 
+import importlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,6 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision.io import decode_jpeg
 
 from ..launching import num_cpu_cores
+from ..token_labeling import finish_images
 from .measure import synchronize, time_call
 
 
@@ -42,8 +46,14 @@ def image_supplies(
         yield name, lambda make_decoder=make_decoder: decoding_rate(make_decoder(), files, device, seconds)
 
 
-def device_batch(loader: DataLoader, device: torch.device) -> dict[str, torch.Tensor]:
-    """The first batch of a loader, as models take it."""
+def load_gpu_decoders() -> None:
+    """Loads all that nvImageCodec has, where it is installed: `data.decoding` would load its decoder for CPUs alone."""
+    with suppress(ImportError):
+        importlib.import_module("nvidia.nvimgcodec")
+
+
+def device_batch(loader: DataLoader, device: torch.device) -> dict[str, Any]:
+    """The first batch of a loader, on a device; `finish_images` is left for each step."""
     return send_to_device(next(iter(loader)), device)
 
 
@@ -71,7 +81,7 @@ def loader_rate(loader: DataLoader, num_workers: int, device: torch.device, seco
         next(supply)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        send_to_device(next(supply), device, non_blocking=is_pinned)
+        finish_images(send_to_device(next(supply), device, non_blocking=is_pinned))
         count += batch_size
     synchronize(device)
     return count / (time.perf_counter() - start)

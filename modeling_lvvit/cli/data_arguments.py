@@ -7,9 +7,9 @@ from transformers.hf_argparser import HfArg
 
 from ..annotators.online import AnnotatorArguments
 from ..data.classes.multi_label import COLUMNS_HELP, SEPARATOR_HELP, check_label_options
+from ..data.classes.unlabeled import UNLABELED_HELP
 from ..data.image_dataset import DECODE_HELP
 from ..data.images import MAX_PIXELS_HELP
-from ..data.unlabeled import UNLABELED_HELP
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN
 from ..token_labeling import AugmentationConfig
 

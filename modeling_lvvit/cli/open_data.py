@@ -24,9 +24,9 @@ from ..data.classes.multi_label import (
     labelled,
     with_labels,
 )
+from ..data.classes.unlabeled import add_unlabeled, select_confident, without_labels
 from ..data.sources import dataset_fingerprint, open_splits, streamed_rows
 from ..data.splits import classes_of_rows, draw_subset, find_eval_split, hold_out, select_subset, take_subset
-from ..data.unlabeled import add_unlabeled, select_confident, without_labels
 from ..labels.checks.agreement import compare_some, image_classes
 from ..labels.columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError
 from ..labels.crops import join_crops, read_record

@@ -20,9 +20,9 @@ from accelerate.utils import gather_object
 from transformers.hf_argparser import HfArg
 
 from ..console import program, progress_bar
+from ..data.classes.unlabeled import UnlabeledImages, open_images
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, SampleError, parse_image_size
 from ..data.loaders import NUM_WORKERS_HELP, sharded_loader
-from ..data.unlabeled import UnlabeledImages, open_images
 from ..deployment import prepare_for_cpu
 from ..finite import NotFiniteError, check_scores
 from ..launching import end_together, join_processes

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..data.classes.unlabeled import UnlabeledImages
 from ..data.image_dataset import ImageDataset
 from ..data.images import IMAGE_ERRORS, decode_image
-from ..data.unlabeled import UnlabeledImages
 
 
 @dataclass

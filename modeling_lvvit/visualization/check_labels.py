@@ -21,10 +21,10 @@ from ..annotators.arguments import AnnotateArguments
 from ..console import program
 from ..data.classes.class_labels import check_class_names, check_columns, with_class_ids
 from ..data.classes.class_matching import shown_names
+from ..data.classes.unlabeled import UNLABELED_HELP, add_unlabeled, without_labels
 from ..data.images import MAX_PIXELS_HELP, PixelLimit
 from ..data.sources import open_splits
 from ..data.splits import take_subset
-from ..data.unlabeled import UNLABELED_HELP, add_unlabeled, without_labels
 from ..labels.checks.agreement import compare, image_classes
 from ..labels.checks.report import LabelSetReport, check_label_set
 from ..labels.label_set import LabelSet

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from modeling_lvvit.data.classes.class_labels import class_ids, describe_classes, with_class_ids
+from modeling_lvvit.data.classes.unlabeled import add_unlabeled, select_confident
 from modeling_lvvit.data.image_keys import read_keys
 from modeling_lvvit.data.sources import open_splits
 from modeling_lvvit.data.splits import hold_out
-from modeling_lvvit.data.unlabeled import add_unlabeled, select_confident
 
 
 def write_images(folder, *names):

@@ -47,7 +47,7 @@ def test_draws_are_those_of_earlier_versions(seed):
 @pytest.mark.parametrize("exact", [False, True])
 def test_samples_do_not_depend_on_the_decoder(monkeypatch, exact):
     if not jpeg_regions.is_used():
-        pytest.skip("nvidia-nvimgcodec-cu12 is not installed")
+        pytest.skip("nvidia-nvimgcodec-cu13 is not installed")
     images = [EncodedImage.open(jpeg(photograph(150, 110), orientation)) for orientation in (1, 6, 3)]
     with_regions = [sample_of(seed, images[seed % 3], exact_resize=exact) for seed in range(30)]
     monkeypatch.setattr(jpeg_regions, "library", lambda: None)

@@ -135,7 +135,7 @@ def test_the_line_says_what_to_try_where_data_limits(monkeypatch):
     text = describe_waiting(SimpleNamespace(dataloader_num_workers=8, device=gpu), 0.45)
     assert text == (
         "45% of the time waits for images, although 8 --dataloader_num_workers load them on 8 cores: try smaller files (lvvit cache), "
-        "a faster decoder (pip install nvidia-nvimgcodec-cu12)"
+        "a faster decoder (pip install nvidia-nvimgcodec-cu13)"
     )
     on_cpu = SimpleNamespace(dataloader_num_workers=0, device=torch.device("cpu"))
     assert "more" not in describe_waiting(on_cpu, 0.45) and "lvvit cache" in describe_waiting(on_cpu, 0.45)

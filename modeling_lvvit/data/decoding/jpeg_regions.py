@@ -1,10 +1,11 @@
-"""Regions of JPEG files by nvImageCodec, where it is installed (`nvidia-nvimgcodec-cu12`, on the CPU): what lies around a region is
+"""Regions of JPEG files by nvImageCodec, where it is installed (`nvidia-nvimgcodec-cu13`, on the CPU): what lies around a region is
 parsed, but not transformed and converted. The values are those of Pillow bit for bit: both decode with libjpeg-turbo.
 """
 
 import functools
 import importlib.util
 import os
+import shutil
 import tempfile
 import threading
 from pathlib import Path
@@ -24,7 +25,8 @@ if hasattr(os, "register_at_fork"):  # a process has decoders of its own
 def library() -> Any | None:
     """The module `nvidia.nvimgcodec`, `None` where it is not installed or has no decoder for the CPU.
 
-    Of its extensions only libjpeg-turbo is loaded. The others would look for libraries of CUDA, and say at length that there are none.
+    Of its extensions only libjpeg-turbo is loaded, unless the program has imported it before. The others would look for libraries of
+    CUDA, and say at length that there are none.
     """
     try:
         spec = importlib.util.find_spec("nvidia.nvimgcodec")
@@ -34,9 +36,9 @@ def library() -> Any | None:
     if not extensions:
         return None
     before = os.environ.get(VARIABLE)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
-            (Path(folder) / extensions[0].name).symlink_to(extensions[0])
+            shutil.copy2(extensions[0], folder)  # no link: Windows allows them to few
             os.environ[VARIABLE] = folder
             from nvidia import nvimgcodec
 

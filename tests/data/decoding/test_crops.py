@@ -90,7 +90,7 @@ def test_large_images_are_decoded_in_the_scale_of_the_crop(monkeypatch, matrix):
     assert distance(crop, np.asarray(whole.resize((64, 64), FILTERS[1], box=(100, 100, 1300, 1100)))) < 2
 
 
-@pytest.mark.skipif(not jpeg_regions.is_used(), reason="nvidia-nvimgcodec-cu12 is not installed")
+@pytest.mark.skipif(not jpeg_regions.is_used(), reason="nvidia-nvimgcodec-cu13 is not installed")
 @pytest.mark.parametrize("exact", [False, True])
 def test_both_decoders_give_the_same_crops(monkeypatch, exact):
     image = EncodedImage.open(jpeg(photograph(300, 200), 6))

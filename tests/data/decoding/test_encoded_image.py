@@ -22,7 +22,7 @@ def decoder(request, monkeypatch):
     if request.param == "pillow":
         monkeypatch.setattr(jpeg_regions, "library", lambda: None)
     elif not jpeg_regions.is_used():
-        pytest.skip("nvidia-nvimgcodec-cu12 is not installed")
+        pytest.skip("nvidia-nvimgcodec-cu13 is not installed")
     return request.param
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 from transformers.utils import logging
 
-from .image_dataset import check_has_columns, with_image_column
-from .image_folder import Layout, list_folder
-from .sources import find_parquet_data, looks_local, open_splits
-from .splits import EVALUATION_SPLITS, split_to_evaluate
+from ..image_dataset import check_has_columns, with_image_column
+from ..image_folder import Layout, list_folder
+from ..sources import find_parquet_data, looks_local, open_splits
+from ..splits import EVALUATION_SPLITS, split_to_evaluate
 
 
 logger = logging.get_logger(__name__)
