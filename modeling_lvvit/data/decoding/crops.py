@@ -45,7 +45,7 @@ def resized_crop(
     pixels = image.region(_within(image, box, 0))
     if pixels.shape[1:] == size[::-1]:
         return pixels
-    return nn.functional.interpolate(pixels[None], size=size[::-1], mode=MODES[resample], antialias=True)[0]
+    return nn.functional.interpolate(_as_batch(pixels), size=size[::-1], mode=MODES[resample], antialias=True)[0]
 
 
 def resized_box(
@@ -134,7 +134,7 @@ def _read_bilinearly(
     for axis, place in enumerate(places):
         grid[0, :, :, axis] = place
     options = {"mode": "bilinear", "padding_mode": "border", "align_corners": False}
-    read = nn.functional.grid_sample(pixels[None].float(), grid, **options)[0]
+    read = nn.functional.grid_sample(_as_batch(pixels).float(), grid, **options)[0]
     channels = read.add_(0.5).to(torch.uint8).numpy()  # values are means of 0 to 255
     if fill is not None:
         outside = (torch.maximum(*(place.abs() for place in places)) > 1).numpy()
@@ -153,6 +153,11 @@ def _within(image: EncodedImage, box: Box, margin: float) -> IntBox:
     low = (max(0, math.floor(side - margin)) for side in box[:2])
     high = (min(limit, math.ceil(side + margin)) for side, limit in zip(box[2:], image.size))
     return (*low, *high)
+
+
+def _as_batch(pixels: torch.Tensor) -> torch.Tensor:
+    """A batch of one image with strides by which PyTorch knows that the channels of a pixel lie next to each other: its fast way."""
+    return pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
 
 
 def _as_image(pixels: torch.Tensor) -> Image.Image:
