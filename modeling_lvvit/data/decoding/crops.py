@@ -1,7 +1,7 @@
 """Crops of images in another size, plain or out of an affinely warped image; only what they show is decoded and computed.
 
 Two ways of resampling: `exact`, by Pillow from the pixels of the whole image; and the fast one, in the scale that the crop needs and by
-PyTorch, which rounds differently (data/README.md, Decoding, has the differences).
+PyTorch, which rounds differently (data/README.md, Decoding, has the differences). Small crops of small images are always exact.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import nn
 from .encoded_image import Box, EncodedImage, as_encoded
 
 
+SMALL_IMAGE, SMALL_CROP = 256, 64  # pixels of the longer side
 FILTER_REACH = 3  # pixels, more than a bicubic filter reads to a side
 MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 IntBox = tuple[int, int, int, int]
@@ -33,12 +34,8 @@ def resized_crop(
     Returns:
         uint8 `[3, height, width]`.
     """
-    if exact:
-        region = _within(image, box, FILTER_REACH * max(1, *_shrink(box, size)))
-        part = _as_image(image.region(region))
-        left, top = region[:2]
-        inner = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-        return _as_pixels(part.resize(size, resample, box=inner))
+    if exact or _is_small(image, size):
+        return _as_pixels(_resized_exactly(image, box, size, resample))
     reduction = image.reduction(box, size)
     if reduction > 1:
         return image.resized_from_reduced(box, size, resample, reduction)
@@ -90,6 +87,7 @@ def warped_crop(
     Returns:
         uint8 `[3, height, width]`.
     """
+    exact = exact or _is_small(image, size)
     left, top, right, bottom = box
     width, height = size
     to_warped = np.array([[(right - left) / width, 0, left], [0, (bottom - top) / height, top], [0, 0, 1]])
@@ -104,20 +102,29 @@ def warped_crop(
         return torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1).expand(3, height, width)
     region = tuple(int(side) for side in (*low, *high))
     reduced_size = tuple(np.ceil((high - low) / shrink).astype(int).tolist())
-    if shrink.max() > 1:
-        part = resized_crop(image, region, reduced_size, resample, exact)
+    is_reduced = shrink.max() > 1
+    if is_reduced:
         to_source[:2] = (to_source[:2] - np.outer(low, [0, 0, 1])) * (reduced_size / (high - low))[:, None]
-    elif exact:  # places in the whole image: the same less its corner would be rounded differently
-        part = image.region((0, 0, *image.size))
+    if exact:  # places in the whole image: the same less its corner would be rounded differently
+        whole = _resized_exactly(image, region, reduced_size, resample) if is_reduced else image.decode()
+        data = tuple(to_source[:2].flatten())
+        return _as_pixels(whole.transform(size, Image.Transform.AFFINE, data, resample, fillcolor=fill))
+    if is_reduced:
+        part = resized_crop(image, region, reduced_size, resample)
     else:
         part = image.region(region)
         to_source[:2, 2] -= low
-    if exact:
-        data = tuple(to_source[:2].flatten())
-        warped = _as_image(part).transform(size, Image.Transform.AFFINE, data, resample, fillcolor=fill)
-        return _as_pixels(warped)
     leaves = bool((corners < low[:, None]).any() or (corners > high[:, None]).any())
     return _read_bilinearly(part, to_source, size, fill if leaves else None)
+
+
+def _resized_exactly(image: EncodedImage, box: Box, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """`Image.resize` of the whole image, from the part that the filter reads."""
+    if image.image is not None:  # decoded already
+        return image.decode().resize(size, resample, box=box)
+    left, top, right, bottom = _within(image, box, FILTER_REACH * max(1, *_shrink(box, size)))
+    part = _as_image(image.region((left, top, right, bottom)))
+    return part.resize(size, resample, box=(box[0] - left, box[1] - top, box[2] - left, box[3] - top))
 
 
 def _read_bilinearly(
@@ -141,6 +148,11 @@ def _read_bilinearly(
         for channel, value in zip(channels, fill):
             np.copyto(channel, value, where=outside)
     return torch.from_numpy(np.dstack(list(channels))).permute(2, 0, 1)
+
+
+def _is_small(image: EncodedImage, size: tuple[int, int]) -> bool:
+    """Whether Pillow is as fast for a crop: single calls of PyTorch take longer than so few pixels."""
+    return max(image.size) <= SMALL_IMAGE and max(size) <= SMALL_CROP
 
 
 def _shrink(box: Box, size: tuple[int, int]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from .jpeg_regions import read_region
 
 
 JPEG = ("JPEG", "MPO")  # formats of Pillow
+JPEG_START = b"\xff\xd8"
 REDUCTIONS = (8, 4, 2)  # in which libjpeg decodes without finer detail
 UPRIGHT = 1
 # Exif orientation -> how stored pixels become upright: exchange rows and columns, then mirror from left to right, from top to bottom
@@ -58,6 +59,8 @@ class EncodedImage:
         """
         try:
             value = {**value, "bytes": read_content(value)}
+            if not value["bytes"].startswith(JPEG_START):
+                return as_encoded(decode_image(value))
             with pillow_errors(), Image.open(io.BytesIO(value["bytes"])) as image:
                 if image.format in JPEG and image.mode == "RGB":
                     orientation = image.getexif().get(ExifTags.Base.Orientation)
