@@ -175,6 +175,9 @@ def annotate(args: AnnotateArguments, accelerator: Accelerator) -> None:
     if not args.streaming and isinstance(dataset.features.get(column), datasets.ClassLabel):
         note = describe_classes(dataset, args.train_split, column)
     title = f"Token labels of {about['dataset']} ({args.train_split}) by {annotator.provenance['annotator']}"
+    about |= {
+        "decoding": "reduced"
+    }  # sets of versions that decoded in full are not continued: of large images they differ
     prepare = partial(prepared_ahead, preprocessing=annotator.preprocessing)
     annotation = Annotation(annotator, annotator.score_map, class_names, rows, prepare, about, title)
     if args.five_crop:

@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..console import progress_bar
+from ..data.loaders import num_preparing_workers
 from ..data.shard_folder import package_versions
 from ..hub.repository import HubError
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelSetLayout
 from ..labels.writer import LabelSetWriter
-from ..launching import num_cpu_cores
 from .annotator import Annotator
 from .arguments import AnnotateArguments
 from .five_crop import SIDE, VIEWS, FiveCrop
@@ -65,9 +65,6 @@ class Annotation:
         layout = LabelSetLayout(self.class_names, args.top_k, tuple(self.annotator.dense.grid_size), args.score_type)
         # not --on_error: finished shards are the same whatever it says
         options = {"scores": args.scores, "batch_size": args.batch_size, "bf16": args.bf16}
-        options |= {
-            "decoding": "reduced"
-        }  # sets that were begun before are not continued: of large images they differ
         settings = {**self.about, **self.annotator.provenance, **options, "max_samples": args.max_train_samples}
         versions = package_versions(torch, transformers, timm, PIL)
         folder, per_shard = Path(args.output_dir), self.rows.rows_per_shard
@@ -117,7 +114,7 @@ def write_shards(
     scorer = Scorer(annotation.score_map, writer.layout, args.scores, accelerator.device, accelerator.autocast)
     choose_heads = None if heads is None else partial(heads.choose, passes=1 if annotation.views is None else VIEWS)
     builder = ShardBuilder(scorer, writer.layout, args.on_error == "empty", choose_heads)
-    workers = args.num_workers or max(1, num_cpu_cores() // accelerator.num_processes)
+    workers = num_preparing_workers(args.num_workers)
     share = f", share of process 1 of {accelerator.num_processes}" if accelerator.num_processes > 1 else ""
     rank, number, total = accelerator.process_index, accelerator.num_processes, None
     if isinstance(rows, StreamedImageBatches):

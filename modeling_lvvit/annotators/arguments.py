@@ -53,7 +53,8 @@ class AnnotateArguments(HubUploadArguments):
     on_error: Literal["stop", "empty"] = HfArg(default="stop", help="Damaged image: stop, or an empty label.")
     max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     num_workers: int | None = HfArg(
-        default=None, help="Threads that read and resize images, for crops processes; default: one for each core."
+        default=None,
+        help="Processes that read and resize images; default: one for each core, at most 16; 0: the one that annotates.",
     )
     annotator: str | None = HfArg(
         default=None,
@@ -98,9 +99,9 @@ class AnnotateArguments(HubUploadArguments):
 
     def __post_init__(self):
         for name in ("top_k", "batch_size", "max_train_samples", "num_workers", "rows_per_shard"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}.")
+            value, least = getattr(self, name), 0 if name == "num_workers" else 1
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}.")
         if self.streaming and self.unlabeled_dataset_name is not None:
             raise ValueError(
                 "Images without labels are not added to a stream: leave out `streaming`, or annotate them by themselves."

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from ..console import ignore_interrupts
+from ..data.images import PixelLimit, SampleError
 from .pipeline import PreparedImage, prepare_image
 
 
-BATCHES_AHEAD = 3  # of each worker
+BATCHES_AHEAD = 8  # of all workers together, at least one of each
+# errors that are for people; others come from a worker with its traceback
+ERRORS = (SampleError, OSError, ValueError)
 
 
 def prepared_ahead(
@@ -51,7 +54,7 @@ def loaded_ahead(
         batch_size=None,
         sampler=places(),
         num_workers=num_workers,
-        prefetch_factor=BATCHES_AHEAD if num_workers else None,
+        prefetch_factor=max(1, BATCHES_AHEAD // num_workers) if num_workers else None,
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # the program's own draws stay as they are
     )
@@ -67,11 +70,12 @@ class _Loads(torch.utils.data.Dataset):
 
     def __init__(self, load: Callable[[Any], list[PreparedImage]]):
         self.load = load
+        self.pixel_limit = PixelLimit()  # for the processes that load
 
     def __getitem__(self, place: Any) -> tuple[Any, torch.Tensor | list[torch.Tensor]]:
         try:
             images = self.load(place)
-        except Exception as error:  # one of a worker would come with its traceback in its message
+        except ERRORS as error:
             return error, []
         pixels = [image.pixels for image in images if image.pixels is not None]
         if len({part.shape for part in pixels}) == 1:

@@ -183,15 +183,20 @@ class ImageProcessorTransform:
         self.image_processor, self.normalization = image_processor, None
         if as_pixels and not isinstance(image_processor, TimmWrapperImageProcessor):
             settings = checked_settings(image_processor)
-            self.normalization = Normalization(settings.image_mean, settings.image_std)
+            if (
+                self._pixels(Image.new("RGB", (256, 256), PROBE_COLOR)).dtype == torch.uint8
+            ):  # else it does more than normalize
+                self.normalization = Normalization(settings.image_mean, settings.image_std)
 
     def __call__(self, image: Image.Image, *label_map: Any) -> dict[str, Any]:
         """Image to `pixel_values` `[3, height, width]`, float32 and normalized, or uint8; a label map has no use in evaluation."""
         if self.normalization is None:
             return {"pixel_values": self.model_input(image)}
+        return {"pixel_values": self._pixels(image), "normalization": self.normalization}
+
+    def _pixels(self, image: Image.Image) -> torch.Tensor:
         switches = {"do_rescale": False, "do_normalize": False}
-        pixels = self.image_processor(images=image, return_tensors="pt", **switches)["pixel_values"][0]
-        return {"pixel_values": pixels.to(torch.uint8), "normalization": self.normalization}
+        return self.image_processor(images=image, return_tensors="pt", **switches)["pixel_values"][0]
 
     def model_input(self, image: Image.Image) -> torch.Tensor:
         """Image to float32 `[3, height, width]`, normalized by the processor."""

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from ..data.decoding import jpeg_regions
 from ..labels.columns import label_map_features
 from ..labels.label_maps import encode_top_k
-from ..token_labeling import TokenLabelCollator, TokenLabelDataset, TrainTransform
+from ..token_labeling import TokenLabelCollator, TokenLabelDataset, TrainTransform, finish_images
 
 
 # ours: with label maps; without; resampled exactly; decoded by Pillow alone
@@ -135,4 +135,5 @@ def loader_call(name: str, rows: datasets.Dataset, batch_size: int) -> Callable[
         loader = token_label_loader(
             rows, batch_size, image_size, (14, 14), name != "plain_labels", name == "exact_resize"
         )
-    return lambda: deque(loader, maxlen=0)
+    finish = finish_images if name in OURS else tuple  # what is left for the device
+    return lambda: deque(map(finish, loader), maxlen=0)

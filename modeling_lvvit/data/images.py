@@ -39,7 +39,7 @@ class SampleError(ValueError):
 
 
 class UndecodableError(ValueError):
-    """The pixels of an image file cannot be decoded; its header could be read."""
+    """An image file cannot be read or decoded."""
 
 
 @contextmanager

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
+from transformers.utils import logging
 
 from ..launching import num_cpu_cores
 from .sampling import ShardedEvalSampler, fold_in
 
 
+logger = logging.get_logger(__name__)
 MAX_WORKERS = 16  # of a process that trains or evaluates
 PREFETCH_FACTOR = 4  # batches that each worker loads ahead
 SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches, on Linux
@@ -53,6 +55,20 @@ def default_num_workers(on_cpu: bool) -> int:
     one on photographs 251 ms without and 284 ms with one.
     """
     return 0 if on_cpu or lacks_shared_memory() else min(cores_of_process(), MAX_WORKERS)
+
+
+def num_preparing_workers(given: int | None) -> int:
+    """Processes that prepare images for each process of an annotator: those that were given, else one for each core of its share, at most
+    `MAX_WORKERS`, also where the CPU computes: decoding is most of the work. Without shared memory none, which a line says."""
+    if given is not None:
+        return given
+    if lacks_shared_memory():
+        logger.warning(
+            "%s is too small for worker processes, images are prepared one after another; a container gets more by docker run "
+            "--shm-size 8g.", SHARED_MEMORY,
+        )  # fmt: skip
+        return 0
+    return min(cores_of_process(), MAX_WORKERS)
 
 
 def describe_workers(number: int, on_cpu: bool) -> str:

@@ -128,12 +128,11 @@ class ShardFolder:
         if not path.is_file():
             return False
         try:
-            pq.read_metadata(path)
+            return pq.read_metadata(path).num_rows > 0
         except (pa.ArrowException, OSError) as error:
             logger.warning("%s is damaged (%s) and is made again.", path, error)
             path.unlink(missing_ok=True)
             return False
-        return True
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 FOLDER/token_labels.json           settings, versions, and in the end a report
 FOLDER/data/train-00000.parquet    rows 0 to rows_per_shard - 1, and so on
-FOLDER/README.md                   card, written last (`label_set_publishing`)
+FOLDER/README.md                   card, written last (`publishing`)
 """
 
 from collections import Counter, defaultdict

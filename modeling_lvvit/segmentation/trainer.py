@@ -129,7 +129,9 @@ class SegmentationTrainer(BaseImageTrainer):
         return self.lr_scheduler
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return finish_crops(super()._prepare_inputs(inputs))
+        inputs = finish_crops(super()._prepare_inputs(inputs))
+        # which casts floating-point images to its type
+        return super()._prepare_inputs(inputs) if self.is_deepspeed_enabled else inputs
 
     def get_eval_dataloader(self, eval_dataset: SegmentationDataset | str | None = None) -> DataLoader:
         """Images of this process in lists; they are moved to the device one after another."""

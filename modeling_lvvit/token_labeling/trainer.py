@@ -194,7 +194,9 @@ class TokenLabelTrainer(BaseImageTrainer):
         return model, loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return finish_images(super()._prepare_inputs(inputs))
+        inputs = finish_images(super()._prepare_inputs(inputs))
+        # which casts floating-point images to its type
+        return super()._prepare_inputs(inputs) if self.is_deepspeed_enabled else inputs
 
     def prediction_step(
         self,

@@ -98,6 +98,11 @@ class BaseImageTrainingArguments(TrainingArguments):
         if self.is_learning_rate_scaled:
             self.learning_rate = self.base_learning_rate
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`accelerator_config` dispatch_batches lets one process load for all, and batches here are more than tensors. Leave it out: "
+                "every process loads its own images."
+            )
         # accelerate's loading by one process (its default under FSDP) cannot pass on batch-norm statistics (its issue 3898)
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         if self.fsdp_plugin_args is not None:

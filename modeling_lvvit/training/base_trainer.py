@@ -83,13 +83,15 @@ class BaseImageTrainer(HubTrainer):
         return decayed_parameters(model)
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        """As in `Trainer`; `dataloader_drop_last` holds for training alone: evaluations and predictions are of all images."""
-        is_last_left_out = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = is_last_left_out and is_training
+        """As in `Trainer`; `dataloader_drop_last` and `dataloader_persistent_workers` hold for training alone. Evaluations and predictions are
+        of all images, and the library would keep the loader of the first one for all others, of whatever data."""
+        options = (self.args.dataloader_drop_last, self.args.dataloader_persistent_workers)
+        if not is_training:
+            self.args.dataloader_drop_last = self.args.dataloader_persistent_workers = False
         try:
             loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
-            self.args.dataloader_drop_last = is_last_left_out
+            self.args.dataloader_drop_last, self.args.dataloader_persistent_workers = options
         return self.prepare_loader(loader)
 
     def prepare_loader(self, loader: DataLoader) -> DataLoader:

@@ -1,6 +1,7 @@
 """From images to label maps: reading, preparing in order, encoding; rows in batches."""
 
 import io
+import pickle
 import time
 import warnings
 from contextlib import nullcontext
@@ -23,7 +24,8 @@ from modeling_lvvit.annotators.pipeline import (
     encode_scores,
     prepare_image,
 )
-from modeling_lvvit.annotators.prefetch import BATCHES_AHEAD, prepared_ahead
+from modeling_lvvit.annotators.prefetch import BATCHES_AHEAD, _Loads, prepared_ahead
+from modeling_lvvit.data import loaders
 from modeling_lvvit.data.decoding import EncodedImage
 from modeling_lvvit.data.image_keys import read_keys
 from modeling_lvvit.data.images import content_hash, decode_image, examine_image
@@ -391,9 +393,38 @@ def test_only_few_batches_are_prepared_ahead():
 
     stream = prepared_ahead(batches(), as_it_is, 2)
     assert next(stream)[0] == 0
-    assert taken == list(range(2 * BATCHES_AHEAD + 1))
+    assert taken == list(range(BATCHES_AHEAD + 1))
     stream.close()
-    assert len(taken) == 2 * BATCHES_AHEAD + 1
+    assert len(taken) == BATCHES_AHEAD + 1
+
+
+def test_batches_ahead_are_as_many_with_more_workers():
+    taken = []
+
+    def batches():
+        for number in range(40):
+            taken.append(number)
+            yield number, [tiny_image(number)]
+
+    stream = prepared_ahead(batches(), as_it_is, 5)
+    next(stream)
+    stream.close()
+    assert len(taken) <= BATCHES_AHEAD + 1
+
+
+def test_workers_know_the_limit_of_pixels(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    content = pickle.dumps(_Loads(len))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    pickle.loads(content)  # as a process that does not start by `fork` gets it
+    assert Image.MAX_IMAGE_PIXELS == 50
+
+
+def test_workers_need_shared_memory(monkeypatch, caplog):
+    monkeypatch.setattr(loaders, "lacks_shared_memory", lambda: True)
+    with caplog.at_level("WARNING"):
+        assert loaders.num_preparing_workers(None) == 0
+    assert "--shm-size" in caplog.text and loaders.num_preparing_workers(3) == 3
 
 
 def test_errors_of_workers_reach_the_caller():

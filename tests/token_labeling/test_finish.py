@@ -132,6 +132,16 @@ def test_normalized_images_stay_as_they_are():
     assert torch.equal(finish_images({"pixel_values": pixel_values})["pixel_values"], pixel_values)
 
 
+def test_pixels_without_normalization_are_refused():
+    with pytest.raises(ValueError, match="without `normalization`. Collate samples of `TrainTransform` with"):
+        finish_images({"pixel_values": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)})
+
+
+def test_normalized_samples_make_a_batch_of_the_usual_layout():
+    samples = [{"pixel_values": torch.randn(3, 8, 8)} for _ in range(2)]
+    assert TokenLabelCollator((2, 2))(samples)["pixel_values"].is_contiguous()
+
+
 @pytest.mark.parametrize("size", [(90, 70), (640, 480), (41, 300)])
 def test_evaluation_images_are_those_of_the_processor(size):
     processor = evaluation_image_processor((32, 48), 0.9, image_mean=MEAN, image_std=STD)

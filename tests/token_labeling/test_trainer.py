@@ -218,6 +218,24 @@ def test_average_follows_its_formula(tiny_model, labelled_rows, tmp_path):
     torch.testing.assert_close(tiny_model.classifier.weight, 0.75 * weights[0] + 0.25 * weights[1])
 
 
+def test_evaluation_of_other_data_is_of_that_data(tiny_model, labelled_rows, tmp_path):
+    """With workers that outlive an epoch the library keeps a loader, whatever data is asked for."""
+    few, many = (
+        TokenLabelDataset(labelled_rows.select(range(count)), ImageProcessorTransform(image_processor()))
+        for count in (3, 12)
+    )
+    settings = arguments(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    trainer = TokenLabelTrainer(tiny_model, settings, eval_dataset=few)
+    assert len(trainer.get_eval_dataloader().dataset) == 3
+    assert len(trainer.get_eval_dataloader(many).dataset) == 12
+    assert settings.dataloader_persistent_workers
+
+
+def test_loading_by_one_process_for_all_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="dispatch_batches"):
+        arguments(tmp_path, accelerator_config={"dispatch_batches": True})
+
+
 def test_evaluation_during_training_uses_the_average(tiny_model, labelled_rows, tmp_path):
     """With a decay near 1 the average stays at the weights after the first step, whatever follows."""
     evaluation = TokenLabelDataset(labelled_rows, ImageProcessorTransform(image_processor()), name="evaluation")

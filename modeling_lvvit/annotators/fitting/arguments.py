@@ -42,7 +42,8 @@ class FitAnnotatorArguments:
     )
     max_image_pixels: int | None = HfArg(default=None, help=MAX_PIXELS_HELP)
     num_workers: int | None = HfArg(
-        default=None, help="Threads that read and resize images; default: one for each core."
+        default=None,
+        help="Processes that read and resize images; default: one for each core, at most 16; 0: the one that computes.",
     )
     backbone: str | None = HfArg(
         default=None,
@@ -82,9 +83,9 @@ class FitAnnotatorArguments:
 
     def __post_init__(self):
         for name in ("batch_size", "max_train_samples", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}.")
+            value, least = getattr(self, name), 0 if name == "num_workers" else 1
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}.")
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"--folds must be 0 (off) or at least 2, got {self.folds}.")
         if self.regularization is not None and not self.regularization > 0:

@@ -164,7 +164,7 @@ def compute_features(
         extract: Backbone.
         store: Where features are kept.
         batch_size: Images of a forward pass.
-        num_workers: Threads that decode images.
+        num_workers: Processes that decode images.
 
     Raises:
         ValueError: If an image cannot be read, or its features are NaN or infinite; what was computed is kept.

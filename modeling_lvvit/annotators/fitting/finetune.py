@@ -230,7 +230,7 @@ def predict(
     )
     options, logits = forward_options(model, preprocessing.image_size), []
     model.eval()
-    for _, prepared in prepared_ahead(batches.batches([0]), preprocessing, args.num_workers or 1):
+    for _, prepared in prepared_ahead(batches.batches([0]), preprocessing, args.num_workers or 0):
         pixels = torch.stack([image.pixels for image in prepared]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             logits.append(output_logits(model(preprocessing.normalize(pixels), **options)).float().cpu().numpy())

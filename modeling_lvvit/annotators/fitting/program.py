@@ -19,6 +19,7 @@ import torch
 
 from ...console import program
 from ...data.images import PixelLimit, parse_image_size
+from ...data.loaders import num_preparing_workers
 from ...launching import num_cpu_cores, set_up_cpu
 from ...options import Program
 from ...per_class.weights import training_weights
@@ -67,10 +68,10 @@ def load_features(
     """Features by head, computed where they are not there yet; says how many."""
     start, preprocessing = time.monotonic(), annotator.preprocessing
     settings = {"backbone": backbone_fingerprint(annotator.dense.model, heads), "heads": heads, "bf16": args.bf16}
-    settings["preprocessing"] = asdict(preprocessing)
+    settings |= {"preprocessing": asdict(preprocessing), "decoding": "reduced"}  # earlier versions decoded in full
     extract = FeatureExtractor(annotator.dense.model, heads, preprocessing, args.bf16)
     store = FeatureStore(Path(args.output_dir) / FEATURES, settings)
-    workers = args.num_workers or num_cpu_cores()
+    workers = num_preparing_workers(args.num_workers)
     features, number = compute_features(
         images.rows, images.keys, args.image_column_name, images.hashes, extract, store, args.batch_size, workers
     )
@@ -99,7 +100,7 @@ def fit_annotator(args: FitAnnotatorArguments, device: torch.device) -> dict[str
         size, grid = ("{} x {}".format(*sides) for sides in (backbone.image_size, annotator.dense.grid_size))
         name = type(annotator.dense.model).__name__
         print(f"backbone: {name}, images of {size} pixels ({args.fit}), maps of {grid} cells", flush=True)
-        workers = args.num_workers or num_cpu_cores()
+        workers = args.num_workers or num_cpu_cores()  # threads
         images.hashes = hash_images(images.rows, images.keys, args.image_column_name, workers)
         folds = None if None in images.hashes else fold_images(args, images)
         features = load_features(args, images, annotator, heads)  # which names an image that cannot be read

@@ -173,6 +173,7 @@ def annotate_crops(
     per_shard = args.rows_per_shard or default_rows_per_shard(len(samples))
     rows = CropBatches(samples, keys, training_args.data_seed, num_epochs, per_shard, args.batch_size)
     about = {**about_dataset(data_args), **about, **record.settings()}
+    about |= {"decoding": "exact" if data_args.exact_resize else "reduced"}
     title = f"Token labels of training crops of {about['dataset']} ({data_args.train_split}) by {annotator.provenance['annotator']}"
     annotation = Annotation(annotator, online.score_map, names, rows, rows.prepare, about, title, CropLabelSetWriter)
     args = replace(args, train_split=data_args.train_split, max_train_samples=data_args.max_train_samples)

@@ -32,13 +32,17 @@ def library() -> Any | None:
         spec = importlib.util.find_spec("nvidia.nvimgcodec")
     except ModuleNotFoundError:
         return None
-    extensions = [] if spec is None else sorted((Path(spec.origin).parent / "extensions").glob("*jpeg_turbo_ext*"))
+    extensions = (
+        []
+        if spec is None or spec.origin is None
+        else sorted((Path(spec.origin).parent / "extensions").glob("*jpeg_turbo_ext*"))
+    )
     if not extensions:
         return None
     before = os.environ.get(VARIABLE)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
-            shutil.copy2(extensions[0], folder)  # no link: Windows allows them to few
+            shutil.copy2(extensions[0], folder)  # no link, which Windows allows to few users only
             os.environ[VARIABLE] = folder
             from nvidia import nvimgcodec
 

@@ -26,7 +26,7 @@ from ...console import ignore_interrupts, program, progress_bar
 from ...launching import end_with_parent, num_cpu_cores
 from ...options import Program
 from ..image_dataset import MAX_REPORTED_PROBLEMS, check_has_columns, with_image_column
-from ..images import MAX_PIXELS_HELP, MAX_VALUE, PixelLimit, SampleError, decode_image, read_content
+from ..images import MAX_PIXELS_HELP, MAX_VALUE, ROTATED, PixelLimit, SampleError, decode_image, read_content
 from ..shard_folder import default_rows_per_shard, package_versions
 from ..sources import open_splits, short_name
 from .reduce import CopyFacts, ReducedRows, Reduction, local_prefix
@@ -204,6 +204,8 @@ def write_copy(args: CacheArguments) -> list[str]:
 def warn_of_images(report: dict[str, Any]) -> None:
     """Says what cannot be seen in the copy any more."""
     for note, number in report["notes"].items():
+        if note == ROTATED:  # pixels and tag are those of the source
+            continue
         logger.warning("%s: %d of %d images that were made smaller.", note, number, report["reduced"])
     if damaged := report["damaged"]:
         logger.warning(

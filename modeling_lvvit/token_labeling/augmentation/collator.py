@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -63,10 +64,14 @@ class TokenLabelCollator:
     mix_methods: tuple[str, ...] = ("token",)
     mixup_alpha: float = 0.8
 
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        # the channels of a pixel lie next to each other in memory, as decoders give them
-        pixels = torch.stack([sample["pixel_values"].permute(1, 2, 0) for sample in samples])
-        batch = {"pixel_values": pixels.permute(0, 3, 1, 2)}
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        images = [sample["pixel_values"] for sample in samples]
+        if (
+            images[0].dtype == torch.uint8
+        ):  # the channels of a pixel lie next to each other in memory, as decoders give them
+            batch = {"pixel_values": torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)}
+        else:
+            batch = {"pixel_values": torch.stack(images)}
         if "normalization" in samples[0]:
             batch["normalization"] = samples[0]["normalization"]
         if "labels" in samples[0]:

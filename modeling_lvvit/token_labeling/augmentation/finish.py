@@ -65,11 +65,19 @@ def finish_images(batch: dict[str, Any]) -> dict[str, Any]:
     Where `pixel_values` are uint8, they are normalized by its `normalization` (`data.images.Normalization`), then rectangles of
     `erased` are filled with noise, then pixels are mixed: a share `pixel_share`, `(1, 1, height, width)` or `(1, 1, 1, 1)`, is that of the
     image in the mirrored place of the batch. These three fields are gone afterwards. Other images stay as they are.
+
+    Raises:
+        ValueError: If uint8 images come without `normalization`.
     """
     batch = dict(batch)
     normalization, erased, share = (batch.pop(name, None) for name in ("normalization", "erased", "pixel_share"))
     pixel_values = batch["pixel_values"]
     if pixel_values.dtype == torch.uint8:
+        if normalization is None:
+            raise ValueError(
+                "The images are uint8 and come without `normalization`. Collate samples of `TrainTransform` with `TokenLabelCollator`, or "
+                "normalize the images yourself."
+            )
         pixel_values = normalization(pixel_values)
     if erased:
         erase(pixel_values, erased)
@@ -80,9 +88,12 @@ def finish_images(batch: dict[str, Any]) -> dict[str, Any]:
 
 def erase(pixel_values: torch.Tensor, boxes: list[ErasedBox]) -> None:
     """Fills rectangles of normalized images `(B, 3, height, width)` with noise, in place."""
-    generator = torch.Generator(pixel_values.device)
+    try:
+        generator = torch.Generator(pixel_values.device)
+    except RuntimeError:  # of this kind of device there is none: its noise is drawn here and copied
+        generator = torch.Generator()
     for box in boxes:
         generator.manual_seed(box.seed)
         rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
         part = pixel_values[box.row, :, rows, columns]
-        part.copy_(torch.empty_like(part, memory_format=torch.contiguous_format).normal_(generator=generator))
+        part.copy_(torch.empty(part.shape, device=generator.device).normal_(generator=generator))

@@ -97,7 +97,8 @@ class TrainTransform:
         self.random_erasing = BoxEraser(erasing) if erasing else None
 
     def draw_options(self) -> dict[str, Any]:
-        """All on which it depends, besides the generators, what an image looks like before erasing; JSON values."""
+        """All on which it depends, besides the generators, which part of an image is shown and how, but for `exact_resize`, before erasing; JSON
+        values."""
         (low, high), augmentation = self.augmentation.crop_scale, self.augmentation
         return {
             "image_size": list(self.image_size),
