@@ -133,3 +133,13 @@ def test_top_level_is_as_agreed():
 def test_readme_names_the_command_that_ci_runs():
     command = (ROOT / ".ci" / "run").read_text(encoding="utf-8").strip().splitlines()[-1]
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_links_between_documents_lead_somewhere():
+    tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    dead = []
+    for name in tracked.stdout.split():
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / name).read_text(encoding="utf-8")):
+            if "://" not in link and "{" not in link and not ((ROOT / name).parent / link).exists():
+                dead.append(f"{name}: {link}")
+    assert dead == []
