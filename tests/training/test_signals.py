@@ -165,7 +165,7 @@ class Failing(TrainerCallback):
         raise RuntimeError("out of memory")
 
 
-def test_evaluations_share_their_workers(tiny_model, labelled_rows, tmp_path):
+def test_workers_of_an_evaluation_end_with_it(tiny_model, labelled_rows, tmp_path):
     options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "eval_steps": 1}
     trainer = with_evaluation(tiny_model, labelled_rows, tmp_path, **options)
     counts = []
@@ -177,7 +177,7 @@ def test_evaluations_share_their_workers(tiny_model, labelled_rows, tmp_path):
     trainer.add_callback(Count())
     trainer.train()
     assert len(counts) == 8
-    assert max(counts) == 2  # one trains, one evaluates
+    assert set(counts) == {1}  # which trains
 
 
 def test_every_evaluation_set_has_raw_and_averaged_accuracy(tiny_model, labelled_rows, tmp_path):

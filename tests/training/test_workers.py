@@ -67,10 +67,10 @@ def test_a_trainer_prepares_all_its_loaders(tiny_model, labelled_rows, tmp_path)
     segmentation = segmentation_trainer(segmenter(), tmp_path, None, masked_rows(), dataloader_num_workers=1)
     images = segmentation.get_eval_dataloader()
     assert images.worker_init_fn.func is loaders._start_worker and images.generator is not None
-    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+    for loader, is_persistent in ((trainer.get_train_dataloader(), True), (trainer.get_eval_dataloader(), False)):
         inner = loader.base_dataloader
         assert inner.worker_init_fn.func is loaders._start_worker and inner.generator is not None
-        assert (inner.num_workers, inner.persistent_workers, inner.prefetch_factor) == (1, True, 4)
+        assert (inner.num_workers, inner.persistent_workers, inner.prefetch_factor) == (1, is_persistent, 4)
 
 
 def test_no_worker_outlives_its_run(tiny_model, labelled_rows, tmp_path):
@@ -86,14 +86,13 @@ def test_no_worker_outlives_its_run(tiny_model, labelled_rows, tmp_path):
 
 
 PERSISTENCE = [
-    {},
     {"dataloader_num_workers": 2},
     {"dataloader_num_workers": 2, "dataloader_persistent_workers": False},
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", PERSISTENCE, ids=["none", "persistent", "of an epoch"])
+@pytest.mark.parametrize("options", PERSISTENCE, ids=["persistent", "of an epoch"])
 @pytest.mark.parametrize("stop", [4, 6])  # four steps an epoch, of three epochs: at the end of one, and within one
 def test_workers_do_not_move_what_training_draws(stop, options, tiny_model, tmp_path):
     """Drop path draws from the generator of the process, from which loaders of the library take the seed of their workers."""
