@@ -303,7 +303,7 @@ def test_label_sets_of_numbered_rows_join_the_copy(source, copy, annotator, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_copy_is_continued_byte_for_byte(number, tmp_path):
     files = {f"{'ab'[row % 2]}/{row:03}.jpg": encode_image(photograph(seed=row)) for row in range(160)}
     folder = save_folder(tmp_path / "source", files)
