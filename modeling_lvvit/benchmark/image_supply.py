@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.io import decode_jpeg
 
+from ..data.images import JPEG_START
 from ..launching import num_cpu_cores
 from ..token_labeling import finish_images
 from .measure import synchronize, time_call
@@ -106,7 +107,7 @@ def jpeg_files(rows: datasets.Dataset) -> list[bytes]:
     """Contents of the image files of rows that are JPEG; the others are left out."""
     stored = rows.with_format(None).cast_column("image", datasets.Image(decode=False))["image"]
     files = (value["bytes"] or Path(value["path"]).read_bytes() for value in stored)
-    return [file for file in files if file.startswith(b"\xff\xd8")]
+    return [file for file in files if file.startswith(JPEG_START)]
 
 
 def jpeg_decoders(device: torch.device) -> Iterator[tuple[str, Callable[[], Callable[[list[bytes]], int]]]]:

@@ -24,6 +24,7 @@ from torchvision.io import decode_jpeg
 IMAGE_ERRORS = (OSError, ValueError)
 # what Pillow raises besides; some of its plug-ins let the last five through where a file ends too early
 PILLOW_ERRORS = (SyntaxError, IndexError, KeyError, TypeError, RuntimeError, struct.error)
+JPEG_START = b"\xff\xd8"  # of a file
 MAX_VALUE = 65_535  # of a pixel: 16 bits
 TURNED = range(2, 9)  # Exif orientations other than upright
 LYING = range(5, 9)  # those that exchange height and width

@@ -149,7 +149,7 @@ class SegmentationDataset(ImageDataset):
         _, mask, problem = self._read(fetched[offset].as_py(), image.size[::-1])
         if problem:
             raise SampleError(f"Row {index} of the {self.name} data: {problem}")
-        return self.transform(image if getattr(self.transform, "reads_regions", False) else image.decode(), mask)
+        return self.transform(image.read_by(self.transform), mask)
 
     def mask(self, index: int) -> np.ndarray:
         """Class ids of a row, int32 `(height, width)`."""

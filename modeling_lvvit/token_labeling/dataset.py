@@ -29,7 +29,7 @@ REMOTE = "remote"
 def transformed(transform: Callable, image: EncodedImage, maps: PaletteMaps | None, offset: int) -> dict[str, Any]:
     """What a transform makes of an image and, where there are maps, of number `offset` of them. It gets a decoded image unless it says that
     it `reads_regions`."""
-    image = image if getattr(transform, "reads_regions", False) else image.decode()
+    image = image.read_by(transform)
     if maps is None:
         return transform(image)
     region = covered_region(None if maps.boxes is None else maps.boxes[offset], *image.size)

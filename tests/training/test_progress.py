@@ -127,7 +127,7 @@ def test_the_line_says_what_to_try_where_data_limits(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(estimate, "_has_decoder", lambda: False)
+    monkeypatch.setattr(estimate.jpeg_regions, "is_used", lambda: False)
     gpu = torch.device("cuda")
     assert describe_waiting(SimpleNamespace(dataloader_num_workers=0, device=gpu), 0.1) is None
     text = describe_waiting(SimpleNamespace(dataloader_num_workers=2, device=gpu), 0.45)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .encoded_image import Box, EncodedImage, as_encoded
+from .encoded_image import Box, EncodedImage, as_encoded, as_image
 
 
 SMALL_IMAGE, SMALL_CROP = 256, 64  # pixels of the longer side
@@ -60,7 +60,7 @@ def resized_box(
     image = as_encoded(image)
     reduction = image.reduction(box, size)
     if reduction > 1:
-        return _as_image(image.resized_from_reduced(box, size, resample, reduction))
+        return as_image(image.resized_from_reduced(box, size, resample, reduction))
     return image.decode().resize(size, resample, box=box)
 
 
@@ -123,7 +123,7 @@ def _resized_exactly(image: EncodedImage, box: Box, size: tuple[int, int], resam
     if image.image is not None:  # decoded already
         return image.decode().resize(size, resample, box=box)
     left, top, right, bottom = _within(image, box, FILTER_REACH * max(1, *_shrink(box, size)))
-    part = _as_image(image.region((left, top, right, bottom)))
+    part = as_image(image.region((left, top, right, bottom)))
     return part.resize(size, resample, box=(box[0] - left, box[1] - top, box[2] - left, box[3] - top))
 
 
@@ -170,10 +170,6 @@ def _within(image: EncodedImage, box: Box, margin: float) -> IntBox:
 def _as_batch(pixels: torch.Tensor) -> torch.Tensor:
     """A batch of one image with strides by which PyTorch knows that the channels of a pixel lie next to each other: its fast way."""
     return pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-
-
-def _as_image(pixels: torch.Tensor) -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def _as_pixels(image: Image.Image) -> torch.Tensor:

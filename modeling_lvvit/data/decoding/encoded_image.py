@@ -1,6 +1,8 @@
 """An image file of which only the header has been read."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,12 +10,11 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from ..images import IMAGE_ERRORS, TURNED, UndecodableError, decode_image, pillow_errors, read_content
+from ..images import IMAGE_ERRORS, JPEG_START, TURNED, UndecodableError, decode_image, pillow_errors, read_content
 from .jpeg_regions import read_region
 
 
 JPEG = ("JPEG", "MPO")  # formats of Pillow
-JPEG_START = b"\xff\xd8"
 REDUCTIONS = (8, 4, 2)  # in which libjpeg decodes without finer detail
 UPRIGHT = 1
 # Exif orientation -> how stored pixels become upright: exchange rows and columns, then mirror from left to right, from top to bottom
@@ -57,7 +58,7 @@ class EncodedImage:
         Raises:
             UndecodableError: If it is no image, or too large; also what `decode_image` refuses, unless it is such a JPEG.
         """
-        try:
+        with _undecodable():
             value = {**value, "bytes": read_content(value)}
             if not value["bytes"].startswith(JPEG_START):
                 return as_encoded(decode_image(value))
@@ -68,8 +69,10 @@ class EncodedImage:
                     size = image.size[::-1] if TURNS[orientation][0] else image.size
                     return cls(size, value, orientation, has_regions=True)
             return as_encoded(decode_image(value))
-        except IMAGE_ERRORS as error:
-            raise UndecodableError(str(error)) from error
+
+    def read_by(self, transform: Any) -> "EncodedImage | Image.Image":
+        """What a transform gets: this, if it says that it `reads_regions`, else the decoded image."""
+        return self if getattr(transform, "reads_regions", False) else self.decode()
 
     def mirrored(self) -> "EncodedImage":
         """The same with left and right exchanged."""
@@ -96,7 +99,7 @@ class EncodedImage:
             return as_encoded(self.decode())
         reduced = tuple(side // reduction for side in self.size)
         pixels = self.resized_from_reduced(whole, reduced, Image.Resampling.BOX, reduction)
-        return as_encoded(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+        return as_encoded(as_image(pixels))
 
     def reduction(self, box: Box, size: tuple[float, float]) -> int:
         """How many times smaller (1, 2, 4 or 8) the image can be decoded so that a box keeps at least `size` pixels, width and height."""
@@ -140,22 +143,17 @@ class EncodedImage:
         """
         stored_box = tuple(side / reduction for side in self._stored_box(box, self.orientation))
         stored_size = size[::-1] if TURNS[self.orientation][0] else size
-        try:
-            with pillow_errors(), Image.open(io.BytesIO(self.value["bytes"])) as image:
-                image.draft("RGB", (image.width // reduction, image.height // reduction))
-                resized = image.resize(stored_size, resample, box=stored_box)
-        except IMAGE_ERRORS as error:
-            raise UndecodableError(str(error)) from error
+        with _undecodable(), pillow_errors(), Image.open(io.BytesIO(self.value["bytes"])) as image:
+            image.draft("RGB", (image.width // reduction, image.height // reduction))
+            resized = image.resize(stored_size, resample, box=stored_box)
         return self._turned(np.array(resized), self.orientation)
 
     def _whole(self) -> Image.Image:
         """Upright, not mirrored."""
         if self.image is not None:
             return self.image
-        try:
+        with _undecodable():
             return decode_image(self.value)
-        except IMAGE_ERRORS as error:
-            raise UndecodableError(str(error)) from error
 
     def _stored_box(self, box: Box, orientation: int) -> Box:
         """Where a box lies in the image as `orientation` says that it is stored."""
@@ -176,6 +174,20 @@ class EncodedImage:
         axes = [axis for axis, flips in ((0, flips_y), (1, flips_x != self.is_mirrored)) if flips]
         # a copy, in a layout without gaps
         return (pixels.flip(axes) if axes else pixels.contiguous()).permute(2, 0, 1)
+
+
+@contextmanager
+def _undecodable() -> Iterator[None]:
+    """`IMAGE_ERRORS` as one error, which is no other's."""
+    try:
+        yield
+    except IMAGE_ERRORS as error:
+        raise UndecodableError(str(error)) from error
+
+
+def as_image(pixels: torch.Tensor) -> Image.Image:
+    """Pixels uint8 `[3, height, width]` as an image of Pillow."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def as_encoded(image: Image.Image | EncodedImage) -> EncodedImage:

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image
 from ..image_dataset import file_hint
 from ..images import (
     IMAGE_ERRORS,
+    JPEG_START,
     PixelLimit,
     SampleError,
     content_hash,
@@ -147,7 +148,7 @@ class ReducedRows(torch.utils.data.Dataset):
         content = read_content(value)
         smaller = self.reduction(content)
         # what libjpeg says of damage cannot be seen in the copy any more
-        is_jpeg = content.startswith(b"\xff\xd8")
+        is_jpeg = content.startswith(JPEG_START)
         scalar = pa.scalar({"bytes": content, "path": None}, datasets.Image().pa_type)
         report = examine_image(scalar, decode=smaller is not None and is_jpeg)
         if report.problem is not None:

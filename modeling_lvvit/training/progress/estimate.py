@@ -1,6 +1,5 @@
 """How long a run will take, and how much memory it needs."""
 
-import importlib.util
 import math
 import platform
 import time
@@ -12,6 +11,7 @@ import psutil
 import torch
 from transformers import TrainerState, TrainingArguments
 
+from ...data.decoding import jpeg_regions
 from ...data.loaders import cores_of_process, lacks_shared_memory, processes_of_machine
 from ..throughput import Throughput
 
@@ -191,19 +191,12 @@ def describe_waiting(args: TrainingArguments, share: float) -> str | None:
     if workers < cores and not on_cpu and not lacks_shared_memory():
         return f"{text}: try more --dataloader_num_workers (now {workers}, {cores} cores)"
     ways = ["smaller files (lvvit cache)"]
-    if (platform.system(), platform.machine()) in DECODER_SYSTEMS and not _has_decoder():
+    if (platform.system(), platform.machine()) in DECODER_SYSTEMS and not jpeg_regions.is_used():
         ways.append(f"a faster decoder (pip install {DECODER})")
     though = (
         "" if on_cpu or not workers else f", although {workers} --dataloader_num_workers load them on {cores} cores"
     )
     return f"{text}{though}: try {', '.join(ways)}"
-
-
-def _has_decoder() -> bool:
-    try:
-        return importlib.util.find_spec("nvidia.nvimgcodec") is not None
-    except ModuleNotFoundError:  # nothing of NVIDIA is installed
-        return False
 
 
 def duration(seconds: float) -> str:
