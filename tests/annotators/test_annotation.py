@@ -383,22 +383,8 @@ def test_images_prepared_ahead_keep_their_order(num_workers):
     ]
 
 
-def test_only_few_batches_are_prepared_ahead():
-    taken = []
-
-    def batches():
-        for number in range(20):
-            taken.append(number)
-            yield number, [tiny_image(number)]
-
-    stream = prepared_ahead(batches(), as_it_is, 2)
-    assert next(stream)[0] == 0
-    assert taken == list(range(BATCHES_AHEAD + 1))
-    stream.close()
-    assert len(taken) == BATCHES_AHEAD + 1
-
-
-def test_batches_ahead_are_as_many_with_more_workers():
+@pytest.mark.parametrize(("num_workers", "ahead"), [(2, BATCHES_AHEAD), (5, 5)])
+def test_only_few_batches_are_prepared_ahead(num_workers, ahead):
     taken = []
 
     def batches():
@@ -406,10 +392,11 @@ def test_batches_ahead_are_as_many_with_more_workers():
             taken.append(number)
             yield number, [tiny_image(number)]
 
-    stream = prepared_ahead(batches(), as_it_is, 5)
-    next(stream)
+    stream = prepared_ahead(batches(), as_it_is, num_workers)
+    assert next(stream)[0] == 0
+    assert taken == list(range(ahead + 1)) and ahead <= BATCHES_AHEAD
     stream.close()
-    assert len(taken) <= BATCHES_AHEAD + 1
+    assert len(taken) == ahead + 1
 
 
 def test_workers_know_the_limit_of_pixels(monkeypatch):

@@ -1,5 +1,7 @@
 """Trainers of small models on small data."""
 
+import copy
+import random
 from pathlib import Path
 
 import torch
@@ -68,3 +70,18 @@ def trainer_of(model, rows, folder: Path, evaluation=None, **overrides) -> Token
 def assert_same_weights(first, second) -> None:
     first, second = (model.state_dict() if hasattr(model, "state_dict") else model for model in (first, second))
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def assert_resume_changes_nothing(model, rows, folder: Path, stop: int, **options):
+    """A run that is stopped after so many steps and continued ends with the weights of one that was not; returns the model of that one."""
+    whole, first, second = (copy.deepcopy(model) for _ in range(3))
+    trainer_of(whole, rows, folder / "whole", **options).train()
+    stopped = trainer_of(first, rows, folder / "parts", **options)
+    stopped.add_callback(StopAfter(stop))
+    stopped.train()
+    torch.manual_seed(99)  # a new process has other states
+    random.seed(99)
+    checkpoint = str(folder / "parts" / f"checkpoint-{stop}")
+    trainer_of(second, rows, folder / "parts", **options).train(resume_from_checkpoint=checkpoint)
+    assert_same_weights(second, whole)
+    return whole

@@ -12,7 +12,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import torch
 from pyarrow import parquet
 from safetensors.torch import load_file
 
@@ -20,7 +19,15 @@ from modeling_lvvit.token_labeling import TokenLabelStream, TokenLabelTrainer, T
 from modeling_lvvit.training.checkpoints import is_whole_checkpoint, last_whole_checkpoint
 from support.images import labelled_table
 from support.programs import ROOT, environment_of, options, run
-from support.trainers import STATEFUL, StopAfter, arguments, assert_same_weights, random_model, trainer_of
+from support.trainers import (
+    STATEFUL,
+    StopAfter,
+    arguments,
+    assert_resume_changes_nothing,
+    assert_same_weights,
+    random_model,
+    trainer_of,
+)
 
 
 STATEFUL |= {"mix_methods": ["token", "cutmix", "mixup"], "per_device_train_batch_size": 5}
@@ -33,16 +40,7 @@ BALANCED = {"train_sampling_strategy": "balanced", "class_weights": ["balanced"]
 @pytest.mark.parametrize("variation", [*VARIATIONS, BALANCED], ids=str)
 @pytest.mark.parametrize("stop", [2, 5])  # three steps an epoch: both within an epoch; with accumulation two steps
 def test_resumed_run_equals_an_uninterrupted_one(stop, variation, tiny_model, labelled_rows, tmp_path):
-    whole, first, second = (copy.deepcopy(random_model(tiny_model)) for _ in range(3))
-    trainer_of(whole, labelled_rows, tmp_path / "whole", **variation).train()
-    stopped = trainer_of(first, labelled_rows, tmp_path / "parts", **variation)
-    stopped.add_callback(StopAfter(stop))
-    stopped.train()
-    torch.manual_seed(99)  # a new process has other states
-    random.seed(99)
-    resumed = trainer_of(second, labelled_rows, tmp_path / "parts", **variation)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{stop}"))
-    assert_same_weights(second, whole)
+    assert_resume_changes_nothing(random_model(tiny_model), labelled_rows, tmp_path, stop, **variation)
     for name in ("model.safetensors", "ema.safetensors"):  # raw weights and average
         folders = (tmp_path / part / "checkpoint-8" / name for part in ("whole", "parts"))
         assert_same_weights(*(load_file(folder) for folder in folders))

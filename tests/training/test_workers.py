@@ -3,7 +3,6 @@
 import copy
 import logging
 import multiprocessing
-import random
 
 import datasets
 import pytest
@@ -25,6 +24,7 @@ from support.trainers import (
     STATEFUL,
     StopAfter,
     arguments,
+    assert_resume_changes_nothing,
     assert_same_weights,
     image_processor,
     random_model,
@@ -100,16 +100,8 @@ def test_workers_do_not_move_what_training_draws(stop, options, tiny_model, tmp_
     options = {**options, "max_steps": 12, "per_device_train_batch_size": 5}
     for layer in tiny_model.lvvit.layers:
         layer.drop_path.rate = 0.2
-    whole, first, second, without = (copy.deepcopy(tiny_model) for _ in range(4))
-    trainer_of(whole, rows, tmp_path / "whole", **options).train()
-    stopped = trainer_of(first, rows, tmp_path / "parts", **options)
-    stopped.add_callback(StopAfter(stop))
-    stopped.train()
-    torch.manual_seed(99)  # a new process has other states
-    random.seed(99)
-    checkpoint = str(tmp_path / "parts" / f"checkpoint-{stop}")
-    trainer_of(second, rows, tmp_path / "parts", **options).train(resume_from_checkpoint=checkpoint)
-    assert_same_weights(second, whole)
+    without = copy.deepcopy(tiny_model)
+    whole = assert_resume_changes_nothing(tiny_model, rows, tmp_path, stop, **options)
     trainer_of(without, rows, tmp_path / "without", **{**options, "dataloader_num_workers": 0}).train()
     assert_same_weights(without, whole)
 
