@@ -32,7 +32,7 @@ from modeling_lvvit.token_labeling import (
     TrainTransform,
 )
 from modeling_lvvit.token_labeling.multi_label import describe_metrics
-from modeling_lvvit.training.checkpoints import data_record
+from modeling_lvvit.training.checkpoints.record import data_record
 from modeling_lvvit.variants import AUTO
 from modeling_lvvit.visualization.predictions import draw_predictions
 from modeling_lvvit.visualization.trained_maps import Localization, find_mask_column, measure_localization

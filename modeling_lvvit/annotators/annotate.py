@@ -22,8 +22,8 @@ from ..console import program
 from ..data.classes.class_labels import describe_classes, names_in_data, pair_classes
 from ..data.classes.class_matching import ClassMap
 from ..data.classes.unlabeled import add_unlabeled
+from ..data.files.shard_folder import default_rows_per_shard
 from ..data.images import PixelLimit, parse_image_size
-from ..data.shard_folder import default_rows_per_shard
 from ..data.sources import dataset_fingerprint, open_splits, short_name
 from ..data.splits import take_subset
 from ..labels.checks.agreement import compare_with_labels

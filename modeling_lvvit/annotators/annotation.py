@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..console import progress_bar
+from ..data.files.shard_folder import package_versions
 from ..data.loaders import num_preparing_workers
-from ..data.shard_folder import package_versions
 from ..hub.repository import HubError
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelSetLayout

@@ -27,7 +27,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from ..console import program, progress_bar
-from ..data.atomic_files import write_json
+from ..data.files.atomic_files import write_json
 from ..options import Program
 from .comparison import compare_loaders, compare_models, table
 from .data_loading import LOADERS

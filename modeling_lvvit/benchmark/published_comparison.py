@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.atomic_files import write_json
+from ..data.files.atomic_files import write_json
 from .comparison import count_size, model_entry, relative_speed
 from .interleaved_timing import time_interleaved
 from .measure import device_name

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.atomic_files import write_json
+from ..data.files.atomic_files import write_json
 
 
 @dataclass

@@ -27,7 +27,7 @@ from transformers.hf_argparser import HfArg
 
 from ..annotators.pipeline import annotate_batches
 from ..console import program, progress_bar
-from ..data.atomic_files import atomic_directory, write_json
+from ..data.files.atomic_files import atomic_directory, write_json
 from ..labels.columns import label_map_features, to_arrow
 from ..options import Program
 

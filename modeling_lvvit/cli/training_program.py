@@ -30,7 +30,7 @@ from ..launching import (
 from ..training.base_arguments import BaseImageTrainingArguments
 from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import end_after_signal
-from ..training.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
+from ..training.checkpoints.output_dir import discard_overwritten_checkpoints, prepare_output_dir
 from ..training.divergence import DivergenceError
 from ..training.fsdp import is_fsdp_requested
 from ..training.progress import PredictionFigure, describe_outputs

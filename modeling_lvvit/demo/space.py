@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import RepoCard, SpaceCardData
 
-from ..data.atomic_files import atomic_directory
+from ..data.files.atomic_files import atomic_directory
 from ..hub.file_checks import CARD, published_files
 
 

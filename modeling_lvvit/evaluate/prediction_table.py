@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.atomic_files import write_text
+from ..data.files.atomic_files import write_text
 
 
 COLUMNS = ("path", "predicted_class", "probability")

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..cli.model_card import library_versions
-from ..data.atomic_files import write_json
 from ..data.classes.multi_label import label_counts
+from ..data.files.atomic_files import write_json
 from ..data.sources import short_name
 from ..token_labeling.multi_label import METRICS
-from ..training.checkpoints import data_record, read_data_record
+from ..training.checkpoints.record import data_record, read_data_record
 from .scores import ALEXNET_ERRORS, missing_corruptions
 from .test_sets import TestSet
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..data.atomic_files import write_atomically, write_json
+from ..data.files.atomic_files import write_atomically, write_json
 
 
 @dataclass(frozen=True)

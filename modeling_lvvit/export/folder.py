@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from ..backbones.loading import LOADING_ERRORS, first_line, load_image_processor
 from ..console import require
-from ..data.atomic_files import atomic_directory, check_new_directory
+from ..data.files.atomic_files import atomic_directory, check_new_directory
 from ..data.sources import looks_local
 from ..finite import NotFiniteError, check_weights
 from ..modeling_lvvit import LVViTForSemanticSegmentation, LVViTPreTrainedModel

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..data.atomic_files import write_text
+from ..data.files.atomic_files import write_text
 from .file_checks import CARD, REPLACED
 from .repository import HubError, HubTarget
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from ..data.atomic_files import write_text
+from ..data.files.atomic_files import write_text
 from ..data.image_keys import MAX_NAMED
 from ..hub.file_checks import CARD, matches
 from ..hub.folders import CARD_TEMPLATES

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..data.atomic_files import write_atomically
+from ..data.files.atomic_files import write_atomically
 from .columns import (
     INDEX_COLUMN,
     PALETTE_COLUMN,

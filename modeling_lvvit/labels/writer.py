@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data.files.shard_folder import DATA, ShardFolder
 from ..data.image_keys import MAX_NAMED, repeated_keys
-from ..data.shard_folder import DATA, ShardFolder
 from .storage import KEY_COLUMN, NOTE_COLUMN, OUTSIDE_COLUMN, PALETTE_COLUMN, LabelSetLayout, write_shard
 
 

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from ..configuration_lvvit import LVViTConfig
 from ..console import program
-from ..data.atomic_files import atomic_directory, check_new_directory
+from ..data.files.atomic_files import atomic_directory, check_new_directory
 from ..finite import check_weights
 from ..hub.file_checks import CARD
 from ..hub.folders import publish_model_folder

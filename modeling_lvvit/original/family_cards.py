@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_lvvit import LVViTConfig
-from ..data.atomic_files import write_text
+from ..data.files.atomic_files import write_text
 from ..hub.folders import CARD_TEMPLATES
 from ..variants import RELEASES, SEGMENTERS, VARIANTS, LVViTSegmenter, LVViTVariant
 

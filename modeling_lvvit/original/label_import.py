@@ -24,7 +24,7 @@ from transformers.hf_argparser import HfArg
 from ..console import ignore_interrupts, program, progress_bar
 from ..data.classes.class_labels import read_class_names
 from ..data.classes.class_matching import imagenet_class_names
-from ..data.shard_folder import default_rows_per_shard, package_versions
+from ..data.files.shard_folder import default_rows_per_shard, package_versions
 from ..hub.repository import HubUploadArguments
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelMaps, LabelSetLayout

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..data.atomic_files import write_atomically, write_json
 from ..data.classes.class_matching import shown_names
+from ..data.files.atomic_files import write_atomically, write_json
 from .scores import Confusions
 
 

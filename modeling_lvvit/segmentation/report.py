@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 
 from ..cli.model_card import Provenance, model_location, run_metadata, run_name, training_facts
-from ..data.atomic_files import write_json
+from ..data.files.atomic_files import write_json
 from ..hub.file_checks import CARD
 from ..visualization import panel_step, save_segmentation_figure
 from .arguments import SCORES

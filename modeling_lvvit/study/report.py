@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..cli.model_card import library_versions
-from ..data.atomic_files import write_atomically, write_json, write_text
+from ..data.files.atomic_files import write_atomically, write_json, write_text
 from .arms import Arm
 from .confidence_intervals import Estimate, estimate, paired_difference
 from .runs import Run

@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..cli.parser import parse
-from ..data.atomic_files import write_json
-from ..training.checkpoints import last_whole_checkpoint
+from ..data.files.atomic_files import write_json
+from ..training.checkpoints.whole import last_whole_checkpoint
 from .arms import Arm
 
 

@@ -20,7 +20,7 @@ from ..data.sampling import BALANCED, BalancedSampler
 from ..per_class.scores import AVERAGES, ComputeClassMetrics
 from ..per_class.weights import training_weights
 from ..training.base_trainer import BaseImageTrainer
-from ..training.checkpoints import resume_workers
+from ..training.checkpoints.resumable import resume_workers
 from ..training.divergence import DivergenceError
 from ..training.ema import EMACallback
 from ..training.metrics import TOP_K, rank_classes

@@ -21,7 +21,7 @@ from ..hub.hub_trainer import HubTrainer
 from .base_arguments import BaseImageTrainingArguments
 from .batch_norm import set_batch_norm
 from .callbacks import EarlyStopping, EpochCallback, StopOnSignal, describe_best
-from .checkpoints import check_resumable
+from .checkpoints.resumable import check_resumable
 from .divergence import DivergenceCheck, DivergenceError
 from .fsdp import broadcast_buffers, configure_fsdp2, own_class
 from .metrics import check_best_metric

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerState
 
 from ..finite import NotFiniteError, finite_flags, listed
 from .base_arguments import BaseImageTrainingArguments
-from .checkpoints import last_whole_checkpoint
+from .checkpoints.whole import last_whole_checkpoint
 
 
 # steps that the gradient scaler of float16 may leave out one after the other where a loss is not finite; where only gradients

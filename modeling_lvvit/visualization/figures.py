@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from ..data.atomic_files import write_atomically
 from ..data.classes.class_matching import shown_names
+from ..data.files.atomic_files import write_atomically
 
 
 LEGEND_COLUMNS, MAX_LEGEND = 6, 60

@@ -23,8 +23,8 @@ from transformers.hf_argparser import HfArg
 from ..annotators.annotator import Annotator, load_annotator
 from ..annotators.text.prompts import PROMPTS_HELP, check_text_options
 from ..console import program
-from ..data.atomic_files import write_atomically
 from ..data.classes.class_matching import shown_names
+from ..data.files.atomic_files import write_atomically
 from ..data.images import MAX_PIXELS_HELP, PixelLimit, parse_image_size
 from ..evaluate.classifier import Classifier, InputOptions, load_classifier
 from ..launching import set_up_cpu

@@ -221,7 +221,7 @@ def test_full_disk_is_said_and_the_set_continues(images, annotator, labels, tmp_
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_lvvit.data.atomic_files.os.fsync", fsync)
+        patch.setattr("modeling_lvvit.data.files.atomic_files.os.fsync", fsync)
         with pytest.raises(SystemExit, match=r"train-00001\.parquet cannot be written: No space left.*start the same"):
             annotate.main(options(images, annotator, tmp_path / "set"))
     assert sorted(path.name for path in (tmp_path / "set" / "data").iterdir()) == ["train-00000.parquet"]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from modeling_lvvit.cli.model_card import model_location, reported_options
-from modeling_lvvit.data.shard_folder import package_versions
+from modeling_lvvit.data.files.shard_folder import package_versions
 from modeling_lvvit.labels import publishing
 from modeling_lvvit.labels.publishing import finish_label_set
 from modeling_lvvit.labels.writer import LabelSetWriter

@@ -12,7 +12,7 @@ from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.parser import find_recipe, parse, recipe_names
 from modeling_lvvit.token_labeling import TokenLabelTrainingArguments
-from modeling_lvvit.training.checkpoints import discard_overwritten_checkpoints, prepare_output_dir
+from modeling_lvvit.training.checkpoints.output_dir import discard_overwritten_checkpoints, prepare_output_dir
 
 
 def write_recipe(folder, **options) -> str:

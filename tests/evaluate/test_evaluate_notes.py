@@ -12,7 +12,7 @@ from modeling_lvvit.evaluate.__main__ import main
 from modeling_lvvit.evaluate.report import markdown_table
 from modeling_lvvit.evaluate.scores import ALEXNET_ERRORS
 from modeling_lvvit.evaluate.test_sets import corruption_folders
-from modeling_lvvit.training.checkpoints import data_record
+from modeling_lvvit.training.checkpoints.record import data_record
 from support.models import save_tiny_lvvit
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from modeling_lvvit.data.shard_folder import default_rows_per_shard
+from modeling_lvvit.data.files.shard_folder import default_rows_per_shard
 from modeling_lvvit.labels.columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError, label_map_features, to_arrow
 from modeling_lvvit.labels.packing import unpacked_rows
 from modeling_lvvit.labels.reader import LabelMapReader, covered_region, label_class_names

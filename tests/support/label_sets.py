@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from modeling_lvvit.data.shard_folder import package_versions
+from modeling_lvvit.data.files.shard_folder import package_versions
 from modeling_lvvit.labels.publishing import finish_label_set
 from modeling_lvvit.labels.storage import LabelMaps, LabelSetLayout
 from modeling_lvvit.labels.writer import LabelSetWriter

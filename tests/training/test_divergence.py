@@ -12,7 +12,8 @@ from transformers import TrainerState
 from modeling_lvvit.cli import training_program
 from modeling_lvvit.finite import NotFiniteError
 from modeling_lvvit.token_labeling import ImageProcessorTransform, TokenLabelDataset
-from modeling_lvvit.training.checkpoints import last_whole_checkpoint, prepare_output_dir
+from modeling_lvvit.training.checkpoints.output_dir import prepare_output_dir
+from modeling_lvvit.training.checkpoints.whole import last_whole_checkpoint
 from modeling_lvvit.training.divergence import MAX_SKIPPED_STEPS, DivergenceCheck, DivergenceError
 from support.segmentation_rows import masked_rows, segmenter
 from support.segmentation_rows import trainer_of as segmentation_trainer

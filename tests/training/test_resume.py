@@ -16,7 +16,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from modeling_lvvit.token_labeling import TokenLabelStream, TokenLabelTrainer, TrainTransform
-from modeling_lvvit.training.checkpoints import is_whole_checkpoint, last_whole_checkpoint
+from modeling_lvvit.training.checkpoints.whole import is_whole_checkpoint, last_whole_checkpoint
 from support.images import labelled_table
 from support.programs import ROOT, environment_of, options, run
 from support.trainers import (

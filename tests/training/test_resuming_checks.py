@@ -10,7 +10,8 @@ from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.cli.parser import parse
 from modeling_lvvit.cli.training_program import set_up
 from modeling_lvvit.token_labeling import ImageProcessorTransform, TokenLabelDataset, TokenLabelTrainer
-from modeling_lvvit.training.checkpoints import check_resumable, prepare_output_dir
+from modeling_lvvit.training.checkpoints.output_dir import prepare_output_dir
+from modeling_lvvit.training.checkpoints.resumable import check_resumable
 from support.classifiers import samples_of as samples_at
 from support.classifiers import transformers_model
 from support.images import labelled_table

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from modeling_lvvit.token_labeling import ImageProcessorTransform, TokenLabelDataset, TokenLabelTrainer
 from modeling_lvvit.training.callbacks import StopOnSignal
-from modeling_lvvit.training.checkpoints import last_whole_checkpoint
+from modeling_lvvit.training.checkpoints.whole import last_whole_checkpoint
 from support.samples import samples_of
 from support.trainers import StopAfter, assert_same_weights, image_processor, random_model, trainer_of
 

@@ -30,7 +30,7 @@ from ...backbones.loading import (
 )
 from ...backbones.preprocessing import Fit
 from ...backbones.resize import forward_options, must_interpolate, native_image_size, resize_classifier
-from ...data.atomic_files import write_json
+from ...data.files.atomic_files import write_json
 from ...data.sources import looks_local
 from ...finite import check_weights
 from ...variants import evaluation_image_processor

@@ -26,7 +26,7 @@ from ...backbones.loading import fingerprint
 from ...backbones.preprocessing import Preprocessing
 from ...backbones.resize import forward_options
 from ...console import progress_bar
-from ...data.atomic_files import write_atomically, write_json
+from ...data.files.atomic_files import write_atomically, write_json
 from ...data.image_keys import Strings
 from ...data.images import content_hash, read_content
 from ...finite import check_scores

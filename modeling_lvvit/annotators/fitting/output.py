@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from ...data.atomic_files import write_json
+from ...data.files.atomic_files import write_json
 from ...per_class.report import write_class_report
 from ...per_class.scores import Confusions
 from .arguments import FitAnnotatorArguments

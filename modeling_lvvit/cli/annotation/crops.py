@@ -24,9 +24,9 @@ from ...annotators.online import OnlineAnnotator, open_annotator
 from ...annotators.pipeline import PreparedImage
 from ...annotators.prefetch import loaded_ahead
 from ...data.classes.multi_label import class_names
+from ...data.files.shard_folder import default_rows_per_shard
 from ...data.images import PixelLimit, SampleError, content_hash, image_note, read_content
 from ...data.sampling import BALANCED
-from ...data.shard_folder import default_rows_per_shard
 from ...labels.checks.agreement import compare_set
 from ...labels.crops import CropLabelSetWriter, CropRecord
 from ...labels.label_set import LabelSet

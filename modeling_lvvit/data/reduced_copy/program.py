@@ -25,9 +25,9 @@ from transformers.utils import logging
 from ...console import ignore_interrupts, program, progress_bar
 from ...launching import end_with_parent, num_cpu_cores
 from ...options import Program
+from ..files.shard_folder import default_rows_per_shard, package_versions
 from ..image_dataset import MAX_REPORTED_PROBLEMS, check_has_columns, with_image_column
 from ..images import MAX_PIXELS_HELP, MAX_VALUE, ROTATED, PixelLimit, SampleError, decode_image, read_content
-from ..shard_folder import default_rows_per_shard, package_versions
 from ..sources import open_splits, short_name
 from .reduce import CopyFacts, ReducedRows, Reduction, local_prefix
 from .writer import CopyWriter, Shard, rows_digest

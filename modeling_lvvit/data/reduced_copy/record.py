@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ..shard_folder import DATA
+from ..files.shard_folder import DATA
 
 
 RECORD = "reduced_copy.json"

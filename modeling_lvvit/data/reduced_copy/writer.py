@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..atomic_files import write_atomically
+from ..files.atomic_files import write_atomically
+from ..files.shard_folder import DATA, ShardFolder
 from ..images import content_hash, read_content
-from ..shard_folder import DATA, ShardFolder
 from .record import RECORD, SOURCE_HASH, count_shards, shard_name
 from .reduce import CopyFacts, ReducedRows
 

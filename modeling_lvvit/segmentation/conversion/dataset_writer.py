@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ...console import progress_bar
-from ...data.atomic_files import atomic_directory, write_json
+from ...data.files.atomic_files import atomic_directory, write_json
 from ...data.image_folder import Layout, list_folder
 from ...data.images import IMAGE_ERRORS, pillow_errors, upright_size
 from ...data.masks import read_file_facts, read_mask, size_problem

@@ -1,0 +1,1 @@
+"""Files and folders that survive kills, full disks and second writers."""
