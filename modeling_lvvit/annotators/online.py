@@ -1,6 +1,5 @@
 """Dense labels without storage: an annotator scores every training crop on the device, as the student sees it."""
 
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -223,10 +222,6 @@ class OnlineAnnotator:
             crops = torch.stack([sample["pixel_values"] for sample in samples.draw(part.tolist(), seed, 0)])
             first.append(self.label(crops.to(self.device), (2, 2))[0].to_dense().argmax(dim=1).cpu().numpy())
         return Agreement(np.concatenate(first), classes[rows], are_crops=True) if first else None
-
-    def seed(self, seed: int) -> None:
-        """Starts what places the erased rectangles, Python's generator; another seed in each process."""
-        random.seed(seed)
 
     def erase(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images with rectangles of noise."""

@@ -148,10 +148,14 @@ class HubTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            content = json.loads(self.args.to_json_string())
-            if self.training_data is not None:
-                content[TRAINING_DATA] = self.training_data
-            write_text(folder / ARGUMENTS, json.dumps(content, indent=2) + "\n")
+            self.save_arguments(folder)
+
+    def save_arguments(self, folder: Path) -> None:
+        """Writes the arguments of the run and which data it is about."""
+        content = json.loads(self.args.to_json_string())
+        if self.training_data is not None:
+            content[TRAINING_DATA] = self.training_data
+        write_text(folder / ARGUMENTS, json.dumps(content, indent=2) + "\n")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`, but a card that somebody wrote stays: a push would otherwise replace it by the library's draft."""

@@ -54,16 +54,16 @@ def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def check_batches(model: nn.Module, args: SegmentationTrainingArguments, num_rows: int) -> None:
     """Raises a `ValueError` if an epoch has a batch of a single image, of which UperNet cannot take statistics."""
-    batch_size, is_alone = args.train_batch_size, args.world_size == 1
+    batch_size, is_synchronized = args.train_batch_size, args.batch_norm == "synchronized" and args.world_size > 1
     needs_two = getattr(model.config, "segmentation_head", None) == "upernet" and 1 in model.config.pool_scales
-    if not needs_two or args.batch_norm == "frozen" or (args.batch_norm == "synchronized" and not is_alone):
+    if not needs_two or args.batch_norm == "frozen" or is_synchronized:
         return
     if batch_size == 1:
         raise ValueError(
             "UperNet cannot be trained on one image at a time: its batch norms need at least two. Use a larger "
             "`per_device_train_batch_size`, `batch_norm` synchronized on several devices, or `segmentation_head` fcn."
         )
-    if is_alone and not args.dataloader_drop_last and num_rows % batch_size == 1:
+    if not args.dataloader_drop_last and num_rows % batch_size == 1:
         raise ValueError(
             f"The last batch of {num_rows} images in batches of {batch_size} has a single one, of which the batch norms of UperNet "
             "cannot take statistics. Use `dataloader_drop_last` true or another `per_device_train_batch_size`."

@@ -7,7 +7,7 @@ from ..backbones.resize import resize_classifier
 from .arguments import TokenLabelTrainingArguments
 from .augmentation import AugmentationConfig, TokenLabelCollator, TrainTransform, finish_images
 from .dataset import TokenLabelDataset
-from .iterable_dataset import TokenLabelStream
+from .stream import TokenLabelStream
 from .trainer import TokenLabelTrainer
 
 

@@ -17,10 +17,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..annotators.online import OnlineAnnotator
 from ..data.classes.multi_label import is_multi_label
 from ..data.sampling import BALANCED, BalancedSampler
+from ..data.steps import StreamOrder
 from ..per_class.scores import AVERAGES, ComputeClassMetrics
 from ..per_class.weights import training_weights
 from ..training.base_trainer import BaseImageTrainer
-from ..training.checkpoints.resumable import resume_workers
 from ..training.divergence import DivergenceError
 from ..training.ema import EMACallback
 from ..training.metrics import TOP_K, rank_classes
@@ -29,9 +29,9 @@ from ..training.throughput import LossComponents
 from .arguments import TokenLabelTrainingArguments
 from .augmentation import TokenLabelCollator, finish_images
 from .dataset import TokenLabelDataset
-from .iterable_dataset import TokenLabelStream, stream_loader
 from .losses import LABEL_FIELDS, TokenLabelingLoss
 from .multi_label import METRICS, MultiLabelLoss, compute_multi_label_metrics
+from .stream import TokenLabelStream
 from .trainer_setup import (
     check_fit,
     check_problem_type,
@@ -89,8 +89,6 @@ class TokenLabelTrainer(BaseImageTrainer):
         with warnings.catch_warnings():  # the loss here smooths the targets of several classes too
             warnings.filterwarnings("ignore", "Label smoothing is not compatible with multi-label")
             super().__init__(model, args, data_collator, train_dataset, compute_metrics=compute_metrics, **kwargs)
-        if annotator is not None:
-            annotator.seed(args.seed + args.process_index)
         self.class_weights = None
         if args.class_weights is not None:
             self.class_weights = training_weights(args.class_weights, self.class_names, self.class_counts)
@@ -106,12 +104,6 @@ class TokenLabelTrainer(BaseImageTrainer):
             self.ema = EMACallback(args.ema_decay or args.base_ema_decay, is_base=args.ema_decay is None)
             self.add_callback(self.ema)
         self.components = LossComponents()
-        if args.resume_from_checkpoint is not None:
-            self._resume_workers(args.resume_from_checkpoint)
-
-    def _resume_workers(self, checkpoint: str) -> None:
-        if isinstance(self.train_dataset, TokenLabelStream):
-            resume_workers(Path(checkpoint), self.args)
 
     @property
     def class_names(self) -> list[str]:
@@ -177,12 +169,19 @@ class TokenLabelTrainer(BaseImageTrainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def get_train_dataloader(self) -> DataLoader:
-        """As in `Trainer`; a stream has divided its rows between the processes itself."""
-        if not isinstance(self.train_dataset, TokenLabelStream):
-            return super().get_train_dataloader()
-        loader = stream_loader(self.train_dataset, self.data_collator, self._train_batch_size, self.args)
-        return self.prepare_loader(loader)
+    def stream_order(self) -> StreamOrder | None:
+        """As in `BaseImageTrainer`."""
+        stream, args = self.train_dataset, self.args
+        if not isinstance(stream, TokenLabelStream):
+            return None
+        begun = self.layout.stream_order or {}
+        workers = {
+            "num_processes": args.world_size,
+            "num_workers": args.dataloader_num_workers,
+            "batch_size": self._train_batch_size,
+        }
+        stream.order = stream.begin_order(**(begun or workers))
+        return stream.order
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
         model, loader = super()._prepare_for_training(*args, **kwargs)
@@ -233,10 +232,7 @@ class TokenLabelTrainer(BaseImageTrainer):
             outputs = model(**fields)
         if model.training:
             losses = self.objective(outputs, labels, inputs.get("mix_mask"), online_targets)
-            # every image of a step counts alike, also in a last micro-batch that is smaller than the others; 1 if there is none
-            micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch else 1
-            share = len(outputs["cls_logits"]) * micro_batches / (num_items_in_batch or len(outputs["cls_logits"]))
-            losses = {name: share * loss for name, loss in losses.items()}
+            losses = {name: self.loss_weight * loss for name, loss in losses.items()}
             self.components.add(losses)
             loss = losses["loss"]
         else:
@@ -274,8 +270,6 @@ class TokenLabelTrainer(BaseImageTrainer):
         """As in `BaseImageTrainer`."""
         if self.ema is not None:
             self.ema.checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
-        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint != self.args.resume_from_checkpoint:
-            self._resume_workers(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(

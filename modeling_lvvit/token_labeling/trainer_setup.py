@@ -15,7 +15,7 @@ from ..data.sampling import BALANCED
 from ..labels.crops import check_drawn
 from .arguments import TokenLabelTrainingArguments
 from .dataset import TokenLabelDataset
-from .iterable_dataset import TokenLabelStream
+from .stream import TokenLabelStream
 
 
 logger = logging.get_logger(__name__)

@@ -87,9 +87,9 @@ class BaseImageTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             # said openly, the library allows bfloat16 on a CPU; and there is nothing to pin memory for
             self.use_cpu, self.dataloader_pin_memory = True, False
-        self.are_workers_given = self.dataloader_num_workers is not None
         self._given_to_workers = (self.dataloader_persistent_workers, self.dataloader_prefetch_factor)
-        self.use_workers(self.dataloader_num_workers if self.are_workers_given else default_num_workers(self.use_cpu))
+        given = self.dataloader_num_workers
+        self.use_workers(default_num_workers(self.use_cpu) if given is None else given)
         if self.accelerator_config is None:  # pinned batches are copied while the device computes
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         if self.data_seed is None:
@@ -98,17 +98,58 @@ class BaseImageTrainingArguments(TrainingArguments):
         if self.is_learning_rate_scaled:
             self.learning_rate = self.base_learning_rate
         super().__post_init__()
-        if self.accelerator_config.dispatch_batches:
+        config = self.accelerator_config
+        if (
+            config.dispatch_batches
+            or config.split_batches
+            or not config.even_batches
+            or not config.use_seedable_sampler
+        ):
             raise ValueError(
-                "`accelerator_config` dispatch_batches lets one process load for all, and batches here are more than tensors. Leave it out: "
-                "every process loads its own images."
+                "`accelerator_config` may not change how batches are divided (dispatch_batches, split_batches, even_batches, "
+                "use_seedable_sampler): every process loads its own images of each step."
             )
         # accelerate's loading by one process (its default under FSDP) cannot pass on batch-norm statistics (its issue 3898)
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         if self.fsdp_plugin_args is not None:
             self.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
+        self._scale_learning_rate()
+
+    def _scale_learning_rate(self) -> None:
         if self.is_learning_rate_scaled:
             self.learning_rate = self.base_learning_rate * self.images_per_step / self.reference_images_per_step
+
+    def keep_images_per_step(self, images: int, source: str) -> None:
+        """Has an optimizer step take so many images, by the number of its micro-batches.
+
+        Args:
+            images: Of a step, over all processes.
+            source: Where they come from, for messages.
+
+        Raises:
+            ValueError: If they are not so many times those that the processes here take at once.
+        """
+        at_once = self.train_batch_size * self.world_size
+        here = f"{self.world_size} processes" if self.world_size > 1 else "one process"
+        if images % at_once:
+            fitting = [size for size in range(1, images + 1) if images % (size * self.world_size) == 0]
+            advice = f"no number of images can be given to {here} alike"
+            if fitting:
+                nearest = min(fitting, key=lambda size: abs(size - self.per_device_train_batch_size))
+                advice = f"use `per_device_train_batch_size` {nearest}"
+            raise ValueError(
+                f"{source} has steps of {images} images, and here {here} take {at_once} at once, which do not add up to them: {advice}. "
+                "To train with other steps, start a new run from its weights with `model_name_or_path`."
+            )
+        steps = images // at_once
+        if steps != self.gradient_accumulation_steps:
+            if self.process_index == 0:
+                print(
+                    f"{source} has steps of {images} images: gradient_accumulation_steps {steps} keeps them on {here}",
+                    flush=True,
+                )
+            self.gradient_accumulation_steps = steps
+            self._scale_learning_rate()
 
     def use_workers(self, number: int) -> None:
         """Has so many processes load images for each process that trains; what they were given holds, and where there are none is of
@@ -166,12 +207,12 @@ class BaseImageTrainingArguments(TrainingArguments):
             setattr(self, name, value)
 
     def check_batches(self, num_images: int) -> None:
-        """Raises a `ValueError` if an epoch of so many images has no batch."""
-        images = self.train_batch_size * self.world_size
+        """Raises a `ValueError` if an epoch of so many images has no step."""
+        images = self.images_per_step
         if self.dataloader_drop_last and num_images < images:
             raise ValueError(
-                f"There are {num_images} training images, fewer than a batch over all devices ({images}), and the last, smaller batch is left "
-                "out. Choose a smaller `per_device_train_batch_size`, or `dataloader_drop_last` false."
+                f"There are {num_images} training images, fewer than a step takes ({images}), and a last, smaller step is left out. Choose a "
+                "smaller `per_device_train_batch_size` or `gradient_accumulation_steps`, or `dataloader_drop_last` false."
             )
 
     def check_reporting(self) -> None:

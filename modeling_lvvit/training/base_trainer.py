@@ -1,31 +1,39 @@
 """What the trainers of all programs share: runs that can be stopped, continued and killed."""
 
+import itertools
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import PredictionOutput, has_length, rotate_checkpoints, seed_worker
 from transformers.utils import logging
 
 from ..backbones.patch_head import PATCH_HEAD, weights_by_own_names
+from ..data.files.digests import DIGESTS
 from ..data.image_dataset import ImageDataset
 from ..data.loaders import end_workers, prepare_loader
-from ..data.sampling import temporary_seed
+from ..data.sampling import fold_in, temporary_seed
+from ..data.steps import EndlessSampler, StepBatchSampler, StepDivision, StreamOrder
 from ..hub.hub_trainer import HubTrainer
 from .base_arguments import BaseImageTrainingArguments
 from .batch_norm import set_batch_norm
 from .callbacks import EarlyStopping, EpochCallback, StopOnSignal, describe_best
-from .checkpoints.resumable import check_resumable
+from .checkpoints.resumable import check_resumable, keep_step
+from .checkpoints.whole import check_whole, last_whole_checkpoint, seal_checkpoint
 from .divergence import DivergenceCheck, DivergenceError
 from .fsdp import broadcast_buffers, configure_fsdp2, own_class
 from .metrics import check_best_metric
 from .progress import use_run_progress
+from .run_layout import RunLayout, read_layout
 from .schedule import decayed_parameters
 from .throughput import Throughput
 
@@ -44,9 +52,9 @@ class BaseImageTrainer(HubTrainer):
     loss_is_scaled_for_ga = False
 
     def __init__(self, model: nn.Module, args: BaseImageTrainingArguments, *positional: Any, **kwargs: Any):
+        if args.resume_from_checkpoint is not None:
+            keep_step(args, Path(args.resume_from_checkpoint))
         super().__init__(model, args, *positional, **kwargs)
-        # the Trainer seeds every process alike; drop path should differ between them
-        torch.manual_seed(args.seed + args.process_index)
         # the losses are ours: the Trainer need not count labels over all processes at every step
         self.model_accepts_loss_kwargs = False
         self.throughput = Throughput()
@@ -61,7 +69,7 @@ class BaseImageTrainer(HubTrainer):
         if args.early_stopping_patience is not None:
             self.early_stopping = EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold)
             self.add_callback(self.early_stopping)
-            if isinstance(self.train_dataset, IterableDataset) and args.eval_strategy == "epoch":
+            if self.train_dataset is not None and not has_length(self.train_dataset) and args.eval_strategy == "epoch":
                 raise ValueError(
                     "A stream has no epochs to evaluate after: give `early_stopping_patience` with `eval_steps`."
                 )
@@ -72,6 +80,12 @@ class BaseImageTrainer(HubTrainer):
         if isinstance(self.train_dataset, ImageDataset):
             args.check_batches(len(self.train_dataset))
             self.add_callback(EpochCallback(self.train_dataset))
+        self.batches: StepBatchSampler | None = None
+        self.micro_batches: Iterator[tuple[float, int]] = iter(())  # weights and numbers of those of a step
+        self.loss_weight = 1.0
+        self.layout = RunLayout(args.images_per_step)
+        self.add_callback(self.layout)
+        self._take_layout(args.resume_from_checkpoint)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`, with FSDP2 on any device."""
@@ -94,6 +108,49 @@ class BaseImageTrainer(HubTrainer):
             self.args.dataloader_drop_last, self.args.dataloader_persistent_workers = options
         return self.prepare_loader(loader)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The micro-batches of this process, see `StepBatchSampler`; as in `Trainer` where the training set is neither sized nor a stream."""
+        args, order = self.args, self.stream_order()
+        sampler = EndlessSampler() if order is not None else self._get_train_sampler()
+        if sampler is None or isinstance(sampler, BatchSampler):
+            self.batches = None
+            return super().get_train_dataloader()
+        if isinstance(sampler, RandomSampler):  # the same order in all processes
+            sampler = SeedableRandomSampler(sampler.data_source, data_seed=args.data_seed)
+        division = StepDivision(self._train_batch_size, args.world_size, args.gradient_accumulation_steps)
+        self.batches = StepBatchSampler(
+            sampler, division, args.process_index, args.dataloader_drop_last, lambda: int(self.state.epoch or 0)
+        )
+        workers = args.dataloader_num_workers
+        if order is not None:  # others would read what these read
+            workers = min(workers, order.num_workers * math.ceil(order.num_processes / args.world_size))
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+        )
+        loader = prepare_data_loader(  # as if there were one process: the images are divided already
+            loader,
+            args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+            non_blocking=self.accelerator.non_blocking,
+        )
+        self.accelerator._dataloaders.append(loader)
+        return self.prepare_loader(loader)
+
+    def stream_order(self) -> StreamOrder | None:
+        """Where the training set is a stream, the order of the run, or of one that begins now; `None` for other data."""
+        return None
+
     def prepare_loader(self, loader: DataLoader) -> DataLoader:
         """See `loaders.prepare_loader`; every loader of a trainer goes through it."""
         return prepare_loader(loader, self.args.seed, self.args.process_index)
@@ -110,8 +167,14 @@ class BaseImageTrainer(HubTrainer):
         """The micro-batches of an optimizer step, and the number of their images in this process."""
         with self.throughput.waiting():
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        images = sum(len(batch["pixel_values"]) for batch in batches)
-        self.throughput.count(images * self.args.world_size)
+        sizes = [len(batch["pixel_values"]) for batch in batches]
+        step, processes = self.state.global_step, self.args.world_size
+        if self.batches is None:
+            images, weights = sum(sizes) * processes, [size * len(sizes) / sum(sizes) for size in sizes]
+        else:
+            images, weights = self.batches.images(step), self.batches.weights(step)
+        self.throughput.count(images)
+        self.micro_batches = zip(weights, itertools.count(self.args.process_index, processes))
         return batches, images
 
     @property
@@ -127,14 +190,28 @@ class BaseImageTrainer(HubTrainer):
         super().log(logs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in `Trainer`. A loss that overflows in float16 counts as 0, as the gradient scaler leaves its step out: a NaN would stay in
-        the sum of the losses."""
+        """As in `Trainer`. What the model draws depends on seed, step and micro-batch, not on the process that has it.
+
+        A loss that overflows in float16 counts as 0, as the gradient scaler leaves its step out: a NaN would stay in the sum of the losses.
+        """
+        self.loss_weight, number = next(self.micro_batches, (1.0, self.args.process_index))
+        if self.layout.seeds_steps:
+            seed = fold_in(self.args.seed, self.state.global_step, number)
+            torch.manual_seed(seed)
+            random.seed(seed)
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.scaler is None:
             return loss
         is_finite = loss.isfinite()
         self.num_overflows = self.num_overflows + (~is_finite)
         return torch.where(is_finite, loss, 0.0)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; in training the loss of a micro-batch counts by its images."""
+        result = super().compute_loss(model, *args, **kwargs)
+        if not model.training:
+            return result
+        return (self.loss_weight * result[0], *result[1:]) if isinstance(result, tuple) else self.loss_weight * result
 
     def check_loss(self, loss: float) -> None:
         """See `DivergenceCheck.check_loss`; all processes call it with the same mean loss since the last log."""
@@ -163,10 +240,19 @@ class BaseImageTrainer(HubTrainer):
 
         Raises:
             DivergenceError: If loss or weights become NaN or infinite.
-            ValueError: If the checkpoint is one of another model or other classes.
+            ValueError: If the checkpoint is damaged, one of another model or other classes, or has steps of a number of images that cannot be
+                divided here.
         """
-        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint != self.args.resume_from_checkpoint:
+        if resume_from_checkpoint is True:
+            last = last_whole_checkpoint(Path(self.args.output_dir))
+            if last is None:
+                raise ValueError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+            resume_from_checkpoint = str(last)
+        if resume_from_checkpoint and resume_from_checkpoint != self.args.resume_from_checkpoint:
+            check_whole(Path(resume_from_checkpoint))
             check_resumable(Path(resume_from_checkpoint), self.model)
+            keep_step(self.args, Path(resume_from_checkpoint))
+        self._take_layout(resume_from_checkpoint)
         self.throughput.start()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -175,6 +261,18 @@ class BaseImageTrainer(HubTrainer):
             self.end_workers()
             self.progress.close()
             self.stop_on_signal.restore_handlers()
+
+    def _take_layout(self, checkpoint: str | None) -> None:
+        """Goes on with the layout of a checkpoint, or begins one."""
+        self.layout.stream_order = None
+        order = self.stream_order()
+        layout = None if checkpoint is None else read_layout(Path(checkpoint))
+        if layout is not None and layout.seeds_steps and (layout.stream_order is None) != (order is None):
+            now, then = ("stored data" if value is None else "a stream" for value in (order, layout.stream_order))
+            raise ValueError(
+                f"{checkpoint} was trained on {then}, this run is on {now}: give or leave out `streaming`."
+            )
+        self.layout.take(layout or RunLayout(self.args.images_per_step, None if order is None else order.to_dict()))
 
     def describe_best(self) -> str | None:
         """See `callbacks.describe_best`."""
@@ -275,15 +373,25 @@ class BaseImageTrainer(HubTrainer):
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in `Trainer`. A checkpoint is whole once its `trainer_state.json` is: that is written last."""
+        """As in `Trainer`. A checkpoint is whole once it has its list of digests: that is written last, before older ones are deleted."""
         self.check_weights()
-        state = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE_NAME
+        run = Path(self._get_output_dir(trial))
+        folder, limit = run / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
         if self.args.should_save:
-            state.unlink(missing_ok=True)  # of an earlier run that is written over
+            for name in (DIGESTS, TRAINER_STATE_NAME):
+                (folder / name).unlink(missing_ok=True)  # of an earlier run that is written over
         unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with self.throughput.paused():
-            with weights_by_own_names(unwrapped):
-                super()._save_checkpoint(model, trial)
+            self.args.save_total_limit = None  # older ones are deleted once this one is whole
+            try:
+                with weights_by_own_names(unwrapped):
+                    super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            if self.args.should_save:
+                self.save_arguments(folder)
+                seal_checkpoint(folder)
+                rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
             self.publish_in_background()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -17,7 +17,7 @@ from modeling_lvvit.labels.label_set import LabelSet
 from modeling_lvvit.original import label_import
 from modeling_lvvit.token_labeling.augmentation.transforms import AugmentationConfig, TrainTransform
 from modeling_lvvit.token_labeling.dataset import TokenLabelDataset
-from modeling_lvvit.token_labeling.iterable_dataset import TokenLabelStream
+from modeling_lvvit.token_labeling.stream import TokenLabelStream
 from modeling_lvvit.visualization import check_labels
 
 

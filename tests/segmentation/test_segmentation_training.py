@@ -165,7 +165,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_training_sets_smaller_than_a_batch_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="3 training images, fewer than a batch"):
+    with pytest.raises(ValueError, match="3 training images, fewer than a step"):
         trainer_of(segmenter(), tmp_path, masked_rows(3))
 
 
@@ -444,7 +444,7 @@ def test_early_stopping_keeps_the_best_by_mean_iou(data, tmp_path, capsys):
         ({"class_weights": "median_frequency", "check_data": "false"}, "leave --check_data on"),
         ({"class_names": "a b"}, "has the values"),
         ({"stride": "40 60"}, "larger than the windows"),
-        ({"per_device_train_batch_size": 16}, "fewer than a batch"),
+        ({"per_device_train_batch_size": 16}, "fewer than a step"),
         ({"segmentation_head": "fcn", "config_overrides": '{"decoder_chanels": 8}'}, "did you mean decoder_channels"),
         ({"long_side": 100}, "needs a --short_side"),
         (

@@ -7,10 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from accelerate.data_loader import SkipBatchSampler
 
 from modeling_lvvit.annotators.pipeline import spread_to_borders
 from modeling_lvvit.data.image_keys import find_keys, hash_keys
 from modeling_lvvit.data.images import SampleError
+from modeling_lvvit.data.steps import EndlessSampler, StepBatchSampler, StepDivision, StreamOrder
 from modeling_lvvit.labels.label_set import LabelSet
 from modeling_lvvit.token_labeling import TokenLabelStream
 from support.images import encode_image
@@ -84,9 +86,55 @@ def test_processes_and_workers_divide_the_stream():
     seen = [{sample["height"] for sample in take(part, 4)} for part in parts]
     assert not seen[0] & seen[1]
     assert len(seen[0] | seen[1]) == 8
-    loader = torch.utils.data.DataLoader(stream_of(numbers, None), batch_size=2, num_workers=2)
-    heights = torch.cat([batch["height"] for batch in itertools.islice(loader, 4)])
-    assert sorted(heights.tolist()) == [4 + number for number in numbers]
+    steps = steps_of(8, StreamOrder(1, 2, 2), StepDivision(2, 1, 1), workers=2)[:4]
+    assert sorted(itertools.chain(*steps)) == numbers
+
+
+def steps_of(
+    images: int, order: StreamOrder, division: StepDivision, workers: int = 0, first: int = 0
+) -> list[list[int]]:
+    """Images of twelve steps, all processes together in the order of their micro-batches, from a step on."""
+    steps = [[] for _ in range(12 - first)]
+    for process in range(division.num_processes):
+        stream = stream_of(list(range(images)), None, shuffle_buffer=3, seed=1)
+        stream.order = order
+        batches = SkipBatchSampler(
+            StepBatchSampler(EndlessSampler(), division, process), first * division.accumulation_steps
+        )
+        loader = torch.utils.data.DataLoader(stream, batch_sampler=batches, num_workers=workers)
+        for number, batch in enumerate(itertools.islice(loader, len(steps) * division.accumulation_steps)):
+            place = number % division.accumulation_steps * division.num_processes + process
+            steps[number // division.accumulation_steps].append((place, (batch["height"] - 4).tolist(), batch["seed"]))
+    return [[image for _, part, _ in sorted(parts, key=lambda part: part[0]) for image in part] for parts in steps]
+
+
+@pytest.mark.parametrize("begun", [(1, 1, 4), (1, 2, 4), (2, 1, 2), (4, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("division", "workers"),
+    [((4, 1, 1), 0), ((2, 2, 1), 0), ((1, 4, 1), 0), ((1, 2, 2), 2), ((2, 1, 2), 1), ((1, 1, 4), 3)],
+    ids=str,
+)
+def test_other_processes_and_workers_go_on_in_the_order_of_a_stream(begun, division, workers):
+    """From a step in the middle: the same images in the same steps, in the same places."""
+    order = StreamOrder(*begun)
+    whole = steps_of(9, order, StepDivision(begun[2], begun[0], 4 // (begun[0] * begun[2])), max(0, begun[1] - 1))
+    assert all(len(step) == 4 for step in whole)
+    assert steps_of(9, order, StepDivision(*division), workers, first=5) == whole[5:]
+
+
+def test_the_order_of_a_stream_is_that_of_the_workers_that_began_it():
+    """As PyTorch takes batches of its workers in turn, and processes take theirs."""
+    assert [StreamOrder(2, 2, 3).place(number) for number in range(14)] == [
+        *((0, 0, number) for number in (0, 1, 2)), *((1, 0, number) for number in (0, 1, 2)),
+        *((0, 1, number) for number in (0, 1, 2)), *((1, 1, number) for number in (0, 1, 2)),
+        (0, 0, 3), (0, 0, 4),
+    ]  # fmt: skip
+
+
+def test_no_more_workers_begin_a_stream_than_it_has_files():
+    stream = stream_of(list(range(8)), None)
+    assert stream.begin_order(1, 5, 4) == StreamOrder(1, 2, 4)
+    assert stream.begin_order(2, 0, 4) == StreamOrder(2, 1, 4)
 
 
 def test_key_pattern_cuts_both_sides():

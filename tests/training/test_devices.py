@@ -236,8 +236,9 @@ def test_one_process_needs_no_synchronization(tiny_model):
 def test_order_of_rows_depends_on_seed_and_epoch(tiny_model, tmp_path):
     rows, orders = datasets.Dataset(labelled_table(50)), []
     for seed, epoch in ((0, 0), (0, 0), (0, 1), (7, 0)):
-        loader = trainer_for(tiny_model, rows, tmp_path, data_seed=seed).get_train_dataloader()
-        loader.set_epoch(epoch)
+        trainer = trainer_for(tiny_model, rows, tmp_path, data_seed=seed)
+        loader = trainer.get_train_dataloader()
+        trainer.state.epoch = float(epoch)
         orders.append([row for batch in loader.batch_sampler for row in batch])
         assert sorted(orders[-1]) == list(range(50))
         generator = torch.Generator().manual_seed(seed + epoch)  # as in checkpoints of earlier versions

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from modeling_lvvit.token_labeling import TokenLabelStream, TokenLabelTrainer, TrainTransform
-from modeling_lvvit.training.checkpoints.whole import is_whole_checkpoint, last_whole_checkpoint
+from modeling_lvvit.training.checkpoints.whole import DamagedCheckpointError, check_whole, last_whole_checkpoint
 from support.images import labelled_table
 from support.programs import ROOT, environment_of, options, run
 from support.trainers import (
@@ -30,7 +30,7 @@ from support.trainers import (
 )
 
 
-STATEFUL |= {"mix_methods": ["token", "cutmix", "mixup"], "per_device_train_batch_size": 5}
+MIXED = {"mix_methods": ["token", "cutmix", "mixup"], "per_device_train_batch_size": 5}
 
 
 VARIATIONS = [{}, {"dataloader_num_workers": 2}, {"gradient_accumulation_steps": 2}]
@@ -40,7 +40,7 @@ BALANCED = {"train_sampling_strategy": "balanced", "class_weights": ["balanced"]
 @pytest.mark.parametrize("variation", [*VARIATIONS, BALANCED], ids=str)
 @pytest.mark.parametrize("stop", [2, 5])  # three steps an epoch: both within an epoch; with accumulation two steps
 def test_resumed_run_equals_an_uninterrupted_one(stop, variation, tiny_model, labelled_rows, tmp_path):
-    assert_resume_changes_nothing(random_model(tiny_model), labelled_rows, tmp_path, stop, **variation)
+    assert_resume_changes_nothing(random_model(tiny_model), labelled_rows, tmp_path, stop, **MIXED, **variation)
     for name in ("model.safetensors", "ema.safetensors"):  # raw weights and average
         folders = (tmp_path / part / "checkpoint-8" / name for part in ("whole", "parts"))
         assert_same_weights(*(load_file(folder) for folder in folders))
@@ -55,7 +55,7 @@ def test_resumed_stream_equals_an_uninterrupted_one(workers, tiny_model, tmp_pat
         stream = TokenLabelStream(
             rows, TrainTransform((32, 48), [0.5] * 3, [0.5] * 3), "image", "label", shuffle_buffer=7, seed=1
         )
-        options = {**STATEFUL, "dataloader_num_workers": workers}
+        options = {**STATEFUL, **MIXED, "dataloader_num_workers": workers}
         return TokenLabelTrainer(model, arguments(tmp_path / folder, **options), train_dataset=stream)
 
     trainer(whole, "whole").train()
@@ -89,7 +89,7 @@ def test_a_save_that_broke_off_is_passed_over(part, tiny_model, labelled_rows, t
 
 def test_writing_over_a_checkpoint_first_makes_it_unwhole(tiny_model, labelled_rows, tmp_path, monkeypatch):
     trainer_of(copy.deepcopy(tiny_model), labelled_rows, tmp_path, max_steps=2).train()
-    assert is_whole_checkpoint(tmp_path / "checkpoint-2")
+    check_whole(tmp_path / "checkpoint-2")
 
     def dying(self, *args):
         raise KeyboardInterrupt
@@ -97,7 +97,8 @@ def test_writing_over_a_checkpoint_first_makes_it_unwhole(tiny_model, labelled_r
     monkeypatch.setattr(TokenLabelTrainer, "_save_optimizer_and_scheduler", dying)
     with pytest.raises(KeyboardInterrupt):
         trainer_of(tiny_model, labelled_rows, tmp_path, save_steps=2).train()
-    assert not is_whole_checkpoint(tmp_path / "checkpoint-2")
+    with pytest.raises(DamagedCheckpointError, match="trainer_state.json is missing"):
+        check_whole(tmp_path / "checkpoint-2")
 
 
 def test_checkpoints_with_cut_weights_are_passed_over(tiny_model, labelled_rows, tmp_path):

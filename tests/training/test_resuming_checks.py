@@ -112,7 +112,8 @@ def test_an_average_is_neither_dropped_nor_invented(checkpoint, labelled_rows, t
 
 @pytest.mark.parametrize("word", ["True", "true", "yes", "False", "no", "None"])
 def test_words_for_resuming_are_understood(word, checkpoint):
-    args = parse(["--resume_from_checkpoint", word, "--output_dir", str(checkpoint.parent), "--ema_decay", "0.9"])[2]
+    options = ["--output_dir", str(checkpoint.parent), "--ema_decay", "0.9", "--per_device_train_batch_size", "6"]
+    args = parse(["--resume_from_checkpoint", word, *options])[2]
     if word.lower() not in ("true", "yes"):
         assert args.resume_from_checkpoint is None
         return

@@ -4,13 +4,10 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.utils import SAFE_WEIGHTS_NAME
-
 from ...finite import check_weight_files
 from ..base_arguments import BaseImageTrainingArguments
-from .resumable import check_average, check_fsdp
-from .whole import is_whole_checkpoint, last_whole_checkpoint
+from .resumable import check_average, check_fsdp, keep_step
+from .whole import DamagedCheckpointError, check_whole, last_whole_checkpoint
 
 
 def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: str | None, overwrite: bool) -> None:
@@ -43,18 +40,20 @@ def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: st
     if resume == "last":
         resume = last_whole_checkpoint(output_dir)
         if resume is None:
-            raise ValueError(f"There is no complete checkpoint in {output_dir} to resume from.")
+            raise ValueError(f"There is no whole checkpoint in {output_dir} to resume from.")
         training_args.resume_from_checkpoint = str(resume)
     elif resume is not None:
-        if not is_whole_checkpoint(Path(resume)):
-            wanted = f"{TRAINER_STATE_NAME}, {SCHEDULER_NAME} and {SAFE_WEIGHTS_NAME}"
+        try:
+            check_whole(Path(resume))
+        except DamagedCheckpointError as error:
             raise ValueError(
-                f"`resume_from_checkpoint` {resume} is no complete checkpoint folder; it must hold {wanted}. last is the newest of a run."
-            )
+                f"`resume_from_checkpoint`: {error} Choose another one; last is the newest whole one of a run."
+            ) from error
         check_weight_files(Path(resume))
     if resume is not None:
         check_fsdp(Path(resume))
         check_average(Path(resume), training_args)
+        keep_step(training_args, Path(resume))
     continues = resume is not None and Path(resume).resolve().parent == output_dir.resolve()
     holds_files = output_dir.is_dir() and any(output_dir.iterdir())
     if holds_files and not continues and not overwrite:

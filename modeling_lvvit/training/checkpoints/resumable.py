@@ -15,6 +15,7 @@ from ...hub.hub_trainer import ARGUMENTS
 from ..base_arguments import BaseImageTrainingArguments
 from ..ema import EMA_FILE
 from ..fsdp import is_fsdp_requested
+from ..run_layout import read_layout
 from .record import read_json
 
 
@@ -57,20 +58,12 @@ def check_average(checkpoint: Path, args: BaseImageTrainingArguments) -> None:
     )
 
 
-def resume_workers(checkpoint: Path, args: BaseImageTrainingArguments) -> None:
-    """Has a run whose samples depend on the number of its workers, as those of a stream do, go on with the number that `checkpoint` was
-    written with. One that was given holds; if it is another, a warning says what that means."""
-    number = read_json(checkpoint / ARGUMENTS).get("dataloader_num_workers")
-    if number is None or number == args.dataloader_num_workers:
-        return
-    if not args.are_workers_given:
-        args.use_workers(number)
-        return
-    logger.warning(
-        "`dataloader_num_workers` is %d, and was %d when %s was written: the rest of the stream is divided in another way, so that some "
-        "images come again early and others late. Leave it out to go on with %d.",
-        args.dataloader_num_workers, number, checkpoint, number,
-    )  # fmt: skip
+def keep_step(args: BaseImageTrainingArguments, checkpoint: Path) -> None:
+    """Has the steps of a run keep the images of those of a checkpoint, on other numbers of processes too, by accumulation. A `ValueError` if
+    the images of a step cannot be divided."""
+    layout = read_layout(checkpoint)
+    if layout is not None:
+        args.keep_images_per_step(layout.images_per_step, str(checkpoint))
 
 
 def check_resumable(checkpoint: Path, model: nn.Module) -> None:

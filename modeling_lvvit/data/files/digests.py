@@ -1,0 +1,61 @@
+"""Digests of the files of a folder, by which damage is found: a list in the form that `sha256sum --check` reads too."""
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .atomic_files import write_text
+
+
+DIGESTS = "SHA256SUMS"
+CHUNK = 2**22  # bytes
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Digests of several files by their path in the folder; several are computed at a time."""
+    names = sorted(names)
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
+        return dict(zip(names, pool.map(lambda name: file_digest(folder / name), names)))
+
+
+def write_digests(folder: Path, digests: dict[str, str]) -> None:
+    """Writes the list of a folder. To be called when all its files are written."""
+    write_text(folder / DIGESTS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
+
+
+def read_digests(folder: Path) -> dict[str, str] | None:
+    """The list of a folder; `None` where there is none. A `ValueError` if it is damaged."""
+    path = folder / DIGESTS
+    if not path.is_file():
+        return None
+    try:
+        lines = [line.partition("  ") for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}).") from error
+    if not lines or any(len(digest) != 64 or not name for digest, _, name in lines):
+        raise ValueError(f"{path} is damaged: it is no list of digests.")
+    return {name: digest for digest, _, name in lines}
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """What is wrong with a folder by its list, a few words for each file: missing ones and those with another content. Empty where all is
+    well, and where there is no list."""
+    try:
+        digests = read_digests(folder)
+    except ValueError as error:
+        return [str(error).rstrip(".")]
+    names = digests or {}
+    missing = [name for name in names if not (folder / name).is_file()]
+    found = file_digests(folder, names.keys() - set(missing))
+    changed = [name for name, digest in found.items() if digest != names[name]]
+    return [f"{name} is missing" for name in missing] + [f"{name} is damaged" for name in changed]
