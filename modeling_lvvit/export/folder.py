@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from ..backbones.loading import LOADING_ERRORS, first_line, load_image_processor
 from ..console import require
 from ..data.files.atomic_files import atomic_directory, check_new_directory
+from ..data.files.digests import file_digests, write_digests
 from ..data.sources import looks_local
 from ..finite import NotFiniteError, check_weights
 from ..modeling_lvvit import LVViTForSemanticSegmentation, LVViTPreTrainedModel
@@ -89,6 +90,7 @@ def export_folder(
                 f"The outputs of the exported file differ from the model's by up to {agreement.difference:.1e}, more "
                 f"than {agreement.bound:.1e}; not saved."
             )
+        write_digests(partial, file_digests(partial, [path.name]))
     return agreement
 
 

@@ -8,6 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
+from ..data.files.digests import DIGESTS, damaged_files, file_digests, write_digests
+from ..finite import listed
+
 
 CARD = "README.md"
 # weights of a model, of which a repository holds one set
@@ -16,7 +19,7 @@ RECORDS = ("arguments.json", "trainer_state.json", "*_results.json", "class_scor
 MODEL_PARTS = ("config.json", "preprocessor_config.json", "processor_config.json", "model.onnx", "predict.py")
 # whatever else lies in a folder is the user's own
 PUBLISHED = (
-    CARD, "LICENSE*", "NOTICE*", *WEIGHTS, *RECORDS, *MODEL_PARTS, *(f"onnx/{part}" for part in MODEL_PARTS), f"onnx/{CARD}",
+    CARD, "LICENSE*", "NOTICE*", DIGESTS, *WEIGHTS, *RECORDS, *MODEL_PARTS, *(f"onnx/{part}" for part in MODEL_PARTS), f"onnx/{CARD}",
     "configuration_*.py", "modeling_*.py", "image_processing_*.py", "*.png", "*.jpg", "runs/*tfevents*", "data/*.parquet",
 )  # fmt: skip
 # as they are called by libraries that load them; the old forms of what is published here, and what a Trainer leaves
@@ -24,7 +27,7 @@ PICKLES = (
     "training_args.bin", "pytorch_model*.bin", "pytorch_model.bin.index.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth"
 )  # fmt: skip
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".pt2")
-REPLACED = (*WEIGHTS, *PICKLES)  # of a repository, by the upload of a model
+REPLACED = (*WEIGHTS, DIGESTS, *PICKLES)  # of a repository, by the upload of a model
 LEFT_OUT_PREFIXES, LEFT_OUT_ENDING = (".", "_", "checkpoint-"), ".partial"
 
 
@@ -55,6 +58,22 @@ def published_files(folder: Path) -> tuple[list[str], list[str]]:
         else:
             others.append(name)
     return published, others
+
+
+def write_weight_digests(folder: Path) -> None:
+    """Writes the digests of the weights of a finished model, by which `check_digests` finds damage."""
+    names = [path.name for pattern in WEIGHTS for path in folder.glob(pattern)]
+    if names:
+        write_digests(folder, file_digests(folder, names))
+
+
+def check_digests(folder: Path) -> None:
+    """Raises a `ValueError` if files of a folder are not what its list of digests says; a folder without one passes."""
+    if problems := damaged_files(folder):
+        raise ValueError(
+            f"{folder} cannot be published: {listed(problems)}. Make it again or take it from a copy; if you have changed it yourself, "
+            f"remove {DIGESTS} there."
+        )
 
 
 def _check_content(path: Path) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
-from .file_checks import CARD, PICKLE_ENDINGS, matches, published_files
+from .file_checks import CARD, PICKLE_ENDINGS, check_digests, matches, published_files
 
 
 logger = logging.get_logger(__name__)
@@ -120,10 +120,11 @@ class HubTarget:
             Address of the commit.
 
         Raises:
-            ValueError: If a file is damaged or not what its name says; nothing is uploaded then.
+            ValueError: If a file is damaged, other than its digest says, or not what its name says; nothing is uploaded then.
             HubError: If the Hub cannot be reached or refuses; the message says how to repeat it. Large files that had arrived are
                 not sent again then.
         """
+        check_digests(folder)
         names, others = published_files(folder)
         if others:
             logger.warning("Not uploaded, as they belong to no model or label set: %s.", ", ".join(others))

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
+from ..data.files.digests import damaged_files
 from ..data.image_keys import (
     MAX_NAMED,
     ROW_PREFIX,
@@ -27,6 +28,7 @@ from ..data.image_keys import (
 from ..data.images import content_hash, read_content
 from ..data.reduced_copy.record import SOURCE_HASH
 from ..data.sources import looks_local, open_parquet, open_splits
+from ..finite import listed
 from ..hub.file_checks import CARD
 from .packing import unpacked_rows
 from .reader import LabelMapReader, label_class_names
@@ -67,7 +69,7 @@ class LabelSet:
         """The part of a label set, a folder or Hub name, that belongs to a split of the images.
 
         Raises:
-            FileNotFoundError, ValueError: If it does not exist, is unfinished, or has no such split.
+            FileNotFoundError, ValueError: If it does not exist, is unfinished or damaged, or has no such split.
         """
         folder = Path(name).expanduser()
         if looks_local(name) and not folder.exists():
@@ -75,6 +77,11 @@ class LabelSet:
         if (folder / RECORD).is_file() and not (folder / CARD).is_file():
             raise ValueError(f"The label set in {folder} is not finished. Start the program that writes it again.")
         shards = sorted(str(path) for path in (folder / DATA).glob(f"{split}-*.parquet"))
+        if problems := damaged_files(folder):
+            raise ValueError(
+                f"The label set in {folder} is not as it was written: {listed(problems)}. Start the program that wrote it again: it makes "
+                "what is damaged anew."
+            )
         if shards:
             # named one by one: files that a card names by a pattern share a cache entry with those of any other folder of
             # the same name (datasets 5.2), and labels that were made again would not be noticed

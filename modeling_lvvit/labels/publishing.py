@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..data.files.atomic_files import write_text
+from ..data.files.digests import DIGESTS
 from ..data.image_keys import MAX_NAMED
 from ..hub.file_checks import CARD, matches
 from ..hub.folders import CARD_TEMPLATES
@@ -84,7 +85,7 @@ def push_label_set(folder: Path, target: HubTarget) -> str:
     """
     split = json.loads((folder / RECORD).read_text(encoding="utf-8"))["settings"]["split"]
     _check_splits(target, split)
-    return target.upload(folder, "Upload label set", (f"{DATA}/{split}-*.parquet",))
+    return target.upload(folder, "Upload label set", (f"{DATA}/{split}-*.parquet", DIGESTS))
 
 
 def open_label_set_target(repo_id: str, split: str, private: bool | None, revision: str | None) -> HubTarget:

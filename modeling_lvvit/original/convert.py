@@ -25,7 +25,7 @@ from ..configuration_lvvit import LVViTConfig
 from ..console import program
 from ..data.files.atomic_files import atomic_directory, check_new_directory
 from ..finite import check_weights
-from ..hub.file_checks import CARD
+from ..hub.file_checks import CARD, write_weight_digests
 from ..hub.folders import publish_model_folder
 from ..hub.repository import HubTarget, HubUploadArguments
 from ..modeling_lvvit import (
@@ -143,6 +143,7 @@ def convert_checkpoint(
         else:
             card = converted_card(config, output_dir.resolve().name, is_segmenter, conversion)
         card.save(partial / CARD)
+        write_weight_digests(partial)
     return difference
 
 

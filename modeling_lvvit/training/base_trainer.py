@@ -14,7 +14,13 @@ from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PredictionOutput, has_length, rotate_checkpoints, seed_worker
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    PredictionOutput,
+    has_length,
+    rotate_checkpoints,
+    seed_worker,
+)
 from transformers.utils import logging
 
 from ..backbones.patch_head import PATCH_HEAD, weights_by_own_names
@@ -23,6 +29,7 @@ from ..data.image_dataset import ImageDataset
 from ..data.loaders import end_workers, prepare_loader
 from ..data.sampling import fold_in, temporary_seed
 from ..data.steps import EndlessSampler, StepBatchSampler, StepDivision, StreamOrder
+from ..hub.file_checks import write_weight_digests
 from ..hub.hub_trainer import HubTrainer
 from .base_arguments import BaseImageTrainingArguments
 from .batch_norm import set_batch_norm
@@ -371,6 +378,11 @@ class BaseImageTrainer(HubTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         with own_class(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
             super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and not folder.name.startswith(
+            PREFIX_CHECKPOINT_DIR
+        ):  # which is sealed when it is whole
+            write_weight_digests(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in `Trainer`. A checkpoint is whole once it has its list of digests: that is written last, before older ones are deleted."""

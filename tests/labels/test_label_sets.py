@@ -450,7 +450,8 @@ def test_full_disk_is_named_and_leaves_finished_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(pq, "write_table", write_table)
     with pytest.raises(OSError, match="train-00001.parquet cannot be written: No space left on device.*make room"):
         writer.write(1, table_of(random_maps(4)))
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["train-00000.parquet"]
+    assert [path.name for path in (tmp_path / "data").glob("[!.]*")] == ["train-00000.parquet"]
+    assert not list((tmp_path / "data").glob("*.partial"))
 
 
 def test_duplicate_keys_are_named_in_the_end(tmp_path):

@@ -1,5 +1,6 @@
 """What does not fit a checkpoint, a metric or a logger is found before training."""
 
+import logging
 import shutil
 
 import datasets
@@ -10,8 +11,10 @@ from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.cli.parser import parse
 from modeling_lvvit.cli.training_program import set_up
 from modeling_lvvit.token_labeling import ImageProcessorTransform, TokenLabelDataset, TokenLabelTrainer
+from modeling_lvvit.training.checkpoints import whole
 from modeling_lvvit.training.checkpoints.output_dir import prepare_output_dir
 from modeling_lvvit.training.checkpoints.resumable import check_resumable
+from modeling_lvvit.training.checkpoints.whole import last_whole_checkpoint
 from support.classifiers import samples_of as samples_at
 from support.classifiers import transformers_model
 from support.images import labelled_table
@@ -189,3 +192,72 @@ def test_loggers_that_are_missing_are_named_before_the_data_is_opened(name, mess
 def test_numbers_that_can_only_diverge_are_refused(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must "):
         parse([f"--{name}", value])
+
+
+def flip_a_bit(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped bit": flip_a_bit,
+    "a cut tail": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "a missing file": lambda path: path.unlink(),
+}
+FILES = [
+    "model.safetensors",
+    "ema.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "config.json",
+]
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    trainer_of(model_of(), datasets.Dataset(labelled_table()), folder, max_steps=2).train()
+    return folder
+
+
+@pytest.mark.parametrize("name", [*FILES, "SHA256SUMS"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoints_are_named_and_the_one_before_is_taken(name, damage, two_checkpoints, tmp_path, caplog):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-2" / name
+    DAMAGE[damage](path)
+    if (name, damage) == ("SHA256SUMS", "a missing file"):  # then it is taken for one of before there were such lists
+        return
+    whole.logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING):
+        assert last_whole_checkpoint(tmp_path / "run").name == "checkpoint-1"
+    whole.logger.removeHandler(caplog.handler)
+    assert f"Passed over: {path.parent} is no whole checkpoint: " in caplog.text
+    name = "" if name == "SHA256SUMS" else name  # a changed list accuses others too
+    assert name in caplog.text
+    args = arguments(tmp_path / "run", ema_decay=0.9, resume_from_checkpoint=str(path.parent))
+    with pytest.raises(ValueError, match=f"`resume_from_checkpoint`: .*checkpoint-2 is no whole checkpoint: .*{name}"):
+        prepare_output_dir(args, None, False)
+    trainer = trainer_of(model_of(), datasets.Dataset(labelled_table()), tmp_path / "run", max_steps=2)
+    with pytest.raises(ValueError, match=name):
+        trainer.train(str(path.parent))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_checkpoints_without_digests_are_looked_at_too(name, damage, two_checkpoints, tmp_path):
+    """Those of earlier versions: the archives of PyTorch have checksums of their own. A missing random state is not noticed."""
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    (checkpoint / "SHA256SUMS").unlink()
+    whole.check_whole(checkpoint)
+    DAMAGE[damage](checkpoint / name)
+    if (name, damage) in (("rng_state.pth", "a missing file"), ("optimizer.pt", "a missing file")):
+        return
+    if name == "trainer_state.json" and damage != "a missing file":  # which may be JSON still
+        (checkpoint / name).write_text('{"epoch":')
+    with pytest.raises(whole.DamagedCheckpointError, match=name):
+        whole.check_whole(checkpoint)

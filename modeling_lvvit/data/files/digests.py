@@ -1,6 +1,7 @@
 """Digests of the files of a folder, by which damage is found: a list in the form that `sha256sum --check` reads too."""
 
 import hashlib
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +31,18 @@ def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def write_digests(folder: Path, digests: dict[str, str]) -> None:
     """Writes the list of a folder. To be called when all its files are written."""
-    write_text(folder / DIGESTS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
+    write_text(folder / DIGESTS, "".join(digest_line(name, digest) for name, digest in sorted(digests.items())))
+
+
+def digest_line(name: str, digest: str) -> str:
+    """A line of the list."""
+    return f"{digest}  {name}\n"
+
+
+def parse_digests(text: str) -> dict[str, str]:
+    """Digests by path, of whole lines; a last line that was not written to its end, and others that are none, are passed over."""
+    found = re.findall(r"^([0-9a-f]{64})  (.+)\n", text, flags=re.MULTILINE)
+    return {name: digest for digest, name in found}
 
 
 def read_digests(folder: Path) -> dict[str, str] | None:
@@ -38,13 +50,11 @@ def read_digests(folder: Path) -> dict[str, str] | None:
     path = folder / DIGESTS
     if not path.is_file():
         return None
-    try:
-        lines = [line.partition("  ") for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}).") from error
-    if not lines or any(len(digest) != 64 or not name for digest, _, name in lines):
+    text = path.read_bytes().decode(errors="replace")
+    digests = parse_digests(text)
+    if not digests or "".join(digest_line(*entry) for entry in digests.items()) != text:
         raise ValueError(f"{path} is damaged: it is no list of digests.")
-    return {name: digest for digest, _, name in lines}
+    return digests
 
 
 def damaged_files(folder: Path) -> list[str]:

@@ -1,13 +1,16 @@
 """Folders of Parquet shards that a program writes one after another, with a record of how they were made; stopped and continued.
 
-    FOLDER/RECORD                 settings, versions, and in the end a report
-    FOLDER/data/NAME.parquet      shards
+    FOLDER/RECORD                     settings, versions, and in the end a report
+    FOLDER/data/NAME.parquet          shards
+    FOLDER/data/.SHA256SUMS.*         digests of the shards that are written, a list of each process
+    FOLDER/SHA256SUMS                 in the end, digests of all
 
 A shard depends on the settings and its rows alone, not on who writes it or when. Whatever was finished when a run was killed is kept, and
-the result is the same, byte for byte, as that of a run that was not.
+the result is the same, byte for byte, as that of a run that was not. What was damaged since is found by its digest, and made again.
 """
 
 import json
+import uuid
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,7 @@ from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from .atomic_files import write_atomically, write_json
+from .digests import DIGESTS, digest_line, file_digest, parse_digests, read_digests, write_digests
 
 
 logger = logging.get_logger(__name__)
@@ -53,10 +57,11 @@ class ShardFolder:
         self.folder, self.settings, self.versions = folder, settings, versions
         self.record = folder / self.record_name
         self._lock: FileLock | None = None
+        self._list: Path | None = None  # of digests of what this process has written
 
     def __getstate__(self) -> dict[str, Any]:
         """The lock stays with the process that took it."""
-        return {**self.__dict__, "_lock": None}
+        return {**self.__dict__, "_lock": None, "_list": None}
 
     def begin(self) -> None:
         """Makes the folder, or finds out that it holds an unfinished run of the same settings; in one process only.
@@ -85,6 +90,9 @@ class ShardFolder:
         else:  # a full disk or a read-only folder should show now, not after an hour
             write_atomically(data / ".probe", lambda file: file.write(b"."))
             (data / ".probe").unlink()
+        if not self._digests():  # of before there were any
+            for path in filter(self._is_readable, sorted(data.glob("*.parquet"))):
+                self._note_digest(path)
 
     def release(self) -> None:
         """Lets other runs write to the folder."""
@@ -127,6 +135,15 @@ class ShardFolder:
         path = self.path(shard)
         if not path.is_file():
             return False
+        digest = self._digests().get(self._name(path))
+        if digest is not None and digest == file_digest(path):
+            return True
+        what = "was not noted before the run ended" if digest is None else "is damaged"
+        logger.warning("%s %s and is made again.", path, what)
+        path.unlink(missing_ok=True)
+        return False
+
+    def _is_readable(self, path: Path) -> bool:
         try:
             return pq.read_metadata(path).num_rows > 0
         except (pa.ArrowException, OSError) as error:
@@ -134,11 +151,28 @@ class ShardFolder:
             path.unlink(missing_ok=True)
             return False
 
+    def _name(self, path: Path) -> str:
+        return f"{DATA}/{path.name}"
+
+    def _digests(self) -> dict[str, str]:
+        """Of all shards that were written, by their path in the folder."""
+        digests = read_digests(self.folder) or {}
+        for path in sorted((self.folder / DATA).glob(f".{DIGESTS}.*")):
+            digests |= parse_digests(path.read_text(encoding="utf-8"))
+        return digests
+
+    def _note_digest(self, path: Path) -> None:
+        if self._list is None:
+            self._list = path.parent / f".{DIGESTS}.{uuid.uuid4().hex[:12]}"
+        with self._list.open("a", encoding="utf-8") as file:
+            file.write(digest_line(self._name(path), file_digest(path)))
+
     @contextmanager
     def writing(self, path: Path) -> Iterator[None]:
-        """Around the writing of a shard: an `OSError` says what to do."""
+        """Around the writing of a shard, whose digest is noted then; an `OSError` says what to do."""
         try:
             yield
+            self._note_digest(path)
         except OSError as error:
             raise OSError(
                 f"{path} cannot be written: {error.strerror or error}. The shards that are finished are kept; "
@@ -152,7 +186,12 @@ class ShardFolder:
             raise ValueError(f"{extra} does not belong to this {self.kind} of {len(expected)} shards.")
 
     def complete_record(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Writes the record with a report; returns it."""
+        """Writes the digests of all shards, and the record with a report; returns it."""
+        names = {self._name(path) for path in (self.folder / DATA).glob("*.parquet")}
+        write_digests(self.folder, {name: digest for name, digest in self._digests().items() if name in names})
+        for path in (self.folder / DATA).glob(f".{DIGESTS}.*"):
+            path.unlink()
+        self._list = None
         record = {"settings": self.settings, "versions": self.versions, "report": report}
         write_json(self.record, record)
         return record
