@@ -110,7 +110,8 @@ class ModelArguments(ModelSourceArguments):
     )
     save_patch_head: bool = HfArg(
         default=True,
-        help="Save a model other than LV-ViT with its patch head, which plain loading leaves out. Checkpoints always have it.",
+        help="Save a model other than LV-ViT with its patch head, which plain loading leaves out. Checkpoints have it wherever it is trained, "
+        "as it is not with plain labels.",
     )
 
     def __post_init__(self):

@@ -12,7 +12,7 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from ..annotators.online import OnlineAnnotator
 from ..data.classes.multi_label import is_multi_label
@@ -104,6 +104,7 @@ class TokenLabelTrainer(BaseImageTrainer):
             self.ema = EMACallback(args.ema_decay or args.base_ema_decay, is_base=args.ema_decay is None)
             self.add_callback(self.ema)
         self.components = LossComponents()
+        self.eval_losses: list[torch.Tensor] | None = None  # of the images of all processes, in an evaluation
 
     @property
     def class_names(self) -> list[str]:
@@ -237,11 +238,39 @@ class TokenLabelTrainer(BaseImageTrainer):
             loss = losses["loss"]
         else:
             outputs = convert_to_fp32(outputs)
-            if self.is_multi_label:
-                loss = nn.functional.binary_cross_entropy_with_logits(outputs["logits"], labels["labels"])
-            else:
-                loss = nn.functional.cross_entropy(outputs["logits"], labels["labels"])
+            losses = self.image_losses(outputs["logits"], labels["labels"])
+            loss = losses.mean()
+            if self.eval_losses is not None:
+                self.eval_losses.append(self.accelerator.gather_for_metrics(losses.detach()))
         return (loss, outputs) if return_outputs else loss
+
+    def image_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each image, `(B,)`; for images with several classes the mean binary cross-entropy of the classes."""
+        if self.is_multi_label:
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")  # (B, C)
+            return loss.mean(dim=1)
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in `Trainer`, but the loss is the mean over the images, each once. The library takes the mean of a batch for each of its
+        images; with several processes the last batches are filled up with images that come again, which it cannot leave out there."""
+        self.eval_losses = []
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            if self.eval_losses:
+                output.metrics[f"{metric_key_prefix}_loss"] = torch.cat(self.eval_losses).double().mean().item()
+        finally:
+            self.eval_losses = None
+        return output
 
     def check_loss(self, loss: float) -> None:
         """As in `BaseImageTrainer`; scores of the annotator that are not finite are a reason of their own."""

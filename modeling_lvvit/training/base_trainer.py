@@ -286,7 +286,8 @@ class BaseImageTrainer(HubTrainer):
         return describe_best(self.state, self.args, self.early_stopping)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if not self.control.should_training_stop:  # a run that had stopped early is continued to its end
+        # a run that had stopped early, or was over and only lacks what is written at its end, is continued to its end
+        if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
