@@ -16,9 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from .failures import describe_failure
 from .launching import is_main_process, name_options
 
 
@@ -245,14 +247,19 @@ class Program:
 
     @contextmanager
     def refusals(self, *exceptions: type[Exception], of_all_processes: bool = True) -> Iterator[None]:
-        """Ends the program with one message after a `ValueError`, `OSError` or one of `exceptions`.
+        """Ends the program with one message after a `ValueError`, `OSError` or one of `exceptions`, and after a full disk or the end of a
+        worker process (`failures`), of which only one process may know.
 
         Args:
             of_all_processes: Whether all processes meet the same error, so that one of them speaks.
         """
         try:
             yield
-        except (ValueError, OSError, *exceptions) as error:
+        except (ValueError, OSError, RuntimeError, SafetensorError, *exceptions) as error:
+            if (failure := describe_failure(error)) is not None:
+                sys.exit(self.message(f"{failure}. What was finished before is kept; start the same command again."))
+            if not isinstance(error, (ValueError, OSError, *exceptions)):
+                raise
             sys.exit(self.message(error) if is_main_process() or not of_all_processes else 1)
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HTTPError
 from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer, make_markdown_table
 
+from ..data.files.atomic_files import write_text
 from ..data.image_dataset import ImageDataset
 from ..data.sources import looks_local
 from ..hub.file_checks import CARD
@@ -290,4 +291,4 @@ def write_model_card(
         **training_facts(trainer, reported_options(trainer)),
         **facts,
     )
-    card.save(Path(args.output_dir) / CARD)
+    write_text(Path(args.output_dir) / CARD, str(card))

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
@@ -16,6 +16,7 @@ from ..console import end_interrupted, quiet_libraries
 from ..data.image_dataset import FEW_IMAGES, MANY_PASSES
 from ..data.images import SampleError
 from ..data.loaders import describe_workers
+from ..failures import WRITE_ERRORS, describe_failure
 from ..finite import NotFiniteError
 from ..hub.hub_trainer import push_finished_run
 from ..launching import (
@@ -31,6 +32,8 @@ from ..training.base_arguments import BaseImageTrainingArguments
 from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import end_after_signal
 from ..training.checkpoints.output_dir import discard_overwritten_checkpoints, prepare_output_dir
+from ..training.checkpoints.saving import SaveError
+from ..training.checkpoints.whole import last_whole_checkpoint
 from ..training.divergence import DivergenceError
 from ..training.fsdp import is_fsdp_requested
 from ..training.progress import PredictionFigure, describe_outputs
@@ -109,14 +112,18 @@ def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], argument
         if is_trained:
             train(run)
         run.evaluate()
+        if is_trained:
+            trainer.save_state()
+        run.report()
     except DivergenceError as error:  # in all processes
         end_together()
         sys.exit(program.message(error) if is_main else 1)
     except (SampleError, NotFiniteError) as error:
         sys.exit(program.message(error))  # only the process that has the row knows of it
-    if is_trained:
-        trainer.save_state()
-    run.report()
+    except WRITE_ERRORS as error:
+        if describe_failure(error) is None:
+            raise
+        end_after_failure(program, run, error)
     if is_main:
         print(f"saved to {training_args.output_dir}", *describe_outputs(trainer, began), sep="\n  ", flush=True)
     if not is_fsdp_requested():  # else all processes take part in saving what is published
@@ -124,6 +131,22 @@ def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], argument
     if is_trained:
         push_finished_run(trainer, program.name)
     end_together()  # a process that leaves with its connections open may abort
+
+
+def end_after_failure(program: TrainingProgram, run: TrainingRun, error: Exception) -> NoReturn:
+    """Ends the program after one of the `failures`: what happened, what is kept, and how to go on."""
+    if isinstance(error, SaveError):  # in all processes
+        end_together()
+        if not is_main_process():
+            sys.exit(1)
+    folder = Path(run.trainer.args.output_dir)
+    checkpoint = last_whole_checkpoint(folder)
+    advice = "Start the same command again"
+    if checkpoint is not None:
+        advice = f"{checkpoint} is whole: the same command with --resume_from_checkpoint last goes on from there"
+    elif run.trainer.train_dataset is not None:
+        advice = f"{folder} has no whole checkpoint yet: start the same command again with --overwrite_output_dir true"
+    sys.exit(program.message(f"{describe_failure(error)}. {advice}."))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 
 from ..cli.model_card import Provenance, model_location, run_metadata, run_name, training_facts
-from ..data.files.atomic_files import write_json
+from ..data.files.atomic_files import write_json, write_text
 from ..hub.file_checks import CARD
 from ..visualization import panel_step, save_segmentation_figure
 from .arguments import SCORES
@@ -137,7 +137,7 @@ def write_segmentation_card(
         num_parameters=trainer.model.num_parameters(),
         **training_facts(trainer),
     )
-    card.save(Path(trainer.args.output_dir) / CARD)
+    write_text(Path(trainer.args.output_dir) / CARD, str(card))
 
 
 def _inference_name(prefix: str) -> str:

@@ -22,7 +22,7 @@ from ..per_class.scores import AVERAGES, ComputeClassMetrics
 from ..per_class.weights import training_weights
 from ..training.base_trainer import BaseImageTrainer
 from ..training.divergence import DivergenceError
-from ..training.ema import EMACallback
+from ..training.ema import EMA_FILE, EMACallback
 from ..training.metrics import TOP_K, rank_classes
 from ..training.schedule import published_factor
 from ..training.throughput import LossComponents
@@ -330,7 +330,10 @@ class TokenLabelTrainer(BaseImageTrainer):
         super().save_model(output_dir, _internal_call)
         is_checkpoint = output_dir is not None and Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
         if is_checkpoint and self.ema is not None and self.ema.average is not None:
-            self.ema.save(output_dir, self.args.should_save)
+            with self.saving.noting(Path(output_dir) / EMA_FILE):
+                self.ema.save(output_dir, self.args.should_save)
+            if _internal_call:
+                self.saving.agree()
 
     def published_weights(self) -> AbstractContextManager[None]:
         """Puts the weight average, where there is one, into the model."""

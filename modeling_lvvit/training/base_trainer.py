@@ -24,6 +24,7 @@ from transformers.trainer_utils import (
 from transformers.utils import logging
 
 from ..backbones.patch_head import PATCH_HEAD, weights_by_own_names
+from ..data.files.atomic_files import write_json
 from ..data.files.digests import DIGESTS
 from ..data.image_dataset import ImageDataset
 from ..data.loaders import end_workers, prepare_loader
@@ -34,7 +35,9 @@ from ..hub.hub_trainer import HubTrainer
 from .base_arguments import BaseImageTrainingArguments
 from .batch_norm import set_batch_norm
 from .callbacks import EarlyStopping, EpochCallback, StopOnSignal, describe_best
+from .checkpoints.record import read_json
 from .checkpoints.resumable import check_resumable, keep_step
+from .checkpoints.saving import Saving, age_checkpoints
 from .checkpoints.whole import check_whole, last_whole_checkpoint, seal_checkpoint
 from .divergence import DivergenceCheck, DivergenceError
 from .fsdp import broadcast_buffers, configure_fsdp2, own_class
@@ -46,6 +49,7 @@ from .throughput import Throughput
 
 
 logger = logging.get_logger(__name__)
+ALL_RESULTS = "all_results.json"
 
 
 class BaseImageTrainer(HubTrainer):
@@ -69,6 +73,7 @@ class BaseImageTrainer(HubTrainer):
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
         self.divergence = DivergenceCheck(self.accelerator, args)
+        self.saving = Saving(self.accelerator)
         self.num_overflows = torch.zeros((), dtype=torch.int64, device=args.device)
         self.latest_evaluation: tuple[int, dict[str, float]] | None = None  # step and metrics, in training
         self.add_callback(self.divergence)
@@ -370,20 +375,34 @@ class BaseImageTrainer(HubTrainer):
         self.divergence.check_weights(self.tensors_to_save(), self.state, of_all_processes=self.is_fsdp_enabled)
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
+            if _internal_call:  # by all processes
+                self.saving.agree()
             return
         broadcast_buffers(self.accelerator, self.model)  # a sharded checkpoint takes them from any process
         self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        if _internal_call:
+            self.saving.agree()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        with own_class(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
-            super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save and not folder.name.startswith(
-            PREFIX_CHECKPOINT_DIR
-        ):  # which is sealed when it is whole
-            write_weight_digests(folder)
+        with (
+            self.saving.noting(folder),
+            own_class(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)),
+        ):
+            super()._save(output_dir, state_dict)
+            # a checkpoint is sealed when it is whole
+            if self.args.should_save and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+                write_weight_digests(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self.saving.noting(output_dir):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        with self.saving.noting(output_dir):
+            super()._save_scaler(output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in `Trainer`. A checkpoint is whole once it has its list of digests: that is written last, before older ones are deleted."""
@@ -393,17 +412,21 @@ class BaseImageTrainer(HubTrainer):
         if self.args.should_save:
             for name in (DIGESTS, TRAINER_STATE_NAME):
                 (folder / name).unlink(missing_ok=True)  # of an earlier run that is written over
+            age_checkpoints(run, folder.name)
         unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with self.throughput.paused():
             self.args.save_total_limit = None  # older ones are deleted once this one is whole
             try:
-                with weights_by_own_names(unwrapped):
+                with weights_by_own_names(unwrapped), self.saving.noting(folder):
                     super()._save_checkpoint(model, trial)
             finally:
                 self.args.save_total_limit = limit
             if self.args.should_save:
-                self.save_arguments(folder)
-                seal_checkpoint(folder)
+                with self.saving.noting(folder):
+                    self.save_arguments(folder)
+                    seal_checkpoint(folder)
+            self.saving.agree()
+            if self.args.should_save:
                 rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
             self.publish_in_background()
 
@@ -414,5 +437,19 @@ class BaseImageTrainer(HubTrainer):
         super()._issue_warnings_after_load(load_result)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # before the main process writes the state that makes the checkpoint whole
+        with self.saving.noting(output_dir):
+            super()._save_rng_state(output_dir)
+        self.saving.agree()  # before the main process writes the state that makes the checkpoint whole
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """As in `Trainer`, in files that are whole or not there."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        try:
+            earlier = read_json(folder / ALL_RESULTS)
+        except ValueError:  # half written, by the library
+            earlier = {}
+        write_json(folder / f"{split}_results.json", metrics)
+        if combined:
+            write_json(folder / ALL_RESULTS, earlier | metrics)

@@ -9,9 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ...failures import naming_file
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Calls `write` with an open binary file and puts it in place of `path` once it is on the disk."""
+    with naming_file(path):
+        _write_atomically(path, write)
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -53,7 +60,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        yield partial
+        with naming_file(path):
+            yield partial
         partial.chmod(0o755)
         if path.exists():
             path.rmdir()

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
+from ...failures import WriteError
 from .atomic_files import write_atomically, write_json
 from .digests import DIGESTS, digest_line, file_digest, parse_digests, read_digests, write_digests
 
@@ -174,9 +175,9 @@ class ShardFolder:
             yield
             self._note_digest(path)
         except OSError as error:
+            what = error if isinstance(error, WriteError) else f"{path} cannot be written: {error.strerror or error}"
             raise OSError(
-                f"{path} cannot be written: {error.strerror or error}. The shards that are finished are kept; "
-                "make room and start the same command again."
+                f"{what}. The shards that are finished are kept; make room and start the same command again."
             ) from error
 
     def check_no_others(self, shards: Iterable[Hashable]) -> None:
