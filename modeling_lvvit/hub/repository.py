@@ -20,6 +20,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from .file_checks import CARD, PICKLE_ENDINGS, check_digests, matches, published_files
+from .published_content import published_contents
 
 
 logger = logging.get_logger(__name__)
@@ -108,8 +109,8 @@ class HubTarget:
         return replace(self, repo_id=repo.repo_id)
 
     def upload(self, folder: Path, message: str, replaced: tuple[str, ...] = ()) -> str:
-        """Uploads what may be published of a folder in one commit; what the repository has already is not sent again. The example of
-        the card there names the repository.
+        """Uploads what may be published of a folder in one commit, without places of the disk and the name of the host (see
+        `published_contents`); what the repository has already is not sent again. The example of the card there names the repository.
 
         Args:
             folder: Stays as it is, whatever happens.
@@ -128,13 +129,13 @@ class HubTarget:
         names, others = published_files(folder)
         if others:
             logger.warning("Not uploaded, as they belong to no model or label set: %s.", ", ".join(others))
-        contents: dict[str, Path | bytes] = {name: folder / name for name in names}
+        contents = published_contents(folder, names)
         if CARD in contents:
             contents[CARD] = self.named((folder / CARD).read_text(encoding="utf-8")).encode()
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         with _explained(f"The upload of {folder} to {self.repo_id} failed", self._advice(folder)):
             api = HfApi(token=self.token)
-            others = set(api.list_repo_files(**self._repository)) - set(names)
+            others = set(api.list_repo_files(**self._repository)) - set(contents)
             stale = {name for name in others if matches(name, replaced)}
             operations += [CommitOperationDelete(name) for name in sorted(stale)]
             # not `upload_folder`: with hf_xet it makes several commits, so that an upload that breaks off leaves half a model there
