@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from .failures import describe_failure
+from .console import describe_failure, ignore_ended_workers
 from .launching import is_main_process, name_options
 
 
@@ -248,7 +248,7 @@ class Program:
     @contextmanager
     def refusals(self, *exceptions: type[Exception], of_all_processes: bool = True) -> Iterator[None]:
         """Ends the program with one message after a `ValueError`, `OSError` or one of `exceptions`, and after a full disk or the end of a
-        worker process (`failures`), of which only one process may know.
+        worker process (`console.describe_failure`), of which only one process may know.
 
         Args:
             of_all_processes: Whether all processes meet the same error, so that one of them speaks.
@@ -256,6 +256,7 @@ class Program:
         try:
             yield
         except (ValueError, OSError, RuntimeError, SafetensorError, *exceptions) as error:
+            ignore_ended_workers()
             if (failure := describe_failure(error)) is not None:
                 sys.exit(self.message(f"{failure}. What was finished before is kept; start the same command again."))
             if not isinstance(error, (ValueError, OSError, *exceptions)):

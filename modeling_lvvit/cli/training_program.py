@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,11 +11,10 @@ from typing import Any, NoReturn
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
-from ..console import end_interrupted, quiet_libraries
+from ..console import WRITE_ERRORS, describe_failure, end_interrupted, ignore_ended_workers, quiet_libraries
 from ..data.image_dataset import FEW_IMAGES, MANY_PASSES
 from ..data.images import SampleError
 from ..data.loaders import describe_workers
-from ..failures import WRITE_ERRORS, describe_failure
 from ..finite import NotFiniteError
 from ..hub.hub_trainer import push_finished_run
 from ..launching import (
@@ -36,7 +34,7 @@ from ..training.checkpoints.saving import SaveError
 from ..training.checkpoints.whole import last_whole_checkpoint
 from ..training.divergence import DivergenceError
 from ..training.fsdp import is_fsdp_requested
-from ..training.progress import PredictionFigure, describe_outputs
+from ..training.progress import PredictionFigure, describe_outputs, modification_times
 from . import digit_scenes
 from .model_arguments import ModelSourceArguments
 from .parser import EMBEDDED_RECIPE, TrainingProgram, parse
@@ -89,7 +87,6 @@ def run_program(
 
 
 def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], arguments: list[str]) -> None:
-    began = time.time()
     try:
         model_args, data_args, training_args = parse(arguments, program)
         with leaving_no_empty_folder(Path(training_args.output_dir)):
@@ -101,6 +98,7 @@ def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], argument
         end_interrupted(program.message(f"interrupted before training. {check}"))
     trainer, is_main = run.trainer, run.trainer.is_world_process_zero()
     is_trained = trainer.train_dataset is not None
+    earlier = modification_times(Path(training_args.output_dir))
     if is_main and is_trained:
         discard_overwritten_checkpoints(training_args, model_args.overwrite_output_dir)
     trainer.add_callback(PredictionFigure(trainer, run.draw))
@@ -121,11 +119,12 @@ def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], argument
     except (SampleError, NotFiniteError) as error:
         sys.exit(program.message(error))  # only the process that has the row knows of it
     except WRITE_ERRORS as error:
+        ignore_ended_workers()
         if describe_failure(error) is None:
             raise
         end_after_failure(program, run, error)
     if is_main:
-        print(f"saved to {training_args.output_dir}", *describe_outputs(trainer, began), sep="\n  ", flush=True)
+        print(f"saved to {training_args.output_dir}", *describe_outputs(trainer, earlier), sep="\n  ", flush=True)
     if not is_fsdp_requested():  # else all processes take part in saving what is published
         end_together()  # the others need not wait for an upload
     if is_trained:
@@ -134,7 +133,7 @@ def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], argument
 
 
 def end_after_failure(program: TrainingProgram, run: TrainingRun, error: Exception) -> NoReturn:
-    """Ends the program after one of the `failures`: what happened, what is kept, and how to go on."""
+    """Ends the program after a failure (`console.describe_failure`): what happened, what is kept, and how to go on."""
     if isinstance(error, SaveError):  # in all processes
         end_together()
         if not is_main_process():

@@ -11,7 +11,13 @@ from transformers import TrainerState
 from modeling_lvvit import console
 from modeling_lvvit.data import loaders
 from modeling_lvvit.token_labeling import ImageProcessorTransform, TokenLabelDataset
-from modeling_lvvit.training.progress import PredictionFigure, describe_outputs, estimate, run_progress
+from modeling_lvvit.training.progress import (
+    PredictionFigure,
+    describe_outputs,
+    estimate,
+    modification_times,
+    run_progress,
+)
 from modeling_lvvit.training.progress.estimate import RunClock, describe_shorter_run, describe_waiting
 from modeling_lvvit.training.progress.evaluations import EvaluationTable
 from modeling_lvvit.training.throughput import Throughput
@@ -216,7 +222,7 @@ def test_tensorboard_gets_the_predictions_at_each_evaluation(tiny_model, labelle
     evaluation = TokenLabelDataset(labelled_rows, ImageProcessorTransform(image_processor()))
     settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "report_to": "tensorboard"}
     trainer = trainer_of(tiny_model, labelled_rows, tmp_path, evaluation, **settings)
-    began, counts = time.time(), []
+    earlier, counts = modification_times(tmp_path), []
 
     def draw(path, count):
         counts.append(count)
@@ -231,9 +237,9 @@ def test_tensorboard_gets_the_predictions_at_each_evaluation(tiny_model, labelle
     trainer.evaluate()  # not part of the run
     assert len(counts) == 2
     (tmp_path / "old.png").write_bytes(b"")
-    places = "\n".join(describe_outputs(trainer, began))
+    places = "\n".join(describe_outputs(trainer, earlier))
     assert f"curves:      tensorboard --logdir {tmp_path / 'runs'}" in places and "checkpoint-4" in places
-    assert "old.png" not in "\n".join(describe_outputs(trainer, time.time() + 60))
+    assert "old.png" in places and "old.png" not in "\n".join(describe_outputs(trainer, modification_times(tmp_path)))
 
 
 def test_nothing_is_drawn_without_tensorboard(tiny_model, labelled_rows, tmp_path):
@@ -257,7 +263,10 @@ def test_an_untrained_patch_head_is_not_missed(tiny_model, labelled_rows, tmp_pa
 
 def test_bars_become_lines_without_a_terminal(capsys, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(
+        "tqdm.std.time", lambda: -now[0]
+    )  # the clock that can be set runs backwards: nothing depends on it
     for index in console.progress_bar(range(1000), desc="Reading", unit="batch"):
         now[0] += 0.125  # a number without rounding
         assert index < 1000

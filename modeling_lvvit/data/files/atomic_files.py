@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ...failures import naming_file
+from ...console import naming_file
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:

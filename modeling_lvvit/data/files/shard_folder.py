@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from ...failures import WriteError
+from ...console import WriteError
 from .atomic_files import write_atomically, write_json
 from .digests import DIGESTS, digest_line, file_digest, parse_digests, read_digests, write_digests
 

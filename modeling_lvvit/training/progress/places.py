@@ -20,16 +20,21 @@ NO_METRICS = (
 )
 
 
-def describe_outputs(trainer: Trainer, began: float) -> list[str]:
+def modification_times(folder: Path) -> dict[Path, int]:
+    """When each of the files of a folder was written, in nanoseconds: what has another time later was written again, whatever the clock did."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*") if path.is_file()}
+
+
+def describe_outputs(trainer: Trainer, earlier: dict[Path, int]) -> list[str]:
     """A line for each kind of result: where it lies and, for checkpoints and curves, what to do with it.
 
     Args:
-        began: When the run began, in seconds since 1970: files that are older are of another run.
+        earlier: The `modification_times` when the run began: files that still have them are of another run.
     """
     folder = Path(trainer.args.output_dir)
 
     def written(pattern: str) -> list[Path]:
-        return sorted(path for path in folder.glob(pattern) if path.stat().st_mtime >= int(began))
+        return sorted(path for path in folder.glob(pattern) if path.stat().st_mtime_ns != earlier.get(path))
 
     checkpoints = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     board, curves = tensorboard_callback(trainer), None
