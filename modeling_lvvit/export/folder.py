@@ -1,5 +1,6 @@
 """A folder with an exported model and all that is needed to run it."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import AutoConfig
 
 from ..backbones.loading import LOADING_ERRORS, first_line, load_image_processor
 from ..console import require
-from ..data.files.atomic_files import atomic_directory, check_new_directory
+from ..data.files.atomic_files import atomic_directory, check_new_directory, write_atomically
 from ..data.files.digests import file_digests, write_digests
 from ..data.sources import looks_local
 from ..finite import NotFiniteError, check_weights
@@ -75,7 +76,9 @@ def export_folder(
             shutil.copy(SCRIPT, partial)
             run = onnx_runner(path)
         else:
-            torch.export.save(export_program(model, DTYPES[dtype], fuse), path)
+            content = io.BytesIO()  # not the file: where that finds no room, PyTorch's writer ends the whole process
+            torch.export.save(export_program(model, DTYPES[dtype], fuse), content)
+            write_atomically(path, lambda file: file.write(content.getbuffer()))
             run = program_runner(path)
         model.config.to_json_file(partial / "config.json")  # without the code that `save_pretrained` puts next to it
         processor.save_pretrained(partial)

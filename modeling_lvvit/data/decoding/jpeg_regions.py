@@ -40,19 +40,19 @@ def library() -> Any | None:
     if not extensions:
         return None
     before = os.environ.get(VARIABLE)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        try:
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             shutil.copy2(extensions[0], folder)  # no link, which Windows allows to few users only
             os.environ[VARIABLE] = folder
             from nvidia import nvimgcodec
 
             _make_decoder(nvimgcodec)  # loads the extension
-        except (ImportError, OSError, RuntimeError):
-            return None
-        finally:
-            os.environ.pop(VARIABLE)
-            if before is not None:
-                os.environ[VARIABLE] = before
+    except (ImportError, OSError, RuntimeError):
+        return None
+    finally:
+        os.environ.pop(VARIABLE, None)  # not set where the folder found no room
+        if before is not None:
+            os.environ[VARIABLE] = before
     return nvimgcodec
 
 
