@@ -28,6 +28,7 @@ from transformers.hf_argparser import HfArg
 from ..annotators.pipeline import annotate_batches
 from ..console import program, progress_bar
 from ..data.files.atomic_files import atomic_directory, write_json
+from ..data.sources import check_cache
 from ..labels.columns import label_map_features, to_arrow
 from ..options import Program
 
@@ -232,8 +233,9 @@ def build_or_reuse() -> Path:
     if not folder.is_dir():
         try:
             build(folder)
-        except OSError:
+        except OSError as error:
             if not folder.is_dir():
+                check_cache(folder.parent, error)
                 raise
     return folder
 

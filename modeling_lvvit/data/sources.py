@@ -4,6 +4,7 @@ import glob
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -69,13 +70,29 @@ def open_splits(
         if path.is_dir():
             return _open_folder(path.absolute(), config_name, streaming)
         return datasets.load_dataset(name, config_name, revision=revision, streaming=streaming)
-    except (ConnectionError, FileNotFoundError) as error:
+    except OSError as error:
+        check_cache(Path(datasets.config.HF_DATASETS_CACHE), error)
+        if not isinstance(error, (ConnectionError, FileNotFoundError)):
+            raise
         raise FileNotFoundError(
             f"{name} is neither a local folder or Parquet file (seen from {Path.cwd()}) nor a dataset that the Hub gives: "
             f"{error}"
         ) from error
     except (DatasetsError, pa.ArrowException) as error:
         raise ValueError(f"{name} cannot be read as a dataset: {error.__cause__ or error}") from error
+
+
+def check_cache(folder: Path, cause: OSError) -> None:
+    """Raises an `OSError` that says what to set if nothing can be written to a folder of a cache, as in a home that is read-only or not there,
+    after an error that this may have caused."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"Nothing can be written to the cache {folder}: {error.strerror}. Set the environment variable HF_HOME to a folder where that is "
+            "possible."
+        ) from cause
 
 
 def _open_folder(
