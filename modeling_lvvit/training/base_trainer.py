@@ -46,7 +46,7 @@ from .metrics import check_best_metric
 from .progress import tensorboard_callback, use_run_progress
 from .run_layout import RunLayout, read_layout
 from .schedule import decayed_parameters
-from .throughput import Throughput, clock_offset, remove_clock_jump
+from .throughput import Throughput
 
 
 logger = logging.get_logger(__name__)
@@ -70,7 +70,6 @@ class BaseImageTrainer(HubTrainer):
         # the losses are ours: the Trainer need not count labels over all processes at every step
         self.model_accepts_loss_kwargs = False
         self.throughput = Throughput()
-        self._clock_offsets: list[float] = []
         self.progress = use_run_progress(self, self.throughput)
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
@@ -201,20 +200,9 @@ class BaseImageTrainer(HubTrainer):
         if "loss" in logs:
             self.check_loss(logs["loss"])
             logs |= self.speed()
-        if self._clock_offsets:
-            remove_clock_jump(logs, self._clock_offsets[-1])
         board = tensorboard_callback(self)
         with naming_file(Path((board and board.logging_dir) or self.args.output_dir)):
             super().log(logs, *args, **kwargs)
-
-    @contextmanager
-    def timing(self) -> Iterator[None]:
-        """Around what the library measures the duration of, see `remove_clock_jump`."""
-        self._clock_offsets.append(clock_offset())
-        try:
-            yield
-        finally:
-            self._clock_offsets.pop()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in `Trainer`. What the model draws depends on seed, step and micro-batch, not on the process that has it.
@@ -282,8 +270,7 @@ class BaseImageTrainer(HubTrainer):
         self._take_layout(resume_from_checkpoint)
         self.throughput.start()
         try:
-            with self.timing():
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.is_in_train = False  # also where it ended with an error
             self.end_workers()
@@ -356,7 +343,7 @@ class BaseImageTrainer(HubTrainer):
     def evaluate(self, eval_dataset: Any | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `Trainer`; see `evaluating`."""
         is_several = isinstance(eval_dataset or self.eval_dataset, dict)  # the library calls this for each of them
-        with nullcontext() if is_several else self.evaluating(), self.timing():
+        with nullcontext() if is_several else self.evaluating():
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
         self.end_workers()
         for name, value in metrics.items():
@@ -371,9 +358,7 @@ class BaseImageTrainer(HubTrainer):
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """As in `Trainer`."""
-        with self.timing():
-            output = super().predict(*args, **kwargs)
-            remove_clock_jump(output.metrics, self._clock_offsets[-1])
+        output = super().predict(*args, **kwargs)
         self.end_workers()
         return output
 

@@ -7,9 +7,6 @@ from contextlib import contextmanager
 import torch
 
 
-SMALLEST_JUMP = 0.5  # seconds; a clock that is kept right moves less in a run
-
-
 class LossComponents:
     """Means of the parts of the loss since the last log."""
 
@@ -80,25 +77,3 @@ class Throughput:
             figures["annotation"] = round(annotation_seconds / seconds, 4)
         self.start()
         return figures
-
-
-def clock_offset() -> float:
-    """Seconds of the clock that can be set over the one that cannot."""
-    return time.time() - time.perf_counter()
-
-
-def remove_clock_jump(metrics: dict[str, float], offset: float) -> None:
-    """Puts a duration right, in place, that the library took from a clock which was set meanwhile; speeds, which are wrong too, go.
-
-    Args:
-        metrics: With `..._runtime` in seconds and `..._per_second`.
-        offset: The `clock_offset` when it began.
-    """
-    jump = clock_offset() - offset
-    durations = [name for name in metrics if name.endswith("_runtime")]
-    if not durations or abs(jump) < SMALLEST_JUMP:
-        return
-    for name in durations:
-        metrics[name] = round(metrics[name] - jump, 4)
-    for name in [name for name in metrics if name.endswith("_per_second")]:
-        del metrics[name]
