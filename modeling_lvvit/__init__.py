@@ -10,6 +10,9 @@ import threading
 from multiprocessing import parent_process
 
 
+_first_parent = os.getppid()  # before the libraries, whose import takes seconds: it may be gone by then
+
+
 def _is_program():
     """Whether this process starts a program of this package, and not one that uses it."""
     name = os.path.basename((getattr(sys, "argv", None) or [""])[0])

@@ -24,7 +24,7 @@ from tqdm.asyncio import tqdm as console_tqdm
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .launching import end_launcher_at_interrupt, hear_interrupts, is_main_process, stop_launcher
+from .launching import end_launcher_at_interrupt, end_with_launcher, hear_interrupts, is_main_process, stop_launcher
 
 
 SECONDS_BETWEEN_LINES = 30
@@ -112,7 +112,8 @@ def quiet_libraries() -> None:
 
 
 def program(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates the `main` of a program: Ctrl-C ends it with one line and status 130, also below `accelerate launch`.
+    """Decorates the `main` of a program: Ctrl-C ends it with one line and status 130, also below `accelerate launch`, and it ends with
+    the process that waits for it, see `end_with_launcher`.
 
     Args:
         name: What its messages start with.
@@ -122,6 +123,7 @@ def program(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         @functools.wraps(main)
         def run(*arguments: Any) -> None:
             hear_interrupts()
+            end_with_launcher()
             end_launcher_at_interrupt()
             quiet_libraries()
             try:
@@ -141,11 +143,6 @@ def require(extra: str, *packages: str) -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise ImportError(f'{error}. Install what is missing: pip install "modeling-lvvit[{extra}]"') from error
-
-
-def ignore_interrupts(*_: Any) -> None:
-    """For the start of worker processes: Ctrl-C goes to all, and the main one ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_interrupted(message: str) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import logging
+import multiprocessing
 import os
 import platform
 import re
@@ -11,8 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import psutil
 import torch
@@ -23,10 +24,13 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from . import _end_start
+from . import _end_start, _first_parent
 
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+LAUNCHER_VARIABLE = "MODELING_LVVIT_LAUNCHER"  # holds the number of the process that a started one ends with
+SECONDS_BETWEEN_LOOKS = 0.5  # at whether that is still there
+# for a checkpoint when it is gone: short, as processes may wait for one that went with it
+SECONDS_TO_END = 4.0
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 _interrupted = threading.Event()  # by Ctrl-C, which has ended the launcher
 
@@ -72,7 +76,6 @@ def join_processes(module: str, arguments: list[str]) -> PartialState | None:
     started the others, see `start_missing_processes`."""
     if start_missing_processes(["--module", module], arguments):
         return None
-    end_with_launcher()
     # without the word, accelerate takes several processes on CPUs for single ones
     state = PartialState(cpu=not torch.accelerator.is_available())
     set_up_cpu(state.device)
@@ -90,6 +93,7 @@ def quiet_launch() -> Iterator[None]:
     """Around a launcher that runs in this process (torchrun, accelerate): when its processes fail or are interrupted, this one ends
     with their status. They have said why; the launcher's traceback and its notes of what it sends to whom say nothing more."""
     hear_interrupts()
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
@@ -109,9 +113,10 @@ def quiet_launch() -> Iterator[None]:
         status = 128 + signal.SIGINT
     else:
         return
-    if status == 128 + signal.SIGINT:
+    status = 128 - status if status < 0 else status
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         stop_launcher()
-    sys.exit(128 - status if status < 0 else status)
+    sys.exit(status)
 
 
 def waiting_launcher() -> psutil.Process | None:
@@ -130,11 +135,75 @@ def waiting_launcher() -> psutil.Process | None:
 
 
 def end_with_launcher() -> None:
-    """Has Linux send SIGTERM to this process when `accelerate launch` is ended: that passes no signals on to a single
-    process, which would otherwise train on unnoticed."""
-    if sys.platform == "linux" and waiting_launcher() is not None:
-        signal.signal(signal.SIGTERM, _end_unless_interrupted)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Has this program end like after SIGTERM when a process that waits for it is gone, however that ended (SIGKILL, too little memory):
+
+    - `accelerate launch`, which passes no signal on to the only process that it starts
+    - the elastic agent (`torchrun`), without which its processes would wait for each other
+    - the one that is named in `LAUNCHER_VARIABLE`: another program of this package
+
+    After the first it has all the time that it needs, as it may have been SIGTERM; after the others `SECONDS_TO_END`.
+    """
+    if (launcher := waiting_launcher()) is not None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _end_like_launcher)
+        _when_gone(launcher.pid, _end_unless_interrupted)
+    starters = {int(os.environ.get(LAUNCHER_VARIABLE, os.getpid()))}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        starters.add(_first_parent)
+    for pid in starters - {os.getpid()}:
+        _when_gone(pid, _end_in_time)
+
+
+def end_with_parent() -> None:
+    """Has a worker process end at once when the one that started it is gone, however that ended."""
+    _when_gone(multiprocessing.parent_process().pid, os._exit, 1)
+
+
+def start_worker(*_: object) -> None:
+    """For the start of worker processes: Ctrl-C goes to all, and the main one ends the others; they end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+def _when_gone(pid: int, then: Callable, *arguments: object) -> None:
+    """Calls a function, in a thread, once a process is gone. It is looked for again and again: Linux could send a signal, but when the
+    thread is gone that started this process, and other systems could not."""
+    process = None
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+
+    def watch() -> None:
+        while process is not None and _is_alive(process):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        then(*arguments)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _end_unless_interrupted() -> None:
+    """After the end of a launcher, unless this process has ended it."""
+    if not _interrupted.is_set():
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _end_in_time() -> None:
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(SECONDS_TO_END)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _end_like_launcher(number: int, frame: object) -> None:
+    """Handles SIGTERM as if there were no handler, but with a launcher that says nothing about it."""
+    stop_launcher()
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
 
 
 def end_launcher_at_interrupt() -> None:
@@ -177,19 +246,6 @@ def _is_in_foreground() -> bool:
         return os.tcgetpgrp(terminal) == os.getpgrp()
     finally:
         os.close(terminal)
-
-
-def end_with_parent() -> None:
-    """Has Linux end this process when the one that started it is gone, however it ended."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _end_unless_interrupted(number: int, frame: object) -> None:
-    """Handles SIGTERM as if there were no handler, unless it tells of the end of a launcher that this process has ended."""
-    if not _interrupted.is_set():
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
 
 
 def end_together() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..console import ignore_interrupts
 from ..data.images import PixelLimit, SampleError
+from ..launching import start_worker
 from .pipeline import PreparedImage, prepare_image
 
 
@@ -55,7 +55,7 @@ def loaded_ahead(
         sampler=places(),
         num_workers=num_workers,
         prefetch_factor=max(1, BATCHES_AHEAD // num_workers) if num_workers else None,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # the program's own draws stay as they are
     )
     for images, pixels in loader:

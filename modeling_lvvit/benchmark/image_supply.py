@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision.io import decode_jpeg
 
 from ..data.images import JPEG_START
-from ..launching import num_cpu_cores
+from ..launching import num_cpu_cores, start_worker
 from ..token_labeling import finish_images
 from .measure import synchronize, time_call
 
@@ -76,6 +76,7 @@ def loader_rate(loader: DataLoader, num_workers: int, device: torch.device, seco
             num_workers=num_workers,
             persistent_workers=True,
             pin_memory=is_pinned,
+            worker_init_fn=start_worker,
         )
     )
     for _ in range(2 * num_workers):

@@ -13,8 +13,7 @@ from multiprocessing import forkserver, resource_tracker
 
 import torch
 
-from ..console import ignore_interrupts
-from ..launching import keep_freed_memory
+from ..launching import keep_freed_memory, start_worker
 from .measure import memory_now, peak_memory, time_call
 
 
@@ -68,7 +67,7 @@ def time_interleaved(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     times = {name: Times() for name in entries}
     with ExitStack() as stack:
-        processes = {name: stack.enter_context(ProcessPoolExecutor(1, context, ignore_interrupts)) for name in entries}
+        processes = {name: stack.enter_context(ProcessPoolExecutor(1, context, start_worker)) for name in entries}
         repeats = {
             name: processes[name].submit(_begin, entry, device, warmup).result() for name, entry in entries.items()
         }

@@ -209,7 +209,7 @@ def write_split(
 
 def build(output_dir: Path, seed: int = 0, annotator_epochs: int = 8) -> None:
     """Draws, annotates and writes the dataset; the folder, which must be new or empty, appears only when it is complete."""
-    with atomic_directory(output_dir) as partial:
+    with atomic_directory(output_dir, is_shared=True) as partial:
         for split, count in SPLITS.items():
             images, masks, labels = draw_split(split, count, seed)
             if split == "train":

@@ -4,14 +4,16 @@ import dataclasses
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
 from ..console import WRITE_ERRORS, describe_failure, end_interrupted, ignore_ended_workers, quiet_libraries
+from ..data.files.folder_lock import FolderLock
 from ..data.image_dataset import FEW_IMAGES, MANY_PASSES
 from ..data.images import SampleError
 from ..data.loaders import describe_workers
@@ -29,7 +31,7 @@ from ..launching import (
 from ..training.base_arguments import BaseImageTrainingArguments
 from ..training.base_trainer import BaseImageTrainer
 from ..training.callbacks import end_after_signal
-from ..training.checkpoints.output_dir import discard_overwritten_checkpoints, prepare_output_dir
+from ..training.checkpoints.output_dir import check_can_be_written, discard_overwritten_checkpoints, prepare_output_dir
 from ..training.checkpoints.saving import SaveError
 from ..training.checkpoints.whole import last_whole_checkpoint
 from ..training.divergence import DivergenceError
@@ -75,9 +77,9 @@ def run_program(
         prepare: From the objects with its options to the run; whatever can go wrong before training goes wrong here.
     """
     hear_interrupts()
+    end_with_launcher()
     if start_missing_processes(start, arguments):
         return
-    end_with_launcher()
     end_launcher_at_interrupt()
     quiet_libraries()
     try:
@@ -87,21 +89,27 @@ def run_program(
 
 
 def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], arguments: list[str]) -> None:
-    try:
-        model_args, data_args, training_args = parse(arguments, program)
-        with leaving_no_empty_folder(Path(training_args.output_dir)):
+    with ExitStack() as held:
+        try:
+            model_args, data_args, training_args = parse(arguments, program)
+            held.enter_context(leaving_no_empty_folder(Path(training_args.output_dir)))
+            held.enter_context(held_output_dir(training_args))
             run = prepare(model_args, data_args, training_args)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(program.message(error) if is_main_process() else 1)
-    except KeyboardInterrupt:
-        check = "`decode_data` false decodes no images before training, `check_data` false looks at no rows."
-        end_interrupted(program.message(f"interrupted before training. {check}"))
+        except (ValueError, OSError, StrictDataclassError) as error:
+            sys.exit(program.message(error) if is_main_process() else 1)
+        except KeyboardInterrupt:
+            check = "`decode_data` false decodes no images before training, `check_data` false looks at no rows."
+            end_interrupted(program.message(f"interrupted before training. {check}"))
+        earlier = modification_times(Path(training_args.output_dir))
+        if run.trainer.is_world_process_zero() and run.trainer.train_dataset is not None:
+            discard_overwritten_checkpoints(training_args, model_args.overwrite_output_dir)
+        run.trainer.add_callback(PredictionFigure(run.trainer, run.draw))
+        _train_and_report(program, run, earlier)
+
+
+def _train_and_report(program: TrainingProgram, run: TrainingRun, earlier: dict[Path, int]) -> None:
     trainer, is_main = run.trainer, run.trainer.is_world_process_zero()
     is_trained = trainer.train_dataset is not None
-    earlier = modification_times(Path(training_args.output_dir))
-    if is_main and is_trained:
-        discard_overwritten_checkpoints(training_args, model_args.overwrite_output_dir)
-    trainer.add_callback(PredictionFigure(trainer, run.draw))
     description = run.describe()
     if is_main:
         workers = describe_workers(trainer.args.dataloader_num_workers, trainer.args.device.type == "cpu")
@@ -124,7 +132,7 @@ def _run(program: TrainingProgram, prepare: Callable[..., TrainingRun], argument
             raise
         end_after_failure(program, run, error)
     if is_main:
-        print(f"saved to {training_args.output_dir}", *describe_outputs(trainer, earlier), sep="\n  ", flush=True)
+        print(f"saved to {trainer.args.output_dir}", *describe_outputs(trainer, earlier), sep="\n  ", flush=True)
     if not is_fsdp_requested():  # else all processes take part in saving what is published
         end_together()  # the others need not wait for an upload
     if is_trained:
@@ -146,6 +154,25 @@ def end_after_failure(program: TrainingProgram, run: TrainingRun, error: Excepti
     elif run.trainer.train_dataset is not None:
         advice = f"{folder} has no whole checkpoint yet: start the same command again with --overwrite_output_dir true"
     sys.exit(program.message(f"{describe_failure(error)}. {advice}."))
+
+
+@contextmanager
+def held_output_dir(training_args: BaseImageTrainingArguments) -> Iterator[None]:
+    """Keeps other runs out of `output_dir`, which the main process holds for all; a `ValueError` in all if another run writes to it."""
+    folder, problem = Path(training_args.output_dir), [None]
+    check_can_be_written(folder)
+    lock = FolderLock(folder)
+    if training_args.should_save:
+        try:
+            lock.acquire()
+        except (ValueError, OSError) as error:
+            problem = [str(error)]
+    if broadcast_object_list(problem)[0] is not None:
+        raise ValueError(problem[0])
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

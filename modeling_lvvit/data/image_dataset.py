@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageFile
 from transformers.utils import logging
 
-from ..console import ignore_interrupts, progress_bar
-from ..launching import num_cpu_cores
+from ..console import progress_bar
+from ..launching import num_cpu_cores, start_worker
 from .decoding import EncodedImage
 from .images import (
     IMAGE_ERRORS,
@@ -200,7 +200,7 @@ class ImageDataset(torch.utils.data.Dataset):
             batch_size=None,
             num_workers=number,
             multiprocessing_context="fork" if starts_fast else None,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # the run's own draws stay as they are
         )
 

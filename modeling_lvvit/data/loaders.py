@@ -15,7 +15,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
-from ..launching import num_cpu_cores
+from ..launching import num_cpu_cores, start_worker
 from .sampling import ShardedEvalSampler, fold_in
 
 
@@ -109,7 +109,8 @@ def sharded_loader(
 def prepare_loader(loader: DataLoader, *seed: int) -> DataLoader:
     """Gives a loader, also one that accelerate has wrapped, what all have in common, and returns it.
 
-    - Its workers ignore the signals to stop, which terminals and schedulers send to all processes: they end with the main one.
+    - Its workers ignore the signals to stop, which terminals and schedulers send to all processes: they end with the main one, however
+      that ends.
     - The seed of its workers comes from a generator of its own. It is drawn whenever workers start: with workers that outlive an epoch
       once in a run, and once more where that is resumed. Drawn from the generator of the process, as the library does, it would move
       drop path and all else that is drawn there.
@@ -145,7 +146,7 @@ def _start_worker(then: Callable[[int], Any] | None, is_ending: torch.Tensor, wo
         if is_ending:
             os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_worker()
     signal.signal(signal.SIGTERM, end_with_main_process)
     if then is not None:
         then(worker_id)

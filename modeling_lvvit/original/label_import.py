@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers.hf_argparser import HfArg
 
-from ..console import ignore_interrupts, program, progress_bar
+from ..console import program, progress_bar
 from ..data.classes.class_labels import read_class_names
 from ..data.classes.class_matching import imagenet_class_names
 from ..data.files.shard_folder import default_rows_per_shard, package_versions
@@ -29,7 +29,7 @@ from ..hub.repository import HubUploadArguments
 from ..labels.publishing import finish_label_set, open_label_set_target
 from ..labels.storage import LabelMaps, LabelSetLayout
 from ..labels.writer import LabelSetWriter
-from ..launching import num_cpu_cores
+from ..launching import num_cpu_cores, start_worker
 from ..options import Program
 from .checkpoint import LOAD_ERRORS
 
@@ -141,7 +141,7 @@ def import_shards(folder: Path, files: list[str], writer: LabelSetWriter, args: 
     progress = progress_bar(total=sum(len(parts[shard]) for shard in missing), desc="Importing", unit="map")
     # children start again: a copy of a process with the threads of PyTorch may hang
     context = multiprocessing.get_context("spawn")
-    with progress, ProcessPoolExecutor(workers, mp_context=context, initializer=ignore_interrupts) as pool:
+    with progress, ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         tasks = [pool.submit(import_shard, folder, parts[shard], writer, shard, args) for shard in missing]
         try:
             for task in as_completed(tasks):

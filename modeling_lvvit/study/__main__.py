@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArg
 
@@ -26,6 +25,7 @@ from ..cli import digit_scenes
 from ..cli.model_arguments import ModelArguments
 from ..cli.parser import EMBEDDED_RECIPE, TRAIN_TL
 from ..console import end_interrupted, program, progress_bar
+from ..data.files.folder_lock import FolderLock
 from ..launching import name_options, num_cpu_cores
 from ..options import Program
 from .arms import ARMS, Arm, check_options, parse_arm
@@ -33,7 +33,7 @@ from .report import ArmResults, save_report, seed_table, verdict
 from .runs import Run, RunError, Runner
 
 
-STUDY_RECIPE, QUICK_RECIPE, LOCK = "study", "quick_study", ".lock"
+STUDY_RECIPE, QUICK_RECIPE = "study", "quick_study"
 QUICK_RUN_SECONDS, SCENES_SECONDS = 45, 60  # of one CPU core for a quick run; of two for the scenes
 
 
@@ -134,10 +134,7 @@ def main(arguments: list[str]) -> None:
         with PROGRAM.refusals(RunError, StrictDataclassError):
             args, shared = PROGRAM.split(arguments)
             arms, runs = plan(args, shared)
-            try:
-                run_study(args, arms, runs)
-            except Timeout as error:
-                raise ValueError(f"another study writes to {args.folder}.") from error
+            run_study(args, arms, runs)
     except KeyboardInterrupt:
         end_interrupted(f"{PROGRAM.name}: interrupted; the same command goes on from here.")
     print(f"saved to {args.folder}")
@@ -154,8 +151,7 @@ def run_study(args: StudyArguments, arms: list[Arm], runs: list[Run]) -> None:
     print(f"{len(runs)} runs, {jobs} at a time, of lvvit train {shlex.join(runs[0].options)}", flush=True)
     if args.quick and not has_gpu:
         print(quick_duration(missing, jobs), flush=True)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(args.folder / LOCK, timeout=0), progress_bar(total=len(runs), desc="Study", unit="run") as bar:
+    with FolderLock(args.folder), progress_bar(total=len(runs), desc="Study", unit="run") as bar:
         if runs[0].settings["dataset_name"] in ("None", EMBEDDED_RECIPE):
             digit_scenes.build_or_reuse()  # before the runs, of which each would draw the scenes
         for run in runner.run_all(runs):

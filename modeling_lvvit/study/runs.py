@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..cli.parser import parse
 from ..data.files.atomic_files import write_json
+from ..launching import LAUNCHER_VARIABLE
 from ..training.checkpoints.whole import last_whole_checkpoint
 from .arms import Arm
 
@@ -131,7 +132,9 @@ class Runner:
     def _train(self, run: Run) -> None:
         record = run.read_record() or {"settings": run.settings, "seconds": 0.0}
         command = [*self.launcher, str(PROGRAM), *run.arguments, *_continuation(run), "--disable_tqdm", "true"]
-        threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        variables = {LAUNCHER_VARIABLE: str(os.getpid())}  # it ends with the study
+        if self.threads is not None:
+            variables["OMP_NUM_THREADS"] = str(self.threads)
         start = time.monotonic()
         with self._lock:
             if self._is_stopping:
@@ -139,7 +142,7 @@ class Runner:
             write_json(run.folder / RECORD, record | {"is_finished": False})
             with (run.folder / LOG).open("a", encoding="utf-8") as log:
                 process = subprocess.Popen(
-                    command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **threads}
+                    command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **variables}
                 )
             self._processes.append(process)
         status = process.wait()

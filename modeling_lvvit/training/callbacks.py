@@ -206,7 +206,5 @@ def end_after_signal(trainer: Trainer) -> NoReturn:
             f"{trainer.state.max_steps:,}; the same command with --resume_from_checkpoint last goes on from there",
             file=sys.stderr,
         )
-    is_interrupted = trainer.stop_on_signal.received == "SIGINT"
-    if is_interrupted:
-        stop_launcher()
-    sys.exit(128 + (signal.SIGINT if is_interrupted else signal.SIGTERM))
+    stop_launcher()
+    sys.exit(128 + (signal.SIGINT if trainer.stop_on_signal.received == "SIGINT" else signal.SIGTERM))

@@ -226,7 +226,7 @@ def test_sigterm_ends_the_runs_too(stand_in):
     while not calls.exists() and study.poll() is None:
         time.sleep(0.1)
     (child,) = psutil.Process(study.pid).children()
-    with pytest.raises(SystemExit, match="another study writes"):
+    with pytest.raises(SystemExit, match="Another run is writing to .*study: process"):
         main(arguments)
     study.terminate()
     assert "the same command goes on from here" in study.communicate(timeout=30)[1]

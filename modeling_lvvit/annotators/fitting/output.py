@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from ...data.files.atomic_files import write_json
+from ...data.files.folder_lock import FolderLock, is_lock
 from ...per_class.report import write_class_report
 from ...per_class.scores import Confusions
 from .arguments import FitAnnotatorArguments
@@ -29,7 +29,7 @@ from .head import GRID, FittedHead, LinearHead
 from .images import LabeledImages
 
 
-FEATURES, LOCK, PARTIAL = "features", ".lock", ".partial-"
+FEATURES, PARTIAL = "features", ".partial-"
 
 
 def check_output_dir(folder: Path) -> None:
@@ -40,7 +40,7 @@ def check_output_dir(folder: Path) -> None:
     if not folder.is_dir() or (folder / RECORD).is_file() or any((folder / FEATURES).glob("*/settings.json")):
         return
     if others := sorted(
-        path.name for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(PARTIAL)
+        path.name for path in folder.iterdir() if not is_lock(path) and not path.name.startswith(PARTIAL)
     ):
         raise ValueError(
             f"{folder} holds other files ({', '.join(others[:5])}), and no {RECORD} of an earlier fit. Choose an empty or new folder."
@@ -54,18 +54,10 @@ def locked_output_dir(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: If another run holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"Another run is writing to {folder}. Wait for its end, or stop it.") from error
-    try:
+    with FolderLock(folder):
         for partial in folder.glob(f"{PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
         yield
-    finally:
-        lock.release()
 
 
 def write_output(

@@ -5,11 +5,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...console import naming_file
+from .folder_lock import LOCK, FolderLock
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -50,21 +51,26 @@ def check_new_directory(path: Path) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, is_shared: bool = False) -> Iterator[Path]:
     """A folder next to its place, to be filled in a `with` block. When the block ends it is moved there, after an error removed.
+
+    Args:
+        is_shared: Whether several processes may fill one for the same place, of which the first to end wins.
 
     Raises:
         FileExistsError: If there is something but an empty folder; nothing in it is touched.
+        ValueError: If another process fills one for the same place.
     """
     check_new_directory(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        with naming_file(path):
-            yield partial
-        partial.chmod(0o755)
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with nullcontext() if is_shared else FolderLock(path, path.parent / f".{path.name}{LOCK}"):
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            with naming_file(path):
+                yield partial
+            partial.chmod(0o755)
+            if path.exists():
+                path.rmdir()
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

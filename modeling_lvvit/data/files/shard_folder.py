@@ -20,16 +20,16 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from ...console import WriteError
 from .atomic_files import write_atomically, write_json
 from .digests import DIGESTS, digest_line, file_digest, parse_digests, read_digests, write_digests
+from .folder_lock import FolderLock, is_lock
 
 
 logger = logging.get_logger(__name__)
-DATA, LOCK = "data", ".lock"
+DATA = "data"
 
 
 def default_rows_per_shard(num_rows: int) -> int:
@@ -57,7 +57,7 @@ class ShardFolder:
     def __init__(self, folder: Path, settings: dict[str, Any], versions: dict[str, str]):
         self.folder, self.settings, self.versions = folder, settings, versions
         self.record = folder / self.record_name
-        self._lock: FileLock | None = None
+        self._lock: FolderLock | None = None
         self._list: Path | None = None  # of digests of what this process has written
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class ShardFolder:
         """Makes the folder, or finds out that it holds an unfinished run of the same settings; in one process only.
 
         Raises:
-            ValueError: If the folder holds something else.
+            ValueError: If the folder holds something else, or another run writes to it.
             OSError: If nothing can be written there.
         """
         data = self.folder / DATA
@@ -79,11 +79,9 @@ class ShardFolder:
         elif self.folder.is_dir() and any(not self._may_precede_record(path) for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds other files. Choose an empty or new folder.")
         data.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / LOCK)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"Another run is writing to {self.folder}. Wait for its end, or stop it.") from error
+        lock = FolderLock(self.folder)
+        lock.acquire()
+        self._lock = lock
         for partial in [*data.glob(".*.partial"), *self.folder.glob(".*.partial")]:  # of a run that was killed
             partial.unlink()
         if not self.record.is_file():
@@ -98,14 +96,13 @@ class ShardFolder:
     def release(self) -> None:
         """Lets other runs write to the folder."""
         if self._lock is not None:
-            (self.folder / LOCK).unlink(missing_ok=True)
             self._lock.release()
 
     def _may_precede_record(self, path: Path) -> bool:
         """Whether a file may come from a run that was killed before it had written its record."""
         if path.name == DATA:
             return path.is_dir() and not any(path.iterdir())
-        return path.name == LOCK or path.match(f".{self.record_name}.*.partial")
+        return is_lock(path) or path.match(f".{self.record_name}.*.partial")
 
     def _check_same_settings(self) -> None:
         try:

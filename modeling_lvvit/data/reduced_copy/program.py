@@ -22,8 +22,8 @@ from PIL import features
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
-from ...console import ignore_interrupts, program, progress_bar
-from ...launching import end_with_parent, num_cpu_cores
+from ...console import program, progress_bar
+from ...launching import num_cpu_cores, start_worker
 from ...options import Program
 from ..files.shard_folder import default_rows_per_shard, package_versions
 from ..image_dataset import MAX_REPORTED_PROBLEMS, check_has_columns, with_image_column
@@ -132,12 +132,6 @@ def open_writer(args: CacheArguments, source: ReducedRows) -> CopyWriter:
     }
     versions = {**package_versions(PIL), "libjpeg": features.version("libjpeg_turbo") or features.version("jpg")}
     return CopyWriter(Path(args.output_dir), settings, versions)
-
-
-def start_worker(*_: Any) -> None:
-    """For the start of worker processes."""
-    ignore_interrupts()
-    end_with_parent()  # else they would hold the lock of the folder for some seconds
 
 
 def reduced_blocks(

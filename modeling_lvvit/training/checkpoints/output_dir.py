@@ -4,10 +4,20 @@ import os
 import shutil
 from pathlib import Path
 
+from ...data.files.folder_lock import is_lock
 from ...finite import check_weight_files
 from ..base_arguments import BaseImageTrainingArguments
 from .resumable import check_average, check_fsdp, keep_step
 from .whole import DamagedCheckpointError, check_whole, last_whole_checkpoint
+
+
+def check_can_be_written(output_dir: Path) -> None:
+    """Raises a `ValueError` if `output_dir` is a file, or cannot be made or written."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"`output_dir` {output_dir} is a file.")
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"`output_dir` {output_dir} cannot be written: {existing} is read-only or no folder.")
 
 
 def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: str | None, overwrite: bool) -> None:
@@ -24,11 +34,7 @@ def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: st
             way round; or if the model to start from would be written over.
     """
     output_dir = Path(training_args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"`output_dir` {output_dir} is a file.")
-    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"`output_dir` {output_dir} cannot be written: {existing} is read-only or no folder.")
+    check_can_be_written(output_dir)
     if start_from is not None and overwrite:
         start = Path(start_from).expanduser().resolve()
         if output_dir.resolve() in start.parents and start.is_dir():
@@ -55,7 +61,7 @@ def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: st
         check_average(Path(resume), training_args)
         keep_step(training_args, Path(resume))
     continues = resume is not None and Path(resume).resolve().parent == output_dir.resolve()
-    holds_files = output_dir.is_dir() and any(output_dir.iterdir())
+    holds_files = output_dir.is_dir() and not all(map(is_lock, output_dir.iterdir()))
     if holds_files and not continues and not overwrite:
         raise ValueError(
             f"{output_dir} holds another run. Choose another `output_dir`, continue it with `resume_from_checkpoint` "

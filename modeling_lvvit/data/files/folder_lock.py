@@ -1,0 +1,133 @@
+"""One run at a time writes to a folder."""
+
+import json
+import platform
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+
+LOCK = ".lock"  # what hubs, datasets and checks of folders pass over: names that begin with it
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of Linux, the same in all containers of a machine
+SECONDS_FOR_WORKERS = 10  # to end after the process that has held the lock
+
+
+class FolderLock:
+    """Who writes to a folder; also for a `with` block.
+
+    The kernel holds the lock, and lets it go when the process ends, however that ends. Network file systems may know nothing of locks, or
+    nothing of those of other machines, so that a file next to it says who has it: a process of this machine that is gone has it no more. Of
+    one of another machine nothing can be known.
+
+    Args:
+        folder: Is made where it is missing.
+        path: Of the lock; `path` with `.json` behind it says who has it. Default: `.lock` in the folder.
+    """
+
+    def __init__(self, folder: Path, path: Path | None = None):
+        self.folder, self.path = folder, path or folder / LOCK
+        self.owner_path = self.path.with_name(f"{self.path.name}.json")
+        self._lock = FileLock(self.path)
+        self._is_held = False
+
+    def acquire(self) -> None:
+        """Takes the lock at once.
+
+        Raises:
+            ValueError: If another run has it.
+            OSError: If nothing can be written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        owner, has_kernel_lock = self._read_owner(), True
+        try:
+            self._lock.acquire(timeout=SECONDS_FOR_WORKERS if owner and _is_gone(owner, False) else 0)
+        except NotImplementedError:  # of a file system without locks
+            has_kernel_lock = False
+        except Timeout as error:
+            raise ValueError(self._refusal(owner)) from error
+        try:
+            owner = self._read_owner()
+            if owner is not None and not _is_gone(owner, has_kernel_lock):
+                raise ValueError(self._refusal(owner))
+            self.owner_path.unlink(missing_ok=True)
+            with self.owner_path.open("x", encoding="utf-8") as file:
+                json.dump(_this_process(), file)
+        except FileExistsError as error:  # of another machine, at the same moment
+            self._lock.release()
+            raise ValueError(self._refusal(self._read_owner())) from error
+        except BaseException:
+            self._lock.release()
+            raise
+        self._is_held = True
+
+    def release(self) -> None:
+        """Lets other runs write to the folder; does nothing where it is not held."""
+        if self._is_held:
+            self._is_held = False
+            self.owner_path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> "FolderLock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _read_owner(self) -> dict[str, Any] | None:
+        """Who has it or had it; `None` where nothing says so, or not all of it was written."""
+        with suppress(OSError, ValueError):
+            owner = json.loads(self.owner_path.read_text(encoding="utf-8"))
+            if isinstance(owner, dict) and owner.keys() == _this_process().keys():
+                return owner
+        return None
+
+    def _refusal(self, owner: dict[str, Any] | None) -> str:
+        who = "" if owner is None else f": process {owner['pid']} on {owner['host']}, since {owner['since']}"
+        return (
+            f"Another run is writing to {self.folder}{who}. Wait for its end, or stop it. If it is gone, remove {self.path} and "
+            f"{self.owner_path.name} there."
+        )
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file in a folder only tells who writes to it."""
+    return path.name in (LOCK, f"{LOCK}.json")
+
+
+def _is_gone(owner: dict[str, Any], has_kernel_lock: bool) -> bool:
+    """Whether it is sure that the process which had a lock has ended; `has_kernel_lock`: whether this one could take it from the kernel."""
+    now = _this_process()
+    is_same_boot = owner["boot"] == now["boot"]
+    if owner["host"] != now["host"]:
+        return is_same_boot and has_kernel_lock  # a container that was on this machine
+    if not is_same_boot:  # the machine was started again
+        return True
+    if owner["pid"] == now["pid"]:
+        return has_kernel_lock or abs(owner["started"] - now["started"]) > 2
+    try:
+        return abs(_start(psutil.Process(owner["pid"])) - owner["started"]) > 2
+    except psutil.Error:
+        return True
+
+
+def _this_process() -> dict[str, Any]:
+    boot = BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.is_file() else platform.node()
+    process = psutil.Process()
+    return {
+        "host": platform.node(),
+        "boot": boot,
+        "pid": process.pid,
+        "started": _start(process),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _start(process: psutil.Process) -> float:
+    """Seconds after that of the machine, which do not change when its clock is set."""
+    return process.create_time() - psutil.boot_time()
