@@ -190,13 +190,21 @@ def _is_alive(process: psutil.Process) -> bool:
 def _end_unless_interrupted() -> None:
     """After the end of a launcher, unless this process has ended it."""
     if not _interrupted.is_set():
-        signal.raise_signal(signal.SIGTERM)
+        _send_sigterm()
 
 
 def _end_in_time() -> None:
-    signal.raise_signal(signal.SIGTERM)
+    _send_sigterm()
     time.sleep(SECONDS_TO_END)
     os._exit(128 + signal.SIGTERM)
+
+
+def _send_sigterm() -> None:
+    """To the main thread, which may wait for something and must wake up."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+    else:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _end_like_launcher(number: int, frame: object) -> None:

@@ -113,3 +113,71 @@ def test_only_a_launcher_is_taken_for_one(command, is_launcher, monkeypatch):
     assert (launching.waiting_launcher() is not None) == is_launcher
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launching.waiting_launcher() is None
+
+
+WAITING = """
+import signal, sys, time
+from modeling_lvvit import launching
+
+launching.SECONDS_TO_END = 0.2
+if {hears}:
+    signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
+if {is_program}:
+    launching.end_with_launcher()
+print("waits", flush=True)
+time.sleep({seconds})
+print("goes on", flush=True)
+"""
+LAUNCHER = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, sys.argv[2]: sys.argv[3] or str(os.getpid())})
+child.wait()
+"""
+
+
+def output_after_its_launcher(variable: str, value: str = "", **settings) -> str:
+    """What a process prints whose launcher is killed as soon as it waits."""
+    code = WAITING.format(**{"hears": False, "is_program": True, "seconds": 60, **settings})
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, code, variable, value], stdout=subprocess.PIPE, text=True
+    )
+    first = launcher.stdout.readline()
+    launcher.kill()
+    return first + launcher.communicate(timeout=120)[0]  # until all that could write are gone
+
+
+@pytest.mark.parametrize(("variable", "value"), [(launching.LAUNCHER_VARIABLE, ""), ("TORCHELASTIC_RUN_ID", "none")])
+def test_programs_end_with_their_launcher(variable, value):
+    assert output_after_its_launcher(variable, value) == "waits\n"
+
+
+def test_a_program_that_hears_of_the_end_has_a_while_to_save():
+    assert output_after_its_launcher(launching.LAUNCHER_VARIABLE, hears=True, seconds=20) == "waits\nheard\n"
+
+
+def test_other_programs_go_on_without_their_launcher():
+    """Scripts of users that have a Trainer of this package."""
+    text = output_after_its_launcher(launching.LAUNCHER_VARIABLE, is_program=False, seconds=3)
+    assert text == "waits\ngoes on\n"
+
+
+def test_a_launcher_that_is_gone_at_the_start_is_noticed():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    environment = {**os.environ, launching.LAUNCHER_VARIABLE: str(gone.pid)}
+    code = WAITING.format(hears=False, is_program=True, seconds=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False, capture_output=True)
+    assert done.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_status_of_stopped_processes_is_that_of_the_launcher(number, sign, monkeypatch):
+    """Whether they ended by themselves or by the signal; accelerate, which would call it 1 with a traceback, is ended too."""
+    stopped = []
+    monkeypatch.setattr(launching, "stop_launcher", lambda: stopped.append(True))
+    status = 128 + number if sign == 1 else -number
+    failure = ChildFailedError("train", {0: ProcessFailure(0, 7, status, "unused")})
+    with pytest.raises(SystemExit) as ending, launching.quiet_launch():
+        raise failure
+    assert ending.value.code == 128 + number and stopped == [True]

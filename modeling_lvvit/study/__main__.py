@@ -124,7 +124,8 @@ def plan(args: StudyArguments, shared: tuple[str, ...]) -> tuple[list[Arm], list
 
 
 def _stop(number: int, frame: object) -> None:
-    sys.exit(f"{PROGRAM.name}: stopped; the same command goes on from here.")
+    print(f"{PROGRAM.name}: stopped; the same command goes on from here.", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
 
 
 @program(PROGRAM.name)

@@ -1,5 +1,6 @@
 """What happens next to the steps of training: seeds of an epoch, and stopping: early, and when the machine is taken away."""
 
+import gc
 import signal
 import sys
 import threading
@@ -207,4 +208,5 @@ def end_after_signal(trainer: Trainer) -> NoReturn:
             file=sys.stderr,
         )
     stop_launcher()
+    gc.freeze()  # else Python looks through all objects once more, for up to seconds that a stopped process may not have
     sys.exit(128 + (signal.SIGINT if trainer.stop_on_signal.received == "SIGINT" else signal.SIGTERM))

@@ -117,3 +117,30 @@ def test_workers_outlive_stop_signals_but_not_their_program(tmp_path):
     environment = environment_of(tmp_path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+BUSY = """
+import os, time, torch
+from torch.utils.data import DataLoader
+from modeling_lvvit.data.loaders import prepare_loader
+
+class Busy(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        os.kill(os.getppid(), 9)
+        time.sleep(60)
+        print("goes on", flush=True)
+
+if __name__ == "__main__":
+    next(iter(prepare_loader(DataLoader(Busy(), num_workers=1))))
+"""
+
+
+def test_a_busy_worker_ends_with_its_killed_program(tmp_path):
+    """PyTorch looks whether the program is there only between batches."""
+    (tmp_path / "program.py").write_text(BUSY, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "program.py")]
+    environment = environment_of(tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (-9, "")  # the pipe is closed when all are gone

@@ -230,7 +230,7 @@ def test_sigterm_ends_the_runs_too(stand_in):
         main(arguments)
     study.terminate()
     assert "the same command goes on from here" in study.communicate(timeout=30)[1]
-    assert study.returncode == 1 and not child.is_running()
+    assert study.returncode == 143 and not child.is_running()
 
 
 def test_stopped_run_goes_on_from_its_checkpoint(stand_in):
