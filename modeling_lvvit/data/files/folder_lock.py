@@ -1,6 +1,7 @@
 """One run at a time writes to a folder."""
 
 import json
+import os
 import platform
 import time
 from contextlib import suppress
@@ -108,26 +109,29 @@ def _is_gone(owner: dict[str, Any], has_kernel_lock: bool) -> bool:
         return is_same_boot and has_kernel_lock  # a container that was on this machine
     if not is_same_boot:  # the machine was started again
         return True
-    if owner["pid"] == now["pid"]:
-        return has_kernel_lock or abs(owner["started"] - now["started"]) > 2
+    if owner["pid"] == now["pid"] and owner["started"] == now["started"]:
+        return has_kernel_lock  # of an object that was forgotten
     try:
-        return abs(_start(psutil.Process(owner["pid"])) - owner["started"]) > 2
+        is_zombie = psutil.Process(owner["pid"]).status() == psutil.STATUS_ZOMBIE
+        return is_zombie or _start(owner["pid"]) != owner["started"]
     except psutil.Error:
         return True
 
 
 def _this_process() -> dict[str, Any]:
     boot = BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.is_file() else platform.node()
-    process = psutil.Process()
     return {
         "host": platform.node(),
         "boot": boot,
-        "pid": process.pid,
-        "started": _start(process),
+        "pid": os.getpid(),
+        "started": _start(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
 
-def _start(process: psutil.Process) -> float:
-    """Seconds after that of the machine, which do not change when its clock is set."""
-    return process.create_time() - psutil.boot_time()
+def _start(pid: int) -> float:
+    """When a process began: on Linux in ticks after the machine, which stay the same when the clock is set."""
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.is_file():
+        return float(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19])
+    return psutil.Process(pid).create_time()

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 
-import psutil
 import pytest
 
 from modeling_lvvit.data.files import folder_lock
@@ -48,8 +47,7 @@ def test_the_lock_of_a_killed_process_refuses_nobody(tmp_path):
 
 def leave_lock(folder, **changes) -> None:
     """That of the process which has started this one, in which it differs."""
-    parent = psutil.Process(os.getppid())
-    facts = {"pid": parent.pid, "started": folder_lock._start(parent), "since": "2026-01-02 03:04:05"}
+    facts = {"pid": os.getppid(), "started": folder_lock._start(os.getppid()), "since": "2026-01-02 03:04:05"}
     (folder / ".lock").touch()
     (folder / ".lock.json").write_text(json.dumps({**folder_lock._this_process(), **facts, **changes}))
 
@@ -97,6 +95,19 @@ def test_without_locks_of_the_kernel_the_owner_counts(changes, is_refused, tmp_p
 def test_a_container_of_this_machine_that_is_gone_refuses_nobody(tmp_path):
     leave_lock(tmp_path, host="container-5")
     FolderLock(tmp_path).acquire()
+
+
+def test_a_process_that_was_killed_and_not_waited_for_refuses_nobody(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"], stdout=-1
+    ) as zombie:
+        zombie.stdout.readline()
+        leave_lock(tmp_path, pid=zombie.pid, started=folder_lock._start(zombie.pid))
+        with pytest.raises(ValueError, match=f"process {zombie.pid}"):
+            FolderLock(tmp_path).acquire()
+        zombie.kill()
+        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+        FolderLock(tmp_path).acquire()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}'])
