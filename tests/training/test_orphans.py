@@ -22,7 +22,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 LVVIT = ["-m", "modeling_lvvit.cli.command"]
 SAVING = ["--max_steps", "4000", "--save_strategy", "steps", "--save_steps", "20", "--save_total_limit", "2"]
 SAVING += ["--save_picture", "False", "--check_data", "False", "--dataloader_num_workers", "1"]
-PATIENCE = 120  # seconds for what takes at most 10 where nothing else runs
+PATIENCE = 300  # seconds for what takes at most 10 where nothing else runs
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +157,9 @@ def test_no_annotator_outlives_its_launcher(processes, number, many, tmp_path):
 @pytest.mark.slow
 def test_no_run_outlives_a_killed_study(data, tmp_path):
     output = tmp_path / "study"
-    words = ["--dataset_name", str(data), "--output_dir", str(output), "--arms", "plain_labels", "--seeds", "0", "1"]
-    words += ["--image_size", "32", "--config_overrides", TINY, "--report_to", "none", "--jobs", "2", *SAVING]
-    begins = [output / "plain_labels" / f"seed_{seed}" for seed in (0, 1)]
-    with Program([*LVVIT, "study", *words], data, lambda: all(map(last_whole_checkpoint, begins))) as program:
+    words = ["--dataset_name", str(data), "--output_dir", str(output), "--arms", "plain_labels", "--seeds", "0"]
+    words += ["--image_size", "32", "--config_overrides", TINY, "--report_to", "none", *SAVING]
+    run = output / "plain_labels" / "seed_0"
+    with Program([*LVVIT, "study", *words], data, lambda: last_whole_checkpoint(run) is not None) as program:
         program.process.kill()
         program.wait_for_all()
