@@ -153,7 +153,7 @@ REFUSED = {
     "unknown option": (["--dense_wieght", "1"], "did you mean --dense_weight?"),
     "no data": (["--dataset_name", "./nowhere"], "There is no dataset at"),
     "no such column": (["--label_column", "kind"], "has no column 'kind'"),
-    "nothing to resume": (["--resume_from_checkpoint", "last"], "There is no complete checkpoint in"),
+    "nothing to resume": (["--resume_from_checkpoint", "last"], "There is no whole checkpoint in"),
     "no such model": (["--config_overrides", "{}", "--model_name_or_path", "./nowhere"], "There is no model folder"),
     "unknown variant": (["--variant", "lvvit_xl"], "Unknown LV-ViT variant 'lvvit_xl'"),
 }

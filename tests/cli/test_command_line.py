@@ -123,13 +123,13 @@ def test_output_directory_of_another_run_is_refused(tmp_path):
 
 def test_resuming_finds_the_last_checkpoint(tmp_path):
     model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"])
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="no whole checkpoint"):
         prepare_output_dir(training_args, None, model_args.overwrite_output_dir)
     for step in (9, 10, 11):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
-        (folder / "scheduler.pt").write_bytes(b"")
+        torch.save({}, folder / "scheduler.pt")
         (folder / "trainer_state.json").write_text("{}" if step < 11 else "{cut o")
     model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"])
     prepare_output_dir(training_args, None, model_args.overwrite_output_dir)
@@ -140,7 +140,7 @@ def test_resuming_elsewhere_does_not_open_the_way_into_another_run(tmp_path):
     checkpoint = tmp_path / "mine" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     save_file({"weight": torch.zeros(1)}, checkpoint / "model.safetensors")
-    (checkpoint / "scheduler.pt").write_bytes(b"")
+    torch.save({}, checkpoint / "scheduler.pt")
     (checkpoint / "trainer_state.json").write_text("{}")
     (tmp_path / "other").mkdir()
     save_file({"weight": torch.zeros(1)}, tmp_path / "other" / "model.safetensors")
@@ -156,7 +156,7 @@ def test_sharded_and_whole_optimizer_states_are_not_mixed(was_sharded, tmp_path,
     checkpoint.mkdir()
     save_file({"weight": torch.zeros(1)}, checkpoint / "model.safetensors")
     for name in ("scheduler.pt", *(["pytorch_model_fsdp.bin"] if was_sharded else [])):
-        (checkpoint / name).write_bytes(b"")
+        torch.save({}, checkpoint / name)
     (checkpoint / "trainer_state.json").write_text("{}")
     model_args, _, training_args = parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(checkpoint)])
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(not was_sharded).lower())

@@ -239,7 +239,7 @@ def test_stopped_run_goes_on_from_its_checkpoint(stand_in):
     (run.folder / "study_run.json").write_text(json.dumps({"settings": run.settings, "seconds": 7.0}))
     assert study_runs._continuation(run) == ["--overwrite_output_dir", "true"]
     (run.folder / "checkpoint-5" / "trainer_state.json").write_text("{}")
-    (run.folder / "checkpoint-5" / "scheduler.pt").touch()
+    torch.save({}, run.folder / "checkpoint-5" / "scheduler.pt")
     save_file({"weight": torch.zeros(1)}, run.folder / "checkpoint-5" / "model.safetensors")
     list(Runner(1).run_all([run]))
     assert "--resume_from_checkpoint last" in calls_of(run.folder)[0]

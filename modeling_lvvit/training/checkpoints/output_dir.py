@@ -29,7 +29,7 @@ def prepare_output_dir(training_args: BaseImageTrainingArguments, start_from: st
         overwrite: Whether `output_dir` may hold another run.
 
     Raises:
-        ValueError: If `output_dir` holds another run, cannot be written, or there is no complete checkpoint to resume from, or one
+        ValueError: If `output_dir` holds another run, cannot be written, or there is no whole checkpoint to resume from, or one
             with weights that are not finite, another form of sharding, or a weight average where this run has none or the other
             way round; or if the model to start from would be written over.
     """

@@ -136,6 +136,6 @@ def test_training_in_the_folder_of_another_run_is_refused_at_once(more, tmp_path
         pytest.raises(SystemExit, match=rf"^lvvit train: Another run .* process {os.getpid()} on"),
     ):
         train_tl.main([*arguments, "--report_to", "none"])
-    with pytest.raises(SystemExit, match=r"no complete checkpoint|no/such"):
+    with pytest.raises(SystemExit, match=r"no whole checkpoint|no/such"):
         train_tl.main([*arguments, "--report_to", "none"])
     assert not tmp_path.exists() or hidden(tmp_path) == []
