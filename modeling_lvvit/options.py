@@ -16,11 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
-from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from .console import describe_failure, ignore_ended_workers
+from .data.failures import FAILURES, describe_failure, ignore_ended_workers
 from .launching import is_main_process, name_options
 
 
@@ -248,14 +247,14 @@ class Program:
     @contextmanager
     def refusals(self, *exceptions: type[Exception], of_all_processes: bool = True) -> Iterator[None]:
         """Ends the program with one message after a `ValueError`, `OSError` or one of `exceptions`, and after a full disk or the end of a
-        worker process (`console.describe_failure`), of which only one process may know.
+        worker process (`failures.describe_failure`), of which only one process may know.
 
         Args:
             of_all_processes: Whether all processes meet the same error, so that one of them speaks.
         """
         try:
             yield
-        except (ValueError, OSError, RuntimeError, SafetensorError, *exceptions) as error:
+        except (ValueError, *FAILURES, *exceptions) as error:
             ignore_ended_workers()
             if (failure := describe_failure(error)) is not None:
                 sys.exit(self.message(f"{failure}. What was finished before is kept; start the same command again."))

@@ -32,7 +32,12 @@ LAYERS = {
     "benchmark": "data labels token_labeling original export",
     "demo": "data hub backbones annotators evaluate visualization segmentation",
 }
-PROGRAMS = {"publish": "original hub labels", "convert_original_checkpoint": "original", "family_cards": "original"}
+PROGRAMS = {
+    "options": "data",
+    "publish": "original hub labels",
+    "convert_original_checkpoint": "original",
+    "family_cards": "original",
+}
 TRAVELS = ("configuration_lvvit", "modeling_lvvit")  # what every saved model carries
 
 

@@ -12,7 +12,8 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
-from ..console import WRITE_ERRORS, describe_failure, end_interrupted, ignore_ended_workers, quiet_libraries
+from ..console import end_interrupted, quiet_libraries
+from ..data.failures import FAILURES, describe_failure, ignore_ended_workers
 from ..data.files.folder_lock import FolderLock
 from ..data.image_dataset import FEW_IMAGES, MANY_PASSES
 from ..data.images import SampleError
@@ -126,7 +127,7 @@ def _train_and_report(program: TrainingProgram, run: TrainingRun, earlier: dict[
         sys.exit(program.message(error) if is_main else 1)
     except (SampleError, NotFiniteError) as error:
         sys.exit(program.message(error))  # only the process that has the row knows of it
-    except WRITE_ERRORS as error:
+    except FAILURES as error:
         ignore_ended_workers()
         if describe_failure(error) is None:
             raise
@@ -141,7 +142,7 @@ def _train_and_report(program: TrainingProgram, run: TrainingRun, earlier: dict[
 
 
 def end_after_failure(program: TrainingProgram, run: TrainingRun, error: Exception) -> NoReturn:
-    """Ends the program after a failure (`console.describe_failure`): what happened, what is kept, and how to go on."""
+    """Ends the program after a failure (`failures.describe_failure`): what happened, what is kept, and how to go on."""
     if isinstance(error, SaveError):  # in all processes
         end_together()
         if not is_main_process():

@@ -24,7 +24,7 @@ from transformers.trainer_utils import (
 from transformers.utils import logging
 
 from ..backbones.patch_head import PATCH_HEAD, weights_by_own_names
-from ..console import naming_file
+from ..data.failures import naming_file
 from ..data.files.atomic_files import write_json
 from ..data.files.digests import DIGESTS
 from ..data.image_dataset import ImageDataset

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from modeling_lvvit.console import WriteError
+from modeling_lvvit.data.failures import WriteError
 from modeling_lvvit.data.files.atomic_files import write_text
 from modeling_lvvit.training.checkpoints.saving import SaveError, Saving
 from modeling_lvvit.training.checkpoints.whole import last_whole_checkpoint

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ...console import naming_file
+from ..failures import naming_file
 from .folder_lock import LOCK, FolderLock
 
 

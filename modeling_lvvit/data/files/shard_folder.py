@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers.utils import logging
 
-from ...console import WriteError
+from ..failures import WriteError
 from .atomic_files import write_atomically, write_json
 from .digests import DIGESTS, digest_line, file_digest, parse_digests, read_digests, write_digests
 from .folder_lock import FolderLock, is_lock

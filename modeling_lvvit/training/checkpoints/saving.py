@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...console import WriteError, naming_file
+from ...data.failures import WriteError, naming_file
 
 
 SECONDS_APART = 2.0  # of the times of checkpoints; what is less than a second the library does not go by

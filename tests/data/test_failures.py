@@ -6,38 +6,52 @@ import re
 import signal
 
 import pytest
-import torch
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader, Dataset
 
-from modeling_lvvit.console import WriteError, describe_failure, naming_file
+from modeling_lvvit.data.failures import WriteError, describe_failure, naming_file
 from modeling_lvvit.options import Program
+from support.programs import environment_of, run
 
 
-class DyingSamples(Dataset):
-    """The third sample ends its worker."""
+SAMPLES = """
+import os
+import torch
 
-    def __init__(self, number: int):
+class DyingSamples(torch.utils.data.Dataset):  # the third sample ends its worker
+    def __init__(self, number):
         self.number = number
 
-    def __len__(self) -> int:
+    def __len__(self):
         return 8
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index):
         if index == 2:
             os.kill(os.getpid(), self.number)
         return torch.zeros(2)
+"""
+DYING = """
+from torch.utils.data import DataLoader
+from data_failures import DyingSamples
+from modeling_lvvit.options import Program
+with Program("a program", "", ()).refusals():
+    list(DataLoader(DyingSamples({number}), num_workers=1))
+"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV])
-def test_a_worker_that_was_killed_ends_a_program_with_the_likely_cause(number):
+def test_a_worker_that_was_killed_ends_a_program_with_the_likely_cause(number, tmp_path):
     """Whatever notices it first: the handler of the signal, the queue, or a batch that it can hand over no more."""
-    program = Program("a program", "", ())
-    with pytest.raises(SystemExit) as ended, program.refusals():
-        list(DataLoader(DyingSamples(number), num_workers=1))
-    text = str(ended.value.code)
-    assert re.match("a program: (The data loader's worker|A worker of the data loader) .* memory", text)
-    assert "`num_workers`" in text and text.endswith("start the same command again.")
+    (tmp_path / "data_failures.py").write_text(SAMPLES)
+    environment = environment_of(tmp_path)
+    result = run(
+        ["-c", DYING.format(number=int(number))],
+        tmp_path,
+        PYTHONPATH=f"{environment['PYTHONPATH']}{os.pathsep}{tmp_path}",
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.search("a program: (The data loader's worker|A worker of the data loader) .* memory", result.stderr)
+    assert "`num_workers`" in result.stderr and result.stderr.rstrip().endswith("start the same command again.")
 
 
 @pytest.mark.parametrize(
