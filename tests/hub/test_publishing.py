@@ -158,7 +158,7 @@ def test_authors_checkpoint_to_a_complete_repository_in_one_command(hub, checkpo
     options = ["--variant", "lvvit_t_224", "--checkpoint", str(checkpoint), "--repo_id", "team/lvvit-t"]
     publish.main([*options, "--output_dir", str(tmp_path / "out"), "--private", "--revision", "candidate"])
     files = hub.files("team/lvvit-t", revision="candidate")
-    assert set(files) == MODEL | {"preprocessor_config.json"}
+    assert set(files) == MODEL | {"preprocessor_config.json", "SHA256SUMS"}
     assert hub.is_private("team/lvvit-t") and hub.files("team/lvvit-t") == {}
     assert "published: " in capsys.readouterr().out
     card = ModelCard(files["README.md"].decode())
@@ -188,7 +188,7 @@ def test_converter_publishes(hub, tmp_path, capsys):
     torch.save(original_state_dict(config), tmp_path / "mine.pth")
     convert([str(tmp_path / "mine.pth"), str(tmp_path / "out"), "--push_to_hub", "mine"])
     files = hub.files("user/mine")
-    assert set(files) == MODEL | {"preprocessor_config.json"}
+    assert set(files) == MODEL | {"preprocessor_config.json", "SHA256SUMS"}
     card = ModelCard(files["README.md"].decode())
     assert card.data.eval_results is None and card.data.license is None and 'name = "user/mine"' in card.text
     assert "published: http" in capsys.readouterr().out
