@@ -13,47 +13,36 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
     PredictionOutput,
     has_length,
-    rotate_checkpoints,
     seed_worker,
 )
 from transformers.utils import logging
 
-from ..backbones.patch_head import PATCH_HEAD, weights_by_own_names
 from ..data.failures import naming_file
-from ..data.files.atomic_files import write_json
-from ..data.files.digests import DIGESTS
 from ..data.image_dataset import ImageDataset
 from ..data.loaders import end_workers, prepare_loader
 from ..data.sampling import fold_in, temporary_seed
 from ..data.steps import EndlessSampler, StepBatchSampler, StepDivision, StreamOrder
-from ..hub.file_checks import write_weight_digests
-from ..hub.hub_trainer import HubTrainer
 from .base_arguments import BaseImageTrainingArguments
 from .batch_norm import set_batch_norm
 from .callbacks import EarlyStopping, EpochCallback, StopOnSignal, describe_best
-from .checkpoints.record import read_json
+from .checkpoints.checkpoint_trainer import CheckpointTrainer
 from .checkpoints.resumable import check_resumable, keep_step
-from .checkpoints.saving import Saving, age_checkpoints
-from .checkpoints.whole import check_whole, last_whole_checkpoint, seal_checkpoint
-from .divergence import DivergenceCheck, DivergenceError
-from .fsdp import broadcast_buffers, configure_fsdp2, own_class
+from .checkpoints.whole import check_whole, last_whole_checkpoint
+from .divergence import DivergenceError
+from .fsdp import broadcast_buffers, configure_fsdp2
 from .metrics import check_best_metric
 from .progress import tensorboard_callback, use_run_progress
 from .run_layout import RunLayout, read_layout
 from .schedule import decayed_parameters
-from .throughput import Throughput
 
 
 logger = logging.get_logger(__name__)
-ALL_RESULTS = "all_results.json"
 
 
-class BaseImageTrainer(HubTrainer):
+class BaseImageTrainer(CheckpointTrainer):
     """A `Trainer` that ends with a checkpoint when it is told to stop, writes checkpoints that are whole or known not to be, draws the
     samples of an `ImageDataset` as functions of seed, epoch and row, trains sharded (FSDP2) on any device, and logs its speed.
 
@@ -69,15 +58,11 @@ class BaseImageTrainer(HubTrainer):
         super().__init__(model, args, *positional, **kwargs)
         # the losses are ours: the Trainer need not count labels over all processes at every step
         self.model_accepts_loss_kwargs = False
-        self.throughput = Throughput()
         self.progress = use_run_progress(self, self.throughput)
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
-        self.divergence = DivergenceCheck(self.accelerator, args)
-        self.saving = Saving(self.accelerator)
         self.num_overflows = torch.zeros((), dtype=torch.int64, device=args.device)
         self.latest_evaluation: tuple[int, dict[str, float]] | None = None  # step and metrics, in training
-        self.add_callback(self.divergence)
         self.early_stopping = None
         if args.early_stopping_patience is not None:
             self.early_stopping = EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold)
@@ -238,14 +223,6 @@ class BaseImageTrainer(HubTrainer):
                 "The loss overflowed in float16 %d times since the last log; it counts as 0 there.", overflows
             )
 
-    def tensors_to_save(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights and statistics of the model by name, sharded where they are."""
-        yield from self.accelerator.unwrap_model(self.model, keep_torch_compile=False).state_dict().items()
-
-    def check_weights(self) -> None:
-        """Raises a `DivergenceError` in all processes if something that would be saved is NaN or infinite."""
-        self.divergence.check_weights(self.tensors_to_save(), self.state)
-
     def speed(self) -> dict[str, float]:
         """Figures of the time since the last log: see `Throughput.report`."""
         return self.throughput.report()
@@ -371,88 +348,3 @@ class BaseImageTrainer(HubTrainer):
         if self.latest_evaluation is None or self.latest_evaluation[0] != step or is_other:
             return self.evaluate()
         return self.latest_evaluation[1]
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`, with whole weights where they are sharded; a `DivergenceError` in place of weights that are not finite."""
-        # whole weights are the same in all processes, of which one may save alone
-        self.divergence.check_weights(self.tensors_to_save(), self.state, of_all_processes=self.is_fsdp_enabled)
-        if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            if _internal_call:  # by all processes
-                self.saving.agree()
-            return
-        broadcast_buffers(self.accelerator, self.model)  # a sharded checkpoint takes them from any process
-        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-        if _internal_call:
-            self.saving.agree()
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        with (
-            self.saving.noting(folder),
-            own_class(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)),
-        ):
-            super()._save(output_dir, state_dict)
-            # a checkpoint is sealed when it is whole
-            if self.args.should_save and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-                write_weight_digests(folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self.saving.noting(output_dir):
-            super()._save_optimizer_and_scheduler(output_dir)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        with self.saving.noting(output_dir):
-            super()._save_scaler(output_dir)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in `Trainer`. A checkpoint is whole once it has its list of digests: that is written last, before older ones are deleted."""
-        self.check_weights()
-        run = Path(self._get_output_dir(trial))
-        folder, limit = run / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
-        if self.args.should_save:
-            for name in (DIGESTS, TRAINER_STATE_NAME):
-                (folder / name).unlink(missing_ok=True)  # of an earlier run that is written over
-            age_checkpoints(run, folder.name)
-        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with self.throughput.paused():
-            self.args.save_total_limit = None  # older ones are deleted once this one is whole
-            try:
-                with weights_by_own_names(unwrapped), self.saving.noting(folder):
-                    super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
-            if self.args.should_save:
-                with self.saving.noting(folder):
-                    self.save_arguments(folder)
-                    seal_checkpoint(folder)
-            self.saving.agree()
-            if self.args.should_save:
-                rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
-            self.publish_in_background()
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As in `Trainer`; a patch head that nothing trains is not saved, and so not missed."""
-        if not getattr(self.model, "saves_patch_head", True):
-            load_result.missing_keys[:] = [name for name in load_result.missing_keys if PATCH_HEAD not in name]
-        super()._issue_warnings_after_load(load_result)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        with self.saving.noting(output_dir):
-            super()._save_rng_state(output_dir)
-        self.saving.agree()  # before the main process writes the state that makes the checkpoint whole
-
-    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
-        """As in `Trainer`, in files that are whole or not there."""
-        if not self.is_world_process_zero():
-            return
-        folder = Path(self.args.output_dir)
-        try:
-            earlier = read_json(folder / ALL_RESULTS)
-        except ValueError:  # half written, by the library
-            earlier = {}
-        write_json(folder / f"{split}_results.json", metrics)
-        if combined:
-            write_json(folder / ALL_RESULTS, earlier | metrics)
