@@ -118,7 +118,8 @@ class StreamOrder:
 
     Args:
         num_processes: That began the run.
-        num_workers: Of each process, at least 1, each with a part of its own.
+        num_workers: Of each process, each with a part of its own. 0 in runs of former versions: `datasets` shuffles in another order without
+            a worker than with one, which all runs have since.
         batch_size: Images of their micro-batches.
     """
 
@@ -130,7 +131,7 @@ class StreamOrder:
         """Process and worker whose part an image of the run belongs to, and its number in that part."""
         batch, offset = divmod(number, self.batch_size)
         round_, process = divmod(batch, self.num_processes)
-        turn, worker = divmod(round_, self.num_workers)
+        turn, worker = divmod(round_, max(1, self.num_workers))
         return process, worker, turn * self.batch_size + offset
 
     def to_dict(self) -> dict[str, int]:

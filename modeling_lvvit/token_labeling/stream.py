@@ -99,7 +99,7 @@ class TokenLabelStream(Dataset):
     def begin_order(self, num_processes: int, num_workers: int, batch_size: int) -> StreamOrder:
         """The order of a run that so many processes begin, each with so many workers, of which no more than there are files to read."""
         files = split_dataset_by_node(self.rows, 0, num_processes).num_shards
-        return StreamOrder(num_processes, min(max(num_workers, 1), files), batch_size)
+        return StreamOrder(num_processes, min(num_workers, files), batch_size)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self._sample(*self.order.place(number))
@@ -201,9 +201,11 @@ class _Part:
 
 @contextmanager
 def _as_worker(index: int, number: int) -> Iterator[None]:
-    """Has `datasets` read the rows of one of several workers within a `with` block, whichever worker this is: it asks PyTorch."""
+    """Has `datasets` read the rows of one of several workers within a `with` block, whichever worker this is: it asks PyTorch. Of none if
+    their number is 0."""
     original = torch.utils.data.get_worker_info
-    torch.utils.data.get_worker_info = lambda: SimpleNamespace(id=index, num_workers=number)
+    worker = SimpleNamespace(id=index, num_workers=number) if number else None
+    torch.utils.data.get_worker_info = lambda: worker
     try:
         yield
     finally:

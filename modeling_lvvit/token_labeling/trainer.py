@@ -178,7 +178,7 @@ class TokenLabelTrainer(BaseImageTrainer):
         begun = self.layout.stream_order or {}
         workers = {
             "num_processes": args.world_size,
-            "num_workers": args.dataloader_num_workers,
+            "num_workers": max(args.dataloader_num_workers, 1),
             "batch_size": self._train_batch_size,
         }
         stream.order = stream.begin_order(**(begun or workers))

@@ -121,7 +121,7 @@ class BaseImageTrainer(CheckpointTrainer):
         )
         workers = args.dataloader_num_workers
         if order is not None:  # others would read what these read
-            workers = min(workers, order.num_workers * math.ceil(order.num_processes / args.world_size))
+            workers = min(workers, max(order.num_workers, 1) * math.ceil(order.num_processes / args.world_size))
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,

@@ -50,5 +50,5 @@ def read_layout(checkpoint: Path) -> RunLayout | None:
     if batch_size is None or accumulation is None:
         return None
     processes = max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
-    order = StreamOrder(processes, max(1, args.get("dataloader_num_workers") or 0), batch_size)
+    order = StreamOrder(processes, args.get("dataloader_num_workers") or 0, batch_size)
     return RunLayout(batch_size * accumulation * processes, order.to_dict(), seeds_steps=False)
