@@ -1,6 +1,7 @@
 """Losses of 20 steps of six recipes, made small, that no change may move unnoticed.
 
-One thread: with two, sums are added up in another order. `record_losses.py` records them anew.
+One thread: with two, sums are added up in another order, which moves some losses by 4e-5. From the same weights they agree within 1e-5 over the
+oldest and newest versions that `setup.py` allows, and over kernels for AVX-512, AVX2 and none of them. `record_losses.py` records them anew.
 """
 
 import json

@@ -21,7 +21,7 @@ STEPS, STOP = 14, 7  # of three an epoch: within the third
 KINDS = {
     "training": ("dense labels, weight average", "--ema_decay", "0.9"),
     "stream": ("plain labels", "--ema_decay", "0.9", "--streaming", "true", "--shuffle_buffer", "7"),
-    "segmentation": ("segmentation",),
+    "segmentation": ("segmentation", "--batch_norm", "local"),
     "vit": ("patch head on a ViT",),
 }
 LABEL_SET, SHARDS, FINISHED = FOLDER / "label_set", 6, 3

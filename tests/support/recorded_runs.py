@@ -62,7 +62,8 @@ RUNS = {
     "plain labels": Run("lvvit_s_224_plain", LVVIT),
     "annotator in training": Run("annotator_study/student_1", LVVIT, (*WITHOUT_MAPS, "--annotator", "annotator")),
     "several classes an image": Run("own_images", LVVIT, (*WITHOUT_MAPS, "--label_column_name", "labels")),
-    "segmentation": Run("upernet_s", SEGMENTER, (), "segment.yaml", segmentation.main),
+    # batch norms over the few pooled pixels of such images magnify rounding: 7e-5 of a loss between versions of torch
+    "segmentation": Run("upernet_s", SEGMENTER, ("--batch_norm", "frozen"), "segment.yaml", segmentation.main),
     "patch head on a ViT": Run("architectures/vit", VIT),
 }
 
