@@ -1,12 +1,12 @@
 """Worker processes that load images: how many there are, and what all of them share."""
 
-import atexit
 import math
 import os
 import shutil
 import signal
 from collections.abc import Callable
 from functools import cache, partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def prepare_loader(loader: DataLoader, *seed: int) -> DataLoader:
     """
     inner = getattr(loader, "base_dataloader", loader)
     if inner.num_workers:
-        inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn, _ending())
+        inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn, _ending(os.getpid()))
     inner.generator = torch.Generator().manual_seed(fold_in(*seed))
     return loader
 
@@ -134,10 +134,12 @@ def end_workers(loader: DataLoader) -> None:
 
 
 @cache
-def _ending() -> torch.Tensor:
-    """Whether this process ends, bool, shared with its workers. When it ends, it sends a SIGTERM to those that are left, and waits."""
+def _ending(pid: int) -> torch.Tensor:
+    """Whether this process, which has the number `pid`, ends, bool, shared with its workers. When it ends, it sends a SIGTERM to those that
+    are left, and waits."""
     is_ending = torch.zeros((), dtype=torch.bool).share_memory_()
-    atexit.register(is_ending.fill_, True)  # before what `multiprocessing` registers, as it was imported earlier
+    # not `atexit`, which processes that `multiprocessing` has started pass over
+    Finalize(None, is_ending.fill_, args=(True,), exitpriority=100)
     return is_ending
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from ..data.files.atomic_files import write_text
 from ..data.files.digests import DIGESTS
 from ..data.image_keys import MAX_NAMED
-from ..hub.file_checks import CARD, matches
+from ..hub.file_checks import CARD, check_digests, matches
 from ..hub.folders import CARD_TEMPLATES
 from ..hub.repository import HubTarget
 from .packing import is_worth_packing
@@ -110,14 +110,20 @@ def _check_splits(target: HubTarget, split: str) -> None:
 
 
 def check_finished(folder: Path) -> None:
-    """Raises a `ValueError` that says what is missing if a folder holds no label set that was written to its end."""
+    """Raises a `ValueError` that says what is missing or damaged if a folder holds no label set that was written to its end."""
     record = folder / RECORD
-    report = json.loads(record.read_text(encoding="utf-8")).get("report") if record.is_file() else None
+    try:
+        report = json.loads(record.read_text(encoding="utf-8")).get("report") if record.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{record} is damaged: {error}. Make the set again or take it from a copy.") from error
     if report is None or not (folder / CARD).is_file():
         raise ValueError(f"{folder} is no finished label set: it needs {RECORD} with a report, and {CARD}.")
-    try:
-        num_rows = sum(pq.read_metadata(path).num_rows for path in (folder / DATA).glob("*.parquet"))
-    except pa.ArrowException as error:
-        raise ValueError(f"A shard in {folder / DATA} is damaged: {error}") from error
+    check_digests(folder)
+    num_rows = 0
+    for path in (folder / DATA).glob("*.parquet"):
+        try:
+            num_rows += pq.read_metadata(path).num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is damaged: {error}. The command that made the set makes it again.") from error
     if num_rows != report["num_images"]:
         raise ValueError(f"{folder} lacks shards: it has {num_rows:,} rows, its record says {report['num_images']:,}.")

@@ -1,10 +1,12 @@
 """Worker processes that load images."""
 
+import multiprocessing
 import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -144,3 +146,24 @@ def test_a_busy_worker_ends_with_its_killed_program(tmp_path):
     environment = environment_of(tmp_path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (-9, "")  # the pipe is closed when all are gone
+
+
+def leave_workers_behind() -> None:
+    """A process that ends, as after an error, while workers wait for it; also one whose parent has had workers."""
+    loader = loaders.prepare_loader(DataLoader(range(8), num_workers=1))
+    loaders.left_behind = iter(loader)  # outlives this function
+    next(loaders.left_behind)
+
+
+@pytest.mark.parametrize("parent_has_workers", [False, True])
+def test_workers_of_processes_that_multiprocessing_started_end_with_them(parent_has_workers):
+    if parent_has_workers:
+        list(loaders.prepare_loader(DataLoader(range(2), num_workers=1)))
+    process = multiprocessing.get_context("fork").Process(target=leave_workers_behind)
+    process.start()
+    process.join(30)
+    workers = psutil.Process(process.pid).children() if process.exitcode is None else []
+    for part in workers:  # that are left over
+        part.kill()
+    process.join()
+    assert (workers, process.exitcode) == ([], 0)

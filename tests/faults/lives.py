@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ LAUNCHER = "modeling_lvvit.cli.command"
 # what programs import when they first need it
 LATE = ["lives", "modeling_lvvit.cli.launch", "sklearn.metrics", "rich.progress"]
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
-LIMIT = 180  # seconds of a life, on a busy machine too
+LIMIT = 120  # seconds of a life, on a busy machine too
 ORPHANS_END = 12  # seconds: workers of loaders look for their parent every five
 
 
@@ -41,6 +42,7 @@ def live(module: str, function: str, words: list[str], log: str | None, environm
         for descriptor in (1, 2):
             os.dup2(file, descriptor)
         sys.stdout.reconfigure(line_buffering=True)
+        faulthandler.register(signal.SIGUSR1)
     getattr(importlib.import_module(module), function)(words)
 
 
@@ -58,6 +60,13 @@ class Life:
     def is_over(self) -> bool:
         return self.process.exitcode is not None
 
+    def children(self) -> list[psutil.Process]:
+        """Processes that it has started."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
     def send(self, number: int, to_group: bool = False) -> None:
         """A signal to the process, or to all of its group, as a terminal does."""
         with contextlib.suppress(ProcessLookupError):  # it has ended
@@ -72,6 +81,8 @@ class Life:
         """Its status, negative where a signal ended it; an `AssertionError` if it does not end."""
         self.process.join(LIMIT)
         if not self.is_over:
+            self.send(signal.SIGUSR1)  # says where it is
+            time.sleep(1)
             self.send(signal.SIGKILL, to_group=True)
             self.process.join()
             raise AssertionError(f"it did not end within {LIMIT} seconds, see {self.log}")

@@ -27,6 +27,11 @@ def option_words(options: dict[str, object]) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", *str(value).split("|"))]
 
 
+def names_in(folder: Path) -> set[str]:
+    """Of all files but locks, and checkpoints."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith((".lock", "checkpoint-"))}
+
+
 class Subject:
     """A program with its command.
 
@@ -51,7 +56,11 @@ class Subject:
         """The command of a new run."""
         raise NotImplementedError
 
-    def words_again(self, output: Path) -> list[str]:
+    def words_free(self, rng: np.random.Generator) -> list[str]:
+        """Options that may be others at each start; drawn."""
+        return []
+
+    def words_again(self) -> list[str]:
         """What is added to continue it."""
         return []
 
@@ -92,7 +101,12 @@ class Training(Subject):
         }  # fmt: skip
         return option_words(options)
 
-    def words_again(self, output: Path) -> list[str]:
+    def words_free(self, rng: np.random.Generator) -> list[str]:
+        workers = int(rng.choice([0, 0, 1, 2]))
+        persistent = "true" if workers and rng.random() < 0.5 else "false"
+        return option_words({"dataloader_num_workers": workers, "dataloader_persistent_workers": persistent})
+
+    def words_again(self) -> list[str]:
         return ["--resume_from_checkpoint", "last"]
 
     def words_anew(self) -> list[str]:
@@ -128,7 +142,9 @@ class Training(Subject):
             else:
                 assert first.read_bytes() == second.read_bytes(), f"{name} differs"
         assert json.loads((output / "trainer_state.json").read_text())["global_step"] == self.steps
-        assert {path.name for path in self.reference.iterdir()} <= {path.name for path in output.iterdir()}
+        for part in (".",) if is_near else (".", last):  # each process has a random state of its own
+            assert names_in(output / part) == names_in(self.reference / part)
+        assert list(output.rglob("*.partial")) == []
 
 
 class Classification(Training):
@@ -167,6 +183,9 @@ class Annotation(Subject):
         options = {"dataset_name": images, "annotator": annotator, "output_dir": output}
         return option_words({**options, "top_k": 2, "rows_per_shard": 2})
 
+    def words_free(self, rng: np.random.Generator) -> list[str]:
+        return option_words({"num_workers": rng.integers(3)})
+
     def progress(self, output: Path) -> int:
         return len(list(output.glob("data/*.parquet")))
 
@@ -182,7 +201,7 @@ class Annotation(Subject):
             {
                 str(path.relative_to(folder)): path.read_bytes()
                 for path in folder.rglob("*")
-                if path.is_file() and path.name != ".lock"
+                if path.is_file() and not path.name.startswith(".lock")
             }
             for folder in (self.reference, output)
         ]
@@ -225,8 +244,8 @@ class Publishing(Subject):
         return self.requests - self.begin
 
     def damageable(self, output: Path) -> list[Path]:
-        names = {name.rpartition("/")[2] for name in self.hub.files(self.repository(self.reference), self.kind)}
-        return [path for path in output.rglob("*") if path.is_file() and path.name in names]
+        listed = [line.partition("  ")[2] for line in (output / DIGESTS).read_text().splitlines()]
+        return [output / name for name in (*listed, DIGESTS)]
 
     def uploads(self, output: Path) -> list[dict[str, bytes]]:
         """The files of each commit, as if the repository had the name of the undisturbed one."""

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification
 from modeling_lvvit import LVViTForImageClassification, publish
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.cli.model_card import Provenance, find_provenance, run_metadata, training_table
+from modeling_lvvit.data.files.digests import DIGESTS
 from modeling_lvvit.hub import hub_trainer as publishing
 from modeling_lvvit.hub import repository as hub_uploads
 from modeling_lvvit.hub.hub_trainer import push_finished_run
@@ -391,5 +392,17 @@ def test_a_repository_holds_one_split_of_labels(hub, tmp_path):
         "data/train-00000.parquet"
     ]
     (tmp_path / "train" / "data" / "train-00001.parquet").unlink()
-    with pytest.raises(SystemExit, match="lacks shards: it has 4 rows, its record says 6"):
+    with pytest.raises(SystemExit, match="data/train-00001.parquet is missing"):
         publish.main(["--folder", str(tmp_path / "train"), "--repo_id", "user/labels"])
+
+
+@pytest.mark.parametrize("has_digests", [True, False])
+@pytest.mark.parametrize("name", ["data/train-00001.parquet", "token_labels.json"])
+def test_damaged_files_of_label_sets_are_named(name, has_digests, tmp_path):
+    maps = random_maps(6)
+    folder = write_label_set(tmp_path / "set", table_of(maps), layout_of(maps))
+    (folder / name).write_bytes((folder / name).read_bytes()[:-60])
+    if not has_digests:
+        (folder / DIGESTS).unlink()
+    with pytest.raises(SystemExit, match=f"{name} is damaged"):
+        publish.main([str(folder), "user/labels"])

@@ -15,6 +15,7 @@ import pytest
 from pyarrow import parquet
 from safetensors.torch import load_file
 
+from modeling_lvvit.data.files.digests import DIGESTS
 from modeling_lvvit.token_labeling import TokenLabelStream, TokenLabelTrainer, TrainTransform
 from modeling_lvvit.training.checkpoints.whole import DamagedCheckpointError, check_whole, last_whole_checkpoint
 from support.images import labelled_table
@@ -106,6 +107,15 @@ def test_checkpoints_with_cut_weights_are_passed_over(tiny_model, labelled_rows,
     weights = tmp_path / "checkpoint-2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_a_save_that_broke_off_before_the_digests_is_passed_over(tiny_model, labelled_rows, tmp_path):
+    """All of its files were written, and nothing says whether they have reached the disk. Earlier versions wrote no digests at all."""
+    trainer_of(tiny_model, labelled_rows, tmp_path, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / DIGESTS).unlink()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    (tmp_path / "checkpoint-1" / DIGESTS).unlink()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 @pytest.fixture(scope="module")

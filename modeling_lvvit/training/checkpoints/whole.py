@@ -61,11 +61,15 @@ def _problems_without_digests(folder: Path) -> list[str]:
 
 
 def last_whole_checkpoint(output_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run with finite weights; a warning names those that are newer and what is wrong with them."""
+    """The newest whole checkpoint of a run with finite weights; a warning names those that are newer and what is wrong with them. One without
+    digests is newer than one that has them only if its save broke off: its files may not have reached the disk."""
     numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    for folder in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    numbered.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for place, folder in enumerate(numbered):
         try:
             check_whole(folder)
+            if not (folder / DIGESTS).is_file() and any((path / DIGESTS).is_file() for path in numbered[place:]):
+                raise DamagedCheckpointError(f"{folder} is no whole checkpoint: {DIGESTS} is missing.")
             check_weight_files(folder)
             return folder
         except (DamagedCheckpointError, NotFiniteError) as error:
