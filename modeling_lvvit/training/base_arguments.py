@@ -138,7 +138,7 @@ class BaseImageTrainingArguments(TrainingArguments):
                 nearest = min(fitting, key=lambda size: abs(size - self.per_device_train_batch_size))
                 advice = f"use `per_device_train_batch_size` {nearest}"
             raise ValueError(
-                f"{source} has steps of {images} images, and here {here} take {at_once} at once, which do not add up to them: {advice}. "
+                f"{source} has steps of {images} images, and here {here} take{'s' if self.world_size == 1 else ''} {at_once} at once, which do not add up to them: {advice}. "
                 "To train with other steps, start a new run from its weights with `model_name_or_path`."
             )
         steps = images // at_once

@@ -77,7 +77,7 @@ def test_accumulation_keeps_the_images_of_a_step(tiny_model, labelled_rows, tmp_
         in capsys.readouterr().out
     )
     for size, advice in (
-        (4, "take 4 at once, which do not add up to them: use `per_device_train_batch_size` 3"),
+        (4, "takes 4 at once, which do not add up to them: use `per_device_train_batch_size` 3"),
         (32, "32 at once.* 6"),
     ):
         refused = arguments(
