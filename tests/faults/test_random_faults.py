@@ -375,6 +375,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="number of the one to try")
     args = parser.parse_args()
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # the disk is given back, and lives end
     os.chdir(ROOT)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     failures = try_all(folder, args.trials, args.seed, args.only)
