@@ -246,6 +246,14 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_taken(name, damage,
         trainer.train(str(path.parent))
 
 
+def test_a_list_of_digests_that_lost_its_end_is_no_list(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-2" / "SHA256SUMS"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(whole.DamagedCheckpointError, match="SHA256SUMS is cut"):
+        whole.check_whole(path.parent)
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "trainer_state.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_checkpoints_without_digests_are_looked_at_too(name, damage, two_checkpoints, tmp_path):
