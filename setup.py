@@ -23,16 +23,16 @@ INSTALL_REQUIRES = [
     "matplotlib>=3.9,<4",
     "numpy>=2.0,<3",
     "pandas>=2.2.2",  # index of keys; `datasets` needs it too
-    "pillow>=11,<13",  # 13 is not yet allowed by gradio either, and resizes thin boxes to other pixels (tests/data/decoding/test_crops.py)
+    "pillow>=11.3,<13",  # the first with AVIF; 13 is not yet allowed by gradio either, and resizes thin boxes to other pixels (tests/data/decoding/test_crops.py)
     "psutil>=5.9.0",
-    "pyarrow>=24",
+    "pyarrow>=26",  # reads Parquet lists of a fixed size some of which are missing, of label sets
     "PyYAML>=6.0,<7",
     "safetensors>=0.8,<1",
     "scikit-learn>=1.6,<2",  # `evaluate` computes with it, and the embedded digits come from it
     "scipy>=1.13",  # intervals of the study
-    "shtab>=1.7,<2",  # shell completion
+    "shtab>=1.11,<2",  # shell completion
     "tensorboard>=2.18,<3",  # logs of training runs
-    "timm>=1.0.20,<2",  # annotators, operations of RandAugment
+    "timm>=1.0.26,<2",  # loads safetensors of local folders, and builds all networks without memory; annotators, operations of RandAugment
     "torch>=2.11,<3",
     "torchvision>=0.26,<1",
     "transformers>=5.19,<6",
@@ -40,7 +40,7 @@ INSTALL_REQUIRES = [
 DEMO = ["gradio>=6,<7"]
 # Regions of JPEG files. Not in the default install: 25 MB, a young version, none for macOS, and a gain of a sixth for images of 500 x 375.
 FAST = ['nvidia-nvimgcodec-cu13>=0.9,<1; sys_platform != "darwin"']
-EXPORT = ["onnx>=1.19,<2", "onnxruntime>=1.22,<2", "onnxscript>=0.5,<1"]
+EXPORT = ["onnx>=1.19,<2", "onnxruntime>=1.22,<2", "onnxscript>=0.6,<1"]
 EXTRAS_REQUIRE = {
     "demo": DEMO,
     "export": EXPORT,
@@ -65,7 +65,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["modeling_lvvit", "modeling_lvvit.*"]),
     py_modules=["train_tl"],
     entry_points={"console_scripts": ["lvvit = modeling_lvvit.cli.command:main"]},
