@@ -133,7 +133,7 @@ def run_script(folder: Path, *arguments) -> str:
 @pytest.mark.slow
 def test_onnx_file_says_what_the_model_says(exported):
     assert sorted(path.name for path in exported.iterdir()) == [
-        "config.json", "model.onnx", "predict.py", "preprocessor_config.json"
+        "SHA256SUMS", "config.json", "model.onnx", "predict.py", "preprocessor_config.json"
     ]  # fmt: skip
     assert_same(onnx_runner(exported / "model.onnx"), classifier())
     assert [path.name for path in exported.parent.iterdir()] == ["classifier"]  # nothing half made
@@ -203,7 +203,7 @@ def test_program(fuse, saved, tmp_path):
     options = [] if fuse else ["--no_fuse"]
     main(["--model", str(saved), "--output_dir", str(tmp_path / "out"), "--format", "torch", *options])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "config.json", "model.pt2", "preprocessor_config.json"
+        "SHA256SUMS", "config.json", "model.pt2", "preprocessor_config.json"
     ]  # fmt: skip
     path = tmp_path / "out" / "model.pt2"
     assert_same(program_runner(path), classifier(), least=2)

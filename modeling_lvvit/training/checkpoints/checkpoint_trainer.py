@@ -39,7 +39,7 @@ class CheckpointTrainer(HubTrainer):
     def __init__(self, model: nn.Module, args: BaseImageTrainingArguments, *positional: Any, **kwargs: Any):
         super().__init__(model, args, *positional, **kwargs)
         self.throughput = Throughput()
-        self.saving = Saving(self.accelerator)
+        self.saving = Saving()
         self.divergence = DivergenceCheck(self.accelerator, args)
         self.add_callback(self.divergence)
 

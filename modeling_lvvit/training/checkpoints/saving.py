@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import distributed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...data.failures import WriteError, naming_file
@@ -24,8 +24,7 @@ class Saving:
     """Remembers what could not be written until all processes have come to where they wait for each other: if one left before, the others
     would wait for it."""
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    def __init__(self):
         self._failure: str | None = None
 
     @contextmanager
@@ -41,7 +40,12 @@ class Saving:
 
     def agree(self) -> None:
         """Raises a `SaveError` in all processes if one of them has noted a failure; all must call it."""
-        failures, self._failure = gather_object([self._failure]), None
+        failures = [self._failure]
+        if (
+            distributed.is_available() and distributed.is_initialized()
+        ):  # else alone, or the others have gone before an upload
+            failures = gather_object(failures)
+        self._failure = None
         if failure := next(filter(None, failures), None):
             raise SaveError(failure)
 
