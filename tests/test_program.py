@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from pyarrow import parquet
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import modeling_lvvit  # noqa: F401  registers the model
 import train_tl
-from support.images import encode_image, labelled_table
+from support.images import encode_image
 from support.local_hub import local_hub
-from support.programs import ROOT, TINY, options, run
+from support.programs import ROOT, TINY, options, run, write_data
 
 
 pytestmark = pytest.mark.slow
@@ -26,10 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("own data")
-    parquet.write_table(labelled_table(24), folder / "train.parquet")
-    parquet.write_table(labelled_table(10, seed=1), folder / "test.parquet")
-    return folder
+    return write_data(tmp_path_factory.mktemp("own data"), num_test=10)
 
 
 @pytest.fixture(scope="module")

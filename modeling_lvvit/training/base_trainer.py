@@ -162,7 +162,7 @@ class BaseImageTrainer(CheckpointTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], int]:
-        """The micro-batches of an optimizer step, and the number of their images in this process."""
+        """The micro-batches of an optimizer step in this process, and the number of images of the step, over all processes."""
         with self.throughput.waiting():
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         sizes = [len(batch["pixel_values"]) for batch in batches]

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pyarrow import parquet
+
+from support.images import labelled_table
+
 
 ROOT = Path(__file__).parents[2]
 TINY = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 48, stem_hidden_size: 8, patch_size: 8}"
@@ -31,6 +35,13 @@ def run(command: list[str], folder: Path, **environment: str) -> subprocess.Comp
         text=True,
         check=False,
     )
+
+
+def write_data(folder: Path, num_test: int = 6) -> Path:
+    """Labelled images of both splits: 24 to train on, and some to test."""
+    parquet.write_table(labelled_table(24), folder / "train.parquet")
+    parquet.write_table(labelled_table(num_test, seed=1), folder / "test.parquet")
+    return folder
 
 
 def options(data: Path, output: Path, *more: str) -> list[str]:

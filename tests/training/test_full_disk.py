@@ -8,7 +8,6 @@ import resource
 from pathlib import Path
 
 import pytest
-from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -16,8 +15,7 @@ from modeling_lvvit.data.failures import WriteError
 from modeling_lvvit.data.files.atomic_files import write_text
 from modeling_lvvit.training.checkpoints.saving import SaveError, Saving
 from modeling_lvvit.training.checkpoints.whole import last_whole_checkpoint
-from support.images import labelled_table
-from support.programs import options, run
+from support.programs import options, run, write_data
 from support.trainers import assert_same_weights, random_model, trainer_of
 
 
@@ -120,10 +118,7 @@ def test_a_finished_run_is_not_trained_further(tiny_model, labelled_rows, tmp_pa
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    parquet.write_table(labelled_table(24), folder / "train.parquet")
-    parquet.write_table(labelled_table(10, seed=1), folder / "test.parquet")
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"), num_test=10)
 
 
 LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({}, -1)); from modeling_lvvit.cli.command import main; main()"

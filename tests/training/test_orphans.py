@@ -14,7 +14,7 @@ from pyarrow import parquet
 from modeling_lvvit.training.checkpoints.whole import last_whole_checkpoint
 from support.classifiers import save_annotator
 from support.images import labelled_table
-from support.programs import ROOT, TINY, environment_of, options
+from support.programs import ROOT, TINY, environment_of, options, write_data
 
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
@@ -27,10 +27,7 @@ PATIENCE = 300  # seconds for what takes at most 10 where nothing else runs
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    parquet.write_table(labelled_table(24), folder / "train.parquet")
-    parquet.write_table(labelled_table(6, seed=1), folder / "test.parquet")
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

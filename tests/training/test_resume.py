@@ -12,14 +12,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from pyarrow import parquet
 from safetensors.torch import load_file
 
 from modeling_lvvit.data.files.digests import DIGESTS
 from modeling_lvvit.token_labeling import TokenLabelStream, TokenLabelTrainer, TrainTransform
 from modeling_lvvit.training.checkpoints.whole import DamagedCheckpointError, check_whole, last_whole_checkpoint
 from support.images import labelled_table
-from support.programs import ROOT, environment_of, options, run
+from support.programs import ROOT, environment_of, options, run, write_data
 from support.trainers import (
     STATEFUL,
     StopAfter,
@@ -120,10 +119,7 @@ def test_a_save_that_broke_off_before_the_digests_is_passed_over(tiny_model, lab
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    parquet.write_table(labelled_table(24), folder / "train.parquet")
-    parquet.write_table(labelled_table(6, seed=1), folder / "test.parquet")
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
