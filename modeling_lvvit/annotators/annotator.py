@@ -26,9 +26,9 @@ from ..backbones.loading import (
     timm_class_names,
     transformers_class_names,
 )
-from ..backbones.patch_head import PATCH_HEAD, add_patch_head, load_patch_head
+from ..backbones.patch_head import restore_patch_head
 from ..backbones.preprocessing import Fit, Preprocessing
-from ..backbones.resize import forward_options, must_interpolate, native_image_size, resize_classifier
+from ..backbones.resize import fit_classifier, forward_options, native_image_size
 from ..data.classes.class_matching import ClassMap
 from ..data.classes.multi_label import is_multi_label
 from ..data.sources import looks_local
@@ -255,15 +255,10 @@ def _load_transformers(name: str, image_size: tuple[int, int] | None, source: di
     image_size = choose_image_size(processor, image_size, settings.image_size, native_image_size(model))
     statistics = (settings.image_mean, settings.image_std)
     preprocessing = Preprocessing.with_statistics(image_size, *statistics, settings.resample)
-    if not must_interpolate(model, image_size):
-        model = resize_classifier(model, image_size)
+    model, _ = fit_classifier(model, image_size)
     class_names = transformers_class_names(model)
-    if any(PATCH_HEAD in key for key in unexpected):
-        model = add_patch_head(model, image_size)
-        if not load_patch_head(model, name, source["revision"]):
-            raise ValueError(
-                "its patch head has another shape than its features need, or is not stored as safetensors."
-            )
+    model = restore_patch_head(model, image_size, name, source["revision"], unexpected)
+    if hasattr(model, "patch_grid_size"):
         return model, class_names, preprocessing, model.patch_grid_size
     # a patch head that was not trained has weight 0 in the prediction and is not asked
     is_trained = getattr(model.config, "patch_logits_weight", 0)

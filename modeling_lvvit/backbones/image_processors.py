@@ -68,10 +68,14 @@ def checked_settings(processor: Any) -> ProcessorSettings:
     """The settings of an image processor that treats colors as they say.
 
     Raises:
-        ValueError: If it exchanges channels, or normalizes in another way than it says.
+        ValueError: If it gives no images, exchanges channels, or normalizes in another way than it says.
     """
     settings, name = read_settings(processor), type(processor).__name__
     pixels = processor(images=Image.new("RGB", (256, 256), PROBE_COLOR), return_tensors="pt")["pixel_values"][0]
+    if pixels.ndim != 3 or len(pixels) != len(PROBE_COLOR):
+        raise ValueError(
+            f"{name} makes {tuple(pixels.shape)} of an image, expected (3, height, width); it is not supported."
+        )
     center = pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2].numpy()
     colors = (np.divide([PROBE_COLOR, PROBE_COLOR[::-1]], 255) - settings.image_mean) / settings.image_std
     is_stated, is_swapped = (np.allclose(center, color, rtol=1e-3, atol=1e-3) for color in colors)
@@ -124,24 +128,55 @@ def fitted_processor(
     return DeiTImageProcessor(size=size, crop_size=crop_size, do_center_crop=size != crop_size, **normalization)
 
 
-def _geometry(processor: Any) -> tuple[tuple[int, int] | None, float, bool]:
-    """Size of the images that a processor of transformers gives, share that its crop keeps, and whether it squashes."""
+@dataclass(frozen=True)
+class Resizing:
+    """How an image processor brings an image to its size, all in pixels.
+
+    Args:
+        size: Height and width to which images are resized; or the length of the shorter side, where the longer one follows, rounded
+            down; `None`: not at all.
+        longest_edge: What the longer side will not exceed.
+        crop_size: Height and width of the center crop after that, black where the image is smaller.
+    """
+
+    size: int | tuple[int, int] | None
+    longest_edge: int | None = None
+    crop_size: tuple[int, int] | None = None
+
+
+def stated_resizing(processor: Any) -> Resizing:
+    """How a processor of transformers (not that of timm) resizes and crops, by its settings."""
     size = (getattr(processor, "size", None) or {}) if getattr(processor, "do_resize", True) else {}
     shortest, resized = size.get("shortest_edge"), (size.get("height"), size.get("width"))
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     crop_pct = getattr(processor, "crop_pct", None)
-    if crop is None and crop_pct is not None and shortest:  # ConvNext
-        squashes = shortest >= CONVNEXT_SQUASHED_SIZE
-        return (shortest, shortest), 1.0 if squashes else crop_pct, squashes
-    if crop is None:
-        return (resized if all(resized) else None), 1.0, True
-    crop = (crop["height"], crop["width"])
+    if _crops_itself(processor) and shortest:
+        if shortest >= CONVNEXT_SQUASHED_SIZE:
+            return Resizing((shortest, shortest))
+        return Resizing(int(shortest / crop_pct), None, (shortest, shortest))
     if shortest and isinstance(processor, (LevitImageProcessor, LevitImageProcessorPil)):
         shortest = int(shortest / LEVIT_CROP_PCT)
-    if shortest and crop_pct is not None:  # PoolFormer
+    elif shortest and crop_pct is not None:  # PoolFormer
         shortest = int(shortest / crop_pct)
-    share = _share(max(crop), shortest) if shortest else _share(crop[0], resized[0] or crop[0])
-    return crop, share, shortest is None and all(resized)
+    crop = None if crop is None else (crop["height"], crop["width"])
+    return Resizing(shortest or (resized if all(resized) else None), size.get("longest_edge"), crop)
+
+
+def _crops_itself(processor: Any) -> bool:
+    """Whether a processor crops as ConvNext does, without a `crop_size`."""
+    return getattr(processor, "crop_pct", None) is not None and not getattr(processor, "do_center_crop", False)
+
+
+def _geometry(processor: Any) -> tuple[tuple[int, int] | None, float, bool]:
+    """Size of the images that a processor of transformers gives, share that its crop keeps, and whether it squashes."""
+    resizing = stated_resizing(processor)
+    resized, crop = resizing.size, resizing.crop_size
+    squashes = isinstance(resized, tuple)
+    if crop is None:
+        return (resized if squashes else None), 1.0, True
+    if _crops_itself(processor):
+        return crop, processor.crop_pct, False
+    return crop, _share(crop[0], resized[0]) if squashes else _share(max(crop), resized or max(crop)), squashes
 
 
 def _share(part: int, whole: int) -> float:

@@ -9,7 +9,7 @@ as the plain model that it was, with the patch head as weights that this leaves 
 import functools
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +239,28 @@ def load_patch_head(
     check_weights({PATCH_HEAD + name: tensor for name, tensor in weights.items()}, path)
     head.load_state_dict(weights)
     return True
+
+
+def restore_patch_head(
+    model: PreTrainedModel, image_size: tuple[int, int], path: str, revision: str | None, unexpected: Iterable[str]
+) -> PreTrainedModel:
+    """A loaded classifier with the patch head that it was saved with, if it was.
+
+    Args:
+        model: Classifier, which is changed.
+        image_size: Height and width of the images in pixels.
+        path, revision: Where it was loaded from.
+        unexpected: Names of weights that were saved with it and that it does not have.
+
+    Raises:
+        ValueError: If the patch head cannot be given to it.
+    """
+    if not any(PATCH_HEAD in key for key in unexpected):
+        return model
+    model = add_patch_head(model, image_size)
+    if not load_patch_head(model, path, revision):
+        raise ValueError("its patch head has another shape than its features need, or is not stored as safetensors.")
+    return model
 
 
 def _weight_files(path: str, revision: str | None) -> list[str | Path]:

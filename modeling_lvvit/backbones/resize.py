@@ -42,6 +42,12 @@ def forward_options(model: nn.Module, image_size: tuple[int, int]) -> dict[str, 
     return {"interpolate_pos_encoding": True} if must_interpolate(model, image_size) else {}
 
 
+def fit_classifier(model: PreTrainedModel, image_size: tuple[int, int]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A classifier that takes images of a size, if it can be made so, and the keyword arguments of its forward passes on them."""
+    options = forward_options(model, image_size)
+    return (model, options) if options else (resize_classifier(model, image_size), {})
+
+
 def resize_classifier(model: PreTrainedModel, image_size: tuple[int, int]) -> PreTrainedModel:
     """A classifier made for images of another size: its position tables are resized once, as it would itself do in every forward
     pass, and whoever loads it later gives it images of the new size without further ado.

@@ -26,7 +26,7 @@ from ..backbones.loading import (
     timm_class_names,
     transformers_class_names,
 )
-from ..backbones.resize import forward_options, native_image_size, resize_classifier
+from ..backbones.resize import fit_classifier, native_image_size
 from ..configuration_lvvit import LVViTConfig
 from ..data.classes.multi_label import is_multi_label
 from ..data.sources import looks_local
@@ -186,8 +186,7 @@ def _fitted(model: PreTrainedModel, size: tuple[int, int]) -> tuple[PreTrainedMo
             with library_errors((StrictDataclassError,)):  # by which configurations are checked
                 model.resize_position_embeddings(size)
         return model, {}
-    options = forward_options(model, size)
-    return (model, options) if options else (resize_classifier(model, size), {})
+    return fit_classifier(model, size)
 
 
 def _load_timm(name: str, options: InputOptions, source: dict[str, Any], random_weights: bool) -> Classifier:

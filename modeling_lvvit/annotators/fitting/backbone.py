@@ -29,7 +29,7 @@ from ...backbones.loading import (
     load_image_processor,
 )
 from ...backbones.preprocessing import Fit
-from ...backbones.resize import forward_options, must_interpolate, native_image_size, resize_classifier
+from ...backbones.resize import fit_classifier, forward_options, native_image_size
 from ...data.files.atomic_files import write_json
 from ...data.sources import looks_local
 from ...finite import check_weights
@@ -162,8 +162,7 @@ def _load_transformers(name: str, class_names: list[str], image_size: tuple[int,
     processor = load_image_processor(name, source)
     settings = checked_settings(processor)
     size = choose_image_size(processor, image_size, settings.image_size, native_image_size(model))
-    if not must_interpolate(model, size):
-        model = resize_classifier(model, size)
+    model, _ = fit_classifier(model, size)
     statistics = (settings.image_mean, settings.image_std, settings.resample)
     return Backbone(model, False, class_names, size, *statistics)
 
