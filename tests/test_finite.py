@@ -19,7 +19,7 @@ from modeling_lvvit.cli.build_model import build_model
 from modeling_lvvit.cli.model_arguments import ModelArguments
 from modeling_lvvit.demo.segmentation import Segmenter
 from modeling_lvvit.evaluate.classifier import InputOptions, load_classifier
-from modeling_lvvit.export.folder import export_folder
+from modeling_lvvit.export.folder import ExportSettings, export_folder
 from modeling_lvvit.finite import NotFiniteError, check_scores, check_weights
 from modeling_lvvit.hub.folders import check_model_folder
 from modeling_lvvit.segmentation.arguments import SegmentationModelArguments
@@ -50,7 +50,7 @@ LOADERS = {
     "train": lambda name: build_model(ModelArguments(model_name_or_path=name), CLASSES),
     "evaluate": lambda name: load_classifier(name, InputOptions()),
     "annotate": lambda name: load_annotator(name),
-    "export": lambda name: export_folder(name, Path(f"{name} exported"), "torch"),
+    "export": lambda name: export_folder(name, Path(f"{name} exported"), ExportSettings("torch")),
     "publish": lambda name: check_model_folder(Path(name)),
 }
 
@@ -81,7 +81,7 @@ def test_segmentation_refuses_them(bad, tmp_path):
     with pytest.raises(ValueError, match="the weights hold NaN"):
         Segmenter(name)
     with pytest.raises(ValueError, match="the weights hold NaN"):
-        export_folder(name, tmp_path / "exported", "torch")
+        export_folder(name, tmp_path / "exported", ExportSettings("torch"))
 
 
 def test_a_bad_patch_head_is_refused_where_it_is_used(tmp_path):
@@ -142,7 +142,7 @@ def test_float16_exports_that_overflow_name_the_output(tmp_path):
     model.save_pretrained(tmp_path / "model")
     evaluation_image_processor((32, 48), 0.9).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="gives NaN or infinite values in logits, patch_logits; not saved"):
-        export_folder(str(tmp_path / "model"), tmp_path / "exported", "torch", "float16")
+        export_folder(str(tmp_path / "model"), tmp_path / "exported", ExportSettings("torch", ["float16"]))
     assert not (tmp_path / "exported").exists()
 
 

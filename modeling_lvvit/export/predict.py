@@ -4,8 +4,7 @@
                                                           # may have several
     python predict.py image.jpg --output classes.png      # a segmentation model: classes painted, and their shares
 
-`model.onnx` is the model, `config.json` has its class names, `preprocessor_config.json` says how images are
-prepared.
+The files in `onnx/` are the model, and prepare images themselves; `config.json` has its class names.
 """
 
 import argparse
@@ -15,7 +14,6 @@ import json
 import struct
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -23,25 +21,12 @@ from PIL import Image, ImageOps
 
 
 FOLDER = Path(__file__).parent
+FILES = ("model.onnx", "model_fp16.onnx", "model_quantized.onnx")  # float32, float16, int8
 # what Pillow raises for files that are no images or damaged
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, RuntimeError, struct.error)
 MAX_VALUE = 65_535  # of a pixel: 16 bits
 COLORS = 256  # of a palette
 GOLDEN_RATIO = 0.618033988749895  # of the circle of hues from class to class, so that neighbours differ
-
-
-def resized_size(height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
-    """Height and width to which an image of a height and width is resized, all in pixels. `size` has `height` and `width`;
-    or `shortest_edge`, and perhaps `longest_edge`, which the longer side will not exceed."""
-    if "shortest_edge" not in size:
-        return size["height"], size["width"]
-    short, long = min(height, width), max(height, width)
-    new_short, longest = size["shortest_edge"], size.get("longest_edge")
-    new_long = int(new_short * long / short)
-    if longest and long / short * new_short > longest:
-        exact = longest * short / long
-        new_short, new_long = round(exact), int(exact * long / short)
-    return (new_short, new_long) if height <= width else (new_long, new_short)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -80,37 +65,16 @@ def read_image(path: Path, max_pixels: int | None = None) -> Image.Image:
         raise ValueError(str(error).partition(" <")[0]) from error  # without the address of a buffer
 
 
-def prepare(image: Image.Image, processor: dict[str, Any]) -> np.ndarray:
-    """What the image processor (content of `preprocessor_config.json`) makes of an image of any size and mode: resized,
-    cropped at its center, normalized, float32 `(1, 3, height, width)`."""
-    image = to_rgb(image)
-    if processor["do_resize"]:
-        height, width = resized_size(image.height, image.width, processor["size"])
-        image = image.resize((width, height), Image.Resampling(processor["resample"]))
-    if processor.get("do_center_crop"):
-        height, width = processor["crop_size"]["height"], processor["crop_size"]["width"]
-        top, left = int((image.height - height) / 2), int((image.width - width) / 2)
-        image = image.crop((left, top, left + width, top + height))  # black where the image is smaller
-    pixels = np.asarray(image, dtype=np.float32)
-    if processor["do_rescale"]:
-        pixels = pixels * np.float32(processor["rescale_factor"])
-    if processor["do_normalize"]:
-        pixels = (pixels - np.float32(processor["image_mean"])) / np.float32(processor["image_std"])
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
-
-
-def class_map(logits: np.ndarray, field: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+def class_map(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The class of every pixel, uint8 `size`.
 
     Args:
-        logits: `(num_labels, h, w)` of a padded image.
-        field: Height and width of the part, in cells of the logits, that is the image.
+        logits: `(num_labels, h, w)`, which cover the image.
         size: Height and width of the result in pixels; logits are resized to it, bilinear.
     """
     best, classes = np.full(size, -np.inf, dtype=np.float32), np.zeros(size, dtype=np.uint8)
     for index, plane in enumerate(logits):
-        box = (0, 0, field[1], field[0])
-        wide = np.asarray(Image.fromarray(plane).resize(size[::-1], Image.Resampling.BILINEAR, box))
+        wide = np.asarray(Image.fromarray(plane).resize(size[::-1], Image.Resampling.BILINEAR))
         is_better = wide > best
         best[is_better], classes[is_better] = wide[is_better], index
     return classes
@@ -123,32 +87,35 @@ def palette() -> list[int]:
 
 
 class Model:
-    """The model of a folder with `model.onnx`, `config.json` and `preprocessor_config.json`."""
+    """The model of a folder with `config.json` and files in `onnx/`, which prepare images themselves.
 
-    def __init__(self, folder: Path):
-        config, self.processor = (
-            json.loads((folder / name).read_text(encoding="utf-8"))
-            for name in ("config.json", "preprocessor_config.json")
-        )
+    Args:
+        folder: Its path.
+        file: One of those in `onnx/`; default: the first of `FILES` that is there.
+    """
+
+    def __init__(self, folder: Path, file: str | None = None):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.names = {int(index): name for index, name in config.get("id2label", {}).items()}
-        self.patch_size = config["patch_size"]
         # an image may have several classes, or none
         self.is_multi_label = config.get("problem_type") == "multi_label_classification"
+        file = file or next((name for name in FILES if (folder / "onnx" / name).exists()), FILES[0])
         # more providers, if there is a GPU: "CUDAExecutionProvider" before this one
-        self.session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-        self.is_classifier = len(self.session.get_outputs()) > 1
+        self.session = onnxruntime.InferenceSession(folder / "onnx" / file, providers=["CPUExecutionProvider"])
+        self.is_classifier = len(self.session.get_outputs()[0].shape) == 2  # (batch, classes)
 
     def name(self, index: int) -> str:
         """Of a class."""
         return self.names.get(int(index), f"LABEL_{index}")
 
-    def logits(self, pixel_values: np.ndarray) -> np.ndarray:
-        """`(1, 3, height, width)` to `(num_labels,)`, or of a segmentation model `(num_labels, h, w)`."""
+    def logits(self, image: Image.Image) -> np.ndarray:
+        """`(num_labels,)`, or of a segmentation model `(num_labels, h, w)`."""
+        pixel_values = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)[None]  # RGB, 0 to 255
         return self.session.run(["logits"], {"pixel_values": pixel_values})[0][0]
 
     def best_classes(self, image: Image.Image, count: int) -> list[tuple[str, float]]:
         """Names and probabilities of the best classes, the best first."""
-        logits = self.logits(prepare(image, self.processor))
+        logits = self.logits(image)
         if self.is_multi_label:
             shares = 0.5 + 0.5 * np.tanh(0.5 * logits)  # sigmoid, which never overflows
         else:
@@ -158,12 +125,7 @@ class Model:
 
     def classes_of_pixels(self, image: Image.Image) -> np.ndarray:
         """The class of every pixel, uint8 `(height, width)`. The image is looked at as a whole, not in windows."""
-        pixel_values = prepare(image, self.processor)
-        borders = [(0, -side % self.patch_size) for side in pixel_values.shape[2:]]  # zeros on the right and below
-        whole = np.pad(pixel_values, ((0, 0), (0, 0), *borders))
-        logits = self.logits(whole)
-        field = [a * b / c for a, b, c in zip(logits.shape[1:], pixel_values.shape[2:], whole.shape[2:])]
-        return class_map(logits, field, (image.height, image.width))
+        return class_map(self.logits(image), (image.height, image.width))
 
 
 def check_output(output: Path, image: Path) -> None:
@@ -193,8 +155,9 @@ def main() -> None:
     parser.add_argument(
         "--max_image_pixels", type=positive, help="width times height that an image may have; default: 178,956,970"
     )
+    parser.add_argument("--file", choices=FILES, help="which of the files in onnx/; default: the first that is there")
     args = parser.parse_args()
-    model = Model(FOLDER)
+    model = Model(FOLDER, args.file)
     if model.is_classifier and args.output is not None:
         parser.exit(1, "--output: the model is a classifier, which paints no classes; leave it out\n")
     output = args.output or Path(f"{args.image.stem}_classes.png")

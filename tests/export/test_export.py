@@ -13,22 +13,19 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
-    BitImageProcessor,
-    BitImageProcessorPil,
-    DeiTImageProcessor,
     SegformerImageProcessor,
-    ViTConfig,
-    ViTForImageClassification,
 )
 from transformers.utils import logging
 
 from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation, LVViTModel
+from modeling_lvvit.backbones.image_preparation import read_preparation
 from modeling_lvvit.export import export_onnx, export_program, folder
 from modeling_lvvit.export.__main__ import main
-from modeling_lvvit.export.folder import export_folder
+from modeling_lvvit.export.folder import ExportSettings, export_folder
 from modeling_lvvit.export.torch_program import MeanPooling
-from modeling_lvvit.export.verification import compare, onnx_runner, program_runner
+from modeling_lvvit.export.verification import compare, model_runner, onnx_runner, program_runner
 from modeling_lvvit.variants import evaluation_image_processor
 from support.models import tiny_config
 
@@ -110,10 +107,18 @@ def exported(saved) -> Path:
     command = [sys.executable, "-m", "modeling_lvvit.export", "--model", saved, "--output_dir", output_dir]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("largest difference to PyTorch at 32 x 48, 40 x 56, 16 x 56 pixels: ")
-    assert len(done.stdout.splitlines()) == 3
+    assert done.stdout.startswith("model.onnx: largest difference to PyTorch at 32 x 48, 49 x 48, 19 x 53 pixels ")
+    assert len(done.stdout.splitlines()) == 2
     assert "torch.onnx" not in done.stderr
     return output_dir
+
+
+@pytest.fixture(scope="module")
+def any_size(tmp_path_factory) -> Path:
+    """A file of it that takes normalized images of any size."""
+    path = tmp_path_factory.mktemp("files") / "model.onnx"
+    export_onnx(classifier(), path)
+    return path
 
 
 def run_script(folder: Path, *arguments) -> str:
@@ -131,30 +136,57 @@ def run_script(folder: Path, *arguments) -> str:
 
 
 @pytest.mark.slow
-def test_onnx_file_says_what_the_model_says(exported):
-    assert sorted(path.name for path in exported.iterdir()) == [
-        "SHA256SUMS", "config.json", "model.onnx", "predict.py", "preprocessor_config.json"
-    ]  # fmt: skip
-    assert_same(onnx_runner(exported / "model.onnx"), classifier())
-    assert [path.name for path in exported.parent.iterdir()] == ["classifier"]  # nothing half made
-    graph = onnx.load(exported / "model.onnx").graph
-    axes = {
-        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        for value in (*graph.input, *graph.output)
-    }
+def test_onnx_file_says_what_the_model_says(any_size):
+    assert_same(onnx_runner(any_size), classifier())
+    axes = named_axes(any_size)
     assert axes.pop("patch_logits")[::2] == ["batch", 7]
     scores = ["batch", 7]
     assert axes == {"pixel_values": ["batch", 3, "8*rows", "8*columns"], "logits": scores, "cls_logits": scores}
+    graph = onnx.load(any_size).graph
     assert "BatchNormalization" not in {node.op_type for node in graph.node}
-    assert b".py" not in (exported / "model.onnx").read_bytes()  # lines of source code, with paths
+    assert b".py" not in any_size.read_bytes()  # lines of source code, with paths
+
+
+def named_axes(path: Path) -> dict[str, list[int | str]]:
+    """Names or sizes of the axes of inputs and outputs."""
+    graph = onnx.load(path).graph
+    return {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+
+
+@pytest.mark.slow
+def test_folder_has_the_layout_of_transformers_js(exported):
+    files = sorted(path.relative_to(exported).as_posix() for path in exported.rglob("*.*"))
+    assert files == ["config.json", "onnx/model.onnx", "predict.py", "preprocessor_config.json"]
+    assert [path.name for path in exported.parent.iterdir()] == ["classifier"]  # nothing half made
+    assert (exported / "SHA256SUMS").read_text(encoding="utf-8").split()[1::2] == ["onnx/model.onnx"]
+    scores = ["batch", 7]
+    assert named_axes(exported / "onnx" / "model.onnx") == {
+        "pixel_values": ["batch", 3, "height", "width"],
+        "logits": scores,
+        "cls_logits": scores,
+        "patch_logits": ["batch", 24, 7],
+        "crop_box": [4],
+    }
+    config = AutoConfig.from_pretrained(exported)
+    assert config.model_type == "vit"
+    assert config.id2label == classifier().config.id2label
+    settings = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    assert settings["transformers.js_config"] == {"dtype": "fp32"}
+    processor = AutoImageProcessor.from_pretrained(exported)
+    image = photograph()
+    (pixel_values,) = processor(image, return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(pixel_values.transpose(1, 2, 0), np.asarray(image))  # all is left to the file
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(61, 64), (64, 61), (4, 8)])
-def test_onnx_file_refuses_other_sizes(size, exported):
+def test_onnx_file_refuses_other_sizes(size, any_size):
     """Not the answer for the 56 x 64 pixels above the rest."""
     with pytest.raises(Exception, match="multiple of block_size"):
-        onnx_runner(exported / "model.onnx")(torch.zeros(1, 3, *size))
+        onnx_runner(any_size)(torch.zeros(1, 3, *size))
 
 
 @pytest.mark.slow
@@ -187,14 +219,21 @@ def test_other_architectures(settings, tmp_path):
 
 @pytest.mark.slow
 def test_float16(saved, tmp_path):
-    agreement = export_folder(str(saved), tmp_path / "half", dtype="float16")
-    assert 1e-6 < agreement.difference < agreement.bound
-    graph = onnx.load(tmp_path / "half" / "model.onnx").graph
+    (file,) = export_folder(str(saved), tmp_path / "half", ExportSettings(dtypes=["float16"], prepare=False))
+    assert file.path.name == "model_fp16.onnx"
+    assert 1e-6 < file.agreement.difference < file.agreement.bound
+    path = tmp_path / "half" / "onnx" / "model_fp16.onnx"
+    graph = onnx.load(path).graph
     assert {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
     # all but the position table, which is resized in float32
     weights = [weight for weight in graph.initializer if len(weight.dims) > 1 and weight.dims[-2:] != [4, 6]]
     assert {weight.data_type for weight in weights} == {onnx.TensorProto.FLOAT16}
-    assert_same(onnx_runner(tmp_path / "half" / "model.onnx"), classifier(), {"rtol": 0.0, "atol": agreement.bound})
+    assert_same(onnx_runner(path), classifier(), {"rtol": 0.0, "atol": file.agreement.bound})
+    assert "predict.py" not in {
+        path.name for path in (tmp_path / "half").iterdir()
+    }  # which leaves preparation to the file
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "half")
+    assert processor.to_dict() == AutoImageProcessor.from_pretrained(saved).to_dict()
 
 
 @pytest.mark.slow
@@ -232,9 +271,8 @@ def test_fcn_segmentation(tmp_path):
 def test_upernet_segmentation_and_its_script(tmp_path):
     model, image = segmenter("upernet"), photograph((70, 50))
     processor = SegformerImageProcessor(size={"shortest_edge": 40, "longest_edge": 50})
-    agreement = export_folder(str(save(model, processor, tmp_path / "model")), tmp_path / "out")
-    assert agreement.is_near
-    assert_same(onnx_runner(tmp_path / "out" / "model.onnx"), model)
+    (file,) = export_folder(str(save(model, processor, tmp_path / "model")), tmp_path / "out")
+    assert file.agreement.is_near
 
     image.save(tmp_path / "image.png")
     lines = run_script(tmp_path / "out", tmp_path / "image.png", "--output", tmp_path / "classes.png").splitlines()
@@ -257,44 +295,17 @@ def test_mean_pooling(bins, size):
     torch.testing.assert_close(MeanPooling(bins)(maps), nn.functional.adaptive_avg_pool2d(maps, bins))
 
 
-@pytest.mark.parametrize("size", [(90, 60), (61, 97), (30, 30)])
-@pytest.mark.parametrize(
-    ("processor", "levels"),
-    [
-        (BitImageProcessorPil(size={"shortest_edge": 35}, crop_size={"height": 32, "width": 24}), 0),
-        (evaluation_image_processor((32, 48), 0.9), 2),
-        (BitImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 20, "width": 33}, resample=2), 2),
-        (DeiTImageProcessor(size={"height": 40, "width": 50}, crop_size={"height": 32, "width": 32}), 2),
-        (SegformerImageProcessor(size={"shortest_edge": 40, "longest_edge": 50}), 2),
-        (SegformerImageProcessor(do_resize=False), 0),
-        (BitImageProcessor(do_resize=False, do_center_crop=False, do_normalize=False), 0),
-    ],
-)
-def test_script_prepares_images_as_processors_do(processor, levels, size):
-    """To the last bits but for the filters of torchvision, which differ from Pillow's by up to two gray levels."""
-    image = photograph(size)
-    expected = np.asarray(processor(image, return_tensors="pt")["pixel_values"])
-    found = predict.prepare(image, json.loads(processor.to_json_string()))
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=0, atol=levels * GRAY_LEVEL + 1e-6)
-
-
-def test_script_takes_images_of_any_mode():
-    settings = json.loads(evaluation_image_processor((32, 48), 0.9).to_json_string())
-    for mode in ("L", "RGBA", "P", "CMYK"):
-        assert predict.prepare(photograph().convert(mode), settings).shape == (1, 3, 32, 48)
-
-
 def test_differences_are_found(saved):
     """A batch of three that gets the result of its first image, a small error, and a NaN."""
     model = classifier()
 
     def run_with(change):
-        return lambda images: {"logits": change(model(images, interpolate_pos_encoding=True).logits)}
+        reference = model_runner(model, None)
+        return lambda images: {name: change(values) for name, values in reference(images).items()}
 
     assert compare(run_with(lambda logits: logits), model, torch.float32).is_near
     for change in (
-        lambda logits: logits[:1].expand(len(logits), -1),
+        lambda logits: logits[:1].expand_as(logits),
         lambda logits: logits + 2e-4,
         lambda logits: logits * float("nan"),
     ):
@@ -303,9 +314,11 @@ def test_differences_are_found(saved):
 
 def test_file_that_differs_is_not_kept(saved, tmp_path, monkeypatch):
     model = classifier()
-    monkeypatch.setattr(folder, "export_onnx", lambda model, path, dtype, fuse: path.write_bytes(b""))
+    monkeypatch.setattr(folder, "export_onnx", lambda model, path, *options: path.write_bytes(b""))
+    preparation = read_preparation(AutoImageProcessor.from_pretrained(saved))
+    run = model_runner(model, (32, 48), preparation)
     monkeypatch.setattr(folder, "onnx_runner", lambda path: lambda images: {
-        "logits": model(images, interpolate_pos_encoding=True).logits + 0.01
+        name: values + 0.01 for name, values in run(images).items()
     })  # fmt: skip
     with pytest.raises(ValueError, match="differ from the model's by up to 1.0e-02, more than 1.0e-04; not saved"):
         export_folder(str(saved), tmp_path / "new" / "out")
@@ -321,14 +334,12 @@ def refused(capsys, model: Path, output_dir: Path, *options: str) -> str:
 
 
 def test_models_that_cannot_be_exported(saved, tmp_path, capsys):
-    vit = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32)
     out, processor = tmp_path / "out", evaluation_image_processor((32, 48), 0.9)
     (tmp_path / "empty").mkdir()
     one_row = classifier(patch_size=16, image_size=(16, 32))
     for model, options, message in (
         (tmp_path / "nowhere", [], "There is no model folder"),
         (tmp_path / "empty", [], "empty is no model"),
-        (save(ViTForImageClassification(vit), processor, tmp_path / "vit"), [], "vit is ViTForImageClassification"),
         (save(LVViTModel(tiny_config()), processor, tmp_path / "backbone"), [], "backbone is LVViTModel; LVViTFor"),
         (save(classifier(), None, tmp_path / "bare"), [], "bare has no preprocessor_config.json"),
         (save(one_row, processor, tmp_path / "row"), ["--format", "torch"], "has (1, 2) patches; programs need 2"),
@@ -345,13 +356,13 @@ def test_missing_weights_are_refused(tmp_path, capsys):
     assert "lacks weights: patch_classifier.bias" in refused(capsys, tmp_path / "model", tmp_path / "out")
 
 
-def test_processor_that_the_script_does_not_follow_is_refused(tmp_path, capsys):
+def test_processor_that_a_file_does_not_follow_is_refused(tmp_path, capsys):
     processor = evaluation_image_processor((32, 48), 0.9)
     save(classifier(), processor, tmp_path / "model")
     path = tmp_path / "model" / "preprocessor_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(settings | {"do_pad": True, "pad_size": {"height": 64, "width": 64}}), encoding="utf-8")
-    assert "would prepare images in another way" in refused(capsys, tmp_path / "model", tmp_path / "out")
+    assert "cannot be exported: BitImageProcessor" in refused(capsys, tmp_path / "model", tmp_path / "out")
 
 
 def test_folders_that_hold_something_are_left_alone(saved, tmp_path, capsys):
@@ -385,3 +396,117 @@ def test_arguments_are_checked(tmp_path):
         export_program(model, torch.bfloat16)
     with pytest.raises(ValueError, match="can be exported, got LVViTModel"):
         export_onnx(model.lvvit, tmp_path / "model.onnx")
+
+
+def test_settings_are_checked():
+    for settings, message in (
+        ({"dtypes": ["int8"]}, "name images on which it is compared, `check_images`"),
+        ({"dtypes": ["int4"]}, "must be of float32, float16, int8; got int4"),
+        ({"dtypes": ["float32", "float32"]}, "names each type once"),
+        ({"file_format": "torch", "dtypes": ["float32", "float16"]}, "one `dtype`, float32 or float16"),
+        ({"calibration": "images"}, "is for `dtype` int8"),
+        ({"min_agreement": 1.1}, r"must lie in \[0, 1\], got 1.1"),
+        ({"max_check_images": 0}, "at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ExportSettings(**settings)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """A folder of images of several sizes."""
+    path = tmp_path_factory.mktemp("images")
+    for number, size in enumerate(((90, 60), (48, 32), (40, 100))):
+        photograph(size).save(path / f"{number}.png")
+    return path
+
+
+@pytest.mark.slow
+def test_all_types_are_compared_on_real_images(saved, images, tmp_path, capsys):
+    out = tmp_path / "out"
+    types = ["--dtype", "int8", "float16", "float32", "--check_images", str(images), "--min_agreement", "0"]
+    main(["--model", str(saved), "--output_dir", str(out), *types])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:-1]] == ["model.onnx"] * 2 + ["model_fp16.onnx"] * 2 + [
+        "model_quantized.onnx"
+    ] * 2
+    assert all("on 3 images" in line for line in lines[1:-1:2])
+    assert sorted(path.name for path in (out / "onnx").iterdir()) == [
+        "model.onnx",
+        "model_fp16.onnx",
+        "model_quantized.onnx",
+    ]
+    assert "fp32" in (out / "config.json").read_text(encoding="utf-8")
+    image = images / "0.png"
+    full, small = (
+        run_script(out, image, "--file", name, "--top", "7") for name in ("model.onnx", "model_quantized.onnx")
+    )
+    assert full != small
+    assert sorted(line.split()[1] for line in full.splitlines()) == sorted(
+        line.split()[1] for line in small.splitlines()
+    )
+
+
+@pytest.mark.slow
+def test_types_that_change_predictions_are_not_kept(saved, images, tmp_path, capsys, monkeypatch):
+    """Of the three files only int8 is bad, and a file that int8 is made of does not stay."""
+    runner = folder.onnx_runner
+
+    def damaged(path: Path):
+        run = runner(path)
+        return lambda pixels: {
+            name: -values if "quantized" in path.name else values for name, values in run(pixels).items()
+        }
+
+    monkeypatch.setattr(folder, "onnx_runner", damaged)
+    options = ["--dtype", "int8", "--check_images", str(images)]
+    message = refused(capsys, saved, tmp_path / "out", *options)
+    assert message.startswith(
+        "lvvit export: model_quantized.onnx is not saved. Expected at least 99.00% of equal predictions."
+    )
+    assert "--min_agreement says what is enough, 0 takes it as it is" in message
+    assert not (tmp_path / "out").exists()
+    main(["--model", str(saved), "--output_dir", str(tmp_path / "out"), *options, "--min_agreement", "0"])
+    assert [path.name for path in (tmp_path / "out" / "onnx").iterdir()] == ["model_quantized.onnx"]
+    assert '"dtype": "q8"' in (tmp_path / "out" / "config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_format", ["onnx", "torch"])
+def test_segmentation_files_that_prepare_nothing_are_compared_on_images_of_any_size(file_format, images, tmp_path):
+    processor = SegformerImageProcessor(size={"shortest_edge": 36, "longest_edge": 90})
+    path = save(segmenter("fcn"), processor, tmp_path / "model")
+    settings = ExportSettings(file_format, prepare=False, check_images=str(images))
+    (file,) = export_folder(str(path), tmp_path / "out", settings)
+    assert file.on_images.images == 3
+    assert file.on_images.same_class > 0.999
+
+
+def test_images_that_cannot_be_used_are_named(saved, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    photograph().save(tmp_path / "images" / "good.png")
+    (tmp_path / "images" / "bad.png").write_bytes((tmp_path / "images" / "good.png").read_bytes()[:300])
+    options = ["--format", "torch", "--check_images"]
+    assert "bad.png cannot be read as an image" in refused(
+        capsys, saved, tmp_path / "out", *options, str(tmp_path / "images")
+    )
+    assert "There is nothing at" in refused(capsys, saved, tmp_path / "out", *options, str(tmp_path / "gone"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_large_weights_lie_next_to_the_file(tmp_path, monkeypatch):
+    model, processor = classifier(), evaluation_image_processor((32, 48), 0.9)
+    monkeypatch.setattr(folder, "MAX_INLINE_BYTES", 1000)
+    export_folder(
+        str(save(model, processor, tmp_path / "model")),
+        tmp_path / "out",
+        ExportSettings(dtypes=["float32", "float16"]),
+    )
+    names = ["model.onnx", "model.onnx_data", "model_fp16.onnx", "model_fp16.onnx_data"]
+    assert sorted(path.name for path in (tmp_path / "out" / "onnx").iterdir()) == names
+    settings = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["transformers.js_config"]
+    assert settings["use_external_data_format"] == {"model.onnx": 1, "model_fp16.onnx": 1}
+    assert len((tmp_path / "out" / "SHA256SUMS").read_text(encoding="utf-8").splitlines()) == 4
+    photograph().save(tmp_path / "image.png")
+    assert run_script(tmp_path / "out", tmp_path / "image.png")

@@ -20,7 +20,7 @@ def script(monkeypatch, tmp_path, capsys):
     class GrayLevels:
         is_classifier = True
 
-        def __init__(self, folder):
+        def __init__(self, folder, file=None):
             pass
 
         def best_classes(self, image, count):
@@ -96,13 +96,12 @@ def test_script_writes_classes(script, tmp_path):
 
 
 @pytest.mark.parametrize("is_multi_label", [False, True])
-def test_classes_have_probabilities_of_their_own_where_an_image_may_have_several(monkeypatch, is_multi_label):
+def test_classes_have_probabilities_of_their_own_where_an_image_may_have_several(is_multi_label):
     model = object.__new__(predict.Model)
-    model.names, model.is_multi_label, model.processor = {0: "cat", 1: "dog", 2: "eel"}, is_multi_label, {}
-    monkeypatch.setattr(predict, "prepare", lambda image, processor: None)
-    model.logits = lambda pixel_values: np.log(np.array([3.0, 1.0, 1 / 3], dtype=np.float32))
+    model.names, model.is_multi_label = {0: "cat", 1: "dog", 2: "eel"}, is_multi_label
+    model.logits = lambda image: np.log(np.array([3.0, 1.0, 1 / 3], dtype=np.float32))
     names, shares = zip(*model.best_classes(Image.fromarray(COLORS), 2))
     assert names == ("cat", "dog")
     assert shares == pytest.approx((0.75, 0.5) if is_multi_label else (9 / 13, 3 / 13))
-    model.logits = lambda pixel_values: np.array([-2000.0, 2000.0, 0.0], dtype=np.float32)
+    model.logits = lambda image: np.array([-2000.0, 2000.0, 0.0], dtype=np.float32)
     assert model.best_classes(Image.fromarray(COLORS), 1) == [("dog", 1.0)]
