@@ -1,12 +1,17 @@
 """Models prepared for fast computation: copies for inference, and any model on a CPU."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch._inductor import config as inductor_config
 from torch.fx.experimental import _config as shape_config
+from transformers.utils import logging
 
-from .modeling_lvvit import LVViTPreTrainedModel
+from .modeling_lvvit import LVViTLayer, LVViTPreTrainedModel
 
+
+logger = logging.get_logger(__name__)
 
 MIN_RANGE = 1e-12  # a row of zeros has a scale too
 MIN_ROWS_FOR_CONVOLUTION = 2048  # tokens of a batch from which a convolution is faster, see `ConvolutionLinear`
@@ -56,7 +61,8 @@ def prepare_for_cpu(model: nn.Module, device: torch.device | None = None, bf16: 
 class Int8Linear(nn.Module):
     """A linear layer with 8-bit weights, one scale for each output; its inputs are rounded to 8 bits with a scale for each token.
 
-    `(..., in_features)` -> `(..., out_features)`. `torch.compile` merges rounding and scaling with the operations before and after.
+    `(..., in_features)` -> `(..., out_features)`. `torch.compile` merges rounding and scaling with the operations before and after. The dynamic
+    int8 of `torchao` rounds alike and is not faster (export/README.md).
 
     Args:
         linear: Layer to take the weights of, any floating-point type.
@@ -77,6 +83,74 @@ class Int8Linear(nn.Module):
         result = sums * (scale * self.scale.float())
         result = result if self.bias is None else result + self.bias
         return result.to(tokens.dtype).view(*tokens.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What `prepare_for_inference` did, counted in the model and its copy; `str()` gives it as a line.
+
+    Args:
+        batch_norms: Batch norms folded into convolutions.
+        residual_branches: Residual branches whose divisor was folded into the weights of their last layer.
+        was_fused: Whether there was nothing to fold, because the model had been fused before.
+        dtype: Type of the weights that have no 8 bits, and of the images.
+        attention: Implementation of attention; in bfloat16 on a CPU the one that is faster there.
+        int8_layers: Linear layers that compute with 8 bits.
+        channels_last_convolutions: Convolutions whose weights are in this layout.
+        is_compiled: Whether the first call compiles the copy.
+        compile_mode: `mode` of `torch.compile`.
+        has_packed_weights: Whether the compiler packs weights for oneDNN, as it can on a CPU.
+    """
+
+    batch_norms: int
+    residual_branches: int
+    was_fused: bool
+    dtype: torch.dtype
+    attention: str
+    int8_layers: int
+    channels_last_convolutions: int
+    is_compiled: bool
+    compile_mode: str | None
+    has_packed_weights: bool
+
+    @classmethod
+    def read(
+        cls, model: LVViTPreTrainedModel, prepared: LVViTPreTrainedModel, is_compiled: bool, compile_mode: str | None
+    ) -> "Preparation":
+        """What a copy has, and its model had."""
+        batch_norms = _count(model, nn.BatchNorm2d) - _count(prepared, nn.BatchNorm2d)
+        scaled, left = (
+            sum(isinstance(module, LVViTLayer) and module.branch_scale != 1 for module in part.modules())
+            for part in (model, prepared)
+        )
+        convolutions = sum(
+            module.weight.is_contiguous(memory_format=torch.channels_last)
+            for module in prepared.modules()
+            if isinstance(module, nn.Conv2d)
+        )
+        is_packed = is_compiled and prepared.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        folded = (batch_norms, 2 * (scaled - left), model.config.fused)  # a layer has two branches
+        computation = (prepared.dtype, prepared.config._attn_implementation, _count(prepared, Int8Linear))
+        return cls(*folded, *computation, convolutions, is_compiled, compile_mode, is_packed)
+
+    def __str__(self) -> str:
+        mode = f" with mode {self.compile_mode}" if self.compile_mode else ""
+        packed = "weights packed for oneDNN" if self.has_packed_weights else "weights not packed"
+        parts = {
+            "fused before": self.was_fused,
+            f"batch norms folded into convolutions: {self.batch_norms}": self.batch_norms,
+            f"residual branches with their divisor folded in: {self.residual_branches}": self.residual_branches,
+            f"{str(self.dtype).removeprefix('torch.')}, attention {self.attention}": True,
+            f"linear layers with 8 bits: {self.int8_layers}": self.int8_layers,
+            f"channels-last convolutions: {self.channels_last_convolutions}": self.channels_last_convolutions,
+            f"compiled at the first call{mode}, {packed}": self.is_compiled,
+            "not compiled (`compile_model=False`)": not self.is_compiled,
+        }
+        return "; ".join(text for text, applies in parts.items() if applies)
+
+
+def _count(model: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
 
 
 def prepare_for_inference(
@@ -104,7 +178,8 @@ def prepare_for_inference(
             CPUs that multiply bytes in vectors (VNNI) but not bfloat16. Such a model cannot be saved.
 
     Returns:
-        A model in evaluation mode that computes no gradients.
+        A model in evaluation mode that computes no gradients. Its attribute `preparation` (`Preparation`) says what was done, which is
+        also logged at level INFO.
 
     Raises:
         ValueError: If `int8_weights` is set for a model that is not on a CPU.
@@ -123,6 +198,8 @@ def prepare_for_inference(
     if dtype is not None:
         prepared = prepared.to(dtype)
     prepare_for_cpu(prepared)
+    prepared.preparation = Preparation.read(model, prepared, compile_model, compile_mode)
+    logger.info("Prepared for inference: %s", prepared.preparation)
     if not compile_model:
         prepared.forward = torch.no_grad()(prepared.forward)
         return prepared

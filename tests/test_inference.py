@@ -1,6 +1,7 @@
 """Models made ready for inference answer as before."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -80,6 +81,32 @@ def test_prepared_model_needs_no_compiler(trained):
         torch.testing.assert_close(outputs.logits, trained(images()).logits, rtol=1e-4, atol=1e-6)
     outputs = prepare_for_inference(trained, torch.bfloat16, compile_model=False)(images())
     assert (outputs.cls_logits.dtype, outputs.logits.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_preparation_is_counted_in_the_model_and_its_copy():
+    model = LVViTForImageClassification(tiny_config(num_hidden_layers=3, residual_divisor=2.0)).eval()
+    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    plain = prepare_for_inference(model, torch.bfloat16, compile_model=False).preparation
+    assert (plain.batch_norms, plain.residual_branches, plain.channels_last_convolutions) == (norms, 6, convolutions)
+    assert (plain.int8_layers, plain.dtype, plain.attention) == (0, torch.bfloat16, "eager")
+    assert f"batch norms folded into convolutions: {norms}; residual branches with their divisor folded in: 6" in str(
+        plain
+    )
+    assert "bfloat16" in str(plain) and "not compiled" in str(plain) and "8 bits" not in str(plain)
+    linear_layers = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    small = prepare_for_inference(model.fuse(), compile_mode="max-autotune", int8_weights=True).preparation
+    assert (small.was_fused, small.batch_norms, small.residual_branches) == (True, 0, 0)
+    assert str(small).startswith("fused before; float32") and f"linear layers with 8 bits: {linear_layers};" in str(
+        small
+    )
+    assert "compiled at the first call with mode max-autotune" in str(small)
+
+
+def test_preparation_is_logged(trained, caplog):
+    with caplog.at_level(logging.INFO, "modeling_lvvit.deployment"):
+        prepared = prepare_for_inference(trained, compile_model=False)
+    assert [record.getMessage() for record in caplog.records] == [f"Prepared for inference: {prepared.preparation}"]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@
     lvvit benchmark training original/lvvit_t_224 lvvit_t_224 lvvit_t_224+bfloat16
     lvvit benchmark run lvvit_t_224 lvvit_t_224+plain        # steps that wait for their data
     lvvit benchmark data token_labels plain_labels timm torchvision --threads 1
+    lvvit benchmark formats MODEL --exported DIR --images DATA     # a trained model in PyTorch and ONNX: speed, bytes, equal answers
     lvvit benchmark gpu --json gpu.json                      # all about a GPU, within eight minutes
     lvvit benchmark --table                                  # the paper's comparison; --rounds 0: without speed
 
@@ -31,12 +32,14 @@ from ..data.files.atomic_files import write_json
 from ..options import Program
 from .comparison import compare_loaders, compare_models, table
 from .data_loading import LOADERS
+from .formats import BATCH_SIZES as FORMATS_BATCH_SIZES
+from .formats import IMAGES, ROUNDS, compare_formats, find_formats, formats_table
 from .gpu import BATCH_SIZES, FAMILY, GPUBenchmark
 from .image_supply import load_gpu_decoders
 from .measure import device_name
 from .models import OPTIONS, BenchmarkModel, Setting
-from .published_comparison import compare_published, published_table
-from .published_results import published_rows
+from .published.comparison import compare_published, published_table
+from .published.results import published_rows
 from .record import Record
 
 
@@ -45,7 +48,7 @@ QUICK = (
     ("training", ["original/lvvit_t_224", "lvvit_t_224+kept_memory", "lvvit_t_224+bfloat16+kept_memory"]),
     ("data", list(LOADERS)),
 )
-MODES = ("inference", "training", "run", "data", "gpu")
+MODES = ("inference", "training", "run", "data", "formats", "gpu")
 
 
 EPILOG = "options of a model:\n" + "\n".join(
@@ -61,22 +64,37 @@ class BenchmarkArguments:
     mode: Literal[MODES] | None = HfArg(default=None, help="What to measure; default: a quick look at all.")
     models: list[str] | None = HfArg(
         default=None,
-        help=f"Models; in mode data some of {', '.join(LOADERS)}; in mode gpu ours, the first of which is compared with others.",
+        help=f"Models; in mode data some of {', '.join(LOADERS)}; in mode formats one folder; in mode gpu ours, the first of which is "
+        "compared with others.",
     )
     table: list[str] | None = HfArg(default=None, help="The published comparison, or some networks of it.")
     options: list[str] = HfArg(default_factory=lambda: ["kept_memory"], help="Of every model of the table.")
     batch_sizes: list[int] | None = HfArg(
         default=None,
-        help="Default: 16; with table one, 4; in mode gpu of inference and training, {} and {}.".format(*BATCH_SIZES),
+        help="Default: 16; with table one, 4; in mode formats {} and {}; in mode gpu of inference and training, {} and {}.".format(
+            *FORMATS_BATCH_SIZES, *BATCH_SIZES
+        ),
     )
     num_classes: int | None = HfArg(default=None, help="Outputs of all models; default: their own.")
-    device: str | None = HfArg(default=None, help="Default: cuda where there is one, else cpu.")
-    rounds: int | None = HfArg(default=None, help="Times that each is taken; default: 7, else 3.")
+    device: str | None = HfArg(
+        default=None, help="Default: cuda where there is one, else cpu; formats run on the CPU."
+    )
+    rounds: int | None = HfArg(
+        default=None, help=f"Times that each is taken; default: 7, of formats {ROUNDS}, else 3."
+    )
     threads: int | None = HfArg(default=None, help="Of PyTorch on the CPU; default: its own choice.")
     dataset_name: str | None = HfArg(
         default=None,
-        help="Image folder or Parquet for data and run; default: synthetic photographs.",
+        help="Image folder or Parquet for data and run, default: synthetic photographs; for formats, which need one.",
         aliases=["--images"],
+    )
+    exported: str | None = HfArg(
+        default=None, help="Folder of lvvit export whose ONNX files take part in mode formats."
+    )
+    max_eval_samples: int | None = HfArg(
+        default=None,
+        help=f"Images that formats predict at most; default: {IMAGES}.",
+        aliases=["--max_samples"],
     )
     minutes: float = HfArg(default=8.0, help="Of mode gpu, which leaves out what takes longer.")
     ceiling: bool = HfArg(default=False, help="Share of the fastest matrix product of the device.")
@@ -84,7 +102,8 @@ class BenchmarkArguments:
 
     def __post_init__(self):
         self.models = self.models or []
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        has_gpu = torch.cuda.is_available() and self.mode != "formats"
+        self.device = self.device or ("cuda" if has_gpu else "cpu")
 
 
 PROGRAM = Program(
@@ -94,7 +113,12 @@ PROGRAM = Program(
 
 def check(args: BenchmarkArguments) -> None:
     """Raises a `ValueError` before anything is measured."""
-    for name, least in (("rounds", 0 if args.table is not None else 1), ("threads", 1), ("num_classes", 1)):
+    for name, least in (
+        ("rounds", 0 if args.table is not None else 1),
+        ("threads", 1),
+        ("num_classes", 1),
+        ("max_eval_samples", 1),
+    ):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
     if min(args.batch_sizes or [1]) < 1:
@@ -105,6 +129,8 @@ def check(args: BenchmarkArguments) -> None:
         raise ValueError(f"--device {args.device}: {error}") from error
     if device.type != "cpu" and not torch.accelerator.is_available():
         raise ValueError(f"--device {args.device}: PyTorch sees no accelerator here.")
+    if args.mode != "formats" and (args.exported or args.max_eval_samples):
+        raise ValueError("`exported` and `max_eval_samples` are for mode formats.")
     if args.table is not None:
         if args.mode is not None:
             raise ValueError(f"--table measures models of its own: leave out {args.mode}.")
@@ -116,6 +142,8 @@ def check(args: BenchmarkArguments) -> None:
         BenchmarkModel.parse("+".join(["timm/resnet50", *args.options])).check_mode("inference")
     elif args.mode == "gpu":
         check_gpu(args)
+    elif args.mode == "formats":
+        check_formats(args)
     elif args.mode == "data":
         unknown = [name for name in args.models if name not in LOADERS]
         if unknown:
@@ -137,6 +165,17 @@ def check_gpu(args: BenchmarkArguments) -> None:
             raise ValueError(f"gpu takes models of ours without options, got {text!r}.")
 
 
+def check_formats(args: BenchmarkArguments) -> None:
+    """As `check`, of mode formats."""
+    if len(args.models) != 1 or not (Path(args.models[0]) / "config.json").is_file():
+        raise ValueError(f"formats takes one folder with a saved model, got {' '.join(args.models) or 'none'}.")
+    if args.dataset_name is None:
+        raise ValueError("formats predicts real images: give a data source (`dataset_name`).")
+    if args.device != "cpu" or args.num_classes or args.ceiling:
+        raise ValueError("formats runs a model as it is on the CPU: leave out `device`, `num_classes` and `ceiling`.")
+    find_formats(args.models[0], args.exported)
+
+
 def environment(args: BenchmarkArguments) -> dict[str, object]:
     """Hardware and versions, for the record."""
     return {
@@ -156,6 +195,8 @@ def run(args: BenchmarkArguments) -> list[dict[str, object]]:
         return run_table(args)
     if args.mode == "gpu":
         return run_gpu(args)
+    if args.mode == "formats":
+        return run_formats(args)
     plan = [(args.mode, args.models)] if args.mode else QUICK
     rounds = args.rounds or (7 if args.mode else 3)
     rows = []
@@ -169,6 +210,15 @@ def run(args: BenchmarkArguments) -> list[dict[str, object]]:
                 measured = compare_models(mode, models, setting, rounds, args.dataset_name, with_ceiling=args.ceiling)
             print(f"\n{mode}, batch size {batch_size}, {args.device}\n{table(measured)}", flush=True)
             rows += measured
+    return rows
+
+
+def run_formats(args: BenchmarkArguments) -> list[dict[str, object]]:
+    """Compares the formats of a trained model."""
+    sizes = tuple(args.batch_sizes or FORMATS_BATCH_SIZES)
+    formats = find_formats(args.models[0], args.exported)
+    rows = compare_formats(formats, args.dataset_name, args.max_eval_samples or IMAGES, sizes, args.rounds or ROUNDS)
+    print(f"\nformats, {rows[0]['images']} images of {args.dataset_name}\n{formats_table(rows)}", flush=True)
     return rows
 
 

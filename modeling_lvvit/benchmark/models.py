@@ -170,6 +170,7 @@ def inference_call(benchmark_model: BenchmarkModel, setting: Setting) -> Callabl
         context = lambda: benchmark_model.autocast(setting.device)  # noqa: E731  their evaluation runs under AMP
     elif options & {"deployed", "int8"}:
         model = prepare_for_inference(model, benchmark_model.dtype, int8_weights="int8" in options)
+        print(f"{benchmark_model.name}: {model.preparation}", flush=True)
     else:
         model = (model.fuse() if "fused" in options else model).to(benchmark_model.dtype)
     if benchmark_model.source != "original":

@@ -11,13 +11,14 @@ import torch
 
 from modeling_lvvit import LVViTForImageClassification
 from modeling_lvvit.benchmark import interleaved_timing as turns
-from modeling_lvvit.benchmark import measure, published_comparison
+from modeling_lvvit.benchmark import measure
 from modeling_lvvit.benchmark.__main__ import main
 from modeling_lvvit.benchmark.comparison import count_size, table
 from modeling_lvvit.benchmark.data_loading import synthetic_label_map, synthetic_rows
 from modeling_lvvit.benchmark.models import BenchmarkModel
-from modeling_lvvit.benchmark.published_comparison import find_benchmark_model
-from modeling_lvvit.benchmark.published_results import COMPETITORS, PublishedRow, lvvit_rows, published_rows
+from modeling_lvvit.benchmark.published import comparison as published_comparison
+from modeling_lvvit.benchmark.published.comparison import find_benchmark_model
+from modeling_lvvit.benchmark.published.results import COMPETITORS, PublishedRow, lvvit_rows, published_rows
 from modeling_lvvit.variants import VARIANTS
 from support.models import tiny_config
 

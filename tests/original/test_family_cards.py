@@ -12,7 +12,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
 from modeling_lvvit import LVViTConfig, LVViTForSemanticSegmentation
-from modeling_lvvit.benchmark.published_results import LVVIT_NOTES
+from modeling_lvvit.benchmark.published.results import LVVIT_NOTES
 from modeling_lvvit.original.convert import main as convert
 from modeling_lvvit.original.family_cards import (
     ONLY_IN_REPOSITORY,

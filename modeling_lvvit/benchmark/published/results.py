@@ -7,7 +7,7 @@ accuracies are those of its authors' repository (sail-sg/volo), FLOPs, where the
 from dataclasses import dataclass
 from typing import Any
 
-from ..variants import VARIANTS
+from ...variants import VARIANTS
 
 
 # LV-ViT: trained on images of another size than tested on

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from ..data.files.atomic_files import write_json
-from .comparison import count_size, model_entry, relative_speed
-from .interleaved_timing import time_interleaved
-from .measure import device_name
-from .models import BenchmarkModel, Setting
-from .published_results import PublishedRow
+from ...data.files.atomic_files import write_json
+from ..comparison import count_size, model_entry, relative_speed
+from ..interleaved_timing import time_interleaved
+from ..measure import device_name
+from ..models import BenchmarkModel, Setting
+from .results import PublishedRow
 
 
 REFERENCE = "lvvit_s_224"
