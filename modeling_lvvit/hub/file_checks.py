@@ -16,7 +16,16 @@ CARD = "README.md"
 # weights of a model, of which a repository holds one set
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 RECORDS = ("arguments.json", "trainer_state.json", "*_results.json", "class_scores.json", "token_labels.json")
-MODEL_PARTS = ("config.json", "preprocessor_config.json", "processor_config.json", "model.onnx", "predict.py")
+# an exported model, by itself or in the folder `onnx` of another one
+EXPORTED_WEIGHTS = ("onnx/model*.onnx", "onnx/model*.onnx_data*")
+MODEL_PARTS = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "model.onnx",
+    "predict.py",
+    *EXPORTED_WEIGHTS,
+)
 # whatever else lies in a folder is the user's own
 PUBLISHED = (
     CARD, "LICENSE*", "NOTICE*", DIGESTS, *WEIGHTS, *RECORDS, *MODEL_PARTS, *(f"onnx/{part}" for part in MODEL_PARTS), f"onnx/{CARD}",
@@ -28,6 +37,7 @@ PICKLES = (
 )  # fmt: skip
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".pt2")
 REPLACED = (*WEIGHTS, DIGESTS, *PICKLES)  # of a repository, by the upload of a model
+REPLACED_BY_EXPORTED = (*EXPORTED_WEIGHTS, DIGESTS)
 LEFT_OUT_PREFIXES, LEFT_OUT_ENDING = (".", "_", "checkpoint-"), ".partial"
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..finite import check_weight_files
-from .file_checks import CARD, REPLACED, published_files
+from .exported_models import check_kind, is_exported, write_card
+from .file_checks import CARD, REPLACED, REPLACED_BY_EXPORTED, published_files
 from .repository import HubTarget
 
 
@@ -31,7 +32,7 @@ def check_model_folder(folder: Path) -> None:
     names, _ = published_files(folder)
     missing = [name for name in (CONFIG_NAME, CARD) if name not in names]
     weights = [name for name in WEIGHT_FILES if name in names]
-    if not weights:
+    if not weights and not is_exported(names):
         missing.append(f"weights ({' or '.join(WEIGHT_FILES)})")
     if SAFE_WEIGHTS_INDEX_NAME in weights and SAFE_WEIGHTS_NAME not in weights:
         shards = set(_read(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map", {}).values())
@@ -61,11 +62,19 @@ def _code_files(config: dict[str, Any]) -> set[str]:
 
 
 def publish_model_folder(folder: Path, target: HubTarget) -> str:
-    """Uploads a finished model to a target that is opened when the folder has been checked; returns the address of the commit.
+    """Uploads a finished or exported model to a target that is opened when the folder has been checked; an exported one without a card gets
+    one. Returns the address of the commit.
 
     Raises:
-        FileNotFoundError, ValueError: If the folder is not complete; nothing is uploaded then.
+        FileNotFoundError, ValueError: If the folder is not complete, or the repository holds a model that it would spoil; nothing is uploaded
+            then.
         HubError: If the Hub cannot be reached or refuses.
     """
+    config = folder / CONFIG_NAME
+    if config.is_file() and not (folder / CARD).is_file() and is_exported(published_files(folder)[0]):
+        write_card(folder, _read(config))
     check_model_folder(folder)
-    return target.open().upload(folder, "Upload model", REPLACED)
+    names, _ = published_files(folder)
+    opened = target.open()
+    check_kind(names, opened.files(), opened.repo_id)
+    return opened.upload(folder, "Upload model", REPLACED_BY_EXPORTED if is_exported(names) else REPLACED)

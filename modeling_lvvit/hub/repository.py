@@ -153,6 +153,9 @@ class HubTarget:
         """A card whose example loads from this repository."""
         revision = "" if self.revision in (None, MAIN) else f', revision="{self.revision}"'
         card = re.sub(r'(pipeline\([^)]*model=)"[^"]*"(, revision="[^"]*")?', rf'\1"{self.repo_id}"{revision}', card)
+        script_revision = revision and f', {{ revision: "{self.revision}" }}'
+        call = r'(await (?:pipeline\("[^"]*", |\w+\.from_pretrained\())"[^"]*"(, \{ revision: "[^"]*" \})?'  # of JavaScript
+        card = re.sub(call, rf'\1"{self.repo_id}"{script_revision}', card)
         card = re.sub(r'^(name = )"[^"]*"$', rf'\1"{self.repo_id}"', card, flags=re.MULTILINE)
         command = r"^((?:lvvit train|accelerate launch train_tl.py) .*--token_labels )\S+"
         return re.sub(command, rf"\1{self.repo_id}", card, flags=re.MULTILINE)
