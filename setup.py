@@ -56,7 +56,7 @@ EXTRAS_REQUIRE = {
     ],
 }
 
-DATA_FOLDERS = ("accelerate_configs", "card_templates", "recipes", "segmentation/recipes")
+DATA_FOLDERS = ("accelerate_configs", "card_templates", "demo/static", "recipes", "segmentation/recipes")
 
 setup(
     name="modeling-lvvit",
