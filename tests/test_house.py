@@ -30,7 +30,7 @@ LAYERS = {
     "original": "data hub backbones labels",
     "export": "data backbones",
     "benchmark": "data labels token_labeling original export",
-    "demo": "data hub backbones annotators evaluate visualization segmentation",
+    "demo": "data hub backbones annotators evaluate visualization segmentation export",
 }
 PROGRAMS = {
     "options": "data",
