@@ -17,7 +17,7 @@ from ..data.classes.unlabeled import EVALUATION_SPLITS
 from ..deployment import prepare_for_inference
 from ..export.folder import ONNX, ONNX_FILES
 from ..export.loading import load
-from ..export.onnx_file import EXTRA, INPUT
+from ..export.onnx_file import EXTRA, INPUT, file_bytes
 from ..export.real_images import RealImages, unprepared
 from ..modeling_lvvit import LVViTForImageClassification
 from .comparison import relative_speed, table
@@ -189,11 +189,6 @@ def onnx_runner(file: Path) -> Logits:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda values: torch.from_numpy(session.run(["logits"], {INPUT: values.numpy()})[0])
-
-
-def file_bytes(file: Path) -> int:
-    """Of an ONNX file and of the external data next to it, whose names begin with its own."""
-    return sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*"))
 
 
 def formats_table(rows: list[dict[str, object]]) -> str:

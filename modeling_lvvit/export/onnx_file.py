@@ -95,6 +95,11 @@ def _save(model: Any, path: Path, max_inline_bytes: int) -> None:
     onnx_ir.save(model, path, external_data=path.name + EXTERNAL_DATA if weights > max_inline_bytes else None)
 
 
+def file_bytes(path: Path) -> int:
+    """Of an ONNX file and of the weights next to it, whose names begin with its own."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+
+
 def _refuse_other_sides(graph: Any, patch_size: int) -> None:
     """Cuts images into blocks of a patch and puts them together again, which only works for sides that are multiples of it. ONNX Runtime
     does not compare sizes with the names of the axes, and convolutions drop the rest of an image."""

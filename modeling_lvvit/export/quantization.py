@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..console import require
-from .onnx_file import EXTRA, INPUT
+from .onnx_file import EXTERNAL_DATA, EXTRA, INPUT, file_bytes
 
 
 LARGEST_LEVEL = 127  # of a weight
@@ -87,7 +87,7 @@ def quantize_onnx(
 
     images = None if calibration is None else _Images(calibration)
     model = onnx.load(source)
-    bytes_before = _bytes(source)
+    bytes_before = file_bytes(source)
     if not _weights(model.graph):
         raise ValueError(f"{source} has no matrix product or convolution with constant float32 weights to quantize.")
     del model.graph.value_info[
@@ -116,7 +116,7 @@ def quantize_onnx(
     stored = _store_convolutions(quantized.graph) if images is None else 0
     onnx.helper.set_model_props(quantized, properties)
     _save(quantized, target, max_file_bytes)
-    return _summary(quantized.graph, stored, bytes_before, _bytes(target))
+    return _summary(quantized.graph, stored, bytes_before, file_bytes(target))
 
 
 class _Images:
@@ -178,12 +178,7 @@ def _save(model: Any, path: Path, max_file_bytes: int) -> None:
 
 
 def _weights_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}_data")
-
-
-def _bytes(path: Path) -> int:
-    """Of a file and of what lies next to it under its name: weights."""
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    return path.with_name(path.name + EXTERNAL_DATA)
 
 
 def _summary(graph: Any, stored: int, bytes_before: int, bytes_after: int) -> Quantized:
