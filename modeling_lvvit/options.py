@@ -19,7 +19,7 @@ from typing import Any, ClassVar, get_type_hints
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from .data.failures import FAILURES, describe_failure, ignore_ended_workers
+from .data.failures import FAILURES, describe_failure, ignore_ended_workers, tell_uncaught_failures
 from .launching import is_main_process, name_options
 
 
@@ -244,6 +244,10 @@ class Program:
         """A message that the program ends with; parameters of the library become its options."""
         return f"{self.name}: {name_options(error, *self.arguments)}"
 
+    def failure_message(self, failure: str) -> str:
+        """What the program ends with after a failure that `failures.describe_failure` tells."""
+        return self.message(f"{failure}. What was finished before is kept; start the same command again.")
+
     @contextmanager
     def refusals(self, *exceptions: type[Exception], of_all_processes: bool = True) -> Iterator[None]:
         """Ends the program with one message after a `ValueError`, `OSError` or one of `exceptions`, and after a full disk or the end of a
@@ -252,12 +256,13 @@ class Program:
         Args:
             of_all_processes: Whether all processes meet the same error, so that one of them speaks.
         """
+        tell_uncaught_failures(self.failure_message)
         try:
             yield
         except (ValueError, *FAILURES, *exceptions) as error:
             ignore_ended_workers()
             if (failure := describe_failure(error)) is not None:
-                sys.exit(self.message(f"{failure}. What was finished before is kept; start the same command again."))
+                sys.exit(self.failure_message(failure))
             if not isinstance(error, (ValueError, OSError, *exceptions)):
                 raise
             sys.exit(self.message(error) if is_main_process() or not of_all_processes else 1)

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
 from ..console import end_interrupted, quiet_libraries
-from ..data.failures import FAILURES, describe_failure, ignore_ended_workers
+from ..data.failures import FAILURES, describe_failure, ignore_ended_workers, tell_uncaught_failures
 from ..data.files.folder_lock import FolderLock
 from ..data.image_dataset import FEW_IMAGES, MANY_PASSES
 from ..data.images import SampleError
@@ -83,6 +83,7 @@ def run_program(
         return
     end_launcher_at_interrupt()
     quiet_libraries()
+    tell_uncaught_failures(program.failure_message)
     try:
         _run(program, prepare, arguments)
     except KeyboardInterrupt:  # a second one in training, or one after it

@@ -4,11 +4,13 @@ import errno
 import os
 import re
 import signal
+import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 from safetensors import SafetensorError
 from torch.multiprocessing import reductions
@@ -106,3 +108,23 @@ def ignore_ended_workers() -> None:
     """Has PyTorch raise nothing more when workers end, as the others do now: it would, in the middle of what comes last."""
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def tell_uncaught_failures(message: Callable[[str], str]) -> None:
+    """Has the interpreter tell in words also the failures that no `except` of a program could take.
+
+    PyTorch says that a worker has ended from the handler of a signal. That may raise between any two steps of Python, and so also while an
+    earlier error is on its way out of a `with` block, or within the `except` that has just taken it.
+
+    Args:
+        message: From what happened to what is printed; exit code 1 follows.
+    """
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        failure = describe_failure(error)
+        if failure is None:
+            sys.__excepthook__(kind, error, trace)
+        else:
+            print(message(failure), file=sys.stderr)
+
+    sys.excepthook = tell

@@ -38,6 +38,26 @@ with Program("a program", "", ()).refusals():
 """
 
 
+# what PyTorch's handler of SIGCHLD does if the signal comes while an error leaves the `with` block
+LATE = """
+import contextlib
+from modeling_lvvit.options import Program
+
+def exit_late(self, *_):
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ")
+
+contextlib._GeneratorContextManager.__exit__ = exit_late
+with Program("a program", "", ()).refusals():
+    raise ConnectionResetError("a lost batch")
+"""
+
+
+def test_a_failure_between_an_error_and_its_except_is_told_in_words(tmp_path):
+    result = run(["-c", LATE], tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("a program: The data loader's worker (pid 7) ended unexpectedly")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV])
 def test_a_worker_that_was_killed_ends_a_program_with_the_likely_cause(number, tmp_path):
