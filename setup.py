@@ -40,7 +40,8 @@ INSTALL_REQUIRES = [
 DEMO = ["gradio>=6,<7"]
 # Regions of JPEG files. Not in the default install: 25 MB, a young version, none for macOS, and a gain of a sixth for images of 500 x 375.
 FAST = ['nvidia-nvimgcodec-cu13>=0.9,<1; sys_platform != "darwin"']
-EXPORT = ["onnx>=1.19,<2", "onnxruntime>=1.22,<2", "onnxscript>=0.6,<1"]
+# onnxscript: before 0.7.1, files for images of any size were wrong for those of a single row or column of patches
+EXPORT = ["onnx>=1.19,<2", "onnxruntime>=1.22,<2", "onnxscript>=0.7.1,<1"]
 EXTRAS_REQUIRE = {
     "demo": DEMO,
     "export": EXPORT,
