@@ -3,6 +3,7 @@
 Importing this package registers LV-ViT with the Auto classes of transformers.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -28,14 +29,12 @@ def _end_start(number, frame):
     os._exit(128 + number)
 
 
-if (
-    _is_program()
-    and parent_process() is None
-    and threading.current_thread() is threading.main_thread()
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-    # before the libraries, whose import takes seconds and ends with a traceback; `launching.hear_interrupts` undoes it
-    signal.signal(signal.SIGINT, _end_start)
+if _is_program() and parent_process() is None and threading.current_thread() is threading.main_thread():
+    # before the libraries, whose import takes seconds, a fifth of them to look for garbage, which imports hardly make, and ends with a
+    # traceback after Ctrl-C; `launching.end_imports` undoes both
+    gc.disable()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_start)
 
 from transformers import (  # noqa: E402
     AutoBackbone,

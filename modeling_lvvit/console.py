@@ -13,7 +13,7 @@ from tqdm.asyncio import tqdm as console_tqdm
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .launching import end_launcher_at_interrupt, end_with_launcher, hear_interrupts, is_main_process, stop_launcher
+from .launching import end_imports, end_launcher_at_interrupt, end_with_launcher, is_main_process, stop_launcher
 
 
 SECONDS_BETWEEN_LINES = 30
@@ -87,7 +87,7 @@ def program(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(main: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(main)
         def run(*arguments: Any) -> None:
-            hear_interrupts()
+            end_imports()
             end_with_launcher()
             end_launcher_at_interrupt()
             quiet_libraries()

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import os
@@ -35,10 +36,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 _interrupted = threading.Event()  # by Ctrl-C, which has ended the launcher
 
 
-def hear_interrupts() -> None:
-    """Makes Ctrl-C a `KeyboardInterrupt` again in a program whose `main` begins; until then it ends the program, see `_end_start`."""
+def end_imports() -> None:
+    """In a program whose `main` begins, makes Ctrl-C a `KeyboardInterrupt` again, which ended the program until then (see `_end_start`), and
+    collects garbage from now on, but does not look for it among what was imported."""
     if signal.getsignal(signal.SIGINT) is _end_start:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def missing_cpu_processes() -> int:
@@ -92,7 +97,7 @@ def run_processes(number: int, program: list[str], arguments: list[str]) -> None
 def quiet_launch() -> Iterator[None]:
     """Around a launcher that runs in this process (torchrun, accelerate): when its processes fail or are interrupted, this one ends
     with their status. They have said why; the launcher's traceback and its notes of what it sends to whom say nothing more."""
-    hear_interrupts()
+    end_imports()
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)

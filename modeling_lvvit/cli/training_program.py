@@ -21,10 +21,10 @@ from ..data.loaders import describe_workers
 from ..finite import NotFiniteError
 from ..hub.hub_trainer import push_finished_run
 from ..launching import (
+    end_imports,
     end_launcher_at_interrupt,
     end_together,
     end_with_launcher,
-    hear_interrupts,
     is_main_process,
     set_up_cpu,
     start_missing_processes,
@@ -77,7 +77,7 @@ def run_program(
         start: How it is started again in further processes: its path, or `--module` and its name.
         prepare: From the objects with its options to the run; whatever can go wrong before training goes wrong here.
     """
-    hear_interrupts()
+    end_imports()
     end_with_launcher()
     if start_missing_processes(start, arguments):
         return

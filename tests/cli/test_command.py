@@ -65,6 +65,27 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(start, status):
     assert ("Traceback" in done.stderr) == (status != 130)
 
 
+COLLECTING = """
+import gc, sys
+sys.argv = [{start!r}, "train"]
+import modeling_lvvit
+during = gc.isenabled()
+from modeling_lvvit.launching import end_imports
+end_imports()
+print(during, gc.isenabled(), gc.get_freeze_count() > 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "collecting"), [("/usr/bin/lvvit", "False True True"), ("/home/me/mine.py", "True True False")]
+)
+def test_programs_look_for_garbage_from_their_main_on(start, collecting):
+    """And not while libraries are imported, nor among those; other programs are left alone."""
+    code = COLLECTING.format(start=start)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == collecting.split()
+
+
 @pytest.mark.parametrize("shell", command.SHELLS)
 def test_completion_has_commands_and_options(shell, capsys):
     command.run(["completion", shell])
