@@ -58,7 +58,7 @@ class ExportSettings:
         fuse: Whether to fold batch norms and residual divisor into the weights.
         prepare: Whether ONNX files prepare images themselves.
         calibration: Dataset whose images set the ranges of int8 activations; default: they are found in each run.
-        check_images: Dataset on whose images the files are compared with the model; int8 needs it.
+        check_images: Dataset on whose images the files are compared with the model, others than those for calibration; int8 needs it.
         max_check_images: How many of them at most.
         min_agreement: Share of equal predictions on them below which nothing is saved, in [0, 1].
     """
@@ -180,12 +180,11 @@ class _Export:
         self.reference = model_runner(self.model, self.image_size, self.preparation)
         open_images = partial(RealImages, as_input=unprepared if self.preparation is not None else self._prepared)
         self.images = self.calibration = self.expected = None
-        if settings.check_images is not None:
-            self.images = open_images(
-                settings.check_images, settings.max_check_images, preferred_splits=EVALUATION_SPLITS
-            )
         if settings.calibration is not None:
             self.calibration = open_images(settings.calibration, CALIBRATION_IMAGES, preferred_splits=("train",))
+        if settings.check_images is not None:
+            count, others = settings.max_check_images, {"other_than": self.calibration}
+            self.images = open_images(settings.check_images, count, preferred_splits=EVALUATION_SPLITS, **others)
 
     def _prepared(self, image: Image.Image) -> np.ndarray:
         """An image as a file takes it that prepares nothing: normalized, and filled up to whole patches where it takes any size."""

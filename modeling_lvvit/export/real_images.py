@@ -27,18 +27,33 @@ class RealImages:
         count: Images at most.
         as_input: From an RGB image to what the file takes, float32 `(1, 3, height, width)`.
         preferred_splits: Of which split, where there are several.
+        other_than: Images that are not among them, where both are of the same data.
 
     Raises:
-        FileNotFoundError, ValueError: See `open_images`.
+        FileNotFoundError, ValueError: See `open_images`; also if the others are all that there are.
     """
 
-    def __init__(self, name: str, count: int, as_input: AsInput, preferred_splits: Sequence[str]):
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        as_input: AsInput,
+        preferred_splits: Sequence[str],
+        other_than: "RealImages | None" = None,
+    ):
         images = open_images(name, preferred_splits=preferred_splits)
-        numbers = select_subset(len(images.rows), count)
+        numbers = np.arange(len(images.rows))
+        if other_than is not None and other_than.name == images.name:
+            numbers = np.setdiff1d(numbers, other_than.numbers)
+            if not len(numbers):
+                raise ValueError(
+                    f"All {len(images.rows):,} images of {images.name} are for calibration; name others to compare predictions on."
+                )
+        self.numbers = numbers[select_subset(len(numbers), count)]
         self.as_input, self.total, self.name = as_input, len(images.rows), images.name
-        self.paths = [images.paths[number] for number in numbers]
+        self.paths = [images.paths[number] for number in self.numbers]
         rows = images.rows.cast_column(images.image_column, datasets.Image(decode=False))
-        self.rows, self.image_column = rows.select(numbers), images.image_column
+        self.rows, self.image_column = rows.select(self.numbers), images.image_column
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation
 from modeling_lvvit.export import export_onnx
 from modeling_lvvit.export.agreement import ImageAgreement, compare_on_images
 from modeling_lvvit.export.quantization import quantize_onnx
+from modeling_lvvit.export.real_images import RealImages, unprepared
 from modeling_lvvit.export.verification import onnx_runner
 from support.models import tiny_config
 
@@ -177,6 +179,18 @@ def test_segmentation(head, fuse, tmp_path):
         agreement = compare_on_images(onnx_runner(tmp_path / "model_quantized.onnx"), reference, IMAGES)
         assert 0.9 <= agreement.same_class < 1
         assert agreement.largest_change < 0.5
+
+
+def test_images_that_calibrate_are_not_compared_on(tmp_path):
+    for number in range(8):
+        Image.new("RGB", (8, 6), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    calibration = RealImages(str(tmp_path), 3, unprepared, ("train",))
+    others = RealImages(str(tmp_path), 8, unprepared, ("test",), other_than=calibration)
+    reds = [{image[0, 0, 0, 0] for image in images} for images in (calibration, others)]
+    assert len(reds[0]) == 3 and reds[1] == set(range(8)) - reds[0]
+    everything = RealImages(str(tmp_path), 8, unprepared, ("train",))
+    with pytest.raises(ValueError, match="All 8 images of .* are for calibration; name others"):
+        RealImages(str(tmp_path), 8, unprepared, ("test",), other_than=everything)
 
 
 def test_damaged_copy_is_found(source, quantized, tmp_path):
