@@ -147,3 +147,14 @@ def label_map_problems(ids: np.ndarray, scores: np.ndarray, num_classes: int) ->
         for text, flagged in flags.items()
         for row in np.flatnonzero(flagged.any(axis=(1, 2, 3))).tolist()
     ]
+
+
+def scale_problems(scores: np.ndarray, num_classes: int) -> list[tuple[int, str]]:
+    """Rows of maps `(num_rows, K, rows, columns)` in which a cell has no score that reaches 0, which all classes have that it does not name."""
+    if scores.shape[1] >= num_classes:
+        return []
+    text = (
+        "all scores of a cell are below 0, the score of the classes that it does not name: name every class, or add a number to all scores "
+        "(about 10 to logarithms of probabilities)"
+    )
+    return [(row, text) for row in np.flatnonzero((scores.max(axis=1) < 0).any(axis=(1, 2))).tolist()]

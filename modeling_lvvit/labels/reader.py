@@ -10,7 +10,15 @@ import numpy as np
 import pyarrow as pa
 
 from ..data.images import LYING, read_orientation
-from .columns import IDS_COLUMN, SCORES_COLUMN, LabelMapError, check_column_types, label_map_problems, to_numpy
+from .columns import (
+    IDS_COLUMN,
+    SCORES_COLUMN,
+    LabelMapError,
+    check_column_types,
+    label_map_problems,
+    scale_problems,
+    to_numpy,
+)
 from .label_maps import id_dtype
 from .packing import unpacked_rows
 from .storage import (
@@ -142,7 +150,10 @@ class LabelMapReader:
                 ids, scores = self._ids_and_scores(table)
         except LabelMapError as error:
             return [(error.row, str(error))], None
-        return label_map_problems(ids, scores, num_classes), ids.shape[1:]
+        problems = label_map_problems(ids, scores, num_classes)
+        if not self.is_compact and not problems:  # of label sets `lvvit annotate` and `lvvit check labels` say it
+            problems = scale_problems(scores, num_classes)
+        return problems, ids.shape[1:]
 
     def _table(self, images: Sequence[int]) -> pa.Table:
         if self.row_of is not None:

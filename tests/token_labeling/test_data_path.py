@@ -14,7 +14,7 @@ from PIL import Image
 from modeling_lvvit.cli.data_arguments import DataArguments
 from modeling_lvvit.cli.open_data import has_dense_columns, open_datasets
 from modeling_lvvit.data.sampling import seed_generators
-from modeling_lvvit.labels.columns import IDS_COLUMN, SCORES_COLUMN, to_numpy
+from modeling_lvvit.labels.columns import IDS_COLUMN, SCORES_COLUMN, scale_problems, to_numpy
 from modeling_lvvit.token_labeling import (
     AugmentationConfig,
     TokenLabelCollator,
@@ -331,6 +331,14 @@ def test_duplicate_class_in_a_cell_is_named():
 
     with pytest.raises(ValueError, match=r"row 4 .*a cell names a class twice"):
         samples_of(with_column(IDS_COLUMN, change)).check_rows(NUM_CLASSES)
+
+
+def test_scores_below_the_unnamed_classes_are_refused():
+    """Logarithms of probabilities: classes that a cell does not name have score 0, and would get all of it."""
+    rows = with_column(SCORES_COLUMN, lambda values: (np.array(values) * 0 - 0.5).tolist())
+    with pytest.raises(ValueError, match=r"row 0 .*all scores of a cell are below 0.*about 10 to logarithms"):
+        samples_of(rows).check_rows(NUM_CLASSES)
+    assert scale_problems(np.full((2, 3, 2, 2), -0.5), num_classes=3) == []  # where every class is named they are right
 
 
 def test_more_ranks_than_classes_are_refused(labelled_rows):
