@@ -48,7 +48,7 @@ EXTRAS_REQUIRE = {
     "fast": FAST,
     "dev": [
         "pytest>=8.4,<10",
-        "pytest-xdist>=3.6,<4",
+        "pytest-xdist>=3.7,<4",
         "ruff>=0.14,<1",
         "parameterized>=0.9,<1",
         *DEMO,

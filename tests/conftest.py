@@ -3,6 +3,7 @@
 import copy
 import os
 import time
+from collections import Counter
 from unittest import mock
 
 
@@ -27,6 +28,12 @@ from support.models import tiny_config
 
 # workers take longer to start than the small data of most tests takes to load; tests of workers ask for them
 loaders.MAX_WORKERS = 0
+
+
+def pytest_collection_modifyitems(items):
+    """Files with most slow tests first: with several workers, a long one at the end would be waited for."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -338,7 +338,7 @@ def test_scores_below_the_unnamed_classes_are_refused():
     rows = with_column(SCORES_COLUMN, lambda values: (np.array(values) * 0 - 0.5).tolist())
     with pytest.raises(ValueError, match=r"row 0 .*all scores of a cell are below 0.*about 10 to logarithms"):
         samples_of(rows).check_rows(NUM_CLASSES)
-    assert scale_problems(np.full((2, 3, 2, 2), -0.5), num_classes=3) == []  # where every class is named they are right
+    assert scale_problems(np.full((2, 3, 2, 2), -0.5), num_classes=3) == []  # every class is named
 
 
 def test_more_ranks_than_classes_are_refused(labelled_rows):
