@@ -21,7 +21,7 @@ from ..data.files.atomic_files import atomic_directory, check_new_directory, wri
 from ..data.files.digests import file_digests, write_digests
 from ..modeling_lvvit import LVViTPreTrainedModel
 from .agreement import ImageAgreement, compare_on_images
-from .loading import Exportable, load
+from .loading import EXPORTED_FROM, Exportable, load
 from .onnx_file import EXTERNAL_DATA, EXTRA, MAX_INLINE_BYTES, export_onnx
 from .quantization import Quantized, quantize_onnx
 from .real_images import RealImages, unprepared
@@ -301,7 +301,7 @@ class _Export:
         config = {
             "architectures": [architecture],
             "model_type": model_type,  # which transformers.js knows; inputs and outputs are the same
-            "exported_from": type(self.model).__name__,
+            EXPORTED_FROM: type(self.model).__name__,
             "id2label": names,
             "label2id": {name: index for index, name in names.items()},
             "image_size": self.image_size,

@@ -39,6 +39,7 @@ from ..finite import NotFiniteError, check_weights
 from ..modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation, LVViTPreTrainedModel
 
 
+EXPORTED_FROM = "exported_from"  # in configurations of exported folders: class of the model
 LVVIT_CLASSES = {
     model_class.__name__: model_class for model_class in (LVViTForImageClassification, LVViTForSemanticSegmentation)
 }
@@ -116,7 +117,9 @@ def load(name: str, revision: str | None = None, trust_remote_code: bool = False
 
 
 def _check_kind(name: str, config: PreTrainedConfig) -> None:
-    """Raises a `ValueError` if a model is neither an image classifier nor an LV-ViT for segmentation."""
+    """Raises a `ValueError` if a model is neither an image classifier nor an LV-ViT for segmentation, or was exported already."""
+    if hasattr(config, EXPORTED_FROM):
+        raise ValueError(f"{name} is an exported folder; give the model that it was made of.")
     architectures = config.architectures or ()
     if config.model_type == LVViTConfig.model_type:
         is_known = any(architecture in LVVIT_CLASSES for architecture in architectures)

@@ -333,6 +333,11 @@ def refused(capsys, model: Path, output_dir: Path, *options: str) -> str:
     return ended.value.code
 
 
+def test_exported_folders_are_not_exported_again(exported, tmp_path, capsys):
+    message = refused(capsys, exported, tmp_path / "out")
+    assert message.endswith("is an exported folder; give the model that it was made of.")
+
+
 def test_models_that_cannot_be_exported(saved, tmp_path, capsys):
     out, processor = tmp_path / "out", evaluation_image_processor((32, 48), 0.9)
     (tmp_path / "empty").mkdir()
