@@ -150,11 +150,13 @@ def label_map_problems(ids: np.ndarray, scores: np.ndarray, num_classes: int) ->
 
 
 def scale_problems(scores: np.ndarray, num_classes: int) -> list[tuple[int, str]]:
-    """Rows of maps `(num_rows, K, rows, columns)` in which a cell has no score that reaches 0, which all classes have that it does not name."""
+    """Rows of maps `(num_rows, K, rows, columns)` in which no score exceeds 0, which classes have that a cell does not name; maps of zeros,
+    which say nothing, are none of them."""
     if scores.shape[1] >= num_classes:
         return []
     text = (
-        "all scores of a cell are below 0, the score of the classes that it does not name: name every class, or add a number to all scores "
+        "no score of its map is above 0, the score of the classes that a cell does not name: name every class, or add a number to all scores "
         "(about 10 to logarithms of probabilities)"
     )
-    return [(row, text) for row in np.flatnonzero((scores.max(axis=1) < 0).any(axis=(1, 2))).tolist()]
+    highest, lowest = (ends(axis=(1, 2, 3)) for ends in (scores.max, scores.min))
+    return [(row, text) for row in np.flatnonzero((highest <= 0) & (lowest < 0)).tolist()]

@@ -335,10 +335,11 @@ def test_duplicate_class_in_a_cell_is_named():
 
 def test_scores_below_the_unnamed_classes_are_refused():
     """Logarithms of probabilities: classes that a cell does not name have score 0, and would get all of it."""
-    rows = with_column(SCORES_COLUMN, lambda values: (np.array(values) * 0 - 0.5).tolist())
-    with pytest.raises(ValueError, match=r"row 0 .*all scores of a cell are below 0.*about 10 to logarithms"):
+    rows = with_column(SCORES_COLUMN, lambda values: (np.array(values) * 0 - np.arange(K)[:, None, None]).tolist())
+    with pytest.raises(ValueError, match=r"row 0 .*no score of its map is above 0.*about 10 to logarithms"):
         samples_of(rows).check_rows(NUM_CLASSES)
     assert scale_problems(np.full((2, 3, 2, 2), -0.5), num_classes=3) == []  # every class is named
+    assert scale_problems(np.zeros((2, 3, 2, 2)), num_classes=4) == []  # nothing is known
 
 
 def test_more_ranks_than_classes_are_refused(labelled_rows):
