@@ -1,5 +1,6 @@
 """What programs share: the start of their processes, their share of the machine, and the words of their messages."""
 
+import atexit
 import ctypes
 import dataclasses
 import gc
@@ -32,6 +33,9 @@ LAUNCHER_VARIABLE = "MODELING_LVVIT_LAUNCHER"  # holds the number of the process
 SECONDS_BETWEEN_LOOKS = 0.5  # at whether that is still there
 # for a checkpoint when it is gone: short, as processes may wait for one that went with it
 SECONDS_TO_END = 4.0
+# Threads of gloo still drop the tensors of the last collective, for which they need the interpreter's lock. One that waits for it while the
+# interpreter ends aborts the process, so they get the lock for longer than they need it.
+SECONDS_OF_GLOO = 0.1
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 _interrupted = threading.Event()  # by Ctrl-C, which has ended the launcher
 
@@ -266,9 +270,14 @@ def end_together() -> None:
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
-        # Threads of gloo still drop the tensors of the last collective, for which they need the interpreter's lock. One that waits
-        # for it while the interpreter ends aborts the process, so they get the lock here for longer than they need it.
-        time.sleep(0.1)
+        time.sleep(SECONDS_OF_GLOO)
+
+
+@atexit.register
+def _outlast_gloo() -> None:
+    """Where connections are open at the end of a program, as after a refusal."""
+    if distributed.is_available() and distributed.is_initialized():
+        time.sleep(SECONDS_OF_GLOO)
 
 
 def is_main_process() -> bool:
