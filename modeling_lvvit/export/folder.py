@@ -183,8 +183,12 @@ class _Export:
         if settings.calibration is not None:
             self.calibration = open_images(settings.calibration, CALIBRATION_IMAGES, preferred_splits=("train",))
         if settings.check_images is not None:
-            count, others = settings.max_check_images, {"other_than": self.calibration}
-            self.images = open_images(settings.check_images, count, preferred_splits=EVALUATION_SPLITS, **others)
+            self.images = open_images(
+                settings.check_images,
+                settings.max_check_images,
+                preferred_splits=EVALUATION_SPLITS,
+                other_than=self.calibration,
+            )
 
     def _prepared(self, image: Image.Image) -> np.ndarray:
         """An image as a file takes it that prepares nothing: normalized, and filled up to whole patches where it takes any size."""
