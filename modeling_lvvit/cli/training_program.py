@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..console import end_interrupted, quiet_libraries
 from ..data.failures import FAILURES, describe_failure, ignore_ended_workers, tell_uncaught_failures
@@ -163,7 +164,7 @@ def held_output_dir(training_args: BaseImageTrainingArguments) -> Iterator[None]
     """Keeps other runs out of `output_dir`, which the main process holds for all; a `ValueError` in all if another run writes to it."""
     folder, problem = Path(training_args.output_dir), [None]
     check_can_be_written(folder)
-    lock = FolderLock(folder)
+    lock = FolderLock(folder, parts=(f"{PREFIX_CHECKPOINT_DIR}-*",))
     if training_args.should_save:
         try:
             lock.acquire()

@@ -1,6 +1,5 @@
 """Exponential moving average of the weights."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,10 +81,7 @@ class EMACallback(TrainerCallback):
         """Writes the average, in one process; every process must call it, because sharded weights are collected."""
         tensors = {name: _whole(tensor).cpu().contiguous() for name, tensor in self.average.items()}
         if is_writer:
-            target = Path(folder) / EMA_FILE
-            partial = target.with_suffix(".partial")
-            save_file({**tensors, COUNT: torch.tensor(self.count)}, partial)
-            os.replace(partial, target)
+            save_file({**tensors, COUNT: torch.tensor(self.count)}, Path(folder) / EMA_FILE)
 
     @contextmanager
     def average_in_model(self) -> Iterator[None]:

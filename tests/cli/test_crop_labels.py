@@ -154,7 +154,7 @@ def test_two_processes_make_what_a_killed_run_lacks(folder, labels, tmp_path):
     shutil.copytree(labels, tmp_path / "labels")
     for lost in ("README.md", "data/train-00001.parquet", "data/train-00003.parquet", "data/train-00005.parquet"):
         (tmp_path / "labels" / lost).unlink()
-    (tmp_path / "labels" / "data" / ".train-00003.parquet.1.partial").write_bytes(b"half")
+    (tmp_path / "labels" / "data" / ".train-00003.parquet.a1b2c3d4.partial").write_bytes(b"half")
     words = annotate_words(folder, tmp_path / "labels", *crops_of(folder))
     command = ["-m", "modeling_lvvit.cli.command", "annotate", *words, "--cpu", "--num_processes", "2"]
     result = run(command, tmp_path)

@@ -404,7 +404,7 @@ def test_damaged_record_is_named(content, tmp_path):
 
 def test_run_that_was_killed_while_it_began_is_continued(tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / ".token_labels.json.abc.partial").write_bytes(b"{")
+    (tmp_path / ".token_labels.json.a1b2c3d_.partial").write_bytes(b"{")
     writer = writer_of(tmp_path)
     writer.begin()
     writer.release()
@@ -413,7 +413,10 @@ def test_run_that_was_killed_while_it_began_is_continued(tmp_path):
 
 def test_partial_files_of_a_killed_run_are_removed(tmp_path):
     writer_of(tmp_path).begin()
-    for path in (tmp_path / "data" / ".train-00001.parquet.x1.partial", tmp_path / ".README.md.x2.partial"):
+    for path in (
+        tmp_path / "data" / ".train-00001.parquet.a1b2c3d_.partial",
+        tmp_path / ".README.md.z9y8x7w6.partial",
+    ):
         path.write_bytes(b"half")
     writer = writer_of(tmp_path)
     writer.begin()

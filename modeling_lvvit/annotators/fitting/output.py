@@ -54,7 +54,7 @@ def locked_output_dir(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: If another run holds it.
     """
-    with FolderLock(folder):
+    with FolderLock(folder, parts=(f"{FEATURES}/*",)):
         for partial in folder.glob(f"{PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
         yield

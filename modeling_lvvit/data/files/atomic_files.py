@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there: written next to their place, and moved there when all of them is on the disk."""
 
+import glob
 import json
 import os
 import shutil
@@ -64,7 +65,12 @@ def atomic_directory(path: Path, is_shared: bool = False) -> Iterator[Path]:
     check_new_directory(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with nullcontext() if is_shared else FolderLock(path, path.parent / f".{path.name}{LOCK}"):
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        if not is_shared:
+            for partial in path.parent.glob(
+                f".{glob.escape(path.name)}.{'?' * 8}.partial"
+            ):  # of a process that was killed
+                shutil.rmtree(partial, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         try:
             with naming_file(path):
                 yield partial

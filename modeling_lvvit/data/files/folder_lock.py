@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ from filelock import FileLock, Timeout
 
 LOCK = ".lock"  # what hubs, datasets and checks of folders pass over: names that begin with it
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of Linux, the same in all containers of a machine
+# names of files that are being written next to their place: by `atomic_files`, and by safetensors (the Rust crate `tempfile`)
+UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.partial|\.tmp[A-Za-z0-9]{6}")
 SECONDS_FOR_WORKERS = 10  # to end after the process that has held the lock
 
 
@@ -27,16 +30,17 @@ class FolderLock:
     Args:
         folder: Is made where it is missing.
         path: Of the lock; `path` with `.json` behind it says who has it. Default: `.lock` in the folder.
+        parts: Patterns of the folders in it that runs write to as well.
     """
 
-    def __init__(self, folder: Path, path: Path | None = None):
-        self.folder, self.path = folder, path or folder / LOCK
+    def __init__(self, folder: Path, path: Path | None = None, parts: tuple[str, ...] = ()):
+        self.folder, self.path, self.parts = folder, path or folder / LOCK, parts
         self.owner_path = self.path.with_name(f"{self.path.name}.json")
         self._lock = FileLock(self.path)
         self._is_held = False
 
     def acquire(self) -> None:
-        """Takes the lock at once.
+        """Takes the lock at once, and removes what a run that was killed left half written.
 
         Raises:
             ValueError: If another run has it.
@@ -57,6 +61,7 @@ class FolderLock:
             self.owner_path.unlink(missing_ok=True)
             with self.owner_path.open("x", encoding="utf-8") as file:
                 json.dump(_this_process(), file)
+            self._remove_unfinished()
         except FileExistsError as error:  # of another machine, at the same moment
             self._lock.release()
             raise ValueError(self._refusal(self._read_owner())) from error
@@ -79,6 +84,12 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def _remove_unfinished(self) -> None:
+        for folder in [self.folder, *(part for pattern in self.parts for part in self.folder.glob(pattern))]:
+            for path in folder.glob(".*"):
+                if UNFINISHED.fullmatch(path.name) and path.is_file():
+                    path.unlink()
 
     def _read_owner(self) -> dict[str, Any] | None:
         """Who has it or had it; `None` where nothing says so, or not all of it was written."""

@@ -79,11 +79,9 @@ class ShardFolder:
         elif self.folder.is_dir() and any(not self._may_precede_record(path) for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds other files. Choose an empty or new folder.")
         data.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(self.folder)
+        lock = FolderLock(self.folder, parts=(DATA,))
         lock.acquire()
         self._lock = lock
-        for partial in [*data.glob(".*.partial"), *self.folder.glob(".*.partial")]:  # of a run that was killed
-            partial.unlink()
         if not self.record.is_file():
             write_json(self.record, {"settings": self.settings, "versions": self.versions})
         else:  # a full disk or a read-only folder should show now, not after an hour

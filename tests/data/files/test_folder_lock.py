@@ -45,6 +45,37 @@ def test_the_lock_of_a_killed_process_refuses_nobody(tmp_path):
         assert json.loads((tmp_path / ".lock.json").read_text())["pid"] == os.getpid()
 
 
+def test_what_a_killed_run_had_half_written_is_removed(tmp_path):
+    code = "import os, sys; from pathlib import Path; from modeling_lvvit.data.files.atomic_files import write_atomically\n"
+    code += "write_atomically(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), 9))"
+    inner, other = tmp_path / "checkpoint-3", tmp_path / "other"
+    for folder in (tmp_path, inner, other):
+        folder.mkdir(exist_ok=True)
+        subprocess.run([sys.executable, "-c", code, str(folder / "a.json")], cwd=ROOT, check=False)
+        (folder / ".tmpAb12Cd").write_bytes(b"half")  # by safetensors
+        assert len(hidden(folder)) == 2
+        for name in (".env", ".notes.partial", ".tmp", ".tmpnotes", "a.partial"):  # of the user
+            (folder / name).touch()
+    (tmp_path / ".tmpfolder").mkdir()
+    kept = {".env", ".notes.partial", ".tmp", ".tmpnotes", "a.partial"}
+    with FolderLock(tmp_path, parts=("checkpoint-*",)):
+        assert {path.name for path in inner.iterdir()} == kept
+        assert len(hidden(other)) == 7
+    assert {path.name for path in tmp_path.iterdir()} == kept | {".tmpfolder", "checkpoint-3", "other"}
+
+
+def test_a_folder_that_a_killed_process_was_filling_is_removed(tmp_path):
+    code = "import os, sys; from pathlib import Path; from modeling_lvvit.data.files.atomic_files import atomic_directory\n"
+    code += "with atomic_directory(Path(sys.argv[1])) as folder: (folder / 'a').touch(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], cwd=ROOT, check=False)
+    (tmp_path / ".model.original.of.mine").mkdir()
+    assert len(hidden(tmp_path)) == 4  # with the lock
+    with atomic_directory(tmp_path / "model") as folder:
+        (folder / "b").touch()
+    assert hidden(tmp_path) == [".model.original.of.mine", "model"]
+    assert hidden(tmp_path / "model") == ["b"]
+
+
 def leave_lock(folder, **changes) -> None:
     """That of the process which has started this one, in which it differs."""
     facts = {"pid": os.getppid(), "started": folder_lock._start(os.getppid()), "since": "2026-01-02 03:04:05"}
