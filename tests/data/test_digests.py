@@ -21,6 +21,9 @@ def test_a_whole_folder_has_no_damage_and_the_usual_program_agrees(folder):
     assert damaged_files(folder) == []
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "--check", "--strict", DIGESTS], cwd=folder, check=True, capture_output=True)
+    text = (folder / DIGESTS).read_text()
+    (folder / DIGESTS).write_text(text.partition("\n")[2])  # as before lists began with their number
+    assert text.startswith("# SHA-256 of 2 files\n") and damaged_files(folder) == []
 
 
 def test_damage_is_named(folder):
@@ -34,11 +37,19 @@ def test_damage_is_named(folder):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda text: text[:-1], lambda text: "", lambda text: text.replace("weights", "weigh\xff\nts")]
+    "change",
+    [
+        lambda text: text[:-1],
+        lambda text: "",
+        lambda text: "".join(text.splitlines(keepends=True)[:-1]),
+        lambda text: text.splitlines(keepends=True)[0],
+        lambda text: text.replace("2 files", "3 files"),
+        lambda text: text.replace("weights", "weigh\xff\nts"),
+    ],
 )
 def test_a_damaged_list_is_named(change, folder):
     (folder / DIGESTS).write_bytes(change((folder / DIGESTS).read_text()).encode("latin-1"))
-    assert damaged_files(folder) == [f"{folder / DIGESTS} is damaged: it is no list of digests"]
+    assert damaged_files(folder) == [f"{folder / DIGESTS} is damaged: it is no whole list of digests"]
 
 
 def test_folders_without_a_list_are_taken(folder):

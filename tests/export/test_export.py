@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from modeling_lvvit import LVViTForImageClassification, LVViTForSemanticSegmentation, LVViTModel
 from modeling_lvvit.backbones.image_preparation import read_preparation
+from modeling_lvvit.data.files.digests import read_digests
 from modeling_lvvit.export import export_onnx, export_program, folder
 from modeling_lvvit.export.__main__ import main
 from modeling_lvvit.export.folder import ExportSettings, export_folder
@@ -161,7 +162,7 @@ def test_folder_has_the_layout_of_transformers_js(exported):
     files = sorted(path.relative_to(exported).as_posix() for path in exported.rglob("*.*"))
     assert files == ["config.json", "onnx/model.onnx", "predict.py", "preprocessor_config.json"]
     assert [path.name for path in exported.parent.iterdir()] == ["classifier"]  # nothing half made
-    assert (exported / "SHA256SUMS").read_text(encoding="utf-8").split()[1::2] == ["onnx/model.onnx"]
+    assert list(read_digests(exported)) == ["onnx/model.onnx"]
     scores = ["batch", 7]
     assert named_axes(exported / "onnx" / "model.onnx") == {
         "pixel_values": ["batch", 3, "height", "width"],
@@ -512,6 +513,6 @@ def test_large_weights_lie_next_to_the_file(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "out" / "onnx").iterdir()) == names
     settings = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["transformers.js_config"]
     assert settings["use_external_data_format"] == {"model.onnx": 1, "model_fp16.onnx": 1}
-    assert len((tmp_path / "out" / "SHA256SUMS").read_text(encoding="utf-8").splitlines()) == 4
+    assert len(read_digests(tmp_path / "out")) == 4
     photograph().save(tmp_path / "image.png")
     assert run_script(tmp_path / "out", tmp_path / "image.png")

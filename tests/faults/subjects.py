@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from modeling_lvvit.data.files.digests import DIGESTS, read_digests
 from support.local_hub import LocalHub
 from support.programs import TINY
 
 
-DIGESTS = "SHA256SUMS"
 NEAR = 1e-4  # of weights that other numbers of processes have computed
 SHAPE = {
     "neck_channels": 16,
@@ -245,8 +245,7 @@ class Publishing(Subject):
         return self.requests - self.begin
 
     def damageable(self, output: Path) -> list[Path]:
-        listed = [line.partition("  ")[2] for line in (output / DIGESTS).read_text().splitlines()]
-        return [output / name for name in (*listed, DIGESTS)]
+        return [output / name for name in (*read_digests(output), DIGESTS)]
 
     def uploads(self, output: Path) -> list[dict[str, bytes]]:
         """The files of each commit, as if the repository had the name of the undisturbed one."""

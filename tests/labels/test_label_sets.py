@@ -359,7 +359,9 @@ OTHER_SETTINGS = {
 def test_other_settings_are_refused_and_named(message, tmp_path):
     writer_of(tmp_path).begin()
     before = (tmp_path / "token_labels.json").read_bytes()
-    with pytest.raises(ValueError, match=rf"(?s)other settings.*folder\.\n  {message}$"):
+    with pytest.raises(
+        ValueError, match=rf"(?s)other settings, as token_labels.json there says.*folder\.\n  {message}$"
+    ):
         writer_of(tmp_path, **OTHER_SETTINGS[message]).begin()
     assert (tmp_path / "token_labels.json").read_bytes() == before
 

@@ -250,7 +250,7 @@ def test_a_list_of_digests_that_lost_its_end_is_no_list(two_checkpoints, tmp_pat
     shutil.copytree(two_checkpoints, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint-2" / "SHA256SUMS"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(whole.DamagedCheckpointError, match="SHA256SUMS is cut"):
+    with pytest.raises(whole.DamagedCheckpointError, match="SHA256SUMS is damaged"):
         whole.check_whole(path.parent)
 
 

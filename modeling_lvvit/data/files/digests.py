@@ -1,4 +1,5 @@
-"""Digests of the files of a folder, by which damage is found: a list in the form that `sha256sum --check` reads too."""
+"""Digests of the files of a folder, by which damage is found: a list in the form that `sha256sum --check` reads too, which begins with a
+comment for that program, the number of its lines: a list that was cut off behind one of them is known by it."""
 
 import hashlib
 import re
@@ -31,7 +32,15 @@ def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def write_digests(folder: Path, digests: dict[str, str]) -> None:
     """Writes the list of a folder. To be called when all its files are written."""
-    write_text(folder / DIGESTS, "".join(digest_line(name, digest) for name, digest in sorted(digests.items())))
+    write_text(folder / DIGESTS, _head(digests) + _lines(dict(sorted(digests.items()))))
+
+
+def _head(digests: dict[str, str]) -> str:
+    return f"# SHA-256 of {len(digests)} file{'s' * (len(digests) != 1)}\n"
+
+
+def _lines(digests: dict[str, str]) -> str:
+    return "".join(digest_line(name, digest) for name, digest in digests.items())
 
 
 def digest_line(name: str, digest: str) -> str:
@@ -46,14 +55,14 @@ def parse_digests(text: str) -> dict[str, str]:
 
 
 def read_digests(folder: Path) -> dict[str, str] | None:
-    """The list of a folder; `None` where there is none. A `ValueError` if it is damaged."""
+    """The list of a folder; `None` where there is none. A `ValueError` if it is damaged. Older lists do not begin with their number."""
     path = folder / DIGESTS
     if not path.is_file():
         return None
     text = path.read_bytes().decode(errors="replace")
     digests = parse_digests(text)
-    if not digests or "".join(digest_line(*entry) for entry in digests.items()) != text:
-        raise ValueError(f"{path} is damaged: it is no list of digests.")
+    if not digests or text not in (_head(digests) + _lines(digests), _lines(digests)):
+        raise ValueError(f"{path} is damaged: it is no whole list of digests.")
     return digests
 
 

@@ -89,7 +89,7 @@ class FolderLock:
         for folder in [self.folder, *(part for pattern in self.parts for part in self.folder.glob(pattern))]:
             for path in folder.glob(".*"):
                 if UNFINISHED.fullmatch(path.name) and path.is_file():
-                    path.unlink()
+                    path.unlink(missing_ok=True)
 
     def _read_owner(self) -> dict[str, Any] | None:
         """Who has it or had it; `None` where nothing says so, or not all of it was written."""

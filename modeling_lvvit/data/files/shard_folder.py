@@ -116,8 +116,8 @@ class ShardFolder:
         ]
         if differing:
             raise ValueError(
-                f"{self.folder} holds a {self.kind} with other settings. Continue with the same ones, or choose another "
-                "folder.\n  " + "\n  ".join(differing)
+                f"{self.folder} holds a {self.kind} with other settings, as {self.record.name} there says. Continue with the same "
+                "ones, or choose another folder.\n  " + "\n  ".join(differing)
             )
         if versions != self.versions:
             logger.warning("%s was begun with %s; now %s. Results may differ.", self.folder, versions, self.versions)
