@@ -5,8 +5,8 @@
     lvvit benchmark training original/lvvit_t_224 lvvit_t_224 lvvit_t_224+bfloat16
     lvvit benchmark run lvvit_t_224 lvvit_t_224+plain        # steps that wait for their data
     lvvit benchmark data token_labels plain_labels timm torchvision --threads 1
-    lvvit benchmark formats MODEL --exported DIR --images DATA     # a trained model in PyTorch and ONNX: speed, bytes, equal answers
-    lvvit benchmark gpu --json gpu.json                      # all about a GPU, within eight minutes
+    lvvit benchmark formats MODEL --exported DIR --dataset_name DATA  # a trained model in PyTorch and ONNX: speed, bytes, equal answers
+    lvvit benchmark gpu --output_file gpu.json               # all about a GPU, within eight minutes
     lvvit benchmark --table                                  # the paper's comparison; --rounds 0: without speed
 
 Models are written NAME@SIZE+OPTION+OPTION. Each of a comparison has a process of its own; they are warmed up and then taken in turn, round

@@ -42,7 +42,7 @@ def few_images(labelled_rows, tmp_path) -> str:
 
 def figures(capsys, tmp_path, *arguments: str) -> tuple[list[dict], str]:
     file = tmp_path / "figures.json"
-    main([*arguments, "--rounds", "2", "--json", str(file), "--device", "cpu"])
+    main([*arguments, "--rounds", "2", "--output_file", str(file), "--device", "cpu"])
     return json.loads(file.read_text())["rows"], capsys.readouterr().out
 
 
@@ -247,7 +247,18 @@ def test_competitors_are_the_published_networks(row):
 
 def test_table_counts_without_timing_and_keeps_rows(capsys, tmp_path, monkeypatch):
     file = tmp_path / "table.json"
-    arguments = ["--table", "deit-s", "DeepViT", "LV-ViT-M", "--rounds", "0", "--device", "cpu", "--json", str(file)]
+    arguments = [
+        "--table",
+        "deit-s",
+        "DeepViT",
+        "LV-ViT-M",
+        "--rounds",
+        "0",
+        "--device",
+        "cpu",
+        "--output_file",
+        str(file),
+    ]
     main(arguments)
     printed = capsys.readouterr().out
     assert "| DeiT-S distilled | 224, 224 | 81.2 | 86.8 | 22M | 4.6G |" in printed
@@ -269,7 +280,7 @@ def test_table_counts_without_timing_and_keeps_rows(capsys, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_table_times_each_beside_lvvit_s(capsys, tmp_path):
     arguments = ["--table", "LV-ViT-T", "--rounds", "2", "--batch_sizes", "1", "--device", "cpu"]
-    main([*arguments, "--options", "bfloat16", "--json", str(tmp_path / "table.json")])
+    main([*arguments, "--options", "bfloat16", "--output_file", str(tmp_path / "table.json")])
     (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert row["ratio"] > 1 and row["images_per_second"] > 0 and len(row["seconds"]) == 2
     assert "times LV-ViT-S" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def exported(saved, pictures, tmp_path) -> str:
 def test_formats_are_timed_and_their_answers_compared(saved, exported, pictures, capsys, tmp_path):
     file = tmp_path / "figures.json"
     command = ["formats", saved, "--exported", exported, "--images", pictures, "--batch_sizes", "2"]
-    main([*command, "--rounds", "2", "--json", str(file)])
+    main([*command, "--rounds", "2", "--output_file", str(file)])
     rows, printed = json.loads(file.read_text())["rows"], capsys.readouterr().out
     names = ["PyTorch", "PyTorch+deployed", "PyTorch+deployed+bfloat16", "PyTorch+int8"]
     names += ["onnx/model.onnx", "onnx/model_quantized.onnx"]

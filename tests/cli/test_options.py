@@ -1,5 +1,6 @@
 """The options of all programs: one set of names, one way of reading them."""
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, get_type_hints
@@ -13,6 +14,7 @@ from modeling_lvvit.options import OptionError, OptionParser, Program
 from modeling_lvvit.original import label_import
 from modeling_lvvit.segmentation.conversion import ade20k
 from modeling_lvvit.visualization import localization
+from support.programs import ROOT
 
 
 # defaults of the published recipes, which differ between classification and segmentation
@@ -20,6 +22,7 @@ RECIPES = {
     "base_learning_rate", "weight_decay", "warmup_steps", "lr_schedule", "lr_scheduler_type", "label_smoothing_factor",
     "dataloader_drop_last",
 }  # fmt: skip
+SHOWN = ("modeling_lvvit", "model_cards", "dataset_scripts")  # and the files at the top
 
 
 def programs() -> list[Program]:
@@ -52,6 +55,19 @@ def test_an_older_name_is_no_option_of_another_program():
         for alias, name in program.parser().renamed.items():
             assert name in program.types and alias not in program.types, (program.name, alias)
     assert "image_column" not in names and "split" not in names
+
+
+def test_commands_that_are_shown_have_no_older_names():
+    parsers = {name: command.load_program().parser() for name, command in COMMANDS.items()}
+    older, seen = [], set()
+    for path in [*ROOT.glob("*.md"), *(path for folder in SHOWN for path in (ROOT / folder).rglob("*"))]:
+        if path.suffix in (".md", ".py", ".yaml"):
+            text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))  # lines that go on
+            for name, options in re.findall(r"lvvit ([\w-]+)([^\n`#|]*)", text):
+                seen.add(name)
+                words = re.findall(r"--(\w+)", options) if name in parsers else []
+                older += [(path.name, name, word) for word in words if word in parsers[name].renamed]
+    assert older == [] and seen > set(COMMANDS)
 
 
 @pytest.mark.parametrize("program", programs(), ids=lambda program: program.name)

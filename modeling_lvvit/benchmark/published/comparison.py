@@ -64,9 +64,11 @@ def _read_rows(record: Path | None, settings: dict[str, object]) -> list[dict[st
         earlier = json.loads(record.read_text(encoding="utf-8"))
         rows, before = earlier["rows"], earlier["settings"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--json {record} is no record of such a table. Name another file.") from error
+        raise ValueError(f"`output_file` {record} is no record of such a table. Name another file.") from error
     if before != settings:
-        raise ValueError(f"--json {record} was measured in another way: {before}, now {settings}. Name another file.")
+        raise ValueError(
+            f"`output_file` {record} was measured in another way: {before}, now {settings}. Name another file."
+        )
     return rows
 
 
