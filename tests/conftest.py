@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import time
 from collections import Counter
 from unittest import mock
@@ -11,6 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is importe
 # also for the processes that tests start: more threads than cores wait for each other
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a shell has its background jobs ignore Ctrl-C, and so would the programs that tests start and interrupt
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import datasets
 import huggingface_hub

@@ -53,7 +53,8 @@ def check_new_directory(path: Path) -> None:
 
 @contextmanager
 def atomic_directory(path: Path, is_shared: bool = False) -> Iterator[Path]:
-    """A folder next to its place, to be filled in a `with` block. When the block ends it is moved there, after an error removed.
+    """A folder next to its place, to be filled in a `with` block. When the block ends it is moved there, after an error removed;
+    one that a process which was killed was filling is removed by the next.
 
     Args:
         is_shared: Whether several processes may fill one for the same place, of which the first to end wins.
@@ -65,11 +66,9 @@ def atomic_directory(path: Path, is_shared: bool = False) -> Iterator[Path]:
     check_new_directory(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with nullcontext() if is_shared else FolderLock(path, path.parent / f".{path.name}{LOCK}"):
-        if not is_shared:
-            for partial in path.parent.glob(
-                f".{glob.escape(path.name)}.{'?' * 8}.partial"
-            ):  # of a process that was killed
-                shutil.rmtree(partial, ignore_errors=True)
+        if not is_shared:  # else others may be filling theirs
+            for left in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.partial"):
+                shutil.rmtree(left, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         try:
             with naming_file(path):
