@@ -8,6 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from modeling_lvvit.data.files.digests import DIGESTS, read_digests
+from modeling_lvvit.data.files.folder_lock import UNFINISHED
 from support.local_hub import LocalHub
 from support.programs import TINY
 
@@ -145,6 +146,9 @@ class Training(Subject):
         for part in (".",) if is_near else (".", last):  # each process has a random state of its own
             differing = names_in(output / part) ^ names_in(self.reference / part)
             assert not differing, f"there or not there: {sorted(differing)}"
+        hidden = [path for path in output.rglob(".*") if UNFINISHED.fullmatch(path.name)]
+        unfinished = [*output.rglob("*.partial"), *hidden]
+        assert unfinished == [], f"half written: {unfinished}"
 
 
 class Classification(Training):

@@ -249,8 +249,12 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_taken(name, damage,
 def test_a_list_of_digests_that_lost_its_end_is_no_list(two_checkpoints, tmp_path):
     shutil.copytree(two_checkpoints, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint-2" / "SHA256SUMS"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    head, *lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([head, *lines[:-1]]))
     with pytest.raises(whole.DamagedCheckpointError, match="SHA256SUMS is damaged"):
+        whole.check_whole(path.parent)
+    path.write_text("".join(lines[:-1]))  # as lists were before they began with their number
+    with pytest.raises(whole.DamagedCheckpointError, match="SHA256SUMS is cut"):
         whole.check_whole(path.parent)
 
 

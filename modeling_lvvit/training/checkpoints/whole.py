@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from ...data.files.digests import DIGESTS, damaged_files, file_digests, write_digests
+from ...data.files.digests import DIGESTS, damaged_files, file_digests, read_digests, write_digests
 from ...finite import NotFiniteError, check_weight_files, listed
 
 
@@ -35,6 +35,8 @@ def check_whole(folder: Path) -> None:
     problems = damaged_files(folder)
     if not (folder / DIGESTS).is_file():
         problems = _problems_without_digests(folder)
+    elif not problems and TRAINER_STATE_NAME not in read_digests(folder):  # last of an older list; more may be lost
+        problems = [f"{DIGESTS} is cut"]
     if problems:
         raise DamagedCheckpointError(f"{folder} is no whole checkpoint: {listed(problems)}.")
 
